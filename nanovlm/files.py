@@ -1,0 +1,45 @@
+"""Writing files so that a crash at any moment leaves either the old file or the new one, never half of one."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanovlm.errors import NanoVLMError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, on failure delete it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path` in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object, or say in one line which file is missing or at which line it is broken."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise NanoVLMError(f"{path}: is not UTF-8 text; was it damaged or compressed?") from None
+    except json.JSONDecodeError as error:
+        raise NanoVLMError(f"{path}:{error.lineno}: is not valid JSON ({error.msg}); fetch or write the file again") from None
+    if not isinstance(value, dict):
+        raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
