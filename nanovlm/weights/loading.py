@@ -1,0 +1,205 @@
+"""From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
+
+from collections.abc import Callable, Collection, KeysView
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json
+from nanovlm.weights.safetensors import SafetensorsFile
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LINES_PER_KIND = 10  # of a loading report; a wrong config makes hundreds of problems of the same kind
+
+
+class Checkpoint:
+    """The tensors of one or several safetensors files, under one set of names and read only when asked for.
+
+    metadata: that of all files together.
+    """
+
+    def __init__(self, path: Path, files: list[SafetensorsFile]):
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in files:
+            self.metadata |= file.metadata
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def keys(self) -> KeysView[str]:
+        """The tensors' names."""
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, a view of its file's private mapping (see `SafetensorsFile.tensor`)."""
+        return self._file(name).tensor(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise NanoVLMError(f"{self.path}: holds no tensor {name!r}")
+        return self._files[name]
+
+
+def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
+    """Open a model folder, a safetensors file, or the index (`….index.json`) of a sharded one.
+
+    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's tools do.
+    Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not hold what the index says.
+    """
+    path = Path(folder_or_file)
+    if path.is_dir():
+        found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
+        if not found:
+            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read")
+        path = found[0]
+    files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
+    return Checkpoint(path, files)
+
+
+def _open_shards(index: Path) -> list[SafetensorsFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise NanoVLMError(f"{index}: weight_map is not an object that gives each tensor its file; fetch the index again")
+    names_of: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        names_of.setdefault(shard, set()).add(name)
+
+    files = []
+    for shard, names in names_of.items():
+        if not _is_plain_name(shard):
+            raise NanoVLMError(f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder")
+        file = SafetensorsFile(index.parent / shard)
+        if absent := sorted(names - file.keys()):
+            raise NanoVLMError(f"{file.path}: lacks {_some(absent)}, which {index.name} places there; fetch both again")
+        if extra := sorted(file.keys() - names):
+            raise NanoVLMError(f"{file.path}: holds {_some(extra)}, which {index.name} does not place there; fetch both again")
+        files.append(file)
+    return files
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` cannot leave its folder, on any system."""
+    return name == PurePosixPath(name).name == PureWindowsPath(name).name and name not in ("", "..")
+
+
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    name_map: Callable[[str], str | None],
+    *,
+    dtype: torch.dtype | None = None,
+    ignore: Collection[str] = (),
+) -> None:
+    """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one, each tensor a place.
+
+    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its parameters then are
+    the checkpoint's tensors themselves, on the CPU: views of the private file mapping where no cast is needed (an
+    optimizer's in-place step copies just the pages it writes and the file stays as it is), one cast copy otherwise.
+    Tied names, such as a head that is the embedding, get one parameter; a file that stores both must store them equal.
+    Non-persistent buffers, such as rotary tables, are not loaded: a module built on meta has to compute them.
+
+    name_map: a tensor's name in the checkpoint → the name in the module, or None for a tensor deliberately not used.
+    dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are never cast.
+    ignore: shell-style patterns of checkpoint names deliberately not used, for maps that are plain tables.
+
+    Raises one NanoVLMError with every problem, before the module is touched.
+    """
+    targets = module.state_dict(keep_vars=True)
+    sources: dict[str, str] = {}  # name in the module → name in the checkpoint
+    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
+    for stored in checkpoint.keys():
+        name = None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
+        if name is None:
+            continue
+        if name not in targets:
+            problems["unexpected"].append(f"{_renamed(stored, name)} {checkpoint.shape(stored)}")
+        elif name in sources:
+            problems["mapped twice"].append(f"{name}: from {sources[name]} and from {stored}")
+        else:
+            sources[name] = stored
+            _check_fit(name, targets[name], stored, checkpoint, problems)
+
+    tied: dict[int, list[str]] = {}  # all names of one parameter
+    for name, target in targets.items():
+        tied.setdefault(id(target), []).append(name)
+    for names in tied.values():
+        filled = [name for name in names if name in sources]
+        if not filled:
+            problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
+        elif not all(_equal(checkpoint, sources[filled[0]], sources[name]) for name in filled[1:]):
+            problems["tied but stored with different values"].append(" = ".join(filled))
+    _raise_problems(module, checkpoint, problems)
+
+    for names in tied.values():
+        tensor = checkpoint.tensor(next(sources[name] for name in names if name in sources))
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        target = targets[names[0]]
+        if isinstance(target, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, tensor)
+
+
+# What can be wrong, and what it means to the reader of the report.
+PROBLEM_KINDS = {
+    "missing": "the model needs them, the file has none",
+    "unexpected": "the file has them, the model has no place for them",
+    "mapped twice": "two tensors of the file claim one place",
+    "mis-shaped": "shapes differ",
+    "wrong dtype": "floating-point, integer and boolean tensors do not stand in for each other",
+    "tied but stored with different values": "one parameter cannot be both",
+}
+
+
+def _check_fit(name: str, target: Tensor, stored: str, checkpoint: Checkpoint, problems: dict[str, list[str]]) -> None:
+    shape, dtype = checkpoint.shape(stored), checkpoint.dtype(stored)
+    if shape != tuple(target.shape):
+        problems["mis-shaped"].append(f"{_renamed(stored, name)}: file {shape}, model {tuple(target.shape)}")
+    both_floating = dtype.is_floating_point and target.dtype.is_floating_point
+    if dtype != target.dtype and not both_floating:
+        problems["wrong dtype"].append(f"{_renamed(stored, name)}: file {dtype}, model {target.dtype}")
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    if checkpoint.shape(first) != checkpoint.shape(second) or checkpoint.dtype(first) != checkpoint.dtype(second):
+        return False
+    one, other = (checkpoint.tensor(name).reshape(-1).view(torch.uint8) for name in (first, second))
+    return torch.equal(one, other)
+
+
+def _raise_problems(module: nn.Module, checkpoint: Checkpoint, problems: dict[str, list[str]]) -> None:
+    counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
+    if not counts:
+        return
+    report = [
+        f"{checkpoint.path}: the tensors do not fit {type(module).__name__} ({', '.join(counts)}); "
+        "check that the config belongs to these weights"
+    ]
+    for kind, lines in problems.items():
+        if lines:
+            report.append(f"  {kind} ({PROBLEM_KINDS[kind]}):")
+            report += [f"    {line}" for line in lines[:LINES_PER_KIND]]
+        if len(lines) > LINES_PER_KIND:
+            report.append(f"    … and {len(lines) - LINES_PER_KIND} more")
+    raise NanoVLMError("\n".join(report))
+
+
+def _renamed(stored: str, name: str) -> str:
+    return name if stored == name else f"{stored} → {name}"
+
+
+def _some(names: list[str]) -> str:
+    """A few tensor names for a one-line message."""
+    return ", ".join(names[:3]) + (f" … and {len(names) - 3} more" if len(names) > 3 else "")

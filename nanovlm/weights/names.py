@@ -1,0 +1,73 @@
+"""What each model family calls our tensors. `{}` stands for the block's number; `None` marks a tensor we do not need.
+
+Read from left (the published name) to right (ours). `translate` applies a table, `invert` turns it round for export.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+NameTable = Mapping[str, str | None]
+
+
+def _with_bias(table: dict[str, str]) -> dict[str, str]:
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in table.items() for kind in ("weight", "bias")}
+
+
+DINOV2: NameTable = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.mask_token": None,  # stands in for hidden patches while DINOv2 itself is trained
+    "embeddings.position_embeddings": "position_embedding",
+    "encoder.layer.{}.layer_scale1.lambda1": "blocks.{}.attention_scale",
+    "encoder.layer.{}.layer_scale2.lambda1": "blocks.{}.mlp_scale",
+    **_with_bias({
+        "embeddings.patch_embeddings.projection": "patch_embedding",
+        "encoder.layer.{}.norm1": "blocks.{}.attention_norm",
+        "encoder.layer.{}.attention.attention.query": "blocks.{}.attention.q_proj",
+        "encoder.layer.{}.attention.attention.key": "blocks.{}.attention.k_proj",
+        "encoder.layer.{}.attention.attention.value": "blocks.{}.attention.v_proj",
+        "encoder.layer.{}.attention.output.dense": "blocks.{}.attention.out_proj",
+        "encoder.layer.{}.norm2": "blocks.{}.mlp_norm",
+        "encoder.layer.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
+        "encoder.layer.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
+        "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",  # the giant's names for the same two
+        "encoder.layer.{}.mlp.weights_out": "blocks.{}.mlp.down_proj",
+        "layernorm": "norm",
+    }),
+}
+
+QWEN: NameTable = {
+    "model.embed_tokens.weight": "embed_tokens.weight",
+    "model.layers.{}.input_layernorm.weight": "blocks.{}.attention_norm.weight",
+    "model.layers.{}.self_attn.q_norm.weight": "blocks.{}.attention.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "blocks.{}.attention.k_norm.weight",
+    **_with_bias({
+        "model.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
+        "model.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
+        "model.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
+    }),
+    "model.layers.{}.self_attn.o_proj.weight": "blocks.{}.attention.out_proj.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "blocks.{}.mlp.gate_proj.weight",
+    "model.layers.{}.mlp.up_proj.weight": "blocks.{}.mlp.up_proj.weight",
+    "model.layers.{}.mlp.down_proj.weight": "blocks.{}.mlp.down_proj.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+def translate(table: NameTable) -> Callable[[str], str | None]:
+    """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
+    def ours(name: str) -> str | None:
+        block = re.search(r"\.(\d+)\.", name)
+        pattern = name if block is None else name.replace(block[0], ".{}.", 1)
+        if pattern not in table:
+            return name
+        target = table[pattern]
+        return target if target is None or block is None else target.format(block[1])
+    return ours
+
+
+def invert(table: NameTable) -> NameTable:
+    """The table for writing a model under its family's published names; where several exist, the first."""
+    return {ours: theirs for theirs, ours in reversed(table.items()) if ours is not None}
