@@ -1,0 +1,227 @@
+"""Draw the toy world that nanovlm's tiny default learns: 64×64 scenes with questions in Chinese and English.
+
+Three splits: train, val (the same world, other scenes) and novel, whose every object has a colour and a shape that
+train and val never show or name together. The same seed gives the same bytes, whatever the number of workers.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import NoReturn
+
+if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker of one: the packages are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from data_tools.scenes_text import KINDS, questions
+from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
+from nanovlm.errors import NanoVLMError, run
+from nanovlm.files import read_json, write_atomically
+
+VERSION = 1  # raise it whenever the same seed gives other bytes
+SPLITS = {"train": TRAIN_PAIRS, "val": TRAIN_PAIRS, "novel": HELD_OUT_PAIRS}
+DEFAULT_OUT = Path("data/scenes")
+
+
+def make_scenes(
+    out: str | Path = DEFAULT_OUT, scenes: int = 8000, seed: int = 0, workers: int = 0, eval_scenes: int = 600
+) -> Path:
+    """Make `out`, or return at once when it already holds these scenes; says on stderr what it does.
+
+    Writes {train,val,novel}.jsonl (a record a question), images/<split>/NNNNNN.png and world.json. `scenes` counts
+    those of train, `eval_scenes` those of val and of novel; `workers=0` uses all cores. The folder appears whole or
+    not at all. Raises NanoVLMError where `out` holds anything else, or cannot be written.
+    """
+    out = Path(out)
+    if scenes < 1 or eval_scenes < 1 or workers < 0:
+        given = f"--scenes {scenes} --eval-scenes {eval_scenes} --workers {workers}"
+        raise NanoVLMError(f"{given}: scenes start at 1, workers at 0 (all cores)")
+    settings = {"version": VERSION, "seed": seed, "scenes": scenes, "eval_scenes": eval_scenes}
+    if _already_there(out, settings):
+        print(f"{out}: already holds these scenes", file=sys.stderr)
+        return out
+    print(f"{out}: drawing the toy world ({scenes} training scenes, seed {seed})", file=sys.stderr)
+    try:
+        with _appear_whole(out) as folder:
+            world = _fill(folder, settings, workers)
+    except OSError as error:
+        where = error.filename or out
+        raise NanoVLMError(f"{where}: cannot be written ({error.strerror}); choose another --out") from None
+    print(summary(world), file=sys.stderr)
+    return out
+
+
+def _already_there(out: Path, settings: dict[str, int]) -> bool:
+    """True for a folder made with the same settings; an error for a folder that would have to be overwritten."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    advice = "delete it or choose another --out"
+    if not (out / "world.json").is_file():
+        raise NanoVLMError(f"{out}: exists and holds something other than scenes; {advice}")
+    world = read_json(out / "world.json")
+    other = [f"{key} {world.get(key)} instead of {value}" for key, value in settings.items() if world.get(key) != value]
+    if other:
+        raise NanoVLMError(f"{out}: holds scenes made with {', '.join(other)}; {advice}")
+    missing = [f"{split}.jsonl" for split in SPLITS if not (out / f"{split}.jsonl").is_file()]
+    if missing:
+        raise NanoVLMError(f"{out}: lacks {', '.join(missing)}; {advice}")
+    return True
+
+
+@contextmanager
+def _appear_whole(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` that takes its name on success and is deleted on failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()  # it was empty; not every system renames onto an empty folder
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
+    """Draw and write every split into `folder`; return what world.json says."""
+    jobs = []
+    for split in SPLITS:
+        (folder / "images" / split).mkdir(parents=True)
+        jobs += [(split, index) for index in range(settings["scenes" if split == "train" else "eval_scenes"])]
+    records, first_with = defaultdict(list), {}
+    work = partial(_make_scene, folder, settings["seed"])
+    done = _map_in_order(work, jobs, workers or os.cpu_count() or 1)
+    for (split, index), (digest, made) in zip(jobs, done, strict=True):
+        twin = first_with.setdefault(digest, (split, index))
+        if twin != (split, index):
+            raise NanoVLMError(f"scenes {twin} and {(split, index)} look the same; choose another --seed")
+        records[split] += made
+    for split in SPLITS:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records[split])
+        write_atomically(folder / f"{split}.jsonl", "".join(lines))
+    world = {
+        **settings,
+        "held_out": [list(pair) for pair in HELD_OUT_PAIRS],
+        "questions": {split: dict(Counter(record["kind"] for record in records[split])) for split in SPLITS},
+        "blind": blind_rates(records["train"]),
+    }
+    write_atomically(folder / "world.json", json.dumps(world, indent=2) + "\n")
+    return world
+
+
+def _map_in_order(work: partial, jobs: list[tuple[str, int]], workers: int) -> Iterable[tuple[str, list[dict]]]:
+    if workers == 1 or len(jobs) < 200:  # a process takes longer to start than a few scenes take to draw
+        yield from tqdm(map(work, jobs), total=len(jobs), desc="scenes", unit="scene")
+        return
+    # "spawn" everywhere: what works here then also works on macOS and Windows. Ctrl-C is for the parent to handle.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield from tqdm(pool.imap(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene")
+
+
+def _make_scene(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, list[dict]]:
+    """Draw one scene into its file; return a digest of its pixels and its records."""
+    split, index = job
+    rng = Random(f"{seed}/{split}/{index}")
+    scene = random_scene(rng, SPLITS[split])
+    image = draw(scene)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6)
+    name = f"images/{split}/{index:06d}.png"
+    (folder / name).write_bytes(buffer.getvalue())
+    return hashlib.sha256(image.tobytes()).hexdigest(), _records(scene, rng, split, index, name)
+
+
+def _records(scene: Scene, rng: Random, split: str, index: int, image: str) -> list[dict]:
+    """One record a question; the first, which asks for a description, also holds the objects."""
+    records = []
+    for number, question in enumerate(questions(scene, rng, SPLITS[split])):
+        record = {
+            "id": f"{split}/{index:06d}#{number}",
+            "image": image,
+            "messages": [
+                {"role": "user", "content": f"<image>\n{question.text}"},
+                {"role": "assistant", "content": question.answer},
+            ],
+            "kind": question.kind,
+        }
+        if question.kind == "describe":
+            keys = ("shape", "colour", "size", "x", "y")
+            record["objects"] = [{key: getattr(thing, key) for key in keys} for thing in scene.objects]
+        records.append(record)
+    return records
+
+
+_NAMES = re.compile(
+    "|".join(rf"(?:an? |the )?{colour}(?: object)?" for colour in COLOURS)
+    + "|" + "|".join(rf"(?:an? |the )?{shape}" for shape in SHAPES)
+    + "|" + "|".join([*COLOURS.values(), *SHAPES.values()]), re.IGNORECASE,
+)  # fmt: skip
+
+
+def blind_rates(records: Iterable[dict]) -> dict[str, float]:
+    """How often, for each kind, the best guess without the image is right.
+
+    The guesser knows which answer is most common for the wording of a question (with its names of colours and shapes
+    struck out), and where two objects are named, whether the first or the second is the answer more often.
+    """
+    answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for record in records:
+        question, answer = (message["content"].removeprefix("<image>\n") for message in record["messages"])
+        before, both, _ = question.lower().partition(" or " if " or " in question else "和")
+        if both and _NAMES.match(answer):
+            answer = "the first" if answer.lower().rstrip("。.") in before else "the second"
+        answers[record["kind"], _NAMES.sub("", question)][answer] += 1
+    right, asked = Counter(), Counter()
+    for (kind, _), counter in answers.items():
+        right[kind] += counter.most_common(1)[0][1]
+        asked[kind] += counter.total()
+    return {kind: round(right[kind] / asked[kind], 3) for kind in KINDS if asked[kind]}
+
+
+def summary(world: dict) -> str:
+    """A table of how many questions of each kind there are, and how many a guess without the image gets right."""
+    lines = [f"{'questions':<16}" + "".join(f"{split:>8}" for split in SPLITS) + "   blind guess"]
+    for kind, rate in world["blind"].items():
+        counts = "".join(f"{world['questions'][split].get(kind, 0):>8}" for split in SPLITS)
+        lines.append(f"{kind:<16}{counts}{rate:>13.1%}")
+    lines.append(f"{'all':<16}" + "".join(f"{sum(world['questions'][split].values()):>8}" for split in SPLITS))
+    lines.append("held out for novel: " + ", ".join(" ".join(pair) for pair in world["held_out"]))
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise NanoVLMError(f"{message}; see --help")
+
+
+def main() -> None:
+    parser = _Parser(description="Draw the toy world: 64×64 scenes and questions about them.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to make (%(default)s)")
+    data.add_argument("--scenes", type=int, default=8000, help="training scenes (%(default)s)")
+    data.add_argument("--eval-scenes", type=int, default=600, help="scenes of val, and of novel (%(default)s)")
+    data.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (%(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--workers", type=int, default=0, help="processes; 0 uses all cores (%(default)s)")
+    make_scenes(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run(main)
