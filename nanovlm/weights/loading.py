@@ -69,7 +69,7 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
 def _open_shards(index: Path) -> list[SafetensorsFile]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise NanoVLMError(f"{index}: weight_map is not an object that gives each tensor its file; fetch the index again")
+        raise NanoVLMError(f"{index}: weight_map does not give each tensor the name of a file; fetch the index again")
     names_of: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         names_of.setdefault(shard, set()).add(name)
@@ -80,9 +80,9 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
             raise NanoVLMError(f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder")
         file = SafetensorsFile(index.parent / shard)
         if absent := sorted(names - file.keys()):
-            raise NanoVLMError(f"{file.path}: lacks {_some(absent)}, which {index.name} places there; fetch both again")
+            raise NanoVLMError(f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again")
         if extra := sorted(file.keys() - names):
-            raise NanoVLMError(f"{file.path}: holds {_some(extra)}, which {index.name} does not place there; fetch both again")
+            raise NanoVLMError(f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again")
         files.append(file)
     return files
 

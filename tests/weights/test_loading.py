@@ -206,9 +206,9 @@ def test_shards_must_hold_what_the_index_says(tmp_path):
     expectations = {
         r"c\.safetensors: cannot be read": {"w": "a.safetensors", "v": "c.safetensors"},
         r"a\.safetensors: lacks v, which": {"w": "a.safetensors", "v": "a.safetensors"},
-        r"b\.safetensors: holds v, which": {"w": "a.safetensors", "u": "b.safetensors"},
-        "weight_map is not": ["w", "v"],
-        "weight_map is not an": {"w": 3},
+        r"b\.safetensors: holds v, which its index does not name": {"w": "a.safetensors", "u": "b.safetensors"},
+        "weight_map does not give": ["w", "v"],
+        "weight_map does not give each": {"w": 3},
     }
     shards["b.safetensors"]["u"] = torch.ones(1)
     for message, weight_map in expectations.items():
