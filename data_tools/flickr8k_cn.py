@@ -1,0 +1,306 @@
+"""Turn the published files of Flickr8k-CN into records to train and evaluate on.
+
+    python data_tools/flickr8k_cn.py --images images.tar --captions flickr8kzhc.caption.txt --names train.txt --out DIR
+
+writes, with NAMES the stem of the names file (or `--split`):
+
+    DIR/images/*.jpg        the photos named, and no others
+    DIR/NAMES.jsonl         to train on: one record a Chinese caption
+    DIR/NAMES_zh.jsonl      to evaluate on: one record a photo, all its Chinese captions as `references`
+
+and with `--captions-en flickr8kenc.caption.txt` also:
+
+    DIR/NAMES_mixed.jsonl   to train on: Chinese and English captions and yes/no questions, shuffled
+    DIR/NAMES_en.jsonl      to evaluate on: as `_zh`, in English
+    DIR/NAMES_yesno.jsonl   to evaluate on: one record a yes/no question, shuffled
+
+The same files in give the same bytes out. A file that is already there with other content is never written over.
+The captions are described by Li et al., "Adding Chinese Captions to Images" (ICMR 2016), the photos by Hodosh et al.,
+"Framing Image Description as a Ranking Task" (JAIR 2013).
+"""
+
+import argparse
+import json
+import lzma
+import random
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+
+from data_tools.caption_questions import THINGS  # noqa: E402
+from nanovlm.errors import NanoVLMError, run  # noqa: E402
+from nanovlm.files import write_atomically  # noqa: E402
+
+DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
+ASK = {"zh": "图中有{}吗？", "en": "Is there {} in the image?"}
+YES = {"zh": "有。", "en": "Yes."}
+NO = {"zh": "没有。", "en": "No."}
+
+SEED = 0
+MAX_SKIPPED = 0.01  # of the photos, or of the lines of a caption file; more than this looks like the wrong file
+MAX_PHOTO_BYTES = 64 * 2**20
+
+Captions = dict[str, dict[int, str]]  # photo name -> caption number -> caption
+
+
+@dataclass
+class Skipped:
+    """What was left out of one input file and why, to be counted, named, and refused when it is too much."""
+
+    source: Path
+    names: list[str] = field(default_factory=list)
+
+    def add(self, what: str) -> None:
+        self.names.append(what)
+
+    def check(self, total: int) -> None:
+        """Print what was skipped; raise NanoVLMError when it is more than MAX_SKIPPED of `total`."""
+        if not self.names:
+            return
+        listed = "; ".join(self.names[:10]) + ("; …" if len(self.names) > 10 else "")
+        if len(self.names) > MAX_SKIPPED * total:
+            raise NanoVLMError(
+                f"{self.source}: {len(self.names)} of {total} cannot be used, more than {MAX_SKIPPED:.0%} ({listed}); "
+                "check that the files belong together"
+            )
+        print(f"{self.source}: skipped {len(self.names)} of {total}: {'; '.join(self.names)}", file=sys.stderr)
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise NanoVLMError(f"{path}: is not UTF-8 text (byte {error.start}); give the text file as published") from None
+
+
+def read_names(path: Path) -> list[str]:
+    """The photo names listed in `path`, one a line, each once and in that order."""
+    skipped = Skipped(path)
+    names: dict[str, None] = {}
+    lines = [line.strip() for line in read_lines(path)]
+    for number, name in enumerate(lines, start=1):
+        if not name:
+            continue
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            skipped.add(f"line {number}: {name[:80]!r} is not a plain file name")
+        elif name in names:
+            skipped.add(f"line {number}: {name} again")
+        else:
+            names[name] = None
+    skipped.check(len(lines))
+    if not names:
+        raise NanoVLMError(f"{path}: names no photo; give one file name a line")
+    return list(names)
+
+
+def read_captions(path: Path, language: str) -> Captions:
+    """Captions from lines of `NAME.jpg#zhc#0 caption`; `language` is what the middle part starts with."""
+    skipped = Skipped(path)
+    captions: Captions = {}
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rf"([^\s#]+)#{language}\w*#(\d+)\s+(.*\S)\s*", line)
+        if match is None:
+            skipped.add(f"line {number}: {line[:80]!r} is not 'NAME#{language}c#NUMBER caption'")
+        elif int(match[2]) in captions.setdefault(match[1], {}):
+            skipped.add(f"line {number}: {match[1]} has a caption {match[2]} already")
+        else:
+            captions[match[1]][int(match[2])] = match[3] if language == "zh" else tidy_english(match[3])
+    skipped.check(len(lines))
+    return captions
+
+
+def tidy_english(caption: str) -> str:
+    """`a dog , running .` as a sentence: `A dog, running.`"""
+    caption = re.sub(r"\s+([.,;!?])", r"\1", " ".join(caption.split()))
+    caption = caption[:1].upper() + caption[1:]
+    return caption if caption.endswith((".", "!", "?", '"')) else caption + "."
+
+
+def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | str]]:
+    """Yield (name, bytes) of the wanted photos in a tar file or a folder, or (name, why it cannot be used)."""
+    try:
+        if source.is_dir():
+            for path in sorted(source.rglob("*")):
+                if path.name in names:
+                    yield path.name, path.read_bytes() if path.is_file() else "is not a file"
+            return
+        with tarfile.open(source) as archive:
+            for member in archive:
+                # Only the last part of a member's path is ever used, so no member can be written elsewhere.
+                name = PurePosixPath(member.name).name
+                if name not in names:
+                    continue
+                if not member.isfile():
+                    yield name, "is a link or a device in the archive"
+                elif member.size > MAX_PHOTO_BYTES:
+                    yield name, f"has {member.size} bytes"
+                else:
+                    yield name, archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        raise NanoVLMError(f"{source}: is not a whole tar archive; fetch it again") from None
+    except OSError as error:
+        raise NanoVLMError(f"{source}: cannot be read ({error.strerror or error}); check the path") from None
+
+
+def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
+    """Put the photos named into `folder` and return, in the order of `names`, those that are there now."""
+    done: set[str] = set()
+    problems: dict[str, str] = {}
+    with tqdm(total=len(names), desc="photos", unit="photo") as bar:
+        for name, photo in open_photos(source, set(names)):
+            if isinstance(photo, str) or not photo:
+                problems[name] = photo or "is empty"
+                continue
+            write_new(folder / name, photo)
+            if name not in done:
+                done.add(name)
+                bar.update()
+            if len(done) == len(names):
+                break
+    skipped = Skipped(source)
+    for name in names:
+        if name not in done:
+            skipped.add(f"{name} {problems.get(name, 'is not there')}")
+    skipped.check(len(names))
+    return [name for name in names if name in done]
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write `data` to `path` unless it is there already; raise NanoVLMError if something else is."""
+    check_free(path, data)
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise NanoVLMError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def check_free(path: Path, data: bytes) -> None:
+    if path.is_symlink() or (path.exists() and not (path.is_file() and path.read_bytes() == data)):
+        raise NanoVLMError(f"{path}: is there already with other content; delete it or choose another --out")
+
+
+def user_turn(prompt: str) -> dict:
+    return {"role": "user", "content": f"<image>\n{prompt}"}
+
+
+def training_record(identity: str, name: str, prompt: str, answer: str) -> dict:
+    messages = [user_turn(prompt), {"role": "assistant", "content": answer}]
+    return {"id": identity, "image": f"images/{name}", "messages": messages}
+
+
+def evaluation_record(identity: str, name: str, prompt: str, references: list[str]) -> dict:
+    return {"id": identity, "image": f"images/{name}", "messages": [user_turn(prompt)], "references": references}
+
+
+def caption_records(names: list[str], captions: Captions, language: str) -> tuple[list[dict], list[dict]]:
+    """Records to train on, one a caption, and to evaluate on, one a photo."""
+    training, evaluation = [], []
+    for name in names:
+        numbered = sorted(captions[name].items())
+        for number, caption in numbered:
+            training.append(training_record(f"{name}#{language}#{number}", name, DESCRIBE[language], caption))
+        references = [caption for _, caption in numbered]
+        evaluation.append(evaluation_record(f"{name}#{language}", name, DESCRIBE[language], references))
+    return training, evaluation
+
+
+def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[dict], list[dict]]:
+    """The same questions to train and to evaluate on, in a shuffled order.
+
+    In each language each thing is asked for equally often with either answer, so that the words of a question say
+    nothing about its answer and guessing gives 50 %.
+    """
+    training, evaluation = [], []
+    for thing in THINGS:
+        photos: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+        for name in names:
+            photos[thing.answer(list(zh[name].values()), list(en[name].values()))].append(name)
+        for answer in (True, False):
+            random.Random(f"{SEED} {thing.en_name} {answer}").shuffle(photos[answer])
+        for index, pair in enumerate(zip(photos[True], photos[False])):
+            language = ("zh", "en")[index % 2]
+            prompt = ASK[language].format(thing.zh_name if language == "zh" else thing.en_name)
+            for name, reply in zip(pair, (YES[language], NO[language])):
+                identity = f"{name}#{language}#{thing.en_name}"
+                training.append(training_record(identity, name, prompt, reply))
+                evaluation.append(evaluation_record(identity, name, prompt, [reply]))
+    for records in (training, evaluation):
+        random.Random(SEED).shuffle(records)
+    return training, evaluation
+
+
+def make_records(names: list[str], split: str, zh: Captions, en: Captions | None) -> dict[str, list[dict]]:
+    """All record files by name."""
+    zh_training, zh_evaluation = caption_records(names, zh, "zh")
+    files = {f"{split}.jsonl": zh_training, f"{split}_zh.jsonl": zh_evaluation}
+    if en is not None:
+        en_training, en_evaluation = caption_records(names, en, "en")
+        questions, yes_no_evaluation = yes_no_records(names, zh, en)
+        mixed = zh_training + en_training + questions
+        random.Random(SEED).shuffle(mixed)
+        files |= {
+            f"{split}_mixed.jsonl": mixed,
+            f"{split}_en.jsonl": en_evaluation,
+            f"{split}_yesno.jsonl": yes_no_evaluation,
+        }
+    return files
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Turn the published files of Flickr8k-CN into records.")
+    parser.add_argument("--images", type=Path, required=True, help="tar file or folder of photos")
+    parser.add_argument("--captions", type=Path, required=True, help="Chinese captions: NAME.jpg#zhc#0 caption")
+    parser.add_argument("--captions-en", type=Path, help="English captions; adds English records and yes/no questions")
+    parser.add_argument("--names", type=Path, required=True, help="the photos to take, one file name a line")
+    parser.add_argument("--split", help="name of the files written (default: the stem of --names)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    split = arguments.split or arguments.names.stem
+    if not re.fullmatch(r"\w[\w.-]*", split):
+        raise NanoVLMError(f"--split {split!r}: is not a plain name; use letters, digits, '_', '-' and '.'")
+    names = read_names(arguments.names)
+    zh = read_captions(arguments.captions, "zh")
+    en = read_captions(arguments.captions_en, "en") if arguments.captions_en else None
+
+    for path, captions in ((arguments.captions, zh), (arguments.captions_en, en)):
+        if captions is not None:
+            skipped = Skipped(path, [f"{name} has no caption" for name in names if name not in captions])
+            skipped.check(len(names))
+            names = [name for name in names if name in captions]
+    names = extract_photos(arguments.images, names, arguments.out / "images")
+
+    files = {
+        arguments.out / name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        for name, records in make_records(names, split, zh, en).items()
+    }
+    for path, data in files.items():
+        check_free(path, data)
+    for path, data in files.items():
+        write_new(path, data)
+        count = data.count(b"\n")
+        print(f"{path}: {count:,} records", file=sys.stderr)
+    print(f"{arguments.out / 'images'}: {len(names):,} photos", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
