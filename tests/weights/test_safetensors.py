@@ -147,6 +147,7 @@ def test_misaligned_tensors_are_copied(tmp_path):
     assert file.tensor("byte").item() == 7
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(2)}, path)
