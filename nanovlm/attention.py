@@ -1,0 +1,118 @@
+"""The one attention both towers use, its key/value cache, and the rule for who sees whom."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.errors import NanoVLMError
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019); any shape in, the same out."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, (B, H_kv, S, D) a layer, allocated once for the whole generation."""
+
+    def __init__(self, num_layers: int, batch: int, num_kv_heads: int, head_dim: int, max_length: int,
+                 dtype: torch.dtype, device: torch.device | str) -> None:
+        shape = (num_layers, batch, num_kv_heads, max_length, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.max_length = max_length
+        self.length = 0  # tokens held; the decoder advances it once all layers have appended
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H_kv, T, D) after the tokens held and return views of everything up to and including them."""
+        end = self.length + keys.shape[2]
+        if end > self.max_length:
+            raise NanoVLMError(f"the cache holds {self.max_length} tokens and cannot take token {end}; allocate it longer")
+        self.keys[layer, :, :, self.length:end] = keys
+        self.values[layer, :, :, self.length:end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def visibility(attention_mask: Tensor, queries: int) -> Tensor:
+    """Which of S tokens each of the last `queries` tokens of a row may look at: (B, S) integers → (B, queries, S) bool.
+
+    `attention_mask` is 0 for padding and 1 for a token, as everywhere else; tokens numbered 2, 3, … form branches.
+    A token sees earlier tokens of its own number and those numbered 1. So a row [1 1 1 2 2 3 3] is one prefix with two
+    continuations that do not see each other, and a row [2 2 2 3 3] is two samples packed into one row.
+    Padding sees itself alone, only to keep the softmax finite.
+    """
+    length = attention_mask.shape[1]
+    keys, query = attention_mask[:, None, :], attention_mask[:, -queries:, None]
+    index = torch.arange(length, device=attention_mask.device)
+    earlier = index <= index[-queries:, None]  # (queries, S)
+    same = index == index[-queries:, None]
+    return (earlier & (query > 0) & ((keys == query) | (keys == 1))) | same
+
+
+def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al. 2021): (B, T) positions → two (B, 1, T, D) tables in fp32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i+D/2}) of (B, H, T, D) by its position's angle."""
+    cos, sin = (table.to(heads.dtype) for table in rotary)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017), grouped-query when `num_kv_heads` < `num_heads` (Ainslie et al. 2023).
+
+    The head width may differ from `hidden_size / num_heads` (Qwen3). With `qk_norm_eps`, queries and keys are
+    RMS-normalised per head before the rotation.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
+                 qkv_bias: bool, output_bias: bool, qk_norm_eps: float | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=output_bias)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(self.head_dim, qk_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, qk_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, hidden_states: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+                is_causal: bool = False, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) → (B, T, C). `mask` is (B, 1, T, S) bool, True where a query may look; S counts cached tokens too."""
+        batch, length, _ = hidden_states.shape
+        queries = self.q_norm(self._heads(self.q_proj(hidden_states), self.num_heads))  # (B, H, T, D)
+        keys = self.k_norm(self._heads(self.k_proj(hidden_states), self.num_kv_heads))  # (B, H_kv, T, D)
+        values = self._heads(self.v_proj(hidden_states), self.num_kv_heads)
+        if rotary is not None:
+            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+        if cache is not None:
+            keys, values = cache.append(layer, keys, values)
+        if length == 1 and self.num_kv_heads < self.num_heads:
+            # One new token: the query heads that share a key head stand in as its query positions, so that
+            # the cache is read once instead of being repeated for every head.
+            queries = queries.reshape(batch, self.num_kv_heads, -1, self.head_dim)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal,
+                                                  enable_gqa=queries.shape[1] != keys.shape[1])
+        attended = attended.reshape(batch, self.num_heads, length, self.head_dim)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+    def _heads(self, projected: Tensor, num_heads: int) -> Tensor:
+        return projected.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)

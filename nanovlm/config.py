@@ -1,0 +1,67 @@
+"""Reading settings strictly: a key nobody knows, or a value nobody implements, is an error and never ignored."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from nanovlm.errors import NanoVLMError
+
+T = TypeVar("T")
+
+# What hub files say about themselves, about generation or about initialisation: nothing that changes a forward pass.
+HUB_BOOKKEEPING = frozenset({
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map",
+    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
+    "is_encoder_decoder", "_attn_implementation", "_attn_implementation_autoset",
+})
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> NanoVLMError:
+    """The error for a key nobody knows, naming the nearest one that exists."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return NanoVLMError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; remove it"))
+
+
+def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None) -> T:
+    """Build a flat dataclass from a dictionary, checking every key and every type. Lists become tuples."""
+    where = where or cls.__name__
+    if not isinstance(config, Mapping):
+        raise NanoVLMError(f"{where}: expected a table of settings, found {type(config).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in config.items():
+        if key not in fields:
+            raise unknown_key(key, fields, where)
+        values[key] = tuple(value) if isinstance(value, list) else value
+        expected = fields[key].type
+        if isinstance(expected, type):
+            accepted = (int, float) if expected is float else expected
+            if not isinstance(values[key], accepted) or (isinstance(value, bool) and expected is not bool):
+                raise NanoVLMError(f"{where}: {key} is {value!r}, expected {expected.__name__}")
+    missing = [name for name, field in fields.items() if name not in values
+               and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+    if missing:
+        raise NanoVLMError(f"{where}: key {missing[0]!r} is missing")
+    return cls(**values)
+
+
+def read_hf_config(config: Mapping[str, Any], model_types: tuple[str, ...], defaults: Mapping[str, Any],
+                   ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """Fill the defaults a hub `config.json` leaves out. `ignored` names keys known not to change a forward pass."""
+    model_type = config.get("model_type")
+    if model_type not in model_types:
+        raise NanoVLMError(f"config.json: model_type is {model_type!r}; implemented are {', '.join(model_types)}")
+    known = {*defaults, *ignored, *HUB_BOOKKEEPING}
+    for key in config:
+        if key not in known:
+            raise unknown_key(key, known, "config.json")
+    return {"model_type": model_type, **defaults, **{key: config[key] for key in config if key in defaults}}
+
+
+def require(config: Mapping[str, Any], where: str = "config.json", **implemented: Any) -> None:
+    """Refuse a setting whose value is not the one implemented."""
+    for key, value in implemented.items():
+        if key in config and config[key] != value:
+            raise NanoVLMError(f"{where}: {key} = {config[key]!r} is not implemented, only {value!r}")

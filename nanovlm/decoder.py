@@ -1,0 +1,161 @@
+"""The language model: token ids → logits. Qwen2, Qwen2.5 and Qwen3 (dense)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.attention import Attention, KVCache, RMSNorm, rotary_embedding, visibility
+from nanovlm.config import from_dict, read_hf_config, require
+from nanovlm.weights.pretrained import load_pretrained
+from nanovlm.weights.names import QWEN
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; the names are the hub's."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    qkv_bias: bool = True  # Qwen2 and 2.5
+    qk_norm: bool = False  # Qwen3
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = True  # the output head is the embedding table
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "DecoderConfig":
+        """Read the `config.json` of a Qwen2, Qwen2.5 or Qwen3 folder; older and newer spellings of RoPE's settings."""
+        qwen3 = config.get("model_type") == "qwen3"
+        rope = config.get("rope_parameters") or {}
+        config = read_hf_config(config, ("qwen2", "qwen3"), defaults=dict(
+            vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=32, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_scaling=None,
+            rope_theta=rope.get("rope_theta", 10000.0), max_position_embeddings=32768, tie_word_embeddings=False,
+            attention_bias=False, use_sliding_window=False, rope_parameters={}, layer_types=None,
+        ), ignored=("initializer_range", "use_cache", "attention_dropout", "sliding_window", "max_window_layers",
+                    "use_mrope"))
+        require(config, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
+        require(config["rope_parameters"] or {}, where="rope_parameters", rope_type="default")
+        require({"layer_types": set(config["layer_types"] or ()) - {"full_attention"}}, layer_types=set())
+        if qwen3:
+            require(config, attention_bias=False)
+        heads = config["num_attention_heads"]
+        return cls(
+            qkv_bias=not qwen3, qk_norm=qwen3, num_key_value_heads=config["num_key_value_heads"] or heads,
+            head_dim=config["head_dim"] or (128 if qwen3 else config["hidden_size"] // heads),
+            **{name: config[name] for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")})
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "DecoderConfig":
+        return from_dict(cls, config)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm causal attention, then the gated MLP."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+            qkv_bias=config.qkv_bias, output_bias=False, qk_norm_eps=config.rms_norm_eps if config.qk_norm else None)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, hidden_states: Tensor, **attention) -> Tensor:
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **attention)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class Decoder(nn.Module):
+    """A causal transformer with rotary positions (Yang et al. 2024, 2025: Qwen2, Qwen2.5, Qwen3)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Decoder":
+        """Load a hub folder, one file or sharded; any missing, unexpected or mis-shaped tensor is an error."""
+        return load_pretrained(cls, DecoderConfig, folder, QWEN, dtype)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix (V, C): the embedding table itself when tied."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids → (B, T, V) logits. `attention_mask` and `cache`: see `hidden_states`."""
+        return self.logits(self.hidden_states(self.embed_tokens(input_ids), attention_mask, cache))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(…, C) → (…, V)."""
+        return F.linear(hidden_states, self.head_weight)
+
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) token embeddings → (B, T, C) after the final norm.
+
+        `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, 2 and up branches
+        (`visibility`). Without one, every row is a full sequence. A token's position is the number of tokens it
+        sees before it, which is right for padding on either side and for branches alike.
+        """
+        batch, length, _ = embeddings.shape
+        start = cache.length if cache is not None else 0
+        if attention_mask is None:
+            position_ids, mask = torch.arange(start, start + length, device=embeddings.device).expand(batch, -1), None
+            if start > 0 and length > 1:
+                mask = visibility(position_ids.new_ones(1, start + length), length)[:, None]
+        else:
+            visible = visibility(attention_mask, length)  # (B, T, S)
+            position_ids, mask = visible.sum(dim=-1) - 1, visible[:, None]
+        rotary = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta)
+        hidden_states = embeddings
+        for layer, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, rotary=rotary, mask=mask, is_causal=mask is None and length > 1,
+                                  cache=cache, layer=layer)
+        if cache is not None:
+            cache.length += length
+        return self.norm(hidden_states)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and on their device."""
+        weight = self.embed_tokens.weight
+        return KVCache(self.config.num_hidden_layers, batch, self.config.num_key_value_heads, self.config.head_dim,
+                       max_length, weight.dtype, weight.device)
