@@ -1,10 +1,9 @@
 """From a picture on disk to the pixels a vision tower reads: open safely, orient, resize, crop, normalise."""
 
-import difflib
 import io
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from nanovlm import config as configs
 from nanovlm.errors import NanoVLMError
 
 # 8192 × 8192: above any 50-megapixel photo, and 256 MiB once decoded (pillow keeps four bytes a pixel).
@@ -56,14 +56,14 @@ class ImageConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _require(_is_size(self.height) and _is_size(self.width), "height and width must be whole numbers above 0")
         _require(self.fit in ("squash", "crop"), f"fit must be squash or crop, not {self.fit!r}")
         _require(self.resample in list(_FILTERS), f"resample must be one of {list(_FILTERS)}, not {self.resample!r}")
-        if self.fit == "squash":
-            _require(self.shortest_edge is None, "shortest_edge is only for fit = crop")
-        else:
-            _require(_is_size(self.shortest_edge) and self.shortest_edge >= max(self.height, self.width),
-                     f"shortest_edge must be a whole number no smaller than the {self.height} x {self.width} crop")
+        _require(self.fit == "crop" or self.shortest_edge is None, "shortest_edge is only for fit = crop")
+        for name in ("height", "width") if self.fit == "squash" else ("height", "width", "shortest_edge"):
+            size = getattr(self, name)
+            _require(type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0")
+        _require(self.fit == "squash" or self.shortest_edge >= max(self.height, self.width),
+                 f"shortest_edge = {self.shortest_edge} is smaller than the {self.height} x {self.width} crop")
         for name in ("mean", "std"):
             values = getattr(self, name)
             _require(isinstance(values, (list, tuple)) and len(values) == 3
@@ -74,8 +74,7 @@ class ImageConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageConfig":
         """The inverse of `dataclasses.asdict`, also after a trip through JSON. An unknown key is an error."""
-        _refuse_unknown_keys(config, [field.name for field in fields(cls)], "image config")
-        return cls(**config)
+        return configs.from_dict(cls, config, "image config")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ImageConfig":
@@ -85,15 +84,17 @@ class ImageConfig:
         key are errors.
         """
         where = "preprocessor_config.json"
+        _require(isinstance(config, dict), f"expected a table of settings, found {type(config).__name__}", where)
         known = ["image_processor_type", "feature_extractor_type", *_HUB_FIXED, *_HUB_DEFAULTS["BitImageProcessor"]]
-        _refuse_unknown_keys(config, known, where)
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-        kind = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+        for key in config:
+            if key not in known:
+                raise configs.unknown_key(key, known, where)
+        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))  # the older name
+        kind = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
         _require(kind in _HUB_DEFAULTS, f"image_processor_type is {kind}; can read {list(_HUB_DEFAULTS)}", where)
         settings = _HUB_FIXED | _HUB_DEFAULTS[kind] | {k: value for k, value in config.items() if value is not None}
 
-        for key, value in _HUB_FIXED.items():
-            _require(settings[key] == value, f"{key} = {settings[key]} is not implemented, only {value} is", where)
+        configs.require(settings, where, **_HUB_FIXED)
         resample = next((name for name, number in _FILTERS.items() if number == settings["resample"]), None)
         _require(resample is not None, f"resample = {settings['resample']} is not one of 0, 1, 2, 3", where)
         size, crop, do_crop = settings["size"], settings["crop_size"], settings["do_center_crop"]
@@ -201,17 +202,6 @@ def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
 def _require(condition: bool, problem: str, where: str = "image config") -> None:
     if not condition:
         raise NanoVLMError(f"{where}: {problem}")
-
-
-def _refuse_unknown_keys(config: dict[str, Any], known: list[str], where: str) -> None:
-    _require(isinstance(config, dict), f"a table of settings is expected, not {type(config).__name__}", where)
-    for key in config:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-        _require(key in known, f"unknown key {key!r}; the nearest known one is {nearest!r}", where)

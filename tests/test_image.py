@@ -394,3 +394,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ImageConfig.from_dict({"heigth": 3})
     with pytest.raises(NanoVLMError, match="expected"):
         ImageConfig.from_dict([1])
+    with pytest.raises(NanoVLMError, match="expected"):
+        ImageConfig.from_hf([])
+    with pytest.raises(NanoVLMError, match="std_deviation"):
+        ImageConfig.from_dict({"std_deviation": 3})
