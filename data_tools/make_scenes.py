@@ -16,6 +16,8 @@ import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -131,8 +133,11 @@ def _map_in_order(work: partial, jobs: list[tuple[str, int]], workers: int) -> I
         return
     # "spawn" everywhere: what works here then also works on macOS and Windows. Ctrl-C is for the parent to handle.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from tqdm(pool.imap(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene")
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield from tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene")
+        except BrokenProcessPool:
+            raise NanoVLMError("a drawing process ended early; try again with --workers 1") from None
 
 
 def _make_scene(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, list[dict]]:

@@ -84,7 +84,7 @@ def _heart(points: int = 48) -> list[tuple[float, float]]:
     for i in range(points):
         t = 2 * math.pi * i / points
         height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-        outline.append((1.1 * math.sin(t) ** 3, -(height + 2.5) / 14.5))
+        outline.append((1.1 * math.sin(t) ** 3, -(height + 1.2) / 14.5))
     return outline
 
 
@@ -99,7 +99,7 @@ def _outlines() -> dict[str, list[tuple[float, float]]]:
     return {
         "circle": _regular(48, 1.0),
         "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
-        "triangle": [(0.0, -1.05), (1.1, 0.85), (-1.1, 0.85)],
+        "triangle": [(0.0, -1.2), (1.1, 0.7), (-1.1, 0.7)],
         "star": star,
         "diamond": [(0.0, -1.25), (0.82, 0.0), (0.0, 1.25), (-0.82, 0.0)],
         "ring": [*outer, outer[0], inner[0], *reversed(inner)],
