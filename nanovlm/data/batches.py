@@ -1,0 +1,73 @@
+"""Encoded samples → one batch. Samples that begin alike, image included, can share a row and read the image once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+
+import torch
+
+from nanovlm.chat import IGNORED, Encoded
+from nanovlm.vlm import Batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenized record and the images it shows, in order."""
+
+    encoded: Encoded
+    images: tuple[Path, ...]
+
+
+@dataclass
+class Row:
+    """One line of a batch: token ids, labels and the attention mask's numbers (`visibility`), all of one length."""
+
+    input_ids: list[int]
+    labels: list[int]
+    attention_mask: list[int]
+    images: tuple[Path, ...]
+
+
+def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
+    """Lay out samples of the same images as one row: what they have in common once, then each one's own branch.
+
+    The branches see the common beginning and not each other, so every logit is what it would be in a row of its
+    own, at a fraction of the work. Where they do not have all images in common, each sample gets its own row.
+    """
+    sequences = [sample.encoded.input_ids for sample in samples]
+    # A branch starts before its first label, since the token that predicts a label has to stand right before it.
+    first_labels = [next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED) for sample in samples]
+    shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
+    if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
+        return [Row(sample.encoded.input_ids, sample.encoded.labels, [1] * len(sample.encoded.input_ids), sample.images)
+                for sample in samples]
+    row = Row(sequences[0][:shared], [IGNORED] * shared, [1] * shared, samples[0].images)
+    for branch, sample in enumerate(samples, start=2):
+        row.input_ids += sample.encoded.input_ids[shared:]
+        row.labels += sample.encoded.labels[shared:]
+        row.attention_mask += [branch] * (len(sample.encoded.input_ids) - shared)
+    return [row]
+
+
+def collate(rows: Sequence[Row], image_token_id: int, pad_left: bool = False) -> Batch:
+    """Pad rows to one length, and find where images go and what is to be predicted. Pixels are added by the caller.
+
+    `pad_left` is for generation, where it makes all rows end together.
+    """
+    length = max(len(row.input_ids) for row in rows)
+
+    def stack(name: str, padding: int) -> torch.Tensor:
+        padded = torch.full((len(rows), length), padding)
+        for line, row in zip(padded, rows):
+            values = torch.tensor(getattr(row, name))
+            line[-len(values):] = values if pad_left else line[-len(values):]
+            line[:len(values)] = line[:len(values)] if pad_left else values
+        return padded
+
+    input_ids, labels, attention_mask = stack("input_ids", 0), stack("labels", IGNORED), stack("attention_mask", 0)
+    targets = labels.flatten()
+    target_index = (targets != IGNORED).nonzero()[:, 0]
+    return Batch(input_ids=input_ids, attention_mask=attention_mask,
+                 image_positions=((input_ids == image_token_id) & (attention_mask > 0)).flatten().nonzero()[:, 0],
+                 target_positions=target_index - 1, targets=targets[target_index])

@@ -1,0 +1,153 @@
+"""The whole model in one place: an image's patches become tokens among the words, and the decoder reads on.
+
+    pixels (N, 3, H, W) ─ vision ─▶ patches (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
+    input_ids (B, T), K placeholders an image ─ embedding ─▶ (B, T, C_t) ◀─ spliced in ─┘ ─ decoder ─▶ loss | next token
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.chat import Chat, ChatConfig
+from nanovlm.config import unknown_key
+from nanovlm.decoder import Decoder, DecoderConfig
+from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json, write_atomically
+from nanovlm.image import ImageConfig
+from nanovlm.loss import chunked_cross_entropy
+from nanovlm.projector import ProjectorConfig, build_projector
+from nanovlm.tokenizer import Tokenizer, load_tokenizer
+from nanovlm.vit import VisionConfig, VisionTransformer
+from nanovlm.weights.loading import load_into, open_checkpoint
+from nanovlm.weights.safetensors import save_file
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """All parts' settings, and the layer whose patch vectors are looked at (`VisionTransformer.patches`)."""
+
+    vision: VisionConfig
+    text: DecoderConfig
+    projector: ProjectorConfig
+    image: ImageConfig
+    chat: ChatConfig
+    vision_layer: int = -1
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "VLMConfig":
+        """Read what `dataclasses.asdict` wrote; an unknown or missing key is an error that names it."""
+        parts = {"vision": VisionConfig, "text": DecoderConfig, "projector": ProjectorConfig, "image": ImageConfig,
+                 "chat": ChatConfig}
+        known = {field.name for field in dataclasses.fields(cls)} | {"model_type"}
+        for key in config:
+            if key not in known:
+                raise unknown_key(key, known, "config.json")
+        if config.get("model_type") != "nanovlm":
+            raise NanoVLMError(f"config.json: model_type is {config.get('model_type')!r}, expected 'nanovlm'; "
+                               "give the folder of a trained model, such as runs/stage2/model")
+        if missing := [name for name in parts if name not in config]:
+            raise NanoVLMError(f"config.json: key {missing[0]!r} is missing")
+        return cls(vision_layer=config.get("vision_layer", -1),
+                   **{name: part.from_dict(config[name]) for name, part in parts.items()})
+
+
+@dataclass
+class Batch:
+    """What one forward pass takes. Positions are flat indices into (B, T), made where the batch is made, so that
+    nothing has to be counted on the accelerator."""
+
+    input_ids: Tensor  # (B, T); at `image_positions` the placeholder
+    attention_mask: Tensor  # (B, T): 0 padding, 1 a token, 2 and up branches that share the row's beginning
+    image_positions: Tensor  # (N · K,) where the visual tokens go, in the images' order
+    target_positions: Tensor  # (M,) the positions that predict a labelled token
+    targets: Tensor  # (M,) the labelled tokens
+    pixels: Tensor | None = None  # (N, 3, H, W)
+    patches: Tensor | None = None  # (N, P, C_v) instead of pixels, where the features are kept
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: tensor if tensor is None else tensor.to(device, non_blocking=True)
+                        for name, tensor in moved.items()})
+
+
+class VisionLanguageModel(nn.Module):
+    """Eyes, projector and voice. `tokenizer` and `chat` belong to the voice and travel with it."""
+
+    def __init__(self, config: VLMConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.chat = config, tokenizer, Chat(config.chat, tokenizer)
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise NanoVLMError(f"the tokenizer knows {tokenizer.vocab_size} tokens and the decoder {config.text.vocab_size}; "
+                               "they do not belong together")
+        self.vision = VisionTransformer(config.vision)
+        self.projector = build_projector(config.projector, config.vision.hidden_size, config.text.hidden_size)
+        self.decoder = Decoder(config.text)
+        patch_size = config.vision.patch_size
+        self.image_length = self.projector.num_tokens(  # K, placeholder tokens an image takes
+            (config.image.height // patch_size) * (config.image.width // patch_size))
+
+    @classmethod
+    def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,
+                   vision_layer: int = -1) -> "VisionLanguageModel":
+        """Join pretrained eyes and a pretrained voice (two hub folders) with a new projector."""
+        eyes, voice, tokenizer = VisionTransformer.from_pretrained(vision), Decoder.from_pretrained(text), load_tokenizer(text)
+        chat = ChatConfig.from_hf(text, tokenizer)
+        tokenizer.add_special_token(chat.image_token)
+        config = VLMConfig(eyes.config, voice.config, projector, image, chat, vision_layer)
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        model.vision, model.decoder = eyes, voice
+        model.projector = build_projector(projector, eyes.config.hidden_size, voice.config.hidden_size)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "VisionLanguageModel":
+        """Load a model folder (`config.json`, `model.safetensors`, tokenizer files); strict, and no weight held twice."""
+        folder = Path(folder)
+        try:
+            config = VLMConfig.from_dict(read_json(folder / "config.json"))
+        except NanoVLMError as error:
+            raise NanoVLMError(f"{folder}: {error}") from None
+        tokenizer = load_tokenizer(folder)
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        load_into(model, open_checkpoint(folder), lambda name: name, dtype=dtype)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a complete model folder. The weights go last, so a folder that has them is whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": "nanovlm", **dataclasses.asdict(self.config)}
+        write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        self.tokenizer.save(folder)
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head."""
+        hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask)
+        return chunked_cross_entropy(hidden_states.flatten(0, 1).index_select(0, batch.target_positions),
+                                     self.decoder.head_weight, batch.targets)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
+        embeddings = self.decoder.embed_tokens(batch.input_ids)
+        patches = self.look(batch.pixels) if batch.patches is None and batch.pixels is not None else batch.patches
+        found = 0 if patches is None else len(patches)
+        if len(batch.image_positions) != found * self.image_length:
+            raise NanoVLMError(f"the text has {len(batch.image_positions)} image placeholders and {found} images of "
+                               f"{self.image_length} visual tokens fill {found * self.image_length}; they have to be equal")
+        if patches is None:
+            return embeddings
+        visual_tokens = self.projector(patches)  # (N, K, C_t)
+        spliced = embeddings.flatten(0, 1).index_copy(
+            0, batch.image_positions, visual_tokens.flatten(0, 1).to(embeddings.dtype))
+        return spliced.view_as(embeddings)
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v)."""
+        return self.vision.patches(pixels.to(self.vision.cls_token.dtype), self.config.vision_layer)
