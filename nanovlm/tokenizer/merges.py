@@ -1,0 +1,146 @@
+"""Byte-pair encoding of one word: from its bytes up, always merging the pair of neighbours that was learned first.
+
+The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in GPT-2. Vocabulary files spell
+a byte as a printable character: itself where it prints in Latin-1, otherwise one from U+0100 on (so a space is `Ġ`).
+"""
+
+import heapq
+from collections.abc import Iterable
+from itertools import pairwise
+from operator import add
+
+from nanovlm.errors import NanoVLMError
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_SHIFTED = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_SHIFTED)}
+CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+_TO_LATIN_1 = {ord(character): byte for character, byte in CHARACTER_TO_BYTE.items()}
+
+CACHED_WORDS = 1 << 17
+CACHED_LENGTH = 64  # characters; a longer word seldom comes twice
+
+
+def spell(raw: bytes) -> str:
+    """Bytes as a vocabulary file spells them."""
+    return raw.decode("latin-1").translate(BYTE_TO_CHARACTER)
+
+
+def unspell(token: str) -> bytes:
+    """The bytes that a token of a vocabulary stands for; a token with any other character stands for its own text."""
+    try:
+        return bytes([CHARACTER_TO_BYTE[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) -> list[int]:
+    """Merge neighbours until no pair of `ranks` is left: lowest rank first, then leftmost. O(n log n); `ids` is used up.
+
+    A linked list holds the symbols (the right one of a merged pair becomes None), a heap the pairs to merge.
+    """
+    length = len(ids)
+    before, after = list(range(-1, length - 1)), list(range(1, length + 1))
+    heap = [(ranks[pair], left) for left, pair in enumerate(pairwise(ids)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, left = heapq.heappop(heap)
+        right = after[left]
+        if right == length or ranks.get((ids[left], ids[right])) != rank:
+            continue  # one of the two has been merged with its other neighbour since
+        ids[left], ids[right] = merged[rank], None
+        after[left] = following = after[right]
+        if following < length:
+            before[following] = left
+            rank = ranks.get((ids[left], ids[following]))
+            if rank is not None:
+                heapq.heappush(heap, (rank, left))
+        if (preceding := before[left]) >= 0:
+            rank = ranks.get((ids[preceding], ids[left]))
+            if rank is not None:
+                heapq.heappush(heap, (rank, preceding))
+    return [id for id in ids if id is not None]
+
+
+class _Neighbours(dict[str, bool]):
+    """Whether some token holds two characters side by side. If none does, the text on either side merges on its own.
+
+    Chinese is written without spaces, so its "words" are whole clauses, each of them new. Cut at such places they become a
+    few characters that come again and again, and the cache answers.
+    """
+
+    def __init__(self, tokens: Iterable[str]):
+        # Tokens that end inside a character: the bytes on the two sides of the character boundaries they hold.
+        self._bytes: set[tuple[int, int]] = set()
+        for token in tokens:
+            if token.isascii():
+                continue
+            try:
+                raw = token.translate(_TO_LATIN_1).encode("latin-1")
+            except UnicodeEncodeError:
+                continue  # not spelled in bytes, so no merge yields it
+            if raw.isascii():
+                continue
+            try:
+                text = raw.decode()
+                self.update(dict.fromkeys(map(add, text, text[1:]), True))
+            except UnicodeDecodeError:
+                self._bytes.update(pair for pair in pairwise(raw) if pair[1] & 0xC0 != 0x80)
+
+    def __missing__(self, pair: str) -> bool:
+        beside = pair.isascii() or (pair[0].encode()[-1], pair[1].encode()[0]) in self._bytes
+        if len(self) < CACHED_WORDS:
+            self[pair] = beside
+        return beside
+
+
+class BytePairEncoder:
+    """Encodes words with a vocabulary (token to id) and its merges, in the order they were learned."""
+
+    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
+        missing = [byte for byte, character in BYTE_TO_CHARACTER.items() if character not in vocab]
+        if missing:
+            raise NanoVLMError(f"vocabulary: lacks {len(missing)} of the 256 bytes (first 0x{missing[0]:02x}); not byte-level?")
+        self._byte_ids = [vocab[BYTE_TO_CHARACTER[byte]] for byte in range(256)]
+        self._ranks: dict[tuple[int, int], int] = {}
+        self._merged: list[int] = []
+        for rank, pair in enumerate(merges):
+            try:
+                left, right = pair
+                self._ranks[vocab[left], vocab[right]] = rank
+                self._merged.append(vocab[left + right])
+            except (KeyError, TypeError, ValueError):
+                raise NanoVLMError(f"merge {rank}: {pair!r:.80} is not two tokens that make a third; damaged file?") from None
+        self._neighbours = _Neighbours(vocab)
+        self._cache: dict[str, list[int]] = {}
+
+    @property
+    def reachable(self) -> set[int]:
+        """Every id that `encode` can give."""
+        return {*self._byte_ids, *self._merged}
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The merges as ids, first learned first."""
+        return sorted(self._ranks, key=self._ranks.__getitem__)
+
+    def encode(self, word: str) -> list[int]:
+        """The ids of one word."""
+        ids, start = [], 0
+        if not word.isascii():
+            neighbours = self._neighbours
+            for position, pair in enumerate(map(add, word, word[1:]), 1):
+                if not neighbours[pair]:
+                    ids += self._encode_part(word[start:position])
+                    start = position
+        return ids + self._encode_part(word[start:])
+
+    def _encode_part(self, part: str) -> list[int]:
+        ids = self._cache.get(part)
+        if ids is None:
+            ids = merge([self._byte_ids[byte] for byte in part.encode()], self._ranks, self._merged)
+            if len(part) <= CACHED_LENGTH:
+                if len(self._cache) >= CACHED_WORDS:
+                    self._cache.clear()
+                self._cache[part] = ids
+        return ids

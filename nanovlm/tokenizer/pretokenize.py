@@ -1,0 +1,168 @@
+"""Cutting a text into words before byte-pair encoding, exactly as the `tokenizers` package does, on the standard library.
+
+A `tokenizer.json` names its patterns in the Oniguruma dialect, whose `\\p{L}` (letter), `\\p{N}` (number) and `\\p{M}` (mark)
+Python's `re` lacks. Their members come from `unicodedata`; the tables below add what a given Python may be too old to know,
+so that every Python gives the same words. Whatever is not implemented here is refused, never skipped.
+"""
+
+import re
+import sys
+import unicodedata
+from functools import lru_cache
+
+from nanovlm.errors import NanoVLMError
+
+# The patterns of Qwen2, Qwen2.5 and Qwen3, and of GPT-2 (`ByteLevel` with `use_regex`), for files that name none.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# Oniguruma's classes are those of Unicode 16, Python 3.11's those of Unicode 14. These are the code points between.
+NEW_IN_UNICODE_15_AND_16 = {
+    "L": "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 11380-11389 1138b "
+    "1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa "
+    "16100-1611d 16d40-16d6c 18cff 1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 "
+    "2ebf0-2ee5d 31350-323af",
+    "M": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2 113e1-113e2 "
+    "11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
+    "N": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
+    "1e5f1-1e5fa",
+}
+# The NFC of `tokenizers` follows Unicode 9: to it these later combining marks are inert, neither reordered nor composed.
+NEW_MARKS_SINCE_UNICODE_9 = (
+    "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 10eab-10eac 10f46-10f50 "
+    "10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 "
+    "16ff0-16ff1 1e130-1e136 1e2ae 1e2ec-1e2ef"
+)
+WHITE_SPACE = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"  # Unicode's; Python's `\s` adds 1c to 1f
+
+
+def _ranges(table: str) -> list[tuple[int, int]]:
+    """First and last code point of each range of a table."""
+    return [(int(first, 16), int(last or first, 16)) for first, _, last in (item.partition("-") for item in table.split())]
+
+
+def _set(ranges: list[tuple[int, int]]) -> str:
+    """The ranges as the inside of a `[…]` of `re`."""
+    return "".join(rf"\U{first:08x}-\U{last:08x}" for first, last in ranges)
+
+
+@lru_cache(maxsize=1)
+def _character_classes() -> dict[str, str]:
+    r"""The insides of `[…]` that stand for `\p{L}`, `\p{M}`, `\p{N}` and `\s`."""
+    categories = "".join(map(unicodedata.category, map(chr, range(sys.maxunicode + 1))))
+    major = bytearray(categories[::2], "ascii")  # "Lu" counts as "L"
+    for letter, table in NEW_IN_UNICODE_15_AND_16.items():
+        for first, last in _ranges(table):
+            major[first : last + 1] = letter.encode() * (last + 1 - first)
+    classes = {r"\s": _set(_ranges(WHITE_SPACE))}
+    for letter in "LMN":
+        runs = re.finditer(letter.encode() + b"+", major)
+        classes[rf"\p{{{letter}}}"] = _set([(run.start(), run.end() - 1) for run in runs])
+    return classes
+
+
+@lru_cache(maxsize=1)
+def _normalizable() -> re.Pattern[str]:
+    inert = " ".join([NEW_MARKS_SINCE_UNICODE_9, NEW_IN_UNICODE_15_AND_16["L"], NEW_IN_UNICODE_15_AND_16["M"]])
+    return re.compile(f"[^{_set(_ranges(inert))}]+")
+
+
+def nfc(text: str) -> str:
+    """Canonical composition (Unicode NFC) as `tokenizers` computes it, on every Python alike."""
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    return _normalizable().sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
+
+
+def translate_pattern(pattern: str) -> re.Pattern[str]:
+    r"""Compile an Oniguruma pattern with `re`. Only what means the same to both passes, besides `\s`, `\S`, `\p{L M N}`."""
+    classes, translated, in_set = _character_classes(), [], False
+    for token in re.findall(r"\\[pP]\{[^}]*\}|\\.|&&|\}\+|.", pattern, re.DOTALL):
+        if token in classes:
+            token = classes[token] if in_set else f"[{classes[token]}]"
+        elif token == r"\S" and not in_set:
+            token = "[^" + classes[r"\s"] + "]"
+        elif token[0] == "\\" and token[1].isalnum() and token not in (r"\r", r"\n", r"\t"):
+            raise NanoVLMError(f"pattern {pattern!r}: {token} is not implemented; use a tokenizer without it")
+        elif token in ("[", "&&") if in_set else token in ("^", "$", "}+"):
+            raise NanoVLMError(f"pattern {pattern!r}: {token!r} here is not implemented; use a tokenizer without it")
+        elif token in "[]":
+            in_set = token == "["
+        translated.append(token)
+    try:
+        return re.compile("".join(translated))
+    except re.error as error:
+        raise NanoVLMError(f"pattern {pattern!r} is not a regular expression `re` can read: {error}") from None
+
+
+def check_settings(what: str, spec: dict, **implemented: tuple | None) -> None:
+    """Refuse a setting that is not among the `implemented` values of its key; None stands for any value."""
+    for key, value in spec.items():
+        if key not in implemented or (implemented[key] is not None and value not in implemented[key]):
+            raise NanoVLMError(f"{what}: {key} = {value!r:.80} is not implemented; use a tokenizer without it")
+
+
+def _steps(spec: dict | None, children: str) -> list[dict]:
+    """A `tokenizer.json` object that may be null or a `Sequence`, as a flat list."""
+    if spec is None:
+        return []
+    if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
+        raise NanoVLMError(f"{children}: expected an object with a type, found {spec!r:.80}")
+    if spec["type"] != "Sequence":
+        return [spec]
+    return [step for child in spec.get(children, []) for step in _steps(child, children)]
+
+
+def reads_nfc(normalizer: dict | None) -> bool:
+    """Whether a `tokenizer.json` normalizer means NFC (or nothing at all); any other is refused."""
+    steps = _steps(normalizer, "normalizers")
+    for step in steps:
+        if step["type"] != "NFC":
+            raise NanoVLMError(f"normalizer {step['type']} is not implemented; use a tokenizer with NFC or none")
+    return bool(steps)
+
+
+def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
+    """The patterns that a `tokenizer.json` pre-tokenizer cuts with, one after the other.
+
+    Implemented are isolating `Split`s and `Digits`, followed by one `ByteLevel`.
+    """
+    patterns = []
+    *cuts, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
+    if last["type"] != "ByteLevel":
+        raise NanoVLMError(f"pre-tokenizer: ends with {last['type']}, but only byte-level vocabularies (ByteLevel) are read")
+    for step in cuts:
+        if step["type"] == "Split" and isinstance(step.get("pattern"), dict):
+            check_settings("Split", step, type=None, pattern=None, behavior=("Isolated",), invert=(False,))
+            regex, literal = step["pattern"].get("Regex"), step["pattern"].get("String", "")
+            patterns.append(re.compile(re.escape(literal)) if regex is None else translate_pattern(regex))
+        elif step["type"] == "Digits":
+            check_settings("Digits", step, type=None, individual_digits=(True, False))
+            patterns.append(translate_pattern(r"\p{N}" if step.get("individual_digits") else r"\p{N}+"))
+        else:
+            raise NanoVLMError(f"pre-tokenizer {step['type']} is not implemented; use a tokenizer without it")
+    check_settings("ByteLevel", last, type=None, add_prefix_space=(False,), trim_offsets=None, use_regex=(True, False))
+    if last.get("use_regex", True):
+        patterns.append(translate_pattern(GPT2_PATTERN))
+    return patterns
+
+
+def cut(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
+    """The words of a text: each pattern's matches, and what lies between them, become words of their own."""
+    words = [text]
+    for pattern in patterns:
+        pieces = []
+        for word in words:
+            end = 0
+            for match in pattern.finditer(word):
+                if match.start() > end:
+                    pieces.append(word[end : match.start()])
+                pieces.append(match[0])
+                end = match.end()
+            if end < len(word):
+                pieces.append(word[end:])
+        words = pieces
+    return words

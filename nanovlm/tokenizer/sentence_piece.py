@@ -1,0 +1,152 @@
+"""SentencePiece models behind the common interface. The algorithm is the `sentencepiece` package's.
+
+A model's user-defined symbols are found by `sentencepiece` in any text, so a user could type one (even in full-width
+letters, which normalization turns into ASCII). They are therefore handed to the package as control symbols, a type it
+never finds in text: one byte per symbol of the model is changed in memory, and what the user typed is encoded like other words.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json, write_atomically
+from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
+
+MODEL_FILE, ADDED_TOKENS_FILE = "tokenizer.model", "added_tokens.json"
+SPACE = "\u2581"  # how a piece spells a space
+# Types of a piece, and the field numbers below, are those of sentencepiece_model.proto.
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A protocol-buffers integer (seven bits a byte, low bits first) and the position after it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of the value of each field of a protocol-buffers message."""
+    while start < end:
+        key, start = _varint(message, start)
+        kind = key & 7
+        if kind == 0:
+            stop = _varint(message, start)[1]
+        elif kind == 2:
+            length, start = _varint(message, start)
+            stop = start + length
+        elif kind in (1, 5):
+            stop = start + (8 if kind == 1 else 4)
+        else:
+            raise ValueError(f"unknown kind of field {kind}")
+        if stop > end:
+            raise ValueError("a field ends outside its message")
+        yield key >> 3, start, stop
+        start = stop
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Its control, unknown and user-defined pieces are the special tokens, besides those added.
+
+    Each call of `encode` is one text to the model: a model trained with `add_dummy_prefix` puts a space before each segment
+    of a conversation that is encoded on its own, and decoding drops only the first one. Train with
+    `add_dummy_prefix=False` to have none. Without `byte_fallback` a character the model lacks becomes `<unk>`, the one
+    case of a special id from a user's text.
+    """
+
+    def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None):
+        self._model, patched = model, bytearray(model)
+        self._pieces: list[tuple[str, int]] = []
+        strips_space = {3: True, 4: True}  # add_dummy_prefix, remove_extra_whitespaces: both default to true
+        try:
+            for number, start, end in _fields(model, 0, len(model)):
+                if number == 1:
+                    piece, kind = "", 1
+                    for field, first, last in _fields(model, start, end):
+                        if field == 1:
+                            piece = model[first:last].decode()
+                        elif field == 3:
+                            kind = model[first]
+                            patched[first] = CONTROL if kind == USER_DEFINED else kind
+                    self._pieces.append((piece, kind))
+                elif number == 3:
+                    strips_space |= {field: bool(model[first]) for field, first, _ in _fields(model, start, end) if field in (3, 4)}
+            if not self._pieces:
+                raise ValueError("it holds no pieces")
+            self._processor = SentencePieceProcessor(model_proto=bytes(patched))
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise NanoVLMError(f"is not a SentencePiece model, or a damaged one ({str(error).splitlines()[0]})") from None
+        self._strips_space = any(strips_space.values())
+        self.special_tokens = {
+            piece: id for id, (piece, kind) in enumerate(self._pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        }
+        self._texts = {id: text for text, id in self.special_tokens.items()}
+        self.vocab_size = len(self._pieces)
+        self._added: dict[str, int] = {}
+        for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
+            if self.add_special_token(text) != id:
+                raise NanoVLMError(f"added token {text!r}: has id {id}, expected {self.special_tokens[text]}; damaged file?")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SentencePieceTokenizer":
+        """Read a model file, and the `added_tokens.json` beside it if there is one."""
+        path = Path(path)
+        added_path = path.with_name(ADDED_TOKENS_FILE)
+        added_tokens = read_json(added_path) if added_path.exists() else {}
+        if not all(type(id) is int for id in added_tokens.values()):
+            raise NanoVLMError(f"{added_path}: expected an object of texts and whole numbers; damaged file?")
+        try:
+            return cls(path.read_bytes(), added_tokens)
+        except OSError as error:
+            raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        except NanoVLMError as error:
+            raise NanoVLMError(f"{path}: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(without_surrogates(text))
+
+    def encode_with_special(self, text: str) -> list[int]:
+        ids, start = [], 0
+        for match in spelling_pattern(self.special_tokens).finditer(text):
+            ids += self.encode(text[start : match.start()])
+            ids.append(self.special_tokens[match[0]])
+            start = match.end()
+        return ids + self.encode(text[start:])
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        parts, at_start = [], self._strips_space
+        for id in ids:
+            if id in self._texts:
+                parts.append(b"" if skip_special else self._texts[id].encode())
+            elif 0 <= id < len(self._pieces):
+                piece, kind = self._pieces[id]
+                if kind == BYTE:
+                    parts.append(bytes([int(piece[1:-1], 16)]))
+                else:
+                    text = piece.removeprefix(SPACE) if at_start else piece
+                    parts.append(text.replace(SPACE, " ").encode())
+                at_start = False
+        return b"".join(parts)
+
+    def add_special_token(self, text: str) -> int:
+        if text not in self.special_tokens:
+            if not text:
+                raise NanoVLMError("special token '': is empty; give it a text")
+            self.special_tokens[text] = self._added[text] = self.vocab_size
+            self._texts[self.vocab_size] = text
+            self.vocab_size += 1
+        return self.special_tokens[text]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.model`, the same bytes as were read, and `added_tokens.json`."""
+        folder = Path(folder)
+        write_atomically(folder / ADDED_TOKENS_FILE, json.dumps(self._added, ensure_ascii=False))
+        write_atomically(folder / MODEL_FILE, self._model)
