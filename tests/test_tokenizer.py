@@ -1,4 +1,4 @@
-"""The tokenizers against the `tokenizers` and `sentencepiece` packages, and against what users must not be able to do."""
+"""The tokenizers against the `tokenizers` and `sentencepiece` packages, and what users must not be able to do."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ CORPUS = [
     "两个男人站在海边的岩石上看日落。图中有几个红色的圆形？有三个红色的圆形。",
     "左边的蓝色三角形比右边的绿色正方形大，上面没有黄色的星形。",
     "A little girl in a pink dress climbs the stairs; she's happy, isn't she? They'll go 2023-11-05.",
-    "def forward(self, hidden_states):\r\n    return self.proj(hidden_states)  # (B, T, C)\n\n\n\tfor i in range(10):\n",
+    "def forward(self, hidden_states):\r\n    return self.proj(hidden_states)  # (B, T, C)\n\n\n\tfor i in range(9):\n",
     "Привет, мир! こんにちは世界。안녕하세요 세계 مرحبا بالعالم नमस्ते दुनिया สวัสดีชาวโลก café naïve ",
     "👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇨🇳 ❤️ ...... !!!! ==== ---- \n\n \n   \t\t    aaaaaaaaaaaaaaaa 哈哈哈哈哈哈哈哈",
 ]
@@ -34,18 +34,19 @@ ALPHABETS = [
     "的一是在不了有和人这中大为上个国我以要他红色圆形左边狗，。？！：“”（） ",
     " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\ufeffx一",
     "👨👩👧👦🏽👍🏳🌈🇨🇳❤☠🧑🚀\u200d\ufe0f\ufe0e🏿\U000e0067\U000e007f😀 ",
-    "aeiounAEIOUNक़ড়가각각ΩåÅ\u0300\u0301\u0302\u0308\u030a\u0323\u0327\u0328\u0334\u0338\u0345\u093c\u05bc\u3099\u20d2",
+    "aeiounAEIOUNक़ড়가각각ΩåÅ\u0300\u0301\u0302\u0308\u030a\u0323\u0327\u0334\u0338\u0345\u093c\u05bc\u3099\u20d2",
     "".join(map(chr, range(0x20))) + "\x7f\x80\x9f\u200e\u202e\u2066\ufff9\uffff\U0010ffff",
     "0123456789٣४๔²½Ⅻ①〇零壹𝟘 .,-:",
     "{}[]()<>=+-*/\\|&^%$#@!~`\"';:,.?_ \n\tabcxyz01",
     "ſ'sStTrReEvVmMlLdDK'’ ",
     "\u07fd\u0898\u1ac1\U00011938\U00011935\U00011930\U00016d63\U00016d67\U0001611e\U00010efd\u0301\u0323a",
 ]
-FRAGMENTS = SPECIAL + ["<tool_call>", "</tool_call>", "é!", "e\u0301!", "e!\u0338", "<|im_", "end|>", "'ll", "'RE", "\r\n", "    ", "http://a.b/c?d=1", "１２"]
+FRAGMENTS = [*SPECIAL, "<tool_call>", "</tool_call>", "ệ!", "e\u0323\u0302!", "ệ!\u0338", "<|im_", "end|>"]
+FRAGMENTS += ["'ll", "'RE", "\r\n", "    ", "http://a.b/c?d=1", "１２"]
 
 
 def random_text(rng: random.Random) -> str:
-    """A string of up to about a hundred characters that mixes scripts, emoji, marks, controls, code and any code point."""
+    """A string of up to about a hundred characters: scripts, emoji, marks, controls, code and any code point, mixed."""
     pieces = []
     for _ in range(rng.randint(1, 6)):
         kind = rng.random()
@@ -75,7 +76,9 @@ def assert_agrees(ours: BytePairTokenizer, reference: tokenizers.Tokenizer, text
                 assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip), ascii(text)
 
 
-def train_reference(pre_tokenizer: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None) -> tokenizers.Tokenizer:
+def train_reference(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None
+) -> tokenizers.Tokenizer:
     reference = tokenizers.Tokenizer(models.BPE())
     if normalizer is not None:
         reference.normalizer = normalizer
@@ -85,7 +88,8 @@ def train_reference(pre_tokenizer: pre_tokenizers.PreTokenizer, normalizer: norm
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
     reference.train_from_iterator(CORPUS * 4, trainer)
     reference.add_special_tokens(SPECIAL)
-    reference.add_tokens([tokenizers.AddedToken("<tool_call>", normalized=False), tokenizers.AddedToken("é!", normalized=True)])
+    reference.add_tokens([tokenizers.AddedToken("<tool_call>", normalized=False)])
+    reference.add_tokens([tokenizers.AddedToken("ệ!", normalized=True)])
     return reference
 
 
@@ -139,11 +143,24 @@ def test_equals_tokenizers_with_other_patterns(pre_tokenizer, tmp_path):
     assert_agrees(load_tokenizer(tmp_path), reference, CORPUS + [random_text(rng) for _ in range(500)])
 
 
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_equals_tokenizers_when_merges_are_out_of_order_or_missing(folder, tmp_path, ignore_merges):
+    def change(document: dict) -> None:
+        merges = document["model"]["merges"]
+        random.Random(8).shuffle(merges)
+        document["model"].update(merges=merges[: len(merges) * 3 // 4], ignore_merges=ignore_merges)
+
+    ours = load_tokenizer(damaged(folder, tmp_path, change))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(9)
+    assert_agrees(ours, reference, CORPUS + [random_text(rng) for _ in range(500)])
+
+
 def test_character_classes_equal_those_of_tokenizers_for_every_code_point():
     text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF)
-    for name in (r"\p{L}", r"\p{M}", r"\p{N}", r"\s", r"\S", r"[^\s\p{L}]"):
-        reference = pre_tokenizers.Split(Regex(name + "+"), "isolated")
-        assert cut(text, [translate_pattern(name + "+")]) == [word for word, _ in reference.pre_tokenize_str(text)], name
+    for name in (r"\p{L}", r"\p{M}", r"\p{N}", r"\s", r"[^\s\p{L}]"):
+        words = pre_tokenizers.Split(Regex(name + "+"), "isolated").pre_tokenize_str(text)
+        assert cut(text, [translate_pattern(name + "+")]) == [word for word, _ in words], name
 
 
 def test_normalization_equals_that_of_tokenizers_around_every_code_point():
@@ -279,7 +296,7 @@ def damaged(folder: Path, target: Path, change) -> Path:
         (lambda d: d.update(decoder={"type": "WordPiece"}), "decoder"),
         (lambda d: d.update(truncation={"max_length": 3}), "truncation"),
         (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"),
-        (lambda d: d["added_tokens"][0].update(id=3), "id 3"),
+        (lambda d: d["added_tokens"][0].update(id=3), "has the same id"),
         (lambda d: d["added_tokens"][0].update(content="!"), "already in the vocabulary"),
         (lambda d: d["added_tokens"][0].update(content="!", id=d["model"]["vocab"]["!"]), "ordinary text"),
         (lambda d: d["added_tokens"].append("x"), "added token"),
@@ -295,7 +312,7 @@ def test_damaged_or_unsupported_files_say_so_in_one_line(folder, tmp_path, chang
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({}, "no tokenizer found"),
+        ({}, "holds no tokenizer"),
         ({"tokenizer.json": "{\n oops"}, "tokenizer.json:2"),
         ({"tokenizer.json": "[]"}, "expected an object"),
         ({"vocab.json": "{}", "merges.txt": "a b\n"}, "lacks 256"),
@@ -322,7 +339,7 @@ def train_sentence_piece(**settings) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20),
         model_writer=model,
-        vocab_size=560,
+        vocab_size=450,
         byte_fallback=True,
         user_defined_symbols=["<image>", "<|user|>"],
         control_symbols=["<|end|>"],
@@ -332,7 +349,13 @@ def train_sentence_piece(**settings) -> bytes:
     return model.getvalue()
 
 
-@pytest.fixture(scope="module", params=[{"model_type": "bpe", "add_dummy_prefix": False}, {"model_type": "unigram"}], ids=str)
+SENTENCE_PIECE = {
+    "plain bpe": {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "unigram with its defaults": {"model_type": "unigram"},
+}
+
+
+@pytest.fixture(scope="module", params=SENTENCE_PIECE.values(), ids=SENTENCE_PIECE.keys())
 def sentence_piece_model(request: pytest.FixtureRequest) -> bytes:
     return train_sentence_piece(**request.param)
 
@@ -369,7 +392,7 @@ def test_sentence_piece_bytes_may_be_cut_anywhere(sentence_piece_model):
     ids = ours.encode("x🦄")
     assert len(ids) >= 5
     assert ours.decode(ids) == "x🦄"
-    assert ours.decode_bytes(ids[:-1]) == "x🦄".encode()[:-1]
+    assert b"".join(ours.decode_bytes([id]) for id in ids[:-1]).lstrip() == "x🦄".encode()[:-1]
     assert ours.decode(ids[:-1]) == "x\ufffd"
     assert ours.encode("x\ud800") == ours.encode("x\ufffd")
 

@@ -1,7 +1,7 @@
 """Text to ids and back: one interface over byte-pair vocabularies (Qwen's files) and SentencePiece models.
 
-`encode` is for what a user typed and never gives the id of a special token, however the text is spelled. Only the program
-places those, by `special_tokens[…]` or `encode_with_special`.
+`encode` is for what a user typed and never gives the id of a special token, however the text is spelled. Only the
+program places those, by `special_tokens[…]` or `encode_with_special`.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ __all__ = ["AddedToken", "BytePairTokenizer", "SentencePieceTokenizer", "Tokeniz
 
 
 def _read_config(folder: Path) -> tuple[list[AddedToken], dict]:
-    """The added tokens, and the pattern and normalization, that a `tokenizer_config.json` implies for files without them."""
+    """The added tokens, and the way to cut words, that `tokenizer_config.json` tells of files that do not say."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     try:
@@ -47,7 +47,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return BytePairTokenizer.from_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         added_tokens, cutting = _read_config(folder)
-        return BytePairTokenizer.from_vocab_merges(folder / "vocab.json", folder / "merges.txt", added_tokens, **cutting)
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        return BytePairTokenizer.from_vocab_merges(vocab, merges, added_tokens, **cutting)
     for suffix, preferred in ((".tiktoken", ""), (".model", MODEL_FILE)):
         found = sorted(folder.glob(f"*{suffix}"))
         if folder / preferred in found:
@@ -60,5 +61,5 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             added_tokens, cutting = _read_config(folder)
             return BytePairTokenizer.from_tiktoken(found[0], added_tokens, **cutting)
     raise NanoVLMError(
-        f"{folder}: no tokenizer found; expected tokenizer.json, vocab.json with merges.txt, *.tiktoken or tokenizer.model"
+        f"{folder}: holds no tokenizer; expected tokenizer.json, vocab.json + merges.txt, *.tiktoken or *.model"
     )

@@ -22,7 +22,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """The UTF-8 bytes of ids; they may begin or end inside a character. Ids that mean nothing give nothing."""
+        """The UTF-8 bytes of each id, joined. A character may be spread over several ids; unused ids give nothing."""
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""

@@ -22,6 +22,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except NanoVLMError as error:
         raise NanoVLMError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise NanoVLMError(f"{path}: is not laid out as such a file should be ({error}); damaged file?") from None
 
 
 def _read_text(path: Path) -> str:
@@ -58,11 +60,11 @@ class AddedToken:
 class BytePairTokenizer(Tokenizer):
     """Byte-level byte-pair encoding, equal to the `tokenizers` package for any text.
 
-    `encode` equals its `encode_special_tokens = True`: added tokens that are not special (`<tool_call>`) are found in the
-    text, special ones are spelled out. `encode_with_special` equals its default with `add_special_tokens=False`.
+    `encode` equals it with `encode_special_tokens = True`: added tokens that are not special (`<tool_call>`) are found
+    in the text, special ones are spelled out. `encode_with_special` equals it with `add_special_tokens=False`.
 
     Args:
-        vocab: token, in the spelling of `bytepair`, to id.
+        vocab: token to id; `merges.py` says how a file spells bytes.
         merges: pairs of tokens, first learned first.
         added_tokens: found as they are spelled.
         pipeline: `normalizer`, `pre_tokenizer` and what else stands in a `tokenizer.json` outside its model.
@@ -86,7 +88,6 @@ class BytePairTokenizer(Tokenizer):
         self._nfc = reads_nfc(pipeline.get("normalizer"))
         self._patterns = read_pre_tokenizer(pipeline.get("pre_tokenizer"))
         self._encoder = BytePairEncoder(vocab, merges)
-        self._reachable = self._encoder.reachable
         self._added: dict[str, AddedToken] = {}
         self.special_tokens = {}
         self.vocab_size = max(self._tokens) + 1
@@ -94,17 +95,18 @@ class BytePairTokenizer(Tokenizer):
 
     def _add(self, added_tokens: Iterable[AddedToken]) -> None:
         for token in added_tokens:
+            what = f"added token {token.content!r} with id {token.id}"
             if not token.content or token.id < 0:
-                raise NanoVLMError(f"added token {token.content!r} with id {token.id}: empty, or below 0; damaged file?")
-            if self._tokens.setdefault(token.id, token.content) != token.content:
-                raise NanoVLMError(f"added token {token.content!r}: id {token.id} is {self._tokens[token.id]!r}; damaged file?")
+                raise NanoVLMError(f"{what}: is empty, or below 0; damaged file?")
+            if self._tokens.get(token.id, token.content) != token.content:
+                raise NanoVLMError(f"{what}: {self._tokens[token.id]!r} has the same id; damaged file?")
             if self._vocab.get(token.content, token.id) != token.id or token.content in self._added:
-                raise NanoVLMError(f"added token {token.content!r}: is already in the vocabulary; damaged file?")
+                raise NanoVLMError(f"{what}: is already in the vocabulary; choose another text")
             if token.special:
-                if token.id in self._reachable:
-                    raise NanoVLMError(f"special token {token.content!r}: ordinary text also gives its id {token.id}")
+                if token.id in self._encoder.reachable:
+                    raise NanoVLMError(f"{what}: is special, yet ordinary text gives that id too; choose another text")
                 self.special_tokens[token.content] = token.id
-            self._added[token.content] = token
+            self._added[token.content], self._tokens[token.id] = token, token.content
             self.vocab_size = max(self.vocab_size, token.id + 1)
         # Two rounds as in `tokenizers`: spellings looked for in the text as it came, then in the normalized text.
         raw = {token.content: token for token in self._added.values() if not token.normalized}
@@ -119,7 +121,7 @@ class BytePairTokenizer(Tokenizer):
         with _naming(path):
             model = document.pop("model", None)
             if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
-                raise NanoVLMError("model: is not byte-pair encoding (BPE) with vocab and merges; use another tokenizer")
+                raise NanoVLMError("model: is not byte-pair encoding (BPE) with merges; use another tokenizer")
             check_settings(
                 "model", model, type=None, vocab=None, merges=None, dropout=(None, 0), ignore_merges=(True, False),
                 continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""),
@@ -133,7 +135,7 @@ class BytePairTokenizer(Tokenizer):
             )  # fmt: skip
             decoder = document.get("decoder")
             if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-                raise NanoVLMError(f"decoder: {decoder!r:.80} is not implemented, only ByteLevel is; use another tokenizer")
+                raise NanoVLMError(f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel")
             merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             return cls(model.get("vocab"), merges, added_tokens, document, model.get("ignore_merges", False))
 
@@ -146,7 +148,7 @@ class BytePairTokenizer(Tokenizer):
         pattern: str = QWEN_PATTERN,
         use_nfc: bool = True,
     ) -> "BytePairTokenizer":
-        """Read GPT-2's two files. They name no pattern and no special tokens; the defaults are Qwen's."""
+        """Read GPT-2's two files. They name neither special tokens nor a pattern, which is taken to be Qwen's."""
         lines = _read_text(Path(merges_path)).split("\n")
         merges = (line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version"))
         vocab = read_json(vocab_path)
@@ -163,8 +165,8 @@ class BytePairTokenizer(Tokenizer):
     ) -> "BytePairTokenizer":
         """Read a tiktoken file: on each line a token's bytes in base64 and its id, which is also its rank.
 
-        It names no pattern and no special tokens; the defaults are Qwen's. A token's merge is the pair that the earlier
-        merges make of its bytes, which is the only pair that can ever come together to form it.
+        It names neither special tokens nor a pattern, which is taken to be Qwen's. A token's merge is the pair that the
+        earlier merges make of its bytes, the only pair that can ever come together to form it.
         """
         path = Path(path)
         vocab: dict[str, int] = {}
@@ -231,10 +233,9 @@ class BytePairTokenizer(Tokenizer):
         return self._encode(text, special=True)
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        tokens = (self._tokens.get(id) for id in ids)
-        return b"".join(
-            unspell(token) for token in tokens if token is not None and not (skip_special and token in self.special_tokens)
-        )
+        skipped = self.special_tokens if skip_special else ()
+        tokens = (self._tokens.get(id, "") for id in ids)
+        return b"".join(unspell(token) for token in tokens if token not in skipped)
 
     def add_special_token(self, text: str) -> int:
         if text not in self.special_tokens:

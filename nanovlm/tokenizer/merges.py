@@ -1,7 +1,7 @@
 """Byte-pair encoding of one word: from its bytes up, always merging the pair of neighbours that was learned first.
 
-The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in GPT-2. Vocabulary files spell
-a byte as a printable character: itself where it prints in Latin-1, otherwise one from U+0100 on (so a space is `Ġ`).
+The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in GPT-2. Vocabulary files
+spell a byte as a printable character: itself where it prints in Latin-1, else one from U+0100 on (a space is `Ġ`).
 """
 
 import heapq
@@ -35,7 +35,7 @@ def unspell(token: str) -> bytes:
 
 
 def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) -> list[int]:
-    """Merge neighbours until no pair of `ranks` is left: lowest rank first, then leftmost. O(n log n); `ids` is used up.
+    """Merge neighbours until no pair of `ranks` is left: lowest rank first, then leftmost. O(n log n); uses up `ids`.
 
     A linked list holds the symbols (the right one of a merged pair becomes None), a heap the pairs to merge.
     """
@@ -65,8 +65,8 @@ def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) 
 class _Neighbours(dict[str, bool]):
     """Whether some token holds two characters side by side. If none does, the text on either side merges on its own.
 
-    Chinese is written without spaces, so its "words" are whole clauses, each of them new. Cut at such places they become a
-    few characters that come again and again, and the cache answers.
+    Chinese is written without spaces, so its "words" are whole clauses, each of them new. Cut at such places they
+    become a few characters that come again and again, and the cache answers.
     """
 
     def __init__(self, tokens: Iterable[str]):
@@ -100,7 +100,7 @@ class BytePairEncoder:
     def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
         missing = [byte for byte, character in BYTE_TO_CHARACTER.items() if character not in vocab]
         if missing:
-            raise NanoVLMError(f"vocabulary: lacks {len(missing)} of the 256 bytes (first 0x{missing[0]:02x}); not byte-level?")
+            raise NanoVLMError(f"vocabulary lacks {len(missing)} of the 256 bytes (0x{missing[0]:02x}…); damaged?")
         self._byte_ids = [vocab[BYTE_TO_CHARACTER[byte]] for byte in range(256)]
         self._ranks: dict[tuple[int, int], int] = {}
         self._merged: list[int] = []
@@ -110,14 +110,10 @@ class BytePairEncoder:
                 self._ranks[vocab[left], vocab[right]] = rank
                 self._merged.append(vocab[left + right])
             except (KeyError, TypeError, ValueError):
-                raise NanoVLMError(f"merge {rank}: {pair!r:.80} is not two tokens that make a third; damaged file?") from None
+                raise NanoVLMError(f"merge {rank}: {pair!r:.80} is not two tokens that make one; damaged?") from None
+        self.reachable = {*self._byte_ids, *self._merged}  # every id that `encode` can give
         self._neighbours = _Neighbours(vocab)
         self._cache: dict[str, list[int]] = {}
-
-    @property
-    def reachable(self) -> set[int]:
-        """Every id that `encode` can give."""
-        return {*self._byte_ids, *self._merged}
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

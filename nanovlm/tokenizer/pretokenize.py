@@ -1,8 +1,8 @@
-"""Cutting a text into words before byte-pair encoding, exactly as the `tokenizers` package does, on the standard library.
+r"""Cutting a text into words before byte-pair encoding, as the `tokenizers` package does, on the standard library.
 
-A `tokenizer.json` names its patterns in the Oniguruma dialect, whose `\\p{L}` (letter), `\\p{N}` (number) and `\\p{M}` (mark)
-Python's `re` lacks. Their members come from `unicodedata`; the tables below add what a given Python may be too old to know,
-so that every Python gives the same words. Whatever is not implemented here is refused, never skipped.
+A `tokenizer.json` names its patterns in the Oniguruma dialect, whose `\p{L}` (letter), `\p{N}` (number) and `\p{M}`
+(mark) Python's `re` lacks. Their members come from `unicodedata`; the tables below add what a Python may be too old to
+know, so that every Python up to Unicode 16 gives the same words. What is not implemented is refused, never skipped.
 """
 
 import re
@@ -30,7 +30,7 @@ NEW_IN_UNICODE_15_AND_16 = {
     "N": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
     "1e5f1-1e5fa",
 }
-# The NFC of `tokenizers` follows Unicode 9: to it these later combining marks are inert, neither reordered nor composed.
+# The NFC of `tokenizers` follows Unicode 9: later combining marks are inert to it, neither reordered nor composed.
 NEW_MARKS_SINCE_UNICODE_9 = (
     "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 10eab-10eac 10f46-10f50 "
     "10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 "
@@ -41,7 +41,8 @@ WHITE_SPACE = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"  # Unicode'
 
 def _ranges(table: str) -> list[tuple[int, int]]:
     """First and last code point of each range of a table."""
-    return [(int(first, 16), int(last or first, 16)) for first, _, last in (item.partition("-") for item in table.split())]
+    items = (item.partition("-") for item in table.split())
+    return [(int(first, 16), int(last or first, 16)) for first, _, last in items]
 
 
 def _set(ranges: list[tuple[int, int]]) -> str:
@@ -78,7 +79,7 @@ def nfc(text: str) -> str:
 
 
 def translate_pattern(pattern: str) -> re.Pattern[str]:
-    r"""Compile an Oniguruma pattern with `re`. Only what means the same to both passes, besides `\s`, `\S`, `\p{L M N}`."""
+    r"""Compile an Oniguruma pattern with `re`, from `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both share."""
     classes, translated, in_set = _character_classes(), [], False
     for token in re.findall(r"\\[pP]\{[^}]*\}|\\.|&&|\}\+|.", pattern, re.DOTALL):
         if token in classes:
@@ -133,7 +134,7 @@ def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
     patterns = []
     *cuts, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
     if last["type"] != "ByteLevel":
-        raise NanoVLMError(f"pre-tokenizer: ends with {last['type']}, but only byte-level vocabularies (ByteLevel) are read")
+        raise NanoVLMError(f"pre-tokenizer: ends with {last['type']}; only byte-level ones (ByteLevel) are read")
     for step in cuts:
         if step["type"] == "Split" and isinstance(step.get("pattern"), dict):
             check_settings("Split", step, type=None, pattern=None, behavior=("Isolated",), invert=(False,))

@@ -2,7 +2,7 @@
 
 A model's user-defined symbols are found by `sentencepiece` in any text, so a user could type one (even in full-width
 letters, which normalization turns into ASCII). They are therefore handed to the package as control symbols, a type it
-never finds in text: one byte per symbol of the model is changed in memory, and what the user typed is encoded like other words.
+never finds in text: one byte per symbol is changed in memory, and what the user typed is encoded like other words.
 """
 
 import json
@@ -53,47 +53,56 @@ def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, in
         start = stop
 
 
+def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
+    """The text and type of each piece, whether a space begins a text, and the model without user-defined pieces."""
+    pieces, patched = [], bytearray(model)
+    puts_space = {3: True, 4: True}  # add_dummy_prefix, remove_extra_whitespaces: true unless the model says otherwise
+    for part, start, end in _fields(model, 0, len(model)):
+        if part == 1:
+            piece, kind = "", 1
+            for field, first, last in _fields(model, start, end):
+                if field == 1:
+                    piece = model[first:last].decode()
+                elif field == 3:
+                    kind = model[first]
+                    patched[first] = CONTROL if kind == USER_DEFINED else kind
+            pieces.append((piece, kind))
+        elif part == 3:
+            for field, first, _ in _fields(model, start, end):
+                if field in puts_space:
+                    puts_space[field] = bool(model[first])
+    if not pieces:
+        raise ValueError("it holds no pieces")
+    return pieces, any(puts_space.values()), bytes(patched)
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. Its control, unknown and user-defined pieces are the special tokens, besides those added.
 
-    Each call of `encode` is one text to the model: a model trained with `add_dummy_prefix` puts a space before each segment
-    of a conversation that is encoded on its own, and decoding drops only the first one. Train with
-    `add_dummy_prefix=False` to have none. Without `byte_fallback` a character the model lacks becomes `<unk>`, the one
-    case of a special id from a user's text.
+    Each call of `encode` is one text to the model: a model trained with `add_dummy_prefix` puts a space before each
+    segment of a conversation that is encoded on its own. `decode` drops the first of them, `decode_bytes`, which may be
+    given one id at a time, none. Training with `add_dummy_prefix=False, remove_extra_whitespaces=False` avoids them.
+    Without `byte_fallback` a character the model lacks becomes `<unk>`, the one special id that a user's text can give.
     """
 
     def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None):
-        self._model, patched = model, bytearray(model)
-        self._pieces: list[tuple[str, int]] = []
-        strips_space = {3: True, 4: True}  # add_dummy_prefix, remove_extra_whitespaces: both default to true
+        self._model = model
         try:
-            for number, start, end in _fields(model, 0, len(model)):
-                if number == 1:
-                    piece, kind = "", 1
-                    for field, first, last in _fields(model, start, end):
-                        if field == 1:
-                            piece = model[first:last].decode()
-                        elif field == 3:
-                            kind = model[first]
-                            patched[first] = CONTROL if kind == USER_DEFINED else kind
-                    self._pieces.append((piece, kind))
-                elif number == 3:
-                    strips_space |= {field: bool(model[first]) for field, first, _ in _fields(model, start, end) if field in (3, 4)}
-            if not self._pieces:
-                raise ValueError("it holds no pieces")
-            self._processor = SentencePieceProcessor(model_proto=bytes(patched))
+            self._pieces, self._puts_space, patched = _read_model(model)
+            self._processor = SentencePieceProcessor(model_proto=patched)
         except (ValueError, IndexError, RuntimeError) as error:
-            raise NanoVLMError(f"is not a SentencePiece model, or a damaged one ({str(error).splitlines()[0]})") from None
-        self._strips_space = any(strips_space.values())
+            reason = str(error).partition("\n")[0]
+            raise NanoVLMError(f"is not a SentencePiece model, or a damaged one ({reason})") from None
         self.special_tokens = {
             piece: id for id, (piece, kind) in enumerate(self._pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         }
         self._texts = {id: text for text, id in self.special_tokens.items()}
+        self._spellings = spelling_pattern(self.special_tokens)
         self.vocab_size = len(self._pieces)
         self._added: dict[str, int] = {}
         for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
-            if self.add_special_token(text) != id:
-                raise NanoVLMError(f"added token {text!r}: has id {id}, expected {self.special_tokens[text]}; damaged file?")
+            if (next_id := self.add_special_token(text)) != id:
+                raise NanoVLMError(f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; of another model?")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "SentencePieceTokenizer":
@@ -115,26 +124,27 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_with_special(self, text: str) -> list[int]:
         ids, start = [], 0
-        for match in spelling_pattern(self.special_tokens).finditer(text):
+        for match in self._spellings.finditer(text):
             ids += self.encode(text[start : match.start()])
             ids.append(self.special_tokens[match[0]])
             start = match.end()
         return ids + self.encode(text[start:])
 
+    def _bytes(self, id: int, skip_special: bool) -> bytes:
+        if id in self._texts:
+            return b"" if skip_special else self._texts[id].encode()
+        if not 0 <= id < len(self._pieces):
+            return b""
+        piece, kind = self._pieces[id]
+        return bytes([int(piece[1:-1], 16)]) if kind == BYTE else piece.replace(SPACE, " ").encode()
+
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        parts, at_start = [], self._strips_space
-        for id in ids:
-            if id in self._texts:
-                parts.append(b"" if skip_special else self._texts[id].encode())
-            elif 0 <= id < len(self._pieces):
-                piece, kind = self._pieces[id]
-                if kind == BYTE:
-                    parts.append(bytes([int(piece[1:-1], 16)]))
-                else:
-                    text = piece.removeprefix(SPACE) if at_start else piece
-                    parts.append(text.replace(SPACE, " ").encode())
-                at_start = False
-        return b"".join(parts)
+        return b"".join(self._bytes(id, skip_special) for id in ids)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of ids, without the space that the model puts before every text."""
+        text = super().decode(ids, skip_special)
+        return text.removeprefix(" ") if self._puts_space else text
 
     def add_special_token(self, text: str) -> int:
         if text not in self.special_tokens:
@@ -142,6 +152,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise NanoVLMError("special token '': is empty; give it a text")
             self.special_tokens[text] = self._added[text] = self.vocab_size
             self._texts[self.vocab_size] = text
+            self._spellings = spelling_pattern(self.special_tokens)
             self.vocab_size += 1
         return self.special_tokens[text]
 
