@@ -169,6 +169,10 @@ def test_normalization_equals_that_of_tokenizers_around_every_code_point():
         if not 0xD800 <= code <= 0xDFFF:
             text = f"a\u0301{chr(code)}\u0323\u0301"
             assert nfc(text) == reference.normalize_str(text), hex(code)
+    rng = random.Random(10)
+    for length in range(1, 300):  # long runs of marks
+        text = "".join(rng.choices("a\u0301\u0323\u0334\u0345\u0344\u07fd", [1, 30, 30, 30, 30, 5, 1], k=length))
+        assert nfc(text) == reference.normalize_str(text), ascii(text)
 
 
 def test_equals_the_real_qwen_tokenizer_on_20000_strings():
@@ -246,7 +250,7 @@ def test_the_older_file_formats_give_the_same_ids(ours, folder, tmp_path):
             assert other.encode_with_special(text) == ours.encode_with_special(text), ascii(text)
 
 
-@pytest.mark.parametrize("unit", ["a", "abcdefg", "狗", "é", " ", "\n", "\u0301", "<|im_end|>", " 狗"])
+@pytest.mark.parametrize("unit", ["a", "abcdefg", "狗", "é", " ", "\n", "\u0301", "e\u0301", "\u0301\u0323", " 狗"])
 def test_time_grows_in_step_with_length(ours, unit):
     def seconds(length: int) -> float:
         text = unit * (length // len(unit))

@@ -66,16 +66,22 @@ def _character_classes() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _normalizable() -> re.Pattern[str]:
+def _normalization_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What normalization may touch, and in it long runs of combining marks."""
     inert = " ".join([NEW_MARKS_SINCE_UNICODE_9, NEW_IN_UNICODE_15_AND_16["L"], NEW_IN_UNICODE_15_AND_16["M"]])
-    return re.compile(f"[^{_set(_ranges(inert))}]+")
+    touched = re.compile(f"[^{_set(_ranges(inert))}]+")
+    marks = (chr(code) for code in range(0x20000) if unicodedata.combining(chr(code)))  # the higher planes have none
+    return touched, re.compile(f"[{''.join(filter(touched.match, marks))}]{{32,}}")
 
 
 def nfc(text: str) -> str:
     """Canonical composition (Unicode NFC) as `tokenizers` computes it, on every Python alike."""
     if unicodedata.is_normalized("NFC", text):
         return text
-    return _normalizable().sub(lambda match: unicodedata.normalize("NFC", match[0]), text)
+    touched, mark_runs = _normalization_patterns()
+    # Python orders marks by insertion, in quadratic time; it is linear on runs that are in order already.
+    text = mark_runs.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
+    return touched.sub(lambda part: unicodedata.normalize("NFC", part[0]), text)
 
 
 def translate_pattern(pattern: str) -> re.Pattern[str]:
