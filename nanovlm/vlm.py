@@ -95,7 +95,8 @@ class VisionLanguageModel(nn.Module):
                    vision_layer: int = -1) -> "VisionLanguageModel":
         """Join pretrained eyes and a pretrained voice (two hub folders) with a new projector."""
         eyes, voice, tokenizer = VisionTransformer.from_pretrained(vision), Decoder.from_pretrained(text), load_tokenizer(text)
-        chat = ChatConfig.from_hf(text, tokenizer)
+        # The voice's default system prompt introduces it by its maker's name; with eyes it is another model.
+        chat = dataclasses.replace(ChatConfig.from_hf(text, tokenizer), default_system=None)
         tokenizer.add_special_token(chat.image_token)
         config = VLMConfig(eyes.config, voice.config, projector, image, chat, vision_layer)
         with torch.device("meta"):

@@ -30,8 +30,9 @@ class Loaded:
 
     batch: Batch | None  # None when every record of it had to be skipped
     samples: int
+    tokens: int  # without padding
     skipped: list[str]
-    truncated: int
+    cut: list[str]  # records whose text was cut at the end
 
 
 class Batches(Dataset):
@@ -49,21 +50,21 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> Loaded:
         first = number * self.batch_size
-        samples, skipped, truncated = [], [], 0
+        samples, skipped, cut = [], [], []
         pixels: dict[Path, Tensor] = {}
         for position in range(first, first + self.batch_size):
             epoch, index = divmod(position, len(self.records))
             record = self.records[self._order(epoch)[index]]
             try:
                 pixels |= {path: self._load(path) for path in record.images if path not in pixels}
-                sample, cut = self._encode(record)
+                sample, is_cut = self._encode(record)
             except NanoVLMError as error:
                 skipped.append(f"{record.where}: {error}")
                 continue
             samples.append(sample)
-            truncated += cut
+            cut += [record.where] if is_cut else []
         if not samples:
-            return Loaded(None, 0, skipped, truncated)
+            return Loaded(None, 0, 0, skipped, cut)
         rows = [row for _, group in groupby(samples, key=lambda sample: sample.images)
                 for chunk in _chunks(list(group), self.share)
                 for row in share_prefix(chunk, self.chat.image_token_id)]
@@ -71,7 +72,7 @@ class Batches(Dataset):
         if images := [pixels[path] for row in rows for path in row.images]:
             stacked = torch.stack(images)
             batch.patches, batch.pixels = (stacked, None) if self.features is not None else (None, stacked)
-        return Loaded(batch, len(samples), skipped, truncated)
+        return Loaded(batch, len(samples), int((batch.attention_mask > 0).sum()), skipped, cut)
 
     def loader(self, first: int, last: int, workers: int, pin_memory: bool = False) -> Iterator[Loaded]:
         """Batches `first` to `last` - 1 in order, prepared ahead by `workers` processes (0: in this one)."""

@@ -38,6 +38,14 @@ def exact_match(answer: str, references: list[str]) -> bool:
     return _normalize(answer) in {_normalize(reference) for reference in references}
 
 
+def same_items(answer: str, references: list[str]) -> bool:
+    """Whether `answer` is one of `references` up to the order of the items it lists after its colon.
+
+    `图中有两个物体，从左到右是：甲、乙。` equals the same with `乙、甲`; the number said before the colon still counts.
+    """
+    return _items(answer) in [_items(reference) for reference in references]
+
+
 def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> float:
     """Corpus CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) of tokenised answers, as `pycocoevalcap.cider` gives it.
 
@@ -102,6 +110,11 @@ def _normalize(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFKC", text).lower().split())
     text = re.sub(r"\s+(?=[.,!?;:。、])", "", text)
     return text.rstrip(".,!?;:。、 ")
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    head, _, listed = _normalize(text).partition(":")
+    return head, sorted(item.strip() for item in re.split("[、,]", listed))
 
 
 def _check(answers: list[list[str]], references: list[list[list[str]]]) -> None:

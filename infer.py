@@ -1,0 +1,149 @@
+"""Ask a model about images, or talk to it.
+
+    python infer.py photo.jpg "描述图片"
+    python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/model --temperature 0.7
+    python infer.py photo.jpg --chat
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanovlm.chat import IMAGE, IMAGE_MARKER, IGNORED, Message
+from nanovlm.data.batches import Row, collate
+from nanovlm.errors import NanoVLMError, run
+from nanovlm.generate import Sampling, TextStreamer, generate
+from nanovlm.image import open_image, preprocess
+from nanovlm.training.precision import choose_device, choose_dtype
+from nanovlm.vlm import VisionLanguageModel
+
+TRAINED = Path("runs/stage2/model")
+SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
+
+
+def main() -> None:
+    """Answer one prompt, or keep a conversation going until an empty line."""
+    arguments = _parser().parse_args()
+    image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.repetition_penalty, arguments.seed)
+    if arguments.max_new_tokens < 1:
+        raise NanoVLMError("--max-new-tokens has to be 1 or more")
+    images = [open_image(path) for path in image_paths]
+    model = _load_model(arguments)
+    if prompt is not None:
+        _check_prompt(prompt, model)
+
+    pixels = [preprocess(image, model.config.image) for image in images]
+    messages: list[Message] = []
+    new_images = len(images)
+    while True:
+        if prompt is None:
+            prompt = _read_prompt()
+            if not prompt:
+                return
+            _check_prompt(prompt, model)
+        # Each image opens the turn it came with, on a line of its own, as in the training records.
+        content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
+        messages.append(Message("user", (*content, prompt)))
+        messages.append(Message("assistant", (_answer(model, messages, pixels, arguments, sampling),)))
+        if not arguments.chat:
+            return
+        prompt, new_images = None, 0
+
+
+def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[torch.Tensor], arguments: argparse.Namespace,
+            sampling: Sampling) -> str:
+    """Stream the answer to stdout and return it."""
+    start = time.perf_counter()
+    ids = model.chat.encode(messages, [model.image_length] * len(pixels), add_generation_prompt=True).input_ids
+    batch = collate([Row(ids, [IGNORED] * len(ids), [1] * len(ids), ())], model.chat.image_token_id)
+    batch.attention_mask = None  # one row, nothing to mask
+    batch.pixels = torch.stack(pixels) if pixels else None
+    device = next(model.parameters()).device
+    streamer, answer, first = TextStreamer(model.tokenizer), [], None
+
+    def show(text: str) -> None:
+        answer.append(text)
+        print(text, end="", flush=True)
+
+    def on_tokens(tokens: list[int]) -> None:
+        nonlocal first
+        first = first or time.perf_counter()
+        if tokens[0] >= 0:
+            show(streamer.put(tokens[0]))
+
+    tokens = generate(model, batch.to(device), arguments.max_new_tokens, sampling, on_tokens)[0]
+    show(streamer.end())
+    print()
+    if arguments.verbose:
+        seconds = time.perf_counter() - first
+        print(f"{len(ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
+              f"tokens/s for {len(tokens)} tokens", file=sys.stderr)
+    return "".join(answer)
+
+
+def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
+    """IMAGE… PROMPT. In a chat the prompt may be missing, so there a last word that names a file is an image."""
+    if chat and (not inputs or Path(inputs[-1]).is_file()):
+        return inputs, None
+    if not inputs:
+        raise NanoVLMError('nothing asked; for example:  python infer.py photo.jpg "描述图片"')
+    if not inputs[-1].strip():
+        raise NanoVLMError("the prompt is empty; say what you want to know")
+    if Path(inputs[-1]).is_file():
+        raise NanoVLMError(f'{inputs[-1]} is a file, and the last argument is the prompt; for example:  '
+                           f'python infer.py {inputs[-1]} "描述图片"')
+    return inputs[:-1], inputs[-1]
+
+
+def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
+    """Refuse spellings of control tokens: as text they would not do what whoever typed them expects."""
+    for token in (*model.tokenizer.special_tokens, IMAGE_MARKER):
+        if token in prompt:
+            raise NanoVLMError(f"the prompt contains {token!r}, which only the program may place; take it out "
+                               "(images are given as files before the prompt)")
+
+
+def _read_prompt() -> str:
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
+    """The model asked for, else the one trained here, else the one that ships; says which on stderr."""
+    folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
+    device = choose_device(arguments.device)
+    dtype, why = choose_dtype(arguments.dtype, device)
+    model = VisionLanguageModel.from_pretrained(folder, dtype).to(device)
+    print(f"model: {folder}" + (f" ({why})" if why else ""), file=sys.stderr)
+    if folder == SHIPPED:
+        print("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)",
+              file=sys.stderr)
+    return model
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
+                                     usage="%(prog)s [IMAGE …] PROMPT [flags]")
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE… PROMPT", help="image files, then the question; images may be left out")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=f"model folder (default: {TRAINED}, else the shipped one)")
+    parser.add_argument("--chat", action="store_true", help="keep the conversation going; an empty line ends it")
+    parser.add_argument("--verbose", action="store_true", help="time to first token and speed, on stderr")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of this much probability")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeating")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of the dice")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    machine.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""Score a model on records, and the same with the image taken away.
+
+    python -m nanovlm.evaluation --model runs/stage2/model --data data/scenes/val.jsonl [--control blind|shuffled]
+
+prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. Progress and the share of exact answers for each
+`kind` of record go to stderr.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanovlm.data.records import Record, read_records
+from nanovlm.errors import NanoVLMError, run
+from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
+from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize
+from nanovlm.files import write_atomically
+from nanovlm.training.precision import choose_device, choose_dtype
+from nanovlm.vlm import VisionLanguageModel
+
+
+def main() -> None:
+    """Read the flags, answer, score, print."""
+    arguments = _parser().parse_args()
+    if arguments.limit < 0 or arguments.batch_size < 1 or arguments.max_new_tokens < 1:
+        raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
+    records, skipped = read_records(arguments.data, arguments.images)
+    for reason in skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    records = records[:arguments.limit or None]
+    device = choose_device(arguments.device)
+    model = VisionLanguageModel.from_pretrained(arguments.model, choose_dtype(arguments.dtype, device)[0]).to(device)
+    stream = answer_records(model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control)
+    answers = list(tqdm(stream, total=len(records), desc=f"answering ({arguments.control} control)", unit="question",
+                        dynamic_ncols=True))
+    if arguments.answers:
+        lines = ({"where": record.where, "answer": answer, "references": references_of(record)}
+                 for record, answer in zip(records, answers))
+        write_atomically(arguments.answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(json.dumps(score(records, answers)))
+
+
+def score(records: list[Record], answers: list[str]) -> dict[str, float]:
+    """Exact match, CIDEr-D and BLEU-4 over all records; what each `kind` scores goes to stderr.
+
+    A record of kind "describe" counts as exact when it names the same things as a reference, in any order.
+    """
+    exact: dict[str, list[bool]] = defaultdict(list)
+    for record, answer in zip(records, answers):
+        kind = str(record.source.get("kind", ""))
+        right = same_items if kind == "describe" else exact_match
+        exact[kind].append(right(answer, references_of(record)))
+    for kind, outcomes in sorted(exact.items()):
+        if kind:
+            print(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}", file=sys.stderr)
+    tokens, reference_tokens = [tokenize(answer) for answer in answers], [[tokenize(text) for text in references_of(record)]
+                                                                         for record in records]
+    outcomes = [outcome for group in exact.values() for outcome in group]
+    return {"exact": round(sum(outcomes) / len(outcomes), 6), "cider_d": round(cider_d(tokens, reference_tokens), 6),
+            "bleu_4": round(bleu(tokens, reference_tokens), 6), "n": len(records)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as runs/stage2/model")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="records, .json or .jsonl")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N records only")
+    parser.add_argument("--control", choices=CONTROLS, default="none", help="blank the images, or swap them")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered at once (default: 32)")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer here, one JSON object a line")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""A model's answers to records, many at a time, with the image as it is or under a control."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from nanovlm.chat import IGNORED
+from nanovlm.data.batches import Row, collate
+from nanovlm.data.records import Record
+from nanovlm.errors import NanoVLMError
+from nanovlm.generate import Sampling, generate
+from nanovlm.image import open_image, preprocess
+from nanovlm.vlm import VisionLanguageModel
+
+CONTROLS = ("none", "blind", "shuffled")
+
+
+def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_new_tokens: int = 64, batch_size: int = 32,
+                   control: str = "none") -> Iterator[str]:
+    """Answer each record's last question, in order. A closing assistant turn is left out of the prompt.
+
+    `control="blind"` blanks every image to the mean colour; `"shuffled"` gives each question another image of the
+    same file. What a model still gets right then, it did not see.
+    """
+    if control not in CONTROLS:
+        raise NanoVLMError(f"control {control!r} is not known; take one of {', '.join(CONTROLS)}")
+    device = next(model.parameters()).device
+    others = other_images(records) if control == "shuffled" else {}
+    for start in range(0, len(records), batch_size):
+        rows, pixels = [], []
+        for record in records[start:start + batch_size]:
+            messages = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
+            prompt = model.chat.encode(messages, [model.image_length] * len(record.images), add_generation_prompt=True)
+            ids = prompt.input_ids
+            rows.append(Row(ids, [IGNORED] * len(ids), [1] * len(ids), record.images))
+            pixels += [preprocess(open_image(others.get(path, path)), model.config.image) for path in record.images]
+        batch = collate(rows, model.chat.image_token_id, pad_left=True)
+        if pixels:
+            batch.pixels = torch.stack(pixels)
+            if control == "blind":
+                batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
+        for answer in generate(model, batch.to(device), max_new_tokens, Sampling()):
+            yield model.tokenizer.decode(answer, skip_special=True).strip()
+
+
+def other_images(records: Sequence[Record], seed: int = 0) -> dict[Path, Path]:
+    """For each image another one, so that none keeps its own and each is used once."""
+    images = sorted({path for record in records for path in record.images})
+    random.Random(seed).shuffle(images)
+    if len(images) < 2:
+        raise NanoVLMError("the shuffled control needs records of two images or more")
+    return dict(zip(images, images[1:] + images[:1]))
+
+
+def references_of(record: Record) -> list[str]:
+    """What counts as right: the record's references, or its closing assistant turn."""
+    if record.references:
+        return list(record.references)
+    return ["".join(part for part in record.messages[-1].content if isinstance(part, str))]

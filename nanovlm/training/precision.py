@@ -1,0 +1,89 @@
+"""Which device, which number format, and how gradients survive half precision."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.errors import NanoVLMError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device asked for, or the best there is: CUDA, Apple's MPS, CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if not available[name]:
+        raise NanoVLMError(f"device {name!r} is not available here; take one of "
+                           f"{', '.join(device for device, there in available.items() if there)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format to compute in and, if it is not the one asked for, a sentence that says why.
+
+    bf16 wherever the hardware multiplies in it; elsewhere it is emulated, slower than fp32 and no more exact.
+    """
+    if name in ("fp16", "fp32"):
+        return DTYPES[name], ""
+    if device.type == "cuda":
+        fast, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast, other = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")), "fp32"
+    else:
+        fast, other = False, "fp32"  # MPS has bf16, but not in every operation used here
+    if fast:
+        return torch.bfloat16, ""
+    return DTYPES[other], f"{device.type} has no fast bf16 here, using {other}"
+
+
+@dataclass
+class LossScaler:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): the loss is multiplied so that small gradients do not
+    vanish, the gradients divided again; a step that overflows is dropped and the factor halved."""
+
+    scale: float = 2.0 ** 16
+    growth_interval: int = 1000  # steps without overflow after which the factor doubles
+    good_steps: int = 0
+
+    def unscale(self, parameters: list[nn.Parameter]) -> bool:
+        """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Reads one number
+        back from the device, which fp16 alone has to pay for."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.scale)
+        finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        if finite:
+            self.good_steps += 1
+            if self.good_steps % self.growth_interval == 0:
+                self.scale *= 2
+        else:
+            self.scale, self.good_steps = max(self.scale / 2, 1.0), 0
+        return finite
+
+
+class Precision:
+    """How a run computes: parameters that learn stay in fp32 and are cast for each product, frozen ones are kept cast."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.scaler = LossScaler() if dtype == torch.float16 else None
+
+    def place(self, model: nn.Module) -> None:
+        """Give every parameter its number format and device."""
+        for parameter in model.parameters():
+            dtype = torch.float32 if parameter.requires_grad else self.dtype
+            parameter.data = parameter.data.to(self.device, dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on."""
+        return loss if self.scaler is None else loss * self.scaler.scale

@@ -1,0 +1,116 @@
+"""What a run leaves to look at: metrics.jsonl, curves.png, and a few images with the model's answers."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+from nanovlm.files import atomic_path, write_atomically
+
+DRAW_EVERY = 30.0  # seconds between redrawings of the curves
+
+
+class RunLog:
+    """Appends to `metrics.jsonl` and redraws `curves.png`. A resumed run drops the lines after its checkpoint, which
+    it is going to write again."""
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        self.run, self.path = run, run / "metrics.jsonl"
+        self.lines: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.lines = [line for line in map(json.loads, self.path.read_text().splitlines()) if line["step"] <= start_step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._start = time.perf_counter() - max((line["seconds"] for line in self.lines), default=0.0)
+        self._last = self.lines[-1] if self.lines else {}
+        self._last_time, self._drawn = time.perf_counter(), time.perf_counter()
+
+    def metrics(self, line: dict[str, Any]) -> dict[str, float]:
+        """Write one line and return the speed since the one before: samples and tokens a second."""
+        now = time.perf_counter()
+        speed = {key: (line[key] - self._last.get(key, 0)) / max(now - self._last_time, 1e-9) for key in ("samples", "tokens")}
+        self._last, self._last_time = line, now
+        self._append({**line, "samples_per_second": round(speed["samples"], 2), "tokens_per_second": round(speed["tokens"], 1)})
+        if now - self._drawn > DRAW_EVERY:
+            self.draw()
+        return speed
+
+    def validation(self, step: int, loss: float) -> None:
+        """Write a line with the validation loss and redraw."""
+        self._append({"step": step, "val_loss": loss})
+        self.draw()
+
+    def draw(self) -> None:
+        """Loss with validation loss, learning rates, and gradient norm, against the step."""
+        self._drawn = time.perf_counter()
+        steps = [line for line in self.lines if "loss" in line]
+        validations = [line for line in self.lines if "val_loss" in line]
+        figure, (loss, rate, norm) = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+        loss.plot(*_series(steps, "loss"), label="training")
+        loss.plot(*_series(validations, "val_loss"), "o-", label="validation")
+        for name in sorted({key for line in steps for key in line if key.startswith("lr_")}):
+            rate.plot(*_series(steps, name), label=name.removeprefix("lr_"))
+        norm.plot(*_series(steps, "grad_norm"))
+        for axes, title in ((loss, "loss per labelled token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
+            axes.set(title=title, xlabel="optimizer step")
+            axes.grid(alpha=0.3)
+            if axes is not norm and axes.lines:
+                axes.legend()
+        with atomic_path(self.run / "curves.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+        plt.close(figure)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        line["seconds"] = round(time.perf_counter() - self._start, 3)
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def draw_answers(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One picture of questions and answers. Each row has `picture` (a PIL image), `prompt`, `answer`, `reference`."""
+    with plt.rc_context({"font.family": _fonts()}):
+        columns = 2
+        figure, axes = plt.subplots(-(-len(rows) // columns), 2 * columns, figsize=(14, 2.3 * -(-len(rows) // columns)),
+                                    width_ratios=[1, 2.2] * columns, constrained_layout=True, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for row, picture, text in zip(rows, axes.flat[::2], axes.flat[1::2]):
+            picture.imshow(np.asarray(row["picture"]))
+            lines = (_wrap(f"{mark} {row[key]}") for mark, key in (("Q:", "prompt"), ("A:", "answer"), ("=", "reference")))
+            text.text(0, 0.5, "\n".join(lines), va="center", fontsize=9, transform=text.transAxes)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+        plt.close(figure)
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[list, list]:
+    lines = [line for line in lines if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def _wrap(text: str, width: int = 58) -> str:
+    """Break after `width` columns, a Chinese character taking two."""
+    lines, columns = [""], 0
+    for character in text.replace("\n", " "):
+        size = 2 if ord(character) > 0x2E7F else 1
+        if columns + size > width:
+            lines.append("    ")
+            columns = 4
+        lines[-1] += character
+        columns += size
+    return "\n".join(lines)
+
+
+def _fonts() -> list[str]:
+    """A font with Chinese characters where the system has one; samples.txt holds the text in any case."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = ("PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Noto Sans CJK JP",
+              "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS")
+    return [name for name in wanted if name in known] + ["DejaVu Sans"]

@@ -1,0 +1,168 @@
+"""From settings to a finished run folder: model, data, training, and what is shown at the end."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanovlm.data.dataset import Batches
+from nanovlm.data.records import Record, read_records
+from nanovlm.errors import NanoVLMError
+from nanovlm.evaluation.answers import answer_records, references_of
+from nanovlm.files import read_json, write_atomically
+from nanovlm.image import ImageConfig, open_image, preprocess
+from nanovlm.projector import ProjectorConfig
+from nanovlm.training.loop import train
+from nanovlm.training.optimizer import freeze
+from nanovlm.training.precision import Precision, choose_device, choose_dtype
+from nanovlm.training.report import draw_answers
+from nanovlm.training.settings import Settings, to_toml
+from nanovlm.vlm import VisionLanguageModel
+
+SHOWN = 6  # validation questions answered at the end of a run
+ENCODED_AT_ONCE = 32  # images, when features are cached
+
+
+def run_stage(settings: Settings) -> Path:
+    """Train as `settings` say and return the folder of the finished model."""
+    run = Path(settings.out)
+    _check_run_folder(run, settings.resume)
+    device = choose_device(settings.device)
+    dtype, why = choose_dtype(settings.dtype, device)
+    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
+    precision = Precision(dtype, device)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings)
+    records, held_out = _read_data(settings)
+    freeze(model, settings.trained_parts)
+    precision.place(model)
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    say(f"{sum(map(torch.numel, model.parameters())) / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them learn "
+        f"({settings.train}); {len(records)} records to learn from, {len(held_out)} held out")
+
+    features = None
+    if settings.cache_features:
+        if "vision" in settings.trained_parts:
+            raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
+        features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
+    options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
+                   max_length=settings.max_length, batch_size=settings.batch_size, seed=settings.seed, features=features)
+    batches = Batches(records, **options)
+    validation = Batches(held_out, **options, shuffle=False) if held_out else None
+    per_step = settings.batch_size * settings.accumulate
+    total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
+
+    run.mkdir(parents=True, exist_ok=True)
+    if not settings.resume:
+        write_atomically(run / "settings.toml", to_toml(settings))
+    train(model, batches, validation, settings, precision, total_steps, run)
+    _save_model(model, run, dtype)
+    if held_out:
+        _show_answers(model, held_out, precision, run)
+    say(f"the model is in {run / 'model'}")
+    return run / "model"
+
+
+def build_model(settings: Settings) -> VisionLanguageModel:
+    """The model a run starts from: a folder of ours, or eyes and voice joined by a new projector."""
+    if settings.init:
+        return VisionLanguageModel.from_pretrained(settings.init)
+    if not settings.vision or not settings.text:
+        raise NanoVLMError("nothing to start from; give --init, or --vision and --text")
+    preprocessor = Path(settings.vision) / "preprocessor_config.json"
+    image = ImageConfig.from_hf(read_json(preprocessor)) if preprocessor.exists() else ImageConfig()
+    # The whole picture is squashed into the square: a crop might cut off what is asked about.
+    image = dataclasses.replace(image, fit="squash", shortest_edge=None, height=settings.image_size or image.height,
+                                width=settings.image_size or image.width)
+    projector = ProjectorConfig(settings.projector, settings.grid, settings.scale)
+    return VisionLanguageModel.from_parts(settings.vision, settings.text, projector, image, settings.vision_layer)
+
+
+@torch.no_grad()
+def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: Precision) -> dict[Path, Tensor]:
+    """The patch vectors of each image, once: path → (P, C_v) in the precision of the run, on the CPU.
+
+    Images that cannot be read are missing from the result, and their records will be skipped by name.
+    """
+    unique = sorted(set(paths))
+    features: dict[Path, Tensor] = {}
+    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True):
+        pixels = {}
+        for path in unique[start:start + ENCODED_AT_ONCE]:
+            try:
+                pixels[path] = preprocess(open_image(path), model.config.image)
+            except NanoVLMError:
+                continue
+        if pixels:
+            patches = model.look(torch.stack(list(pixels.values())).to(precision.device))
+            features |= zip(pixels, patches.cpu())
+    return features
+
+
+def say(message: str) -> None:
+    """Tell the user; stdout is for answers."""
+    print(message, file=sys.stderr)
+
+
+def _check_run_folder(run: Path, resume: bool) -> None:
+    if resume and (run / "model").exists():
+        raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
+    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise NanoVLMError(f"{run}: holds another run; continue it with --resume, or name another folder with --out")
+
+
+def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
+    """Records to learn from and records held out; of a split, no image is on both sides."""
+    if not settings.data:
+        raise NanoVLMError("no records to learn from; give them with --data FILE.jsonl")
+    records, skipped = read_records(settings.data, settings.images or None)
+    for record in records:
+        if record.references:
+            raise NanoVLMError(f"{record.where}: has references and no answer; it is for evaluation, not for training")
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    generator = random.Random(settings.seed)
+    if settings.val:
+        held_out = read_records(settings.val, settings.images or None)[0]
+    else:
+        keys = sorted({record.images or (Path(record.where),) for record in records})
+        chosen = set(generator.sample(keys, round(settings.val_fraction * len(keys))))
+        held_out = [record for record in records if (record.images or (Path(record.where),)) in chosen]
+        records = [record for record in records if (record.images or (Path(record.where),)) not in chosen]
+    if len(held_out) > settings.val_samples:
+        held_out = [held_out[index] for index in sorted(generator.sample(range(len(held_out)), settings.val_samples))]
+    return records, held_out
+
+
+def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
+    """Write the whole model in the number format it was trained to compute in, under its name once it is complete."""
+    temporary = run / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to("cpu", dtype).save_pretrained(temporary)
+    os.rename(temporary, run / "model")
+
+
+def _show_answers(model: VisionLanguageModel, held_out: list[Record], precision: Precision, run: Path) -> None:
+    """Answer a few questions about held-out images, as text and as one picture."""
+    rows = []
+    shown = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
+    for record, answer in zip(shown, answer_records(model.to(precision.device), shown, max_new_tokens=64)):
+        question = " ".join(part for part in record.messages[0].content if isinstance(part, str)).strip()
+        picture = open_image(record.images[0]) if record.images else None
+        rows.append({"where": record.where, "prompt": question, "answer": answer, "reference": references_of(record)[0],
+                     "picture": picture})
+    text = "".join(json.dumps({key: row[key] for key in ("where", "prompt", "answer", "reference")}, ensure_ascii=False) + "\n"
+                   for row in rows)
+    write_atomically(run / "samples.jsonl", text)
+    say(text.rstrip())
+    if pictured := [row for row in rows if row["picture"] is not None]:
+        draw_answers(run / "samples.png", pictured)

@@ -1,0 +1,160 @@
+"""Every setting of a training run, and where its value comes from: preset or file, then flags."""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanovlm.config import from_dict, unknown_key
+from nanovlm.errors import NanoVLMError
+
+PRESETS = Path(__file__).parents[1] / "presets"
+ASSETS = Path(__file__).parents[1] / "assets"  # what {assets} stands for in a preset
+# A setting that was chosen for another one's value falls away when that one is given anew.
+CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images", "val")}
+
+
+def _setting(default: Any, group: str, help: str) -> Any:
+    return field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. Each field is a flag of `train_stage1.py` and `train_stage2.py` and a key of a preset's stage."""
+
+    data: str = _setting("", "data", "records to learn from, .json or .jsonl")
+    images: str = _setting("", "data", "folder that image paths are relative to (default: the records' folder)")
+    val: str = _setting("", "data", "records for the validation loss (default: --val-fraction of the data, by image)")
+    val_fraction: float = _setting(0.02, "data", "share of the images held out where there is no --val")
+    val_samples: int = _setting(256, "data", "records of it that are used at most")
+    share: int = _setting(8, "data", "samples of one image that may share a row, so that the image is read once")
+    max_length: int = _setting(2048, "data", "tokens a sample may have; longer text is cut at the end and counted")
+    workers: int = _setting(0, "data", "processes that prepare batches ahead of the step")
+    cache_features: bool = _setting(False, "data", "encode each image once and keep its features (frozen eyes only)")
+
+    init: str = _setting("", "model", "model folder to start from, such as stage 1's")
+    vision: str = _setting("", "model", "pretrained eyes to start from: a DINOv2 folder")
+    text: str = _setting("", "model", "pretrained voice to start from: a Qwen2, Qwen2.5 or Qwen3 folder")
+    projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle or bilinear")
+    grid: int = _setting(8, "model", "side of the patch grid after the bilinear projector")
+    scale: int = _setting(2, "model", "side of the squares that the pixel_shuffle projector merges")
+    image_size: int = _setting(0, "model", "side in pixels an image is resized to (default: the eyes' own)")
+    vision_layer: int = _setting(-1, "model", "layer of the eyes that is looked at; -1 is after the final norm")
+
+    train: str = _setting("projector", "training", "parts that learn, with commas: projector, text, vision")
+    epochs: float = _setting(1.0, "training", "times the data is seen")
+    max_steps: int = _setting(0, "training", "optimizer steps, in place of --epochs")
+    batch_size: int = _setting(32, "training", "records a forward pass takes")
+    accumulate: int = _setting(1, "training", "forward passes an optimizer step takes")
+    lr: float = _setting(1e-3, "training", "peak learning rate")
+    lr_projector: float = _setting(0.0, "training", "peak learning rate of the projector (0: --lr)")
+    lr_text: float = _setting(0.0, "training", "peak learning rate of the decoder (0: --lr)")
+    lr_vision: float = _setting(0.0, "training", "peak learning rate of the eyes (0: --lr)")
+    warmup: float = _setting(0.03, "training", "share of the steps over which the learning rate rises")
+    min_lr: float = _setting(0.1, "training", "share of the peak at which the cosine ends")
+    weight_decay: float = _setting(0.0, "training", "of matrices; norms and biases have none")
+    beta2: float = _setting(0.95, "training", "AdamW's second moment; its first is 0.9")
+    clip: float = _setting(1.0, "training", "largest gradient norm")
+
+    device: str = _setting("auto", "machine", "auto, cpu, cuda or mps")
+    dtype: str = _setting("auto", "machine", "auto, bf16, fp16 or fp32")
+    seed: int = _setting(0, "machine", "of the projector's first weights and the order of the data")
+
+    out: str = _setting("runs/run", "run", "folder of the run")
+    log_every: int = _setting(10, "run", "steps between lines of metrics.jsonl")
+    val_every: int = _setting(0, "run", "steps between validation losses (0: at the end only)")
+    save_every: int = _setting(500, "run", "steps between checkpoints")
+    keep: int = _setting(2, "run", "newest checkpoints that are kept")
+    resume: bool = _setting(False, "run", "continue the run in --out from its last checkpoint")
+
+    def __post_init__(self) -> None:
+        positive = ("val_samples", "share", "max_length", "epochs", "batch_size", "accumulate", "lr", "clip", "log_every",
+                    "save_every", "keep")
+        not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "warmup", "min_lr",
+                        "weight_decay", "val_every", "image_size", "seed")
+        for name in (*positive, *not_negative):
+            value = getattr(self, name)
+            if not (value > 0 or value == 0 and name in not_negative):
+                raise NanoVLMError(f"--{name.replace('_', '-')} is {value}; it has to be "
+                                   f"{'above 0' if name in positive else '0 or more'}")
+        for name, choices in (("device", ("auto", "cpu", "cuda", "mps")), ("dtype", ("auto", "bf16", "fp16", "fp32"))):
+            if getattr(self, name) not in choices:
+                raise NanoVLMError(f"--{name} is {getattr(self, name)!r}; take one of {', '.join(choices)}")
+        if unknown := set(self.trained_parts) - {"projector", "text", "vision"}:
+            raise NanoVLMError(f"--train names {', '.join(sorted(unknown))!r}; parts are projector, text and vision")
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.train.split(",") if part.strip())
+
+    def peak_lr(self, part: str) -> float:
+        """The learning rate of `part` at the top of the schedule."""
+        return getattr(self, f"lr_{part}") or self.lr
+
+
+def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
+    """Settings of `stage` ("stage1" or "stage2"): the preset's or file's, then the command line's."""
+    parser = _parser(stage)
+    flags = vars(parser.parse_args(arguments))
+    preset, config = flags.pop("preset", None), flags.pop("config", None)
+    path = Path(config) if config else PRESETS / f"{preset or 'tiny'}.toml"
+    if flags["resume"]:  # a run goes on with its own settings
+        out = flags["out"] or _read_stage(path, stage).get("out", Settings.out)
+        path = Path(out) / "settings.toml"
+    layers = [_read_stage(path, stage), {name: value for name, value in flags.items() if value is not None}]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for cause, chosen in CHOSEN_FOR.items():
+            if cause in layer:
+                values = {name: value for name, value in values.items() if name not in chosen}
+        values |= layer
+    return from_dict(Settings, values, where=str(path))
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved settings as a file that `--config` reads; `json` and TOML spell these values alike."""
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in dataclasses.asdict(settings).items())
+
+
+def _read_stage(path: Path, stage: str) -> dict[str, Any]:
+    """The stage's table of a preset, or a whole file that has no such tables (a run's `settings.toml`)."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        available = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
+        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); presets are {available}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise NanoVLMError(f"{path}: is not valid TOML ({error}); mend that line") from None
+    values = table.get(stage, {} if "stage1" in table or "stage2" in table else table)
+    for key in values:
+        if key not in Settings.__dataclass_fields__:
+            raise unknown_key(key, Settings.__dataclass_fields__, f"{path}, [{stage}]")
+    return {key: value.replace("{assets}", str(ASSETS)) if isinstance(value, str) else value for key, value in values.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise NanoVLMError(f"{message}; --help lists the flags")
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"train_{stage}.py", allow_abbrev=False,
+                     description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
+    source = parser.add_argument_group("source of settings")
+    source.add_argument("--preset", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
+    source.add_argument("--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run")
+    groups: dict[str, Any] = {}
+    for setting in dataclasses.fields(Settings):
+        group = setting.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        flag = f"--{setting.name.replace('_', '-')}"
+        if setting.type is bool:
+            groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=setting.metadata["help"])
+        else:
+            groups[group].add_argument(flag, type=setting.type, metavar=setting.type.__name__.upper(), default=None,
+                                       help=setting.metadata["help"])
+    return parser

@@ -1,0 +1,28 @@
+"""Stage 1: a new projector learns to translate what frozen eyes see into what a frozen voice understands.
+
+    python train_stage1.py                                                     # the tiny default, no download
+    python train_stage1.py --vision DIR --text DIR --data FILE --out runs/mine # your own weights and records
+"""
+
+from pathlib import Path
+
+from data_tools.make_scenes import make_scenes
+from nanovlm.errors import run
+from nanovlm.training.run import run_stage, say
+from nanovlm.training.settings import load_settings
+
+SCENES = Path("data/scenes")
+
+
+def main() -> None:
+    """Make the toy world's data on first use, then train."""
+    settings = load_settings("stage1")
+    if Path(settings.data).parent == SCENES and not SCENES.exists():
+        say(f"{SCENES} is not there yet: drawing it now (data_tools/make_scenes.py)")
+        make_scenes(SCENES)
+    model = run_stage(settings)
+    say("next:  python train_stage2.py" + ("" if settings.out == "runs/stage1" else f" --init {model}"))
+
+
+if __name__ == "__main__":
+    run(main)
