@@ -6,6 +6,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,15 @@ class Batch:
     patches: Tensor | None = None  # (N, P, C_v) instead of pixels, where the features are kept
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: tensor if tensor is None else tensor.to(device, non_blocking=True)
-                        for name, tensor in moved.items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Into memory from which the copy to a GPU goes on by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: tensor if tensor is None else function(tensor) for name, tensor in tensors.items()})
 
 
 class VisionLanguageModel(nn.Module):
@@ -137,6 +144,8 @@ class VisionLanguageModel(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
         embeddings = self.decoder.embed_tokens(batch.input_ids)
+        if torch.is_autocast_enabled(embeddings.device.type):  # the residual stream runs in the precision of the products
+            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
         patches = self.look(batch.pixels) if batch.patches is None and batch.pixels is not None else batch.patches
         found = 0 if patches is None else len(patches)
         if len(batch.image_positions) != found * self.image_length:

@@ -4,6 +4,7 @@ Batch number i is a function of the records, the seed and i alone. So a run can 
 next batch, and any number of worker processes prepare the same ones.
 """
 
+import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,10 @@ class Loaded:
     tokens: int  # without padding
     skipped: list[str]
     cut: list[str]  # records whose text was cut at the end
+
+    def pin_memory(self) -> "Loaded":
+        """What the loader calls where batches go on to a GPU."""
+        return self if self.batch is None else dataclasses.replace(self, batch=self.batch.pin_memory())
 
 
 class Batches(Dataset):

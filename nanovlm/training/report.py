@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 from nanovlm.files import atomic_path, write_atomically
 
 DRAW_EVERY = 30.0  # seconds between redrawings of the curves
+WIDE = 0x2E7F  # code points above it are Chinese, Japanese or Korean, for what is drawn here
 
 
 class RunLog:
@@ -74,16 +75,22 @@ class RunLog:
 
 
 def draw_answers(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One picture of questions and answers. Each row has `picture` (a PIL image), `prompt`, `answer`, `reference`."""
-    with plt.rc_context({"font.family": _fonts()}):
-        columns = 2
-        figure, axes = plt.subplots(-(-len(rows) // columns), 2 * columns, figsize=(14, 2.3 * -(-len(rows) // columns)),
-                                    width_ratios=[1, 2.2] * columns, constrained_layout=True, squeeze=False)
+    """One picture of questions and answers. Each row has `picture` (a PIL image), `prompt`, `answer`, `reference`.
+
+    Where the system has no font with Chinese characters, a row that needs one points to its line in samples.jsonl.
+    """
+    chinese = _chinese_fonts()
+    columns, height = 2, -(-len(rows) // 2)
+    with plt.rc_context({"font.family": [*chinese, "DejaVu Sans"]}):
+        figure, axes = plt.subplots(height, 2 * columns, figsize=(14, 2.3 * height), width_ratios=[1, 2.2] * columns,
+                                    constrained_layout=True, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
-        for row, picture, text in zip(rows, axes.flat[::2], axes.flat[1::2]):
+        for number, (row, picture, text) in enumerate(zip(rows, axes.flat[::2], axes.flat[1::2]), start=1):
             picture.imshow(np.asarray(row["picture"]))
-            lines = (_wrap(f"{mark} {row[key]}") for mark, key in (("Q:", "prompt"), ("A:", "answer"), ("=", "reference")))
+            lines = [_wrap(f"{mark} {row[key]}") for mark, key in (("Q:", "prompt"), ("A:", "answer"), ("=", "reference"))]
+            if not chinese and any(ord(character) > WIDE for line in lines for character in line):
+                lines = [f"samples.jsonl, line {number}", "(this system has no Chinese font to draw it with)"]
             text.text(0, 0.5, "\n".join(lines), va="center", fontsize=9, transform=text.transAxes)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110)
@@ -99,7 +106,7 @@ def _wrap(text: str, width: int = 58) -> str:
     """Break after `width` columns, a Chinese character taking two."""
     lines, columns = [""], 0
     for character in text.replace("\n", " "):
-        size = 2 if ord(character) > 0x2E7F else 1
+        size = 2 if ord(character) > WIDE else 1
         if columns + size > width:
             lines.append("    ")
             columns = 4
@@ -108,9 +115,8 @@ def _wrap(text: str, width: int = 58) -> str:
     return "\n".join(lines)
 
 
-def _fonts() -> list[str]:
-    """A font with Chinese characters where the system has one; samples.txt holds the text in any case."""
+def _chinese_fonts() -> list[str]:
     known = {font.name for font in font_manager.fontManager.ttflist}
     wanted = ("PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Noto Sans CJK JP",
               "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS")
-    return [name for name in wanted if name in known] + ["DejaVu Sans"]
+    return [name for name in wanted if name in known][:1]
