@@ -29,7 +29,7 @@ from nanovlm.training.settings import Settings, to_toml
 from nanovlm.vlm import VisionLanguageModel
 
 SHOWN = 6  # validation questions answered at the end of a run
-ENCODED_AT_ONCE = 32  # images, when features are cached
+ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block stays in the CPU cache
 
 
 def run_stage(settings: Settings) -> Path:
