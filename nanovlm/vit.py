@@ -33,10 +33,11 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "VisionConfig":
         """Read the `config.json` of a DINOv2 folder; hub files leave out what equals the reference's defaults."""
+        registers = config.get("model_type") == "dinov2_with_registers"
         config = read_hf_config(config, ("dinov2", "dinov2_with_registers"), defaults=dict(
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
-            layer_norm_eps=1e-6, image_size=224, patch_size=14, num_channels=3, qkv_bias=True, use_swiglu_ffn=False,
-            num_register_tokens=4 if config.get("model_type") == "dinov2_with_registers" else 0,
+            layer_norm_eps=1e-6, image_size=224, patch_size=16 if registers else 14, num_channels=3, qkv_bias=True,
+            use_swiglu_ffn=False, num_register_tokens=4 if registers else 0,
         ), ignored=("layerscale_value", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
                     "apply_layernorm", "reshape_hidden_states", "use_mask_token", "out_features", "out_indices",
                     "stage_names"))
@@ -49,7 +50,7 @@ class VisionConfig:
             hidden_size=width, intermediate_size=intermediate_size, num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=config["num_attention_heads"], patch_size=config["patch_size"],
             image_size=config["image_size"], num_register_tokens=config["num_register_tokens"],
-            swiglu=config["use_swiglu_ffn"], position_antialias=config["model_type"] == "dinov2_with_registers",
+            swiglu=config["use_swiglu_ffn"], position_antialias=registers,
             layer_norm_eps=config["layer_norm_eps"])
 
     @classmethod
