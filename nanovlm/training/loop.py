@@ -1,5 +1,6 @@
 """The training loop, in the order one would tell it: data, forward, backward, step, log, checkpoint."""
 
+import math
 import signal
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from nanovlm.data.dataset import Batches, Loaded
 from nanovlm.data.records import check_skipped
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.checkpoint import load_checkpoint, save_checkpoint
+from nanovlm.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
@@ -42,7 +43,9 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     """
     optimizer, progress, scaler = build_optimizer(model, settings), Progress(), precision.scaler
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if settings.resume:
+    if settings.resume and not list_checkpoints(run):
+        print(f"{run}: stopped before its first checkpoint, so it starts again", file=sys.stderr)
+    elif settings.resume:
         progress = _restore(run, model, optimizer, precision)
     log = RunLog(run, progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
@@ -60,7 +63,8 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             for batch in step_batches:
                 with precision.autocast():
                     loss = model(batch.to(precision.device))  # summed over the batch's labelled tokens
-                precision.scaled(loss / step_targets).backward()
+                if loss.requires_grad:  # without images, a projector that learns alone has nothing to learn
+                    precision.scaled(loss / step_targets).backward()
                 progress.loss_sum = progress.loss_sum + loss.detach()
 
             finite = scaler is None or scaler.unscale(learning)
@@ -76,13 +80,20 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             progress.target_count += step_targets
             bar.update()
             last = progress.step == total_steps
-            if progress.step % settings.log_every == 0 or last:
+            stopping = interruption.asked and not last
+            logs = progress.step % settings.log_every == 0 or last
+            saves = progress.step % settings.save_every == 0 or last or stopping
+            if logs or saves:
+                _check_finite(progress, grad_norm, precision)
+            if logs:
                 _log(log, progress, optimizer, grad_norm, bar)
             if validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0):
                 log.validation(progress.step, validation_loss(model, validation, precision))
-            if progress.step % settings.save_every == 0 or last or interruption.asked:
+            if saves:
                 _save(run, model, optimizer, progress, precision, settings.keep)
-            if interruption.asked and not last:
+            if last or stopping:
+                log.draw()
+            if stopping:
                 tqdm.write(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
                            f"python {Path(sys.argv[0]).name} --resume --out {run}", file=sys.stderr)
                 raise KeyboardInterrupt
@@ -105,13 +116,20 @@ def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Pre
     return loss_sum / max(count, 1)
 
 
+def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -> None:
+    """Stop before anything that is not finite is logged or saved. Under a loss scaler gradients may overflow: it drops
+    the step."""
+    for name, value in (("loss", progress.loss_sum), ("gradient norm", 0.0 if precision.scaler else grad_norm)):
+        if not math.isfinite(value):
+            raise NanoVLMError(f"the {name} is {float(value)} at step {progress.step}; lower --lr, or take --dtype fp32 to see "
+                               "whether the number format is at fault. What was saved before is whole")
+
+
 def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, bar: tqdm) -> None:
     loss = float(progress.loss_sum) / max(progress.target_count, 1)
-    if loss != loss or abs(loss) == float("inf"):
-        raise NanoVLMError(f"the loss is {loss} at step {progress.step}; lower --lr, or take --dtype fp32 to see whether "
-                           "the number format is at fault. The last checkpoint is from before")
     rates = {f"lr_{group['part']}": group["lr"] for group in optimizer.param_groups}
-    line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates, "grad_norm": float(grad_norm),
+    line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
+            "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # JSON has no infinity
             "samples": progress.samples, "tokens": progress.tokens}
     speed = log.metrics(line)
     progress.loss_sum, progress.target_count = 0.0, 0

@@ -54,6 +54,8 @@ class LossScaler:
         """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Reads one number
         back from the device, which fp16 alone has to pay for."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:  # a step without images gives the projector none
+            return True
         torch._foreach_mul_(gradients, 1 / self.scale)
         finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         if finite:

@@ -26,10 +26,10 @@ class RunLog:
         self.run, self.path = run, run / "metrics.jsonl"
         self.lines: list[dict[str, Any]] = []
         if self.path.exists():
-            self.lines = [line for line in map(json.loads, self.path.read_text().splitlines()) if line["step"] <= start_step]
+            self.lines = [line for line in map(json.loads, self.path.read_text().split("\n")[:-1]) if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._start = time.perf_counter() - max((line["seconds"] for line in self.lines), default=0.0)
-        self._last = self.lines[-1] if self.lines else {}
+        self._last = next((line for line in reversed(self.lines) if "samples" in line), {})
         self._last_time, self._drawn = time.perf_counter(), time.perf_counter()
 
     def metrics(self, line: dict[str, Any]) -> dict[str, float]:
@@ -38,14 +38,11 @@ class RunLog:
         speed = {key: (line[key] - self._last.get(key, 0)) / max(now - self._last_time, 1e-9) for key in ("samples", "tokens")}
         self._last, self._last_time = line, now
         self._append({**line, "samples_per_second": round(speed["samples"], 2), "tokens_per_second": round(speed["tokens"], 1)})
-        if now - self._drawn > DRAW_EVERY:
-            self.draw()
         return speed
 
     def validation(self, step: int, loss: float) -> None:
-        """Write a line with the validation loss and redraw."""
+        """Write a line with the validation loss."""
         self._append({"step": step, "val_loss": loss})
-        self.draw()
 
     def draw(self) -> None:
         """Loss with validation loss, learning rates, and gradient norm, against the step."""
@@ -72,6 +69,8 @@ class RunLog:
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if time.perf_counter() - self._drawn > DRAW_EVERY:
+            self.draw()
 
 
 def draw_answers(path: Path, rows: list[dict[str, Any]]) -> None:

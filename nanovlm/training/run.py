@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ def run_stage(settings: Settings) -> Path:
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=settings.max_length, batch_size=settings.batch_size, seed=settings.seed, features=features)
+    held_out = _usable(held_out, options)
     batches = Batches(records, **options)
     validation = Batches(held_out, **options, shuffle=False) if held_out else None
     per_step = settings.batch_size * settings.accumulate
@@ -132,15 +134,48 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
         say(f"skipped: {reason}")
     generator = random.Random(settings.seed)
     if settings.val:
-        held_out = read_records(settings.val, settings.images or None)[0]
+        held_out, skipped = read_records(settings.val, settings.images or None)
+        for reason in skipped:
+            say(f"skipped: {reason}")
     else:
-        keys = sorted({record.images or (Path(record.where),) for record in records})
-        chosen = set(generator.sample(keys, round(settings.val_fraction * len(keys))))
-        held_out = [record for record in records if (record.images or (Path(record.where),)) in chosen]
-        records = [record for record in records if (record.images or (Path(record.where),)) not in chosen]
+        records, held_out = _split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
         held_out = [held_out[index] for index in sorted(generator.sample(range(len(held_out)), settings.val_samples))]
     return records, held_out
+
+
+def _split(records: list[Record], fraction: float, generator: random.Random) -> tuple[list[Record], list[Record]]:
+    """Hold out a share of the images with all their records. Images that a record shows together stay together."""
+    parents: dict[Path, Path] = {}  # union-find over images; a record without any stands for itself
+
+    def first_image(record: Record) -> Path:
+        return record.images[0] if record.images else Path(record.where)
+
+    def group(image: Path) -> Path:
+        while parents.setdefault(image, image) != image:
+            parents[image] = image = parents[parents[image]]
+        return image
+
+    for record in records:
+        for image in record.images:
+            parents[group(image)] = group(first_image(record))
+    groups = sorted({group(first_image(record)) for record in records})
+    chosen = set(generator.sample(groups, round(fraction * len(groups))))
+    if len(chosen) == len(groups):
+        raise NanoVLMError(f"--val-fraction {fraction} of {len(groups)} images leaves none to learn from; lower it")
+    return ([record for record in records if group(first_image(record)) not in chosen],
+            [record for record in records if group(first_image(record)) in chosen])
+
+
+def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
+    """The held-out records that make a sample; the others are named here, and not again at each validation."""
+    usable = []
+    for record in records:
+        skipped = Batches([record], **options | {"batch_size": 1}, shuffle=False)[0].skipped
+        usable += [] if skipped else [record]
+        for reason in skipped:
+            say(f"skipped: {reason}")
+    return usable
 
 
 def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
@@ -156,7 +191,8 @@ def _show_answers(model: VisionLanguageModel, held_out: list[Record], precision:
     rows = []
     shown = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
     for record, answer in zip(shown, answer_records(model.to(precision.device), shown, max_new_tokens=64)):
-        question = " ".join(part for part in record.messages[0].content if isinstance(part, str)).strip()
+        asked = next((message.content for message in reversed(record.messages) if message.role == "user"), ())
+        question = " ".join(part for part in asked if isinstance(part, str)).strip()
         picture = open_image(record.images[0]) if record.images else None
         rows.append({"where": record.where, "prompt": question, "answer": answer, "reference": references_of(record)[0],
                      "picture": picture})

@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanovlm.config import from_dict, unknown_key
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import CommandParser, NanoVLMError
 
 PRESETS = Path(__file__).parents[1] / "presets"
 ASSETS = Path(__file__).parents[1] / "assets"  # what {assets} stands for in a preset
@@ -71,20 +72,26 @@ class Settings:
     resume: bool = _setting(False, "run", "continue the run in --out from its last checkpoint")
 
     def __post_init__(self) -> None:
-        positive = ("val_samples", "share", "max_length", "epochs", "batch_size", "accumulate", "lr", "clip", "log_every",
-                    "save_every", "keep")
-        not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "warmup", "min_lr",
-                        "weight_decay", "val_every", "image_size", "seed")
-        for name in (*positive, *not_negative):
-            value = getattr(self, name)
-            if not (value > 0 or value == 0 and name in not_negative):
-                raise NanoVLMError(f"--{name.replace('_', '-')} is {value}; it has to be "
-                                   f"{'above 0' if name in positive else '0 or more'}")
+        positive = ("val_samples", "share", "max_length", "grid", "scale", "epochs", "batch_size", "accumulate", "lr", "clip",
+                    "log_every", "save_every", "keep")
+        not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "weight_decay", "val_every",
+                        "image_size", "seed")
+        for names, fits, expected in (
+            (positive, lambda value: 0 < value < math.inf, "a number above 0"),
+            (not_negative, lambda value: 0 <= value < math.inf, "0 or more"),
+            (("warmup", "min_lr"), lambda value: 0 <= value <= 1, "between 0 and 1"),
+            (("val_fraction", "beta2"), lambda value: 0 <= value < 1, "0 or more and below 1"),
+            (("seed",), lambda value: value < 2**63, "below 2 to the power of 63"),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise NanoVLMError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be {expected}")
         for name, choices in (("device", ("auto", "cpu", "cuda", "mps")), ("dtype", ("auto", "bf16", "fp16", "fp32"))):
             if getattr(self, name) not in choices:
                 raise NanoVLMError(f"--{name} is {getattr(self, name)!r}; take one of {', '.join(choices)}")
-        if unknown := set(self.trained_parts) - {"projector", "text", "vision"}:
-            raise NanoVLMError(f"--train names {', '.join(sorted(unknown))!r}; parts are projector, text and vision")
+        unknown = set(self.trained_parts) - {"projector", "text", "vision"}
+        if unknown or not self.trained_parts:
+            raise NanoVLMError(f"--train names {', '.join(sorted(unknown)) or 'no part'}; parts are projector, text and vision")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -104,6 +111,8 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     if flags["resume"]:  # a run goes on with its own settings
         out = flags["out"] or _read_stage(path, stage).get("out", Settings.out)
         path = Path(out) / "settings.toml"
+        if not path.exists():
+            raise NanoVLMError(f"{path}: is not there, so there is no run to continue; start it without --resume")
     layers = [_read_stage(path, stage), {name: value for name, value in flags.items() if value is not None}]
     values: dict[str, Any] = {}
     for layer in layers:
@@ -135,15 +144,10 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
     return {key: value.replace("{assets}", str(ASSETS)) if isinstance(value, str) else value for key, value in values.items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise NanoVLMError(f"{message}; --help lists the flags")
-
-
-def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"train_{stage}.py", allow_abbrev=False,
-                     description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
-    source = parser.add_argument_group("source of settings")
+def _parser(stage: str) -> CommandParser:
+    parser = CommandParser(prog=f"train_{stage}.py",
+                           description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
+    source = parser.add_argument_group("source of settings").add_mutually_exclusive_group()
     source.add_argument("--preset", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
     source.add_argument("--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run")
     groups: dict[str, Any] = {}
