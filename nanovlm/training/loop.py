@@ -81,14 +81,14 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             bar.update()
             last = progress.step == total_steps
             stopping = interruption.asked and not last
-            logs = progress.step % settings.log_every == 0 or last
+            validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
+            logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
             if logs or saves:
                 _check_finite(progress, grad_norm, precision)
             if logs:
-                _log(log, progress, optimizer, grad_norm, bar)
-            if validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0):
-                log.validation(progress.step, validation_loss(model, validation, precision))
+                val_loss = {"val_loss": validation_loss(model, validation, precision)} if validates else {}
+                _log(log, progress, optimizer, grad_norm, val_loss, bar)
             if saves:
                 _save(run, model, optimizer, progress, precision, settings.keep)
             if last or stopping:
@@ -125,13 +125,14 @@ def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -
                                "whether the number format is at fault. What was saved before is whole")
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, bar: tqdm) -> None:
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, val_loss: dict[str, float],
+         bar: tqdm) -> None:
     loss = float(progress.loss_sum) / max(progress.target_count, 1)
     rates = {f"lr_{group['part']}": group["lr"] for group in optimizer.param_groups}
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens}
-    speed = log.metrics(line)
+            "samples": progress.samples, "tokens": progress.tokens, **val_loss}
+    speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
     bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
 

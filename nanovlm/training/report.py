@@ -29,32 +29,31 @@ class RunLog:
             self.lines = [line for line in map(json.loads, self.path.read_text().split("\n")[:-1]) if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._start = time.perf_counter() - max((line["seconds"] for line in self.lines), default=0.0)
-        self._last = next((line for line in reversed(self.lines) if "samples" in line), {})
+        self._last = self.lines[-1] if self.lines else {}
         self._last_time, self._drawn = time.perf_counter(), time.perf_counter()
 
-    def metrics(self, line: dict[str, Any]) -> dict[str, float]:
-        """Write one line and return the speed since the one before: samples and tokens a second."""
+    def write(self, line: dict[str, Any]) -> dict[str, float]:
+        """Append one line and return the speed since the one before: samples and tokens a second."""
         now = time.perf_counter()
         speed = {key: (line[key] - self._last.get(key, 0)) / max(now - self._last_time, 1e-9) for key in ("samples", "tokens")}
         self._last, self._last_time = line, now
-        self._append({**line, "samples_per_second": round(speed["samples"], 2), "tokens_per_second": round(speed["tokens"], 1)})
+        self.lines.append({**line, "samples_per_second": round(speed["samples"], 2),
+                           "tokens_per_second": round(speed["tokens"], 1), "seconds": round(now - self._start, 3)})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+        if now - self._drawn > DRAW_EVERY:
+            self.draw()
         return speed
-
-    def validation(self, step: int, loss: float) -> None:
-        """Write a line with the validation loss."""
-        self._append({"step": step, "val_loss": loss})
 
     def draw(self) -> None:
         """Loss with validation loss, learning rates, and gradient norm, against the step."""
         self._drawn = time.perf_counter()
-        steps = [line for line in self.lines if "loss" in line]
-        validations = [line for line in self.lines if "val_loss" in line]
         figure, (loss, rate, norm) = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-        loss.plot(*_series(steps, "loss"), label="training")
-        loss.plot(*_series(validations, "val_loss"), "o-", label="validation")
-        for name in sorted({key for line in steps for key in line if key.startswith("lr_")}):
-            rate.plot(*_series(steps, name), label=name.removeprefix("lr_"))
-        norm.plot(*_series(steps, "grad_norm"))
+        loss.plot(*_series(self.lines, "loss"), label="training")
+        loss.plot(*_series(self.lines, "val_loss"), "o-", label="validation")
+        for name in sorted({key for line in self.lines for key in line if key.startswith("lr_")}):
+            rate.plot(*_series(self.lines, name), label=name.removeprefix("lr_"))
+        norm.plot(*_series(self.lines, "grad_norm"))
         for axes, title in ((loss, "loss per labelled token"), (rate, "learning rate"), (norm, "gradient norm before clipping")):
             axes.set(title=title, xlabel="optimizer step")
             axes.grid(alpha=0.3)
@@ -63,14 +62,6 @@ class RunLog:
         with atomic_path(self.run / "curves.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110)
         plt.close(figure)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        line["seconds"] = round(time.perf_counter() - self._start, 3)
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if time.perf_counter() - self._drawn > DRAW_EVERY:
-            self.draw()
 
 
 def draw_answers(path: Path, rows: list[dict[str, Any]]) -> None:
