@@ -1,0 +1,128 @@
+"""Measure nanovlm against transformers, the same work in turn in one process.
+
+    python -m nanovlm.bench --weights DIR [--device auto] [--dtype bf16] [--rounds 3] [--only encode,stage1] [--compile] [--json]
+
+DIR holds `dinov2-small` and `qwen2.5-0.5b`, as the hub has them. The table on stdout gives medians over the rounds and
+their ratio, above 1 where nanovlm is better. Without transformers, nanovlm's figures stand alone.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
+from nanovlm.bench.tasks import ROWS, Bench, compare
+from nanovlm.errors import NanoVLMError, run
+from nanovlm.files import read_json
+from nanovlm.training.precision import choose_device, choose_dtype
+
+TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
+
+
+def main() -> None:
+    """Read the flags, measure, print."""
+    arguments = _parser().parse_args()
+    device = choose_device(arguments.device)
+    dtype, why = choose_dtype(arguments.dtype, device)
+    tasks = arguments.only.split(",") if arguments.only else TASKS
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise NanoVLMError(f"--only {unknown[0]}: no such task; there are {', '.join(TASKS)}")
+    if arguments.rounds < 1:
+        raise NanoVLMError("--rounds has to be above 0")
+    bench = Bench(device, dtype, image_token_id=_vocabulary(arguments.weights) - 1)  # an id that no text here uses
+    if arguments.peak_memory_of:
+        print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
+        return
+    _say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, {torch.get_num_threads()} threads, "
+         f"torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
+    names = ["nanovlm", "transformers"]
+    if importlib.util.find_spec("transformers") is None:
+        names.remove("transformers")
+        _say("transformers is not installed: nanovlm's figures alone")
+    figures: dict[str, dict[str, float]] = {}
+    if "memory" in tasks:  # in processes of their own
+        figures["memory"] = {name: _peak_memory(name) for name in names}
+    if timed := [task for task in tasks if task != "memory"]:
+        sides = [_build(name, bench, arguments) for name in names]
+        if len(sides) == 2:
+            _say(compare(bench, *sides))
+        for task in timed:
+            figures |= _measure(bench, task, sides, arguments.rounds)
+    figures = {name: figures[name] for name in ROWS if name in figures}
+    print(json.dumps(figures) if arguments.json else _table(figures))
+
+
+def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
+    if name == "transformers":
+        from nanovlm.bench.reference import Transformers  # only where it is installed
+    side = (NanoVLM if name == "nanovlm" else Transformers)(
+        arguments.weights, bench.device, bench.dtype, bench.image_token_id)
+    if arguments.compile:
+        for blocks in (module for part in (side.vision, side.decoder) for module in part.modules()
+                       if isinstance(module, nn.ModuleList)):
+            for block in blocks:
+                block.compile()
+    return side
+
+
+def _measure(bench: Bench, task: str, sides: list[Side], rounds: int) -> dict[str, dict[str, float]]:
+    """Each side once to warm up, then in turn; row → side → median."""
+    measure = {side.name: bench.task(task, side) for side in sides}
+    for warm_up in measure.values():
+        warm_up()
+    measured = [{name: function() for name, function in measure.items()}
+                for _ in tqdm(range(rounds), desc=task, unit="round", leave=False)]
+    return {row: {name: statistics.median(one[name][row] for one in measured) for name in measure}
+            for row in ROWS if ROWS[row].task == task}
+
+
+def _peak_memory(name: str) -> float:
+    """GB, measured by this command started once more for one side alone."""
+    command = [sys.executable, "-m", "nanovlm.bench", *sys.argv[1:], "--peak-memory-of", name]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _table(figures: dict[str, dict[str, float]]) -> str:
+    """One line a row, both sides and the ratio where there are two."""
+    lines = [f"{'':44} {'unit':>10} {'nanovlm':>10} {'transformers':>13} {'ratio':>6}"]
+    for name, figure in figures.items():
+        row, ours, theirs = ROWS[name], figure["nanovlm"], figure.get("transformers")
+        other = f"{theirs:13.3g} {row.ratio(ours, theirs):5.2f}×" if theirs else f"{'—':>13} {'—':>6}"
+        lines.append(f"{row.title:44} {row.unit:>10} {ours:10.3g} {other}")
+    return "\n".join(lines)
+
+
+def _vocabulary(weights: Path) -> int:
+    config = read_json(weights / TEXT / "config.json")
+    if "vocab_size" not in config:
+        raise NanoVLMError(f"{weights / TEXT / 'config.json'}: key 'vocab_size' is missing")
+    return config["vocab_size"]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and of arithmetic")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
+    parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models")
+    parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")
+    parser.add_argument("--peak-memory-of", choices=["nanovlm", "transformers"], help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
