@@ -67,6 +67,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
     ended = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
     last, seen, inputs = _last_token(attention_mask, length, batch, embeddings.device), input_ids, embeddings
+    if attention_mask is not None:  # padding has been seen by nobody: a token that is there stands in for it
+        seen = torch.where(attention_mask > 0, input_ids, input_ids.gather(1, last[:, None]))
     for step in range(max_new_tokens):
         hidden_states = decoder.hidden_states(inputs, attention_mask, cache)
         logits = decoder.logits(hidden_states[torch.arange(batch, device=last.device), last]).float()  # (B, V)
