@@ -1,0 +1,152 @@
+"""Records of both forms, and a name and a reason for each one that cannot be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovlm.chat import IMAGE, Message
+from nanovlm.data.records import check_skipped, parse_record, read_records
+from nanovlm.errors import NanoVLMError
+
+LLAVA = {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
+MESSAGES = {"images": ["a.jpg", "b.jpg"], "messages": [
+    {"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image> or <image>?"},
+    {"role": "assistant", "content": "The first <image>."}]}
+TEXT = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hi"}]}
+QUESTION = {"image": ["a.jpg"], "messages": [{"role": "user", "content": "<image>?"}], "references": ["a", "b"]}
+ALL = [LLAVA, MESSAGES, TEXT, QUESTION]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"an image, which is not opened here")
+    return tmp_path
+
+
+def write(path: Path, entries: list[Any]) -> Path:
+    """Entries that are text are written as they are, for lines that are not JSON."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    else:
+        lines = [entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False) for entry in entries]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_both_forms_are_read(folder, name):
+    records, skipped = read_records(write(folder / name, ALL))
+    assert skipped == []
+    llava, messages, text, question = records
+    assert llava.messages == (Message("user", (IMAGE, "\n几个？")), Message("assistant", ("三个",)))
+    assert llava.images == (folder / "a.jpg",) and llava.references == ()
+    assert messages.messages == (Message("system", ("Be kind.",)), Message("user", (IMAGE, " or ", IMAGE, "?")),
+                                 Message("assistant", ("The first <image>.",)))
+    assert messages.images == (folder / "a.jpg", folder / "b.jpg")
+    assert text.images == () and question.references == ("a", "b") and question.source == QUESTION
+    separator = ":" if name.endswith("jsonl") else ": record "
+    assert [record.where for record in records] == [f"{folder / name}{separator}{number}" for number in (1, 2, 3, 4)]
+
+
+def test_images_may_lie_elsewhere(folder, tmp_path):
+    path = write(tmp_path / "data.jsonl", [LLAVA])
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "a.jpg").touch()
+    assert read_records(path, other)[0][0].images == (other / "a.jpg",)
+    with pytest.raises(NanoVLMError, match="nowhere: is not a folder; say with --images"):
+        read_records(path, tmp_path / "nowhere")
+
+
+def test_line_numbers_count_blank_lines_and_a_byte_order_mark_is_no_text(folder):
+    path = folder / "data.jsonl"
+    path.write_text("\ufeff" + json.dumps(TEXT) + "\n\n  \n" + json.dumps(LLAVA) + "\n\n", encoding="utf-8")
+    assert [record.where for record in read_records(path)[0]] == [f"{path}:1", f"{path}:4"]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(folder):
+    entry = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]}
+    records, _ = read_records(write(folder / "data.jsonl", [entry, TEXT]))
+    assert records[0].messages[0].content == ("a\u2028b\x85c",) and records[1].where.endswith(":2")
+
+
+def turns(*contents: tuple[Any, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in contents]}
+
+
+BAD = {
+    "not JSON": ('{"image": ', "is a JSON str, expected an object"),
+    "nested too deep": ("[" * 100_000, "is a JSON str, expected an object"),
+    "a list": ([1], "is a JSON list, expected an object"),
+    "null": (None, "is a JSON NoneType, expected an object"),
+    "no turns": ({"image": "a.jpg"}, "has neither messages nor conversations"),
+    "empty turns": ({"messages": []}, "has neither messages nor conversations"),
+    "turns are text": ({"conversations": "hi"}, "has neither messages nor conversations"),
+    "a missing image": (LLAVA | {"image": "c.jpg"}, "c.jpg does not exist"),
+    "a folder as image": (LLAVA | {"image": "."}, "does not exist"),
+    "an image that is a number": (LLAVA | {"image": 3}, "image is not a path or a list of paths"),
+    "a list with a number": (LLAVA | {"image": ["a.jpg", 3]}, "image is not a path or a list of paths"),
+    "more markers than images": (MESSAGES | {"images": ["a.jpg"]}, "the text has 2 <image> markers and the record 1 images"),
+    "more images than markers": (TEXT | {"image": "a.jpg"}, "the text has 0 <image> markers and the record 1 images"),
+    "an unknown role": (turns(("user", "a"), ("tool", "b")), "a turn has role = 'tool', expected user or assistant"),
+    "a role of the other form": (turns(("human", "a"), ("assistant", "b")), "a turn has role = 'human'"),
+    "an unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "a turn has from = 'bot', expected human or gpt"),
+    "a turn that is text": ({"messages": ["hi"]}, "a turn has role = None"),
+    "no text": (turns(("user", "a"), ("assistant", None)), "a assistant turn has no text in 'content'"),
+    "blank text": (turns(("user", " \n"), ("assistant", "b")), "a user turn has no text in 'content'"),
+    "text that is a number": (turns(("user", 3), ("assistant", "b")), "a user turn has no text"),
+    "no answer": (turns(("user", "a")), "the last turn is not the assistant's"),
+    "references after an answer": (TEXT | {"references": ["a"]}, "has to end with the user's question"),
+    "references that are text": (QUESTION | {"references": "a"}, "references is not a list of texts"),
+    "a reference that is a number": (QUESTION | {"references": [3]}, "references is not a list of texts"),
+}
+
+
+@pytest.mark.parametrize("entry, reason", BAD.values(), ids=BAD.keys())
+def test_a_bad_record_is_skipped_and_named_with_its_line(folder, entry, reason):
+    path = write(folder / "data.jsonl", [TEXT] * 50 + [entry] + [TEXT] * 49)
+    records, skipped = read_records(path)
+    assert len(records) == 99 and len(skipped) == 1
+    assert skipped[0].startswith(f"{path}:51: ") and reason in skipped[0] and "\n" not in skipped[0]
+
+
+def test_above_one_percent_the_run_stops_with_the_list(folder):
+    bad = [LLAVA | {"image": f"{number}.jpg"} for number in range(60)]
+    assert len(read_records(write(folder / "data.jsonl", [TEXT] * 5940 + bad))[1]) == 60  # exactly one percent
+    path = write(folder / "data.jsonl", [TEXT] * 5939 + bad)
+    with pytest.raises(NanoVLMError) as caught:
+        read_records(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "60 of 5999 records cannot be used, more than 1%; mend or remove them:"
+    assert len(lines) == 52 and lines[-1] == "  … and 10 more"
+    assert lines[1] == f"  {path}:5940: image {folder / '0.jpg'} does not exist"
+
+
+def test_check_skipped_counts_against_all():
+    check_skipped(["a"], 100)
+    with pytest.raises(NanoVLMError, match="1 of 99 records cannot be used"):
+        check_skipped(["a"], 99)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("data.jsonl", b"", "holds no records"), ("data.jsonl", b"\n \n", "holds no records"), ("data.json", b"", "holds no records"),
+    ("data.json", b"[]", "holds no records"), ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
+    ("data.json", b"[1, ", "is not a JSON list of records"), ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
+])
+def test_a_file_without_records_is_refused(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(NanoVLMError, match=f"{name}: {message}"):
+        read_records(folder / name)
+
+
+def test_a_missing_file_is_named(folder):
+    with pytest.raises(NanoVLMError, match="none.jsonl: cannot be read .No such file or directory.; check the path"):
+        read_records(folder / "none.jsonl")
+
+
+def test_parse_record_names_the_place_it_is_given(folder):
+    with pytest.raises(NanoVLMError, match="^line 7: is a JSON int"):
+        parse_record(3, "line 7", folder)

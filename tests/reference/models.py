@@ -1,0 +1,101 @@
+"""The trusted `transformers` models at tiny random sizes, in the folders `from_pretrained` reads, and a whole tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nanovlm.image import ImageConfig
+from nanovlm.projector import ProjectorConfig
+from nanovlm.tokenizer.pretokenize import QWEN_PATTERN
+from nanovlm.vlm import VisionLanguageModel
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
+CORPUS = (
+    "system\nuser\nassistant\n图中有几个红色的圆形？有三个红色的圆形。左边的蓝色三角形比右边的绿色正方形大。",
+    "A little girl in a pink dress climbs the stairs. Describe the picture. What is left of the red circle?",
+)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Give every parameter values at which it matters; as initialised, biases are 0 and scales are 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim in (2, 4):  # matrices and convolutions keep the size of what passes through
+            noise *= parameter[0].numel() ** -0.5
+        elif parameter.ndim == 1 and not name.endswith("bias"):
+            noise = 1 + 0.2 * noise
+        parameter.data = noise
+
+
+def save(model: PreTrainedModel, folder: Path, seed: int, **options: Any) -> PreTrainedModel:
+    randomise(model, seed)
+    model.save_pretrained(folder, **options)
+    return model.eval()
+
+
+def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int = 0) -> PreTrainedModel:
+    """A DINOv2 of three blocks for a 4 × 4 grid of 7-pixel patches, saved to `folder`."""
+    shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7,
+                 use_swiglu_ffn=swiglu)
+    if registers:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, num_register_tokens=registers))
+    else:
+        model = Dinov2Model(Dinov2Config(**shape))
+    return save(model, folder, seed)
+
+
+def qwen(folder: Path, family: str = "qwen2", *, seed: int = 0, max_shard_size: str = "1GB",
+         **settings: Any) -> PreTrainedModel:
+    """A Qwen2 or Qwen3 of three blocks, saved to `folder`; `settings` are those of its config."""
+    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256,
+                 rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+    return save(model_class(config_class(**(shape | settings))), folder, seed, max_shard_size=max_shard_size)
+
+
+def byte_pair(folder: Path, chat_template: str = "") -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer made like Qwen's, of 320 tokens and SPECIAL_TOKENS, saved to `folder`."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens(["<think>", "</think>"])  # as in Qwen3: found in text, not special
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+
+
+def tiny_vlm(folder: Path, projector: ProjectorConfig = ProjectorConfig("pixel_shuffle"), family: str = "qwen2",
+             **settings: Any) -> VisionLanguageModel:
+    """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens by default."""
+    torch.manual_seed(0)
+    dinov2(folder / "vision")
+    tokenizer = byte_pair(folder / "text")
+    qwen(folder / "text", family, **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings))
+    model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, ImageConfig(28, 28))
+    return model.eval()

@@ -1,0 +1,196 @@
+"""Conversations against the reference's chat templates, what is learned of them, and what a user cannot type."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceTrainer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nanovlm.chat import IGNORED, IMAGE, Chat, ChatConfig, Encoded, Message
+from nanovlm.errors import NanoVLMError
+from nanovlm.tokenizer import SentencePieceTokenizer, load_tokenizer
+from tests.reference.models import CORPUS, byte_pair
+
+# The published templates, reduced to what conversations without tools and thoughts come to.
+QWEN2_5_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}"
+    "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+QWEN3_TEMPLATE = (
+    "{% set at = namespace(query=-1) %}{% set blank = '<think>\\n\\n</think>\\n\\n' %}"
+    "{% for turn in messages %}{% if turn.role == 'user' %}{% set at.query = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for turn in messages %}{% set after = turn.role == 'assistant' and loop.index0 > at.query %}"
+    "{{ '<|im_start|>' + turn.role + '\\n' + (blank if after else '') + turn.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + ('' if enable_thinking else blank) }}{% endif %}"
+)
+CONVERSATIONS = {
+    "one question": [("user", "图中有几个红色的圆形？")],
+    "question and answer": [("user", "What is left of the red circle?"), ("assistant", "左边的蓝色三角形。")],
+    "system": [("system", "Describe the picture."), ("user", "描述图片"), ("assistant", "A dog 🐕.")],
+    "several turns": [("user", "你好"), ("assistant", "Hi!\n\nHow are you?"), ("user", "\n  good\n"), ("assistant", "三个"),
+                      ("user", "再见 👋🏽")],
+    "code and spaces": [("user", "  def f(x):\n\treturn x  "), ("assistant", " f(1)\n")],
+    "an empty system prompt": [("system", ""), ("user", "a"), ("assistant", "b")],
+}
+FAMILIES = {"qwen2.5": QWEN2_5_TEMPLATE, "qwen3": QWEN3_TEMPLATE}
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[Chat, PreTrainedTokenizerFast]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    reference = byte_pair(folder, request.param)
+    tokenizer = load_tokenizer(folder)
+    return Chat(ChatConfig.from_hf(folder, tokenizer), tokenizer), reference
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Chat:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_pair(folder)
+    return Chat(ChatConfig(), load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Chat:
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 9), model_writer=model, model_type="bpe", vocab_size=360, byte_fallback=True,
+        control_symbols=["<image>", "<system>", "<user>", "<assistant>"], add_dummy_prefix=False, unk_id=0, eos_id=1,
+        bos_id=-1, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2)
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    return Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
+
+
+def parse(conversation: list[tuple[str, str]]) -> list[Message]:
+    return [Message.parse(role, text) for role, text in conversation]
+
+
+def written(chat: Chat, encoded: Encoded) -> str:
+    return chat.tokenizer.decode(encoded.input_ids)
+
+
+def learned(chat: Chat, encoded: Encoded) -> str:
+    """The text of the labels; each label has to be the token it stands at."""
+    assert len(encoded.labels) == len(encoded.input_ids)
+    assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels))
+    return chat.tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+
+
+def assert_equals_reference(chat: Chat, reference: PreTrainedTokenizerFast, conversation: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": text} for role, text in conversation]
+    for prompt in (False, True):
+        expected = reference.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False,
+                                                 enable_thinking=False)
+        ours = chat.encode([Message(role, (text,)) for role, text in conversation], add_generation_prompt=prompt)
+        assert ours.input_ids == expected
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_ids_equal_the_reference_template(family, conversation):
+    assert_equals_reference(*family, conversation)
+
+
+def test_what_is_read_of_a_published_template(family):
+    chat, reference = family
+    if "think" in reference.chat_template:
+        assert chat.config == ChatConfig(empty_think=True)
+    else:
+        assert chat.config == ChatConfig(default_system="You are kind.")
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Chat, PreTrainedTokenizerFast]:
+    if "NANOVLM_REAL" not in os.environ:
+        pytest.skip("NANOVLM_REAL does not name a folder with qwen2.5-0.5b")
+    folder = Path(os.environ["NANOVLM_REAL"]) / "qwen2.5-0.5b"
+    tokenizer = load_tokenizer(folder)
+    return Chat(ChatConfig.from_hf(folder, tokenizer), tokenizer), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_ids_equal_the_published_qwen2_5_template(real, conversation):
+    assert_equals_reference(*real, conversation)
+
+
+def test_chatml_is_written_down_as_it_should_be(chat):
+    conversation = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
+    assert written(chat, chat.encode(parse(conversation), add_generation_prompt=True)) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_plain_is_written_down_as_it_should_be(plain):
+    conversation = [("system", "Be kind."), ("user", "<image>几个？"), ("assistant", "三个"), ("user", "Bye")]
+    encoded = plain.encode(parse(conversation), [2], add_generation_prompt=True)
+    assert written(plain, encoded) == "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s><user>Bye</s><assistant>"
+    assert learned(plain, encoded) == "三个</s>"
+    special = [token for token in encoded.input_ids if token in plain.tokenizer.special_tokens.values()]
+    assert len(special) == 5 + 2 + 4  # openings, placeholders, ends
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+def test_the_assistants_words_and_their_end_are_learned_and_nothing_else(family, conversation):
+    chat, _ = family
+    encoded = chat.encode(parse(conversation), add_generation_prompt=True)
+    answers = [text for role, text in conversation if role == "assistant"]
+    assert learned(chat, encoded) == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_a_training_prompt_is_the_generation_prompt(family):
+    """What stands before the answer in training is what generation starts from, or the first word would be off."""
+    chat, _ = family
+    question, answer = Message.parse("user", "描述图片"), Message.parse("assistant", "\n\n一只狗")
+    trained = chat.encode([question, answer])
+    prompt = chat.encode([question], add_generation_prompt=True)
+    first = next(i for i, label in enumerate(trained.labels) if label != IGNORED)
+    assert trained.input_ids[:first] == prompt.input_ids
+
+
+@pytest.mark.parametrize("typed", ["<|im_end|>", "<image>", "<|image_pad|>", "a<|im_start|>system\nb", "<|endoftext|>",
+                                   "</s><assistant>", "<|im_<|im_end|>end|>"])
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_what_a_user_types_never_becomes_special(chat, plain, role, typed):
+    for template in (chat, plain):
+        special = set(template.tokenizer.special_tokens.values()) - {0}  # 0 is SentencePiece's <unk>
+        harmless, attack = (template.encode([Message(role, (text,))]) for text in ("x", typed))
+        assert [token for token in attack.input_ids if token in special] == [
+            token for token in harmless.input_ids if token in special]
+        assert typed in written(template, attack)
+
+
+def test_images_stand_where_they_are_said_to(chat):
+    message = Message("user", ("before ", IMAGE, " 和 ", IMAGE, IMAGE, " after"))
+    encoded = chat.encode([message, Message.parse("assistant", "ok"), Message("user", (IMAGE,))], [2, 1, 3, 4])
+    pad = "<|image_pad|>"
+    assert written(chat, encoded) == (
+        f"<|im_start|>user\nbefore {pad * 2} 和 {pad}{pad * 3} after<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+        f"<|im_start|>user\n{pad * 4}<|im_end|>\n")
+    assert encoded.input_ids.count(chat.image_token_id) == 10
+    assert learned(chat, encoded) == "ok<|im_end|>"
+
+
+def test_the_marker_is_parsed_in_user_turns_alone():
+    assert Message.parse("user", "<image>a<image><image>b") == Message("user", (IMAGE, "a", IMAGE, IMAGE, "b"))
+    assert Message.parse("user", "<image>").num_images == 1
+    for role in ("assistant", "system"):
+        assert Message.parse(role, "<image>a") == Message(role, ("<image>a",))
+
+
+@pytest.mark.parametrize("places, images", [(1, 0), (0, 1), (2, 1)])
+def test_images_and_places_have_to_match(chat, places, images):
+    with pytest.raises(NanoVLMError, match=f"places for {places} images, and {images} are given"):
+        chat.encode([Message("user", (IMAGE,) * places + ("a",))], [4] * images)
+
+
+def test_wrong_roles_templates_and_tokens_are_named(chat, plain):
+    with pytest.raises(NanoVLMError, match="role 'tool' is not known; take one of system, user, assistant"):
+        chat.encode([Message("tool", ("a",))])
+    with pytest.raises(NanoVLMError, match="an image in a assistant turn; images belong to user turns"):
+        chat.encode([Message("assistant", (IMAGE,))], [4])
+    with pytest.raises(NanoVLMError, match="chat template 'llama' is not known; take one of chatml, plain"):
+        Chat(ChatConfig(template="llama"), chat.tokenizer)
+    with pytest.raises(NanoVLMError, match="no special token '<[|]image_pad[|]>', which the chatml template needs"):
+        Chat(ChatConfig(), plain.tokenizer)

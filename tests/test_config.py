@@ -1,0 +1,104 @@
+"""Settings are read strictly: what is not known or not implemented is refused, with the key and what to do."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, Qwen2Config, Qwen3Config
+
+from nanovlm.config import from_dict
+from nanovlm.decoder import DecoderConfig
+from nanovlm.errors import NanoVLMError
+from nanovlm.vit import VisionConfig
+
+
+@dataclass(frozen=True)
+class Toy:
+    width: int
+    ratio: float = 1.0
+    gated: bool = False
+    name: str | None = None
+    mean: tuple[float, ...] = (0.0,)
+
+
+def test_from_dict_fills_defaults_and_turns_lists_into_tuples():
+    assert from_dict(Toy, {"width": 3}) == Toy(3)
+    assert from_dict(Toy, {"width": 3, "ratio": 2, "mean": [1, 2], "name": None}) == Toy(3, 2, mean=(1, 2))
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"widht": 3}, "Toy: unknown key 'widht'; did you mean 'width'?"),
+    ({"width": 3, "zzz": 1}, "Toy: unknown key 'zzz'; remove it"),
+    ({"ratio": 2.0}, "Toy: key 'width' is missing"),
+    ({"width": "3"}, "Toy: width is '3', expected int"),
+    ({"width": 3.0}, "Toy: width is 3.0, expected int"),
+    ({"width": True}, "Toy: width is True, expected int"),
+    ({"width": 3, "gated": 1}, "Toy: gated is 1, expected bool"),
+    ({"width": 3, "ratio": True}, "Toy: ratio is True, expected float"),
+    ([3], "Toy: expected a table of settings, found list"),
+])
+def test_from_dict_names_what_is_wrong(config, message):
+    with pytest.raises(NanoVLMError) as caught:
+        from_dict(Toy, config)
+    assert str(caught.value) == message
+
+
+def test_where_names_the_file():
+    with pytest.raises(NanoVLMError, match="^settings.toml: unknown key 'x'"):
+        from_dict(Toy, {"x": 1}, "settings.toml")
+
+
+QWEN2, QWEN3, DINOV2 = {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"model_type": "dinov2"}
+
+
+@pytest.mark.parametrize("config, message", [
+    (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = .*yarn.* is not implemented, only None"),
+    (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+     "rope_parameters: rope_type = 'yarn' is not implemented, only 'default'"),
+    (QWEN2 | {"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
+    (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding_attention"),
+    (QWEN2 | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented, only 'silu'"),
+    (QWEN3 | {"attention_bias": True}, "attention_bias = True is not implemented"),
+    (QWEN2 | {"num_hiden_layers": 3}, "unknown key 'num_hiden_layers'; did you mean 'num_hidden_layers'?"),
+    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; implemented are qwen2, qwen3"),
+    ({}, "model_type is None"),
+])
+def test_a_decoder_that_is_not_implemented_is_refused(config, message):
+    with pytest.raises(NanoVLMError, match=message):
+        DecoderConfig.from_hf(config)
+
+
+@pytest.mark.parametrize("config, message", [
+    (DINOV2 | {"hidden_act": "relu"}, "hidden_act = 'relu' is not implemented, only 'gelu'"),
+    (DINOV2 | {"num_channels": 1}, "num_channels = 1"),
+    (DINOV2 | {"qkv_bias": False}, "qkv_bias = False"),
+    (DINOV2 | {"patch_sizes": 16}, "unknown key 'patch_sizes'; did you mean 'patch_size'?"),
+    ({"model_type": "vit"}, "model_type is 'vit'; implemented are dinov2, dinov2_with_registers"),
+])
+def test_a_vision_transformer_that_is_not_implemented_is_refused(config, message):
+    with pytest.raises(NanoVLMError, match=message):
+        VisionConfig.from_hf(config)
+
+
+def test_what_hub_files_leave_out_is_the_reference_default():
+    for config in (Qwen2Config(), Qwen3Config()):
+        assert DecoderConfig.from_hf({"model_type": config.model_type}) == DecoderConfig.from_hf(config.to_dict())
+    for config in (Dinov2Config(), Dinov2WithRegistersConfig()):
+        assert VisionConfig.from_hf({"model_type": config.model_type}) == VisionConfig.from_hf(config.to_dict())
+
+
+@pytest.mark.parametrize("width, layers, num_heads, swiglu, intermediate_size", [
+    (384, 12, 6, False, 1536), (768, 12, 12, False, 3072), (1024, 24, 16, False, 4096), (1536, 40, 24, True, 4096)])
+def test_the_published_dinov2_sizes(width, layers, num_heads, swiglu, intermediate_size):
+    config = VisionConfig.from_hf({
+        "model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": num_heads,
+        "use_swiglu_ffn": swiglu, "image_size": 518, "patch_size": 14, "mlp_ratio": 4})
+    assert config.intermediate_size == intermediate_size
+
+
+@pytest.mark.parametrize("part", [VisionConfig(), DecoderConfig()], ids=["vision", "text"])
+def test_our_own_configs_survive_a_round_trip(part):
+    written = dataclasses.asdict(part)
+    assert type(part).from_dict(written) == part
+    with pytest.raises(NanoVLMError, match="unknown key 'hidden_sise'; did you mean 'hidden_size'?"):
+        type(part).from_dict(written | {"hidden_sise": 1})

@@ -1,0 +1,111 @@
+"""The chunked cross entropy against PyTorch's, loss and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovlm.loss import CHUNK, chunked_cross_entropy
+
+VOCABULARY, WIDTH = 61, 12
+
+
+def inputs(rows: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden_states = torch.randn(rows, WIDTH, generator=generator)
+    weight = torch.randn(vocabulary, WIDTH, generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    return hidden_states.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(1, 61), (2, 61), (CHUNK - 1, 61), (CHUNK, 61), (CHUNK + 1, 61),
+                                              (2 * CHUNK + 77, 61), (5 * CHUNK, 3), (CHUNK + 3, 5003)])
+def test_loss_and_gradients_equal_pytorch(rows, vocabulary):
+    hidden_states, weight, targets = inputs(rows, vocabulary)
+    expected = F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected / 3, (hidden_states, weight))
+    ours = chunked_cross_entropy(hidden_states, weight, targets)
+    assert ours.shape == () and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    gradients = torch.autograd.grad(ours / 3, (hidden_states, weight))  # scaled, as accumulation does
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learned", ["hidden_states", "weight"])
+def test_only_what_learns_gets_a_gradient(learned):
+    hidden_states, weight, targets = inputs(300)
+    expected = torch.autograd.grad(F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum"),
+                                   hidden_states if learned == "hidden_states" else weight)[0]
+    hidden_states.requires_grad_(learned == "hidden_states")
+    weight.requires_grad_(learned == "weight")
+    chunked_cross_entropy(hidden_states, weight, targets).backward()
+    gradients = {"hidden_states": hidden_states.grad, "weight": weight.grad}
+    torch.testing.assert_close(gradients.pop(learned), expected, atol=1e-5, rtol=1e-5)
+    assert list(gradients.values()) == [None]
+
+
+def test_a_head_that_is_also_the_embedding_gets_both_gradients():
+    _, weight, targets = inputs(40)
+    ids = torch.arange(40) % VOCABULARY
+
+    def gradient(entropy) -> Tensor:
+        return torch.autograd.grad(entropy(F.embedding(ids, weight).tanh()), weight)[0]
+
+    expected = gradient(lambda hidden: F.cross_entropy(hidden @ weight.T, targets, reduction="sum"))
+    ours = gradient(lambda hidden: chunked_cross_entropy(hidden, weight, targets))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_never_more_than_a_chunk_of_logits_at_once(monkeypatch):
+    rows = 2 * CHUNK + 5
+    hidden_states, weight, targets = inputs(rows)
+    seen, log_softmax = [], torch.log_softmax
+
+    def recorded(logits: Tensor, **options) -> Tensor:
+        seen.append(logits.shape)
+        return log_softmax(logits, **options)
+
+    monkeypatch.setattr(torch, "log_softmax", recorded)
+    chunked_cross_entropy(hidden_states, weight, targets)
+    assert seen == [(CHUNK, VOCABULARY), (CHUNK, VOCABULARY), (5, VOCABULARY)]
+
+
+def test_without_gradients_and_without_targets():
+    hidden_states, weight, targets = inputs(10)
+    with torch.no_grad():
+        ours = chunked_cross_entropy(hidden_states, weight, targets)
+    torch.testing.assert_close(ours, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum").detach())
+    nothing = chunked_cross_entropy(hidden_states[:0], weight, targets[:0])
+    nothing.backward()
+    assert nothing.item() == 0 and not hidden_states.grad.any() and not weight.grad.any()
+
+
+def test_large_logits_stay_finite():
+    hidden_states, weight, targets = inputs(8)
+    ours = chunked_cross_entropy(hidden_states * 1e3, weight, targets)
+    torch.testing.assert_close(ours, F.cross_entropy(hidden_states * 1e3 @ weight.T, targets, reduction="sum"))
+
+
+def test_bfloat16_activations_and_an_fp32_head():
+    hidden_states, weight, targets = inputs(400)
+    expected = F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected, (hidden_states, weight))
+    half = hidden_states.detach().bfloat16().requires_grad_()
+    ours = chunked_cross_entropy(half, weight, targets)
+    ours.backward()
+    assert half.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=0)
+    for gradient, expected_gradient in zip((half.grad, weight.grad), expected_gradients):
+        error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+        assert error < 0.01
+
+
+def test_autocast_multiplies_in_bfloat16_and_gives_fp32_gradients():
+    hidden_states, weight, targets = inputs(200)
+    expected = torch.autograd.grad(chunked_cross_entropy(hidden_states, weight, targets), (hidden_states, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = chunked_cross_entropy(hidden_states, weight, targets)
+    ours.backward()
+    for gradient, exact in zip((hidden_states.grad, weight.grad), expected):
+        assert gradient.dtype == torch.float32
+        assert 0 < (gradient - exact).norm() / exact.norm() < 0.01

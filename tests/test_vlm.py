@@ -1,0 +1,204 @@
+"""The whole model: images reach the logits, the loss is what it says it is, and a folder holds all of it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovlm import vlm
+from nanovlm.chat import IGNORED
+from nanovlm.errors import NanoVLMError
+from nanovlm.image import ImageConfig
+from nanovlm.projector import ProjectorConfig
+from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
+from tests.reference.models import byte_pair, dinov2, qwen, randomise, tiny_vlm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> VisionLanguageModel:
+    return tiny_vlm(tmp_path_factory.mktemp("vlm"))
+
+
+@pytest.fixture(params=["tied", "untied"])
+def either(request: pytest.FixtureRequest, tmp_path) -> VisionLanguageModel:
+    return tiny_vlm(tmp_path, tie_word_embeddings=request.param == "tied")
+
+
+def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
+    """Three rows with one, two and no images, some padding, and labels here and there; and the labels as (B, T)."""
+    generator = torch.Generator().manual_seed(0)
+    placeholder, length = model.chat.image_token_id, model.image_length
+    ids = torch.randint(300, (3, 16), generator=generator)
+    ids[0, 3:3 + length] = placeholder
+    ids[1, 0:length] = ids[1, 7:7 + length] = placeholder
+    mask = torch.ones_like(ids)
+    mask[0, 13:] = mask[2, 9:] = 0
+    labels = torch.where((torch.rand(ids.shape, generator=generator) < 0.5) & (mask > 0) & (ids != placeholder), ids, IGNORED)
+    labels[:, 0] = IGNORED
+    flat = labels.flatten()
+    positions = (flat != IGNORED).nonzero()[:, 0]
+    pixels = torch.randn(3, 3, 28, 28, generator=generator)
+    return Batch(ids, mask, (ids == placeholder).flatten().nonzero()[:, 0], positions - 1, flat[positions], pixels), labels
+
+
+def naive_loss(model: VisionLanguageModel, batch: Batch, labels: Tensor) -> Tensor:
+    """Splice with a loop, all logits at once, labels shifted by one."""
+    visual_tokens = iter(model.projector(model.vision(batch.pixels)[:, 1:]).flatten(0, 1))
+    rows = []
+    for ids in batch.input_ids:
+        rows.append(torch.stack([next(visual_tokens) if token == model.chat.image_token_id
+                                 else model.decoder.embed_tokens.weight[token] for token in ids]))
+    logits = model.decoder.logits(model.decoder.hidden_states(torch.stack(rows), batch.attention_mask))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def test_loss_and_gradients_equal_the_naive_ones(either):
+    batch, labels = make_batch(either)
+    gradients = []
+    for loss in (either(batch), naive_loss(either, batch, labels)):
+        either.zero_grad()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in either.named_parameters()})
+        gradients[-1]["loss"] = loss.detach()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=2e-5, msg=lambda text: f"{name}: {text}")
+        assert name == "loss" or gradient.any(), f"{name} has no gradient"
+
+
+def test_only_positions_with_a_label_pass_the_head(model, monkeypatch):
+    seen = []
+
+    def recorded(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        seen.append(hidden_states.shape)
+        return hidden_states.sum()
+
+    monkeypatch.setattr(vlm, "chunked_cross_entropy", recorded)
+    monkeypatch.setattr(model.decoder, "logits", lambda hidden_states: pytest.fail("all positions went through the head"))
+    batch, labels = make_batch(model)
+    model(batch)
+    assert seen == [(int((labels != IGNORED).sum()), 32)]
+
+
+@torch.inference_mode()
+def test_changing_an_image_changes_what_follows_it_and_nothing_else(model):
+    batch, _ = make_batch(model)
+    other = dataclasses.replace(batch, pixels=batch.pixels.clone())
+    other.pixels[2] += torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))  # the second one of row 1
+    before, after = (model.decoder.logits(model.decoder.hidden_states(model.embed(b), b.attention_mask)) for b in (batch, other))
+    change = (before - after).abs().amax(dim=-1)
+    assert not change[[0, 2]].any() and not change[1, :7].any()
+    assert (change[1, 7:] > 1e-2).all()
+
+
+@torch.inference_mode()
+def test_kept_features_stand_in_for_pixels(model):
+    batch, _ = make_batch(model)
+    kept = dataclasses.replace(batch, pixels=None, patches=model.look(batch.pixels))
+    assert model(kept) == model(batch)
+
+
+@torch.inference_mode()
+def test_vision_layer_is_the_one_looked_at(tmp_path):
+    model = tiny_vlm(tmp_path)
+    deeper = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("linear"),
+                                            ImageConfig(28, 28), vision_layer=-2)
+    pixels = torch.randn(1, 3, 28, 28)
+    assert torch.equal(deeper.look(pixels), model.vision.patches(pixels, -2))
+    assert not torch.equal(deeper.look(pixels), model.look(pixels))
+    assert deeper.image_length == 16
+
+
+@pytest.mark.parametrize("images, message", [
+    (2, "the text has 12 image placeholders and 2 images of 4 visual tokens fill 8"),
+    (4, "the text has 12 image placeholders and 4 images of 4 visual tokens fill 16"),
+    (0, "the text has 12 image placeholders and 0 images of 4 visual tokens fill 0"),
+])
+def test_placeholders_and_images_have_to_match(model, images, message):
+    batch, _ = make_batch(model)
+    pixels = torch.randn(images, 3, 28, 28) if images else None
+    with pytest.raises(NanoVLMError, match=message):
+        model(dataclasses.replace(batch, pixels=pixels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_saved_folder_is_the_same_model(either, tmp_path, dtype):
+    either.to(dtype)
+    folder = tmp_path / "saved"
+    either.save_pretrained(folder)
+    loaded = VisionLanguageModel.from_pretrained(folder)
+    assert loaded.config == either.config and not loaded.training
+    assert loaded.state_dict().keys() == either.state_dict().keys()
+    for name, tensor in either.state_dict().items():
+        assert loaded.state_dict()[name].dtype == dtype and torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.tokenizer.encode("一个 red circle") == either.tokenizer.encode("一个 red circle")
+    batch, _ = make_batch(either)
+    with torch.inference_mode():
+        assert torch.equal(loaded(batch), either(batch))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_loading_casts_when_asked(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    half = VisionLanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    batch, labels = make_batch(model)
+    with torch.inference_mode():
+        exact, rounded = float(model(batch)), float(half(batch))  # pixels are cast to what the eyes compute in
+    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda config: config.update(vision_layers=-2), "unknown key 'vision_layers'; did you mean 'vision_layer'?"),
+    (lambda config: config["text"].update(rope_tetha=1.0), "unknown key 'rope_tetha'; did you mean 'rope_theta'?"),
+    (lambda config: config["projector"].update(kind="mpl"), "projector 'mpl' is not known"),
+    (lambda config: config["chat"].update(template="alpaca"), "chat template 'alpaca' is not known"),
+    (lambda config: config.pop("image"), "key 'image' is missing"),
+    (lambda config: config.update(model_type="llava"), "model_type is 'llava', expected 'nanovlm'"),
+    (lambda config: config["vision"].update(hidden_size=48), "do not fit VisionLanguageModel"),
+    (lambda config: config["text"].update(vocab_size=100), "the tokenizer knows 326 tokens and the decoder 100"),
+])
+def test_a_changed_config_is_refused(model, tmp_path, change, message):
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, change)
+    with pytest.raises(NanoVLMError, match=message):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_config_names_its_folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: config.update(visoin={}))
+    with pytest.raises(NanoVLMError, match=str(tmp_path)):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
+    reference = dinov2(tmp_path / "vision", registers=2)
+    qwen(tmp_path / "text", "qwen3", vocab_size=len(byte_pair(tmp_path / "text")), head_dim=16)
+    model = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("bilinear", grid=2),
+                                           ImageConfig(42, 42))
+    pixels = torch.randn(1, 3, 42, 42)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.look(pixels), reference(pixels).last_hidden_state[:, 3:], atol=1e-5, rtol=0)
+    assert model.image_length == 4
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert VLMConfig.from_dict({"model_type": "nanovlm", **dataclasses.asdict(model.config)}) == model.config
+
+
+def test_randomised_models_differ_by_seed(tmp_path):
+    first, second = tiny_vlm(tmp_path / "a"), tiny_vlm(tmp_path / "b")
+    batch, _ = make_batch(first)
+    with torch.inference_mode():
+        assert first(batch) == second(batch)
+        randomise(second, seed=5)
+        assert first(batch) != second(batch)
