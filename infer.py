@@ -6,6 +6,7 @@
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 
 from nanovlm.chat import IMAGE, IMAGE_MARKER, IGNORED, Message
 from nanovlm.data.batches import Row, collate
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.image import open_image, preprocess
 from nanovlm.training.precision import choose_device, choose_dtype
 from nanovlm.vlm import VisionLanguageModel
 
 TRAINED = Path("runs/stage2/model")
+CHATML = ("<|im_start|>", "<|im_end|>")  # refused in prompts of any model: what is copied around has these in it
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 
 
@@ -87,13 +89,13 @@ def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[to
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
     """IMAGE… PROMPT. In a chat the prompt may be missing, so there a last word that names a file is an image."""
-    if chat and (not inputs or Path(inputs[-1]).is_file()):
+    if chat and (not inputs or os.path.isfile(inputs[-1])):  # unlike pathlib's, it takes a prompt of any length
         return inputs, None
     if not inputs:
         raise NanoVLMError('nothing asked; for example:  python infer.py photo.jpg "描述图片"')
     if not inputs[-1].strip():
         raise NanoVLMError("the prompt is empty; say what you want to know")
-    if Path(inputs[-1]).is_file():
+    if os.path.isfile(inputs[-1]):
         raise NanoVLMError(f'{inputs[-1]} is a file, and the last argument is the prompt; for example:  '
                            f'python infer.py {inputs[-1]} "描述图片"')
     return inputs[:-1], inputs[-1]
@@ -101,7 +103,7 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
     """Refuse spellings of control tokens: as text they would not do what whoever typed them expects."""
-    for token in (*model.tokenizer.special_tokens, IMAGE_MARKER):
+    for token in (*model.tokenizer.special_tokens, *CHATML, IMAGE_MARKER):
         if token in prompt:
             raise NanoVLMError(f"the prompt contains {token!r}, which only the program may place; take it out "
                                "(images are given as files before the prompt)")
@@ -109,7 +111,7 @@ def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
 
 def _read_prompt() -> str:
     print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+    return sys.stdin.buffer.readline().decode(errors="replace").strip()
 
 
 def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
@@ -125,9 +127,9 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     return model
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
-                                     usage="%(prog)s [IMAGE …] PROMPT [flags]")
+def _parser() -> CommandParser:
+    parser = CommandParser(description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
+                           usage="%(prog)s [IMAGE …] PROMPT [flags]")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE… PROMPT", help="image files, then the question; images may be left out")
     parser.add_argument("--model", type=Path, metavar="DIR", help=f"model folder (default: {TRAINED}, else the shipped one)")
     parser.add_argument("--chat", action="store_true", help="keep the conversation going; an empty line ends it")

@@ -9,6 +9,7 @@ the references answers; it is for evaluation.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def parse_record(entry: Any, where: str, folder: Path) -> Record:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fail("image is not a path or a list of paths")
     images = tuple(folder / name for name in names)
-    if missing := [image for image in images if not image.is_file()]:
+    if missing := [image for image in images if not os.path.isfile(image)]:  # of any length, unlike pathlib's
         raise fail(f"image {missing[0]} does not exist")
     try:
         messages = tuple(_messages(entry))

@@ -6,7 +6,6 @@ prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. P
 `kind` of record go to stderr.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -15,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data.records import Record, read_records
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize
 from nanovlm.files import write_atomically
@@ -28,12 +27,16 @@ def main() -> None:
     arguments = _parser().parse_args()
     if arguments.limit < 0 or arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
+    if arguments.answers and not arguments.answers.parent.is_dir():
+        raise NanoVLMError(f"{arguments.answers.parent}: is not a folder; make it, so that --answers can be written")
     records, skipped = read_records(arguments.data, arguments.images)
     for reason in skipped:
         print(f"skipped: {reason}", file=sys.stderr)
     records = records[:arguments.limit or None]
     device = choose_device(arguments.device)
-    model = VisionLanguageModel.from_pretrained(arguments.model, choose_dtype(arguments.dtype, device)[0]).to(device)
+    dtype, why = choose_dtype(arguments.dtype, device)
+    model = VisionLanguageModel.from_pretrained(arguments.model, dtype).to(device)
+    print(f"model: {arguments.model}" + (f" ({why})" if why else ""), file=sys.stderr)
     stream = answer_records(model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control)
     answers = list(tqdm(stream, total=len(records), desc=f"answering ({arguments.control} control)", unit="question",
                         dynamic_ncols=True))
@@ -64,8 +67,8 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
             "bleu_4": round(bleu(tokens, reference_tokens), 6), "n": len(records)}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as runs/stage2/model")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="records, .json or .jsonl")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
@@ -74,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered at once (default: 32)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer here, one JSON object a line")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     return parser
 
 
