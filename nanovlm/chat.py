@@ -20,6 +20,9 @@ class ImageSlot:
     def __repr__(self) -> str:
         return "IMAGE"
 
+    def __reduce__(self) -> str:
+        return "IMAGE"  # pickled by name: in a worker process, too, there is one
+
 
 IMAGE = ImageSlot()
 

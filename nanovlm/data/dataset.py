@@ -6,10 +6,10 @@ next batch, and any number of worker processes prepare the same ones.
 
 import dataclasses
 import random
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Batches(Dataset):
         self.records, self.chat, self.image, self.image_length = records, chat, image, image_length
         self.batch_size, self.share, self.max_length = batch_size, share, max_length
         self.seed, self.shuffle, self.features = seed, shuffle, features
-        self._order = lru_cache(maxsize=2)(self._order)  # a batch may straddle two epochs
+        self._orders: dict[int, list[int]] = {}  # by epoch
 
     def __getitem__(self, number: int) -> Loaded:
         first = number * self.batch_size
@@ -59,7 +59,9 @@ class Batches(Dataset):
         pixels: dict[Path, Tensor] = {}
         for position in range(first, first + self.batch_size):
             epoch, index = divmod(position, len(self.records))
-            record = self.records[self._order(epoch)[index]]
+            if epoch not in self._orders:
+                self._orders = {epoch: self._order(epoch)}
+            record = self.records[self._orders[epoch][index]]
             try:
                 pixels |= {path: self._load(path) for path in record.images if path not in pixels}
                 sample, is_cut = self._encode(record)
@@ -81,8 +83,9 @@ class Batches(Dataset):
 
     def loader(self, first: int, last: int, workers: int, pin_memory: bool = False) -> Iterator[Loaded]:
         """Batches `first` to `last` - 1 in order, prepared ahead by `workers` processes (0: in this one)."""
-        return iter(DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=workers,
-                               pin_memory=pin_memory, persistent_workers=False))
+        # A generator of its own: a loader draws a number when it starts, and a resumed run starts one more loader.
+        return iter(DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin_memory,
+                               worker_init_fn=_leave_interrupts_to_the_parent, generator=torch.Generator()))
 
     def _load(self, path: Path) -> Tensor:
         if self.features is not None:
@@ -116,6 +119,11 @@ class Batches(Dataset):
             groups += _chunks(members, self.share)
         generator.shuffle(groups)
         return [index for group in groups for index in group]
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and the parent's step needs its batches to end well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _chunks(items: list, size: int) -> list[list]:
