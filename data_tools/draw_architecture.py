@@ -6,7 +6,6 @@ Shapes, parameter counts and which part learns in which stage are read from the 
 says what the code does. The same configs give the same bytes with the same matplotlib and pillow.
 """
 
-import argparse
 import io
 import itertools
 import math
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from data_tools.scenes_text import Question, questions  # noqa: E402
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene  # noqa: E402
 from nanovlm.decoder import Decoder, DecoderConfig  # noqa: E402
-from nanovlm.errors import run  # noqa: E402
+from nanovlm.errors import CommandParser, run  # noqa: E402
 from nanovlm.files import read_json, write_atomically  # noqa: E402
 from nanovlm.image import ImageConfig  # noqa: E402
 from nanovlm.projector import ProjectorConfig, build_projector  # noqa: E402
@@ -60,7 +59,8 @@ class Shapes:
 
     @property
     def tokens(self) -> int:
-        return self._build_projector().num_tokens(self.patches)
+        with torch.device("meta"):
+            return self._build_projector().num_tokens(self.patches)
 
     def lines(self) -> dict[str, tuple[str, ...]]:
         """What is said about each part."""
@@ -180,8 +180,9 @@ def draw_eyes(page: Drawing, scene: Image.Image, shapes: tuple[Shapes, Shapes], 
         y = 184 + 46 * number
         page.axes.add_patch(Rectangle((14, y - 14), WIDTH - 28, 42, facecolor="#f5f7f9"))
         page.text(24, y + 7, preset.name.replace(" + ", " +\n"), ha="left", weight="bold", linespacing=1.35)
+        lines = preset.lines()
         for name, x in COLUMNS.items():
-            for line, text in enumerate(preset.lines()[name]):
+            for line, text in enumerate(lines[name]):
                 page.text(x, y + 15 * line, text, color=FAINT if line else INK)
 
 
@@ -254,7 +255,7 @@ def draw_architecture() -> tuple[bytes, bytes]:
 
 def main() -> None:
     """Read the flag, draw, write."""
-    parser = argparse.ArgumentParser(description="Draw the README's picture of the architecture, and the scene in it.")
+    parser = CommandParser(description="Draw the README's picture of the architecture, and the scene in it.")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder for both pictures (default: the assets)")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
