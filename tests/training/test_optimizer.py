@@ -1,0 +1,65 @@
+"""What learns, how fast, and what decays."""
+
+import math
+
+import pytest
+import torch
+
+from nanovlm.training.optimizer import PARTS, build_optimizer, freeze, schedule, set_learning_rates
+from nanovlm.training.settings import Settings
+from nanovlm.vlm import VisionLanguageModel
+
+
+@pytest.fixture
+def model(tiny):
+    return VisionLanguageModel.from_pretrained(tiny.model)
+
+
+@pytest.mark.parametrize("parts", [("projector",), ("projector", "text"), ("vision",), ("projector", "text", "vision")])
+def test_exactly_the_named_parts_learn(model, parts):
+    freeze(model, parts)
+    learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert learning == {PARTS[part] for part in parts} and not learning & frozen
+
+
+def test_one_learning_rate_for_each_part_and_decay_for_matrices_alone(model):
+    freeze(model, ("projector", "text", "vision"))
+    settings = Settings(lr=1e-3, lr_text=1e-4, lr_vision=1e-5, weight_decay=0.1, beta2=0.9)
+    optimizer = build_optimizer(model, settings)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    grouped = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())  # each once
+    peaks = {"projector": 1e-3, "text": 1e-4, "vision": 1e-5}
+    for group in optimizer.param_groups:
+        assert group["peak_lr"] == peaks[group["part"]] and group["betas"] == (0.9, 0.9)
+        for parameter in group["params"]:
+            name = names[parameter]
+            assert name.startswith(PARTS[group["part"]])
+            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
+            if "norm" in name or name.endswith("bias") or "scale" in name:
+                assert group["weight_decay"] == 0
+    set_learning_rates(optimizer, 0.5)
+    assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {part: lr / 2 for part, lr in peaks.items()}
+
+
+def test_the_schedule_rises_linearly_then_falls_along_a_cosine():
+    shares = [schedule(step, 110, warmup=10 / 110, min_lr=0.1) for step in range(110)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10] == 1 and shares[60] == pytest.approx(0.55)  # half-way down, half-way between 1 and 0.1
+    assert shares[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert shares[10:] == sorted(shares[10:], reverse=True) and 0.1 < shares[-1] < 0.101
+    assert schedule(0, 1, 0.03, 0.1) == 1 and schedule(0, 100, 0.0, 0.1) == 1  # never a step of nothing
+    assert schedule(500, 100, 0.03, 0.1) == pytest.approx(0.1)
+
+
+def test_matrices_shrink_without_gradients_and_vectors_do_not(model):
+    freeze(model, ("projector",))
+    optimizer = build_optimizer(model, Settings(weight_decay=0.5, lr=0.1))
+    set_learning_rates(optimizer, 1.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.projector.named_parameters()}
+    for parameter in model.projector.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.projector.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if parameter.dim() > 1 else 1.0))

@@ -1,0 +1,80 @@
+"""Where a setting's value comes from, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.training import settings as settings_module
+from nanovlm.training.settings import Settings, load_settings, to_toml
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(NanoVLMError) as caught:
+        load_settings("stage1", list(arguments))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_flags_the_tiny_preset_and_its_assets():
+    settings = load_settings("stage1", [])
+    assert settings.data == "data/scenes/train.jsonl" and settings.train == "projector" and settings.cache_features
+    assert settings.vision == str(settings_module.ASSETS / "tiny-vision")
+    assert load_settings("stage2", []).init == "runs/stage1/model"
+
+
+def test_flags_come_before_the_preset_and_the_preset_before_the_defaults():
+    preset, changed = load_settings("stage1", []), load_settings("stage1", ["--batch-size", "3", "--no-cache-features"])
+    assert (changed.batch_size, changed.cache_features) == (3, False)
+    assert dataclasses.replace(changed, batch_size=preset.batch_size, cache_features=True) == preset
+    assert preset.batch_size != Settings.batch_size and preset.clip == Settings.clip
+
+
+def test_what_was_chosen_for_another_learning_rate_or_data_falls_away():
+    preset = load_settings("stage2", [])
+    assert preset.lr_text and preset.lr_projector and preset.val
+    changed = load_settings("stage2", ["--lr", "0.5", "--data", "mine.jsonl"])
+    assert (changed.lr, changed.lr_text, changed.lr_projector, changed.val, changed.images) == (0.5, 0, 0, "", "")
+    assert [changed.peak_lr(part) for part in ("projector", "text", "vision")] == [0.5] * 3
+    kept = load_settings("stage2", ["--lr", "0.5", "--lr-text", "0.25", "--val", "v.jsonl", "--data", "mine.jsonl"])
+    assert (kept.peak_lr("text"), kept.peak_lr("projector"), kept.val) == (0.25, 0.5, "v.jsonl")
+
+
+def test_resolved_settings_come_back_from_their_file(tmp_path):
+    settings = Settings(data='a "quoted" \\ 图.jsonl', lr=1e-5, epochs=3, train="text,vision", cache_features=True, seed=2**62)
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(settings), encoding="utf-8")
+    assert load_settings("stage1", ["--config", str(path)]) == load_settings("stage2", ["--config", str(path)]) == settings
+    assert load_settings("stage1", ["--config", str(path), "--seed", "1"]) == dataclasses.replace(settings, seed=1)
+
+
+def test_a_resumed_run_has_its_own_settings(tmp_path):
+    (tmp_path / "settings.toml").write_text(to_toml(Settings(batch_size=7, out=str(tmp_path))))
+    settings = load_settings("stage1", ["--resume", "--out", str(tmp_path)])
+    assert settings.batch_size == 7 and settings.resume
+    assert "there is no run to continue" in refusal("--resume", "--out", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--bogus 1", "unrecognized arguments: --bogus"), ("--batch 3", "unrecognized"), ("stray", "unrecognized arguments: stray"),
+    ("--batch-size x", "invalid int value: 'x'"), ("--lr", "expected one argument"), ("--preset nope", "presets are dinov2"),
+    ("--config nope.toml", "nope.toml: cannot be read"), ("--preset tiny --config a", "not allowed with"),
+    ("--lr -1", "--lr is -1.0"), ("--lr nan", "--lr is nan"), ("--epochs inf", "--epochs is inf"), ("--log-every 0", "--log-every"),
+    ("--workers -1", "--workers is -1"), ("--val-fraction 1", "below 1"), ("--beta2 1", "below 1"), ("--warmup 2", "between 0 and 1"),
+    ("--grid 0", "--grid is 0"), ("--scale -1", "--scale is -1"), ("--seed 9223372036854775808", "--seed"),
+    ("--device tpu", "take one of auto, cpu"), ("--dtype int8", "take one of auto, bf16"), ("--train eyes", "--train names eyes"),
+    ("--train ,", "no part"),
+])
+def test_what_is_refused(flags, expected):
+    assert expected in refusal(*flags.split())
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("[stage1]\nbatchsize = 3\n", "unknown key 'batchsize'; did you mean 'batch_size'?"), ("[stage1\n", "is not valid TOML"),
+    ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected float"), ("batch_size = true\n", "batch_size is True, expected int"),
+    ("batch_size = 0\n", "--batch-size is 0"), (b"\xff", "is not valid TOML"),
+])
+def test_what_is_refused_in_a_file(tmp_path, text, expected):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert expected in refusal("--config", str(path))
