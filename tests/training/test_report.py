@@ -1,0 +1,52 @@
+"""metrics.jsonl and the pictures."""
+
+import json
+
+from PIL import Image
+
+from nanovlm.training import report
+from nanovlm.training.report import RunLog, draw_answers
+
+
+def line(step: int) -> dict:
+    return {"step": step, "loss": 1 / step, "lr_text": 0.1, "grad_norm": None if step == 2 else 1.0, "samples": 4 * step,
+            "tokens": 40 * step}
+
+
+def steps(run) -> list[int]:
+    return [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_are_written_as_they_come_and_a_resumed_run_drops_those_it_writes_again(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        speed = log.write(line(step))
+        assert steps(tmp_path) == list(range(1, step + 1))
+    assert speed["tokens"] == 10 * speed["samples"] > 0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the machine lost its power here
+    resumed = RunLog(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2]
+    resumed.write(line(3))
+    seconds = [json.loads(text)["seconds"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+
+
+def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
+    log = RunLog(tmp_path, 0)
+    log.write(line(1))
+    first = (tmp_path / "curves.png").read_bytes()
+    log.write({**line(2), "val_loss": 3.0})
+    assert (tmp_path / "curves.png").read_bytes() != first
+    with Image.open(tmp_path / "curves.png") as picture:
+        picture.load()
+
+
+def test_answers_are_drawn_whatever_their_characters_and_number(tmp_path):
+    rows = [{"picture": Image.new("RGB", (20, 30), "red"), "where": "a:1", "prompt": "这是什么？" * 30, "answer": "a $b$ \\frac{ _ 😀",
+             "reference": "红"}] * 3
+    draw_answers(tmp_path / "samples.png", rows)
+    with Image.open(tmp_path / "samples.png") as picture:
+        picture.load()
+        assert (255, 0, 0) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}

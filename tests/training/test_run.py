@@ -1,0 +1,162 @@
+"""A run from settings to a finished folder: what is in it, what is held out, what is refused and what is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanovlm.data.records import read_records
+from nanovlm.errors import NanoVLMError
+from nanovlm.training.run import _split, run_stage
+from nanovlm.training.settings import load_settings
+from nanovlm.vlm import VisionLanguageModel
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    return tiny.train(tmp_path_factory.mktemp("runs") / "finished", save_every=1, keep=3)
+
+
+@pytest.fixture
+def own_data(tiny, tmp_path):
+    """A copy of the data to damage: 120 records, so that one bad one stays below 1 %."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    path = tmp_path / "data" / "train.jsonl"
+    path.write_text(path.read_text() * 2)
+    return path
+
+
+def test_a_finished_run_holds_all_there_is_to_look_at(tiny, finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "settings.toml", "metrics.jsonl", "curves.png", "checkpoints", "model", "samples.jsonl", "samples.png"}
+    assert load_settings("stage1", ["--config", str(finished / "settings.toml")]) == tiny.settings(finished, save_every=1, keep=3)
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step_2", "step_3", "step_4"]
+    VisionLanguageModel.from_pretrained(finished / "model")
+    for name in ("curves.png", "samples.png"):
+        with Image.open(finished / name) as picture:
+            picture.load()
+            assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10  # something is drawn
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        assert sample.keys() == {"where", "prompt", "answer", "reference"} and sample["prompt"] and sample["reference"]
+
+
+def test_every_logged_step_has_the_promised_keys(finished):
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["samples"] for line in lines] == [4, 8, 12, 16]
+    for line in lines:
+        assert line.keys() >= {"step", "loss", "lr", "grad_norm", "samples", "tokens", "seconds", "lr_projector"}
+    assert all(before["tokens"] < after["tokens"] for before, after in zip(lines, lines[1:]))
+    assert "val_loss" in lines[-1]
+
+
+def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
+    run = tiny.train(tmp_path / "cached", cache_features=True)
+    for line, expected in zip(metrics(run), metrics(finished), strict=True):
+        for key in ("loss", "grad_norm", "val_loss"):
+            assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5)
+    with pytest.raises(NanoVLMError, match="frozen eyes"):
+        tiny.train(tmp_path / "impossible", cache_features=True, train="vision")
+
+
+def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_path):
+    before = contents(finished)
+    with pytest.raises(NanoVLMError, match="holds another run; continue it with --resume"):
+        tiny.train(finished)
+    with pytest.raises(NanoVLMError, match="this run is finished"):
+        tiny.train(finished, resume=True)
+    assert contents(finished) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(NanoVLMError, match="holds another run"):
+        tiny.train(tmp_path)
+    with pytest.raises(NanoVLMError, match="holds another run"):
+        tiny.train(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"data": ""}, "no records to learn from"), ({"vision": ""}, "nothing to start from"), ({"val_fraction": 0.99}, "leaves none"),
+    ({"data": "nope.jsonl"}, "nope.jsonl: cannot be read"), ({"projector": "magic"}, "projector 'magic' is not known"),
+    ({"image_size": 50}, "50×50 pixels is not made of 16-pixel patches"), ({"vision_layer": 9}, "layer 9 of a vision transformer"),
+])
+def test_what_cannot_start_leaves_no_folder(tiny, tmp_path, changes, expected):
+    with pytest.raises(NanoVLMError, match=expected):
+        if "val_fraction" in changes:  # two records of one image
+            records = (tiny.data / "train.jsonl").read_text().splitlines()[:2]
+            (tmp_path / "two.jsonl").write_text("\n".join(records))
+            changes = {**changes, "data": str(tmp_path / "two.jsonl"), "images": str(tiny.data), "val": ""}
+        tiny.train(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_held_out_shares_no_image_with_what_is_learned(tiny, tmp_path):
+    import random
+    path = tmp_path / "pairs.jsonl"
+    images = [f"images/train/{number:06d}.png" for number in range(12)]
+    shown = [[images[0], images[1]], [images[1], images[2]], [images[3], images[2]], *([image] for image in images[1:]), []]
+    path.write_text("".join(json.dumps({"images": names, "messages": [
+        {"role": "user", "content": "<image>" * len(names) + "?"}, {"role": "assistant", "content": "!"}]}) + "\n" for names in shown))
+    records = read_records(path, tiny.data)[0]
+    for seed in range(20):
+        learned, held_out = _split(records, 0.4, random.Random(seed))
+        assert learned and held_out and len(learned) + len(held_out) == len(records)
+        seen = {image for record in learned for image in record.images}
+        assert not seen & {image for record in held_out for image in record.images}
+
+
+def test_one_bad_record_of_many_is_named_and_skipped(tiny, tmp_path, own_data, capsys):
+    lines = own_data.read_text().splitlines()
+    broken = json.loads(lines[5]) | {"image": "cut.png"}
+    (own_data.parent / "cut.png").write_bytes((own_data.parent / json.loads(lines[5])["image"]).read_bytes()[:200])
+    own_data.write_text("\n".join([*lines[:5], json.dumps(broken), *lines[6:]]))
+    for cache in (False, True):
+        tiny.train(tmp_path / f"run{cache}", data=str(own_data), max_steps=35, log_every=50, cache_features=cache, val=str(own_data),
+                   val_samples=120)
+        told = capsys.readouterr().err
+        assert f"skipped: {own_data}:6: " in told and "cut.png" in told
+        assert "skipped: 1 of 120 records, named above" in told  # once, though it came up twice
+
+
+def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(tiny, tmp_path, own_data, capsys):
+    lines = own_data.read_text().splitlines()
+    missing = json.dumps(json.loads(lines[0]) | {"image": "images/gone.png"})
+    own_data.write_text("\n".join([missing, *lines[1:]]))
+    tiny.train(tmp_path / "one", data=str(own_data), max_steps=1)
+    assert f"skipped: {own_data}:1: image {own_data.parent}/images/gone.png does not exist" in (told := capsys.readouterr().err)
+    assert "119 records to learn from" in told
+    own_data.write_text("\n".join([missing, missing, *lines[2:]]))
+    with pytest.raises(NanoVLMError, match="(?s)2 of 120 records cannot be used, more than 1%.*train.jsonl:1: .*train.jsonl:2: "):
+        tiny.train(tmp_path / "two", data=str(own_data))
+    assert not (tmp_path / "two").exists()
+
+
+def test_records_that_are_cut_are_named(tiny, tmp_path, own_data, capsys):
+    lines = own_data.read_text().splitlines()
+    long = json.loads(lines[0])
+    long["messages"][1]["content"] = "圆形" * 300
+    own_data.write_text("\n".join([json.dumps(long), *lines[1:]]))
+    tiny.train(tmp_path / "run", data=str(own_data), max_steps=30, log_every=50, max_length=200)
+    told = capsys.readouterr().err
+    assert f"cut: {own_data}:1" in told and "cut: 1 of 120 records, named above" in told
+
+
+def test_a_run_without_anything_held_out_still_draws_its_curves(tiny, tmp_path):
+    run = tiny.train(tmp_path / "run", val="", val_fraction=0.0, max_steps=1)
+    assert (run / "curves.png").exists() and not (run / "samples.jsonl").exists()
+
+
+def test_the_next_stage_starts_from_the_last_one(tiny, finished, tmp_path):
+    model = run_stage(tiny.settings(tmp_path / "run", init=str(finished / "model"), train="projector,text", max_steps=1))
+    assert model == tmp_path / "run" / "model"
+    VisionLanguageModel.from_pretrained(model)
