@@ -47,9 +47,27 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
     return cls(**values)
 
 
+def check_numbers(part: Any) -> None:
+    """Refuse a number that no part of a model can have: one below 0, or 0 where it is not the default."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if type(value) in (int, float) and (value < 0 or (value == 0 and field.default != 0)):
+            raise NanoVLMError(f"{type(part).__name__}: {field.name} is {value}; it has to be above 0")
+
+
+def check_divides(part: Any, whole: str, share: str) -> None:
+    """Refuse a part of which one number is no multiple of another."""
+    if getattr(part, whole) % getattr(part, share):
+        raise NanoVLMError(f"{type(part).__name__}: {whole} = {getattr(part, whole)} is not a multiple of "
+                           f"{share} = {getattr(part, share)}")
+
+
 def read_hf_config(config: Mapping[str, Any], model_types: tuple[str, ...], defaults: Mapping[str, Any],
                    ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """Fill the defaults a hub `config.json` leaves out. `ignored` names keys known not to change a forward pass."""
+    """Fill the defaults a hub `config.json` leaves out or sets to null; a value of another type is an error.
+
+    `ignored` names keys known not to change a forward pass.
+    """
     model_type = config.get("model_type")
     if model_type not in model_types:
         raise NanoVLMError(f"config.json: model_type is {model_type!r}; implemented are {', '.join(model_types)}")
@@ -57,7 +75,14 @@ def read_hf_config(config: Mapping[str, Any], model_types: tuple[str, ...], defa
     for key in config:
         if key not in known:
             raise unknown_key(key, known, "config.json")
-    return {"model_type": model_type, **defaults, **{key: config[key] for key in config if key in defaults}}
+    given = {key: value for key, value in config.items() if key in defaults and value is not None}
+    for key, value in given.items():
+        default = defaults[key]
+        accepted = (int, float) if type(default) in (int, float) else type(default)
+        fits = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)
+        if not fits and default is not None:
+            raise NanoVLMError(f"config.json: {key} is {value!r}, expected a value such as {default!r}")
+    return {"model_type": model_type, **defaults, **given}
 
 
 def require(config: Mapping[str, Any], where: str = "config.json", **implemented: Any) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.attention import Attention, KVCache, RMSNorm, rotary_embedding, visibility
-from nanovlm.config import from_dict, read_hf_config, require
+from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require, unknown_key
 from nanovlm.weights.pretrained import load_pretrained
 from nanovlm.weights.names import QWEN
 
@@ -31,30 +31,40 @@ class DecoderConfig:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True  # the output head is the embedding table
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_divides(self, "num_attention_heads", "num_key_value_heads")
+
     @classmethod
     def from_hf(cls, config: dict) -> "DecoderConfig":
         """Read the `config.json` of a Qwen2, Qwen2.5 or Qwen3 folder; older and newer spellings of RoPE's settings."""
         qwen3 = config.get("model_type") == "qwen3"
-        rope = config.get("rope_parameters") or {}
         config = read_hf_config(config, ("qwen2", "qwen3"), defaults=dict(
             vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=32, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_scaling=None,
-            rope_theta=rope.get("rope_theta", 10000.0), max_position_embeddings=32768, tie_word_embeddings=False,
-            attention_bias=False, use_sliding_window=False, rope_parameters={}, layer_types=None,
+            num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_scaling=None,
+            rope_theta=None, max_position_embeddings=32768, tie_word_embeddings=False, attention_bias=False,
+            use_sliding_window=False, rope_parameters={}, layer_types=[],
         ), ignored=("initializer_range", "use_cache", "attention_dropout", "sliding_window", "max_window_layers",
                     "use_mrope"))
         require(config, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
-        require(config["rope_parameters"] or {}, where="rope_parameters", rope_type="default")
-        require({"layer_types": set(config["layer_types"] or ()) - {"full_attention"}}, layer_types=set())
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        where = "config.json: rope_parameters"
+        require(config["rope_parameters"], where, rope_type="default", partial_rotary_factor=1.0)
+        for key in config["rope_parameters"]:
+            if key not in rope:
+                raise unknown_key(key, rope, where)
+        rope |= config["rope_parameters"]
+        require({"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]}, layer_types=[])
         if qwen3:
             require(config, attention_bias=False)
         heads = config["num_attention_heads"]
-        return cls(
+        return from_dict(cls, dict(
             qkv_bias=not qwen3, qk_norm=qwen3, num_key_value_heads=config["num_key_value_heads"] or heads,
-            head_dim=config["head_dim"] or (128 if qwen3 else config["hidden_size"] // heads),
+            head_dim=config["head_dim"] or (128 if qwen3 else config["hidden_size"] // max(heads, 1)),
+            rope_theta=config["rope_theta"] or rope["rope_theta"],
             **{name: config[name] for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")})
+                "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")}), where="config.json")
 
     @classmethod
     def from_dict(cls, config: dict) -> "DecoderConfig":

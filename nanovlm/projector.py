@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.config import from_dict
+from nanovlm.config import check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
 
 
@@ -21,6 +21,9 @@ class ProjectorConfig:
     kind: str = "mlp"
     grid: int = 8
     scale: int = 2
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @classmethod
     def from_dict(cls, config: dict) -> "ProjectorConfig":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.attention import Attention
-from nanovlm.config import from_dict, read_hf_config, require
+from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require
 from nanovlm.errors import NanoVLMError
 from nanovlm.weights.pretrained import load_pretrained
 from nanovlm.weights.names import DINOV2
@@ -30,6 +30,10 @@ class VisionConfig:
     position_antialias: bool = False  # how a resized position table is filtered; the models with registers use it
     layer_norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_divides(self, "hidden_size", "num_attention_heads")
+
     @classmethod
     def from_hf(cls, config: dict) -> "VisionConfig":
         """Read the `config.json` of a DINOv2 folder; hub files leave out what equals the reference's defaults."""
@@ -46,12 +50,12 @@ class VisionConfig:
         intermediate_size = int(width * config["mlp_ratio"])
         if config["use_swiglu_ffn"]:  # two thirds, so that three matrices weigh what two did; rounded up to 8
             intermediate_size = (int(intermediate_size * 2 / 3) + 7) // 8 * 8
-        return cls(
+        return from_dict(cls, dict(
             hidden_size=width, intermediate_size=intermediate_size, num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=config["num_attention_heads"], patch_size=config["patch_size"],
             image_size=config["image_size"], num_register_tokens=config["num_register_tokens"],
             swiglu=config["use_swiglu_ffn"], position_antialias=registers,
-            layer_norm_eps=config["layer_norm_eps"])
+            layer_norm_eps=config["layer_norm_eps"]), where="config.json")
 
     @classmethod
     def from_dict(cls, config: dict) -> "VisionConfig":

@@ -52,7 +52,10 @@ class VLMConfig:
                                "give the folder of a trained model, such as runs/stage2/model")
         if missing := [name for name in parts if name not in config]:
             raise NanoVLMError(f"config.json: key {missing[0]!r} is missing")
-        return cls(vision_layer=config.get("vision_layer", -1),
+        vision_layer = config.get("vision_layer", -1)
+        if type(vision_layer) is not int:
+            raise NanoVLMError(f"config.json: vision_layer is {vision_layer!r}, expected a whole number such as -1")
+        return cls(vision_layer=vision_layer,
                    **{name: part.from_dict(config[name]) for name, part in parts.items()})
 
 

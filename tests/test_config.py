@@ -52,9 +52,22 @@ QWEN2, QWEN3, DINOV2 = {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"model
 
 
 @pytest.mark.parametrize("config, message", [
-    (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = .*yarn.* is not implemented, only None"),
+    (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = .*yarn.* is not implemented"),
     (QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
      "rope_parameters: rope_type = 'yarn' is not implemented, only 'default'"),
+    (QWEN2 | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not implemented"),
+    (QWEN2 | {"rope_parameters": {"rope_tetha": 1e6}}, "unknown key 'rope_tetha'; did you mean 'rope_theta'"),
+    (QWEN2 | {"rope_parameters": [1e6]}, "rope_parameters is .1000000.0., expected a value such as {}"),
+    (QWEN2 | {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', expected float"),
+    (QWEN2 | {"hidden_size": "896"}, "config.json: hidden_size is '896', expected a value such as 4096"),
+    (QWEN2 | {"intermediate_size": 896.5}, "intermediate_size is 896.5, expected int"),
+    (QWEN2 | {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected a value such as False"),
+    (QWEN2 | {"num_attention_heads": 0}, "num_attention_heads is 0; it has to be above 0"),
+    (QWEN2 | {"num_attention_heads": 14, "num_key_value_heads": 4},
+     "num_attention_heads = 14 is not a multiple of num_key_value_heads = 4"),
+    (QWEN2 | {"num_hidden_layers": -1}, "num_hidden_layers is -1; it has to be above 0"),
+    (QWEN2 | {"head_dim": "64"}, "head_dim is '64', expected int"),
+    (QWEN2 | {"layer_types": 3}, "layer_types is 3, expected a value such as"),
     (QWEN2 | {"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
     (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding_attention"),
     (QWEN2 | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented, only 'silu'"),
@@ -71,6 +84,10 @@ def test_a_decoder_that_is_not_implemented_is_refused(config, message):
 @pytest.mark.parametrize("config, message", [
     (DINOV2 | {"hidden_act": "relu"}, "hidden_act = 'relu' is not implemented, only 'gelu'"),
     (DINOV2 | {"num_channels": 1}, "num_channels = 1"),
+    (DINOV2 | {"hidden_size": "384"}, "hidden_size is '384', expected a value such as 768"),
+    (DINOV2 | {"image_size": [224, 224]}, "image_size is .224, 224., expected a value such as 224"),
+    (DINOV2 | {"patch_size": 0}, "patch_size is 0; it has to be above 0"),
+    (DINOV2 | {"hidden_size": 100}, "hidden_size = 100 is not a multiple of num_attention_heads = 12"),
     (DINOV2 | {"qkv_bias": False}, "qkv_bias = False"),
     (DINOV2 | {"patch_sizes": 16}, "unknown key 'patch_sizes'; did you mean 'patch_size'?"),
     ({"model_type": "vit"}, "model_type is 'vit'; implemented are dinov2, dinov2_with_registers"),
@@ -78,6 +95,11 @@ def test_a_decoder_that_is_not_implemented_is_refused(config, message):
 def test_a_vision_transformer_that_is_not_implemented_is_refused(config, message):
     with pytest.raises(NanoVLMError, match=message):
         VisionConfig.from_hf(config)
+
+
+def test_null_counts_as_left_out():
+    null = dict.fromkeys(("head_dim", "num_key_value_heads", "rope_parameters", "rope_theta", "layer_types"))
+    assert DecoderConfig.from_hf(QWEN2 | null) == DecoderConfig.from_hf(QWEN2)
 
 
 def test_what_hub_files_leave_out_is_the_reference_default():
