@@ -24,11 +24,11 @@ def formula(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
     attended = torch.empty(queries.shape, dtype=torch.float64)
     for row in range(queries.shape[0]):
         for head in range(queries.shape[1]):
-            query, key, value = (x.double() for x in (queries[row, head], keys[row, head // share], values[row, head // share]))
-            scores = query @ key.T / query.shape[-1] ** 0.5
+            query, key, value = queries[row, head], keys[row, head // share], values[row, head // share]
+            scores = query.double() @ key.double().T / query.shape[-1] ** 0.5
             if mask is not None:
                 scores[~mask[row % len(mask), 0]] = -torch.inf
-            attended[row, head] = scores.softmax(dim=-1) @ value
+            attended[row, head] = scores.softmax(dim=-1) @ value.double()
     return attended
 
 
@@ -82,8 +82,8 @@ def test_rotary_scores_depend_on_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double()
 
     def score(query_position: int, key_position: int) -> float:
-        positions = [rotary_embedding(torch.tensor([[position]]), 8, 100.0) for position in (query_position, key_position)]
-        return float((rotate(query, positions[0]) * rotate(key, positions[1])).sum())
+        at_query, at_key = (rotary_embedding(torch.tensor([[at]]), 8, 100.0) for at in (query_position, key_position))
+        return float((rotate(query, at_query) * rotate(key, at_key)).sum())
 
     assert score(0, 0) == pytest.approx(float((query * key).sum()))  # position 0 turns nothing
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)

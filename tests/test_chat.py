@@ -79,11 +79,12 @@ def learned(chat: Chat, encoded: Encoded) -> str:
     return chat.tokenizer.decode([label for label in encoded.labels if label != IGNORED])
 
 
-def assert_equals_reference(chat: Chat, reference: PreTrainedTokenizerFast, conversation: list[tuple[str, str]]) -> None:
+def assert_equals_reference(chat: Chat, reference: PreTrainedTokenizerFast,
+                            conversation: list[tuple[str, str]]) -> None:
     messages = [{"role": role, "content": text} for role, text in conversation]
     for prompt in (False, True):
-        expected = reference.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False,
-                                                 enable_thinking=False)
+        expected = reference.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True,
+                                                 return_dict=False, enable_thinking=False)
         ours = chat.encode([Message(role, (text,)) for role, text in conversation], add_generation_prompt=prompt)
         assert ours.input_ids == expected
 
@@ -118,14 +119,15 @@ def test_ids_equal_the_published_qwen2_5_template(real, conversation):
 def test_chatml_is_written_down_as_it_should_be(chat):
     conversation = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
     assert written(chat, chat.encode(parse(conversation), add_generation_prompt=True)) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_plain_is_written_down_as_it_should_be(plain):
     conversation = [("system", "Be kind."), ("user", "<image>几个？"), ("assistant", "三个"), ("user", "Bye")]
     encoded = plain.encode(parse(conversation), [2], add_generation_prompt=True)
-    assert written(plain, encoded) == "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s><user>Bye</s><assistant>"
+    assert written(plain, encoded) == (
+        "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s><user>Bye</s><assistant>")
     assert learned(plain, encoded) == "三个</s>"
     special = [token for token in encoded.input_ids if token in plain.tokenizer.special_tokens.values()]
     assert len(special) == 5 + 2 + 4  # openings, placeholders, ends

@@ -97,7 +97,7 @@ def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     assert logits.dtype == torch.bfloat16
     half = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)
     error, their_error = (logits - exact).abs(), (half(ids, mask, position_ids).logits[mask > 0] - exact).abs()
-    assert error.mean() < 0.02 and error.max() < 0.2
+    assert error.mean() < 0.015 and error.max() < 0.15  # of logits whose standard deviation is about 1
     assert error.mean() < 1.2 * their_error.mean()
 
 

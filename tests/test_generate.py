@@ -25,13 +25,15 @@ from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from nanovlm.vlm import Batch, VisionLanguageModel
 from tests.reference.models import byte_pair, qwen, tiny_vlm
 
-PROMPTS = ["<image>描述图片", "Hi", "What is left of <image>, and what is in <image> below the red circle?", "图中有几个红色的圆形？<image>"]
+PROMPTS = ["<image>描述图片", "Hi", "What is left of <image>, and what is in <image> below the red circle?",
+           "图中有几个红色的圆形？<image>"]
 NEW_TOKENS = 30
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory) -> VisionLanguageModel:
-    return tiny_vlm(tmp_path_factory.mktemp("vlm"), family=request.param, head_dim=12, tie_word_embeddings=False, seed=2)
+    folder = tmp_path_factory.mktemp("vlm")
+    return tiny_vlm(folder, family=request.param, head_dim=12, tie_word_embeddings=False, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
     rows, pixels = [], []
     for prompt in prompts:
         message = Message.parse("user", prompt)
-        ids = model.chat.encode([message], [model.image_length] * message.num_images, add_generation_prompt=True).input_ids
+        lengths = [model.image_length] * message.num_images
+        ids = model.chat.encode([message], lengths, add_generation_prompt=True).input_ids
         rows.append(Row(ids, [-100] * len(ids), [1] * len(ids), ()))
         generator = torch.Generator().manual_seed(len(prompt))
         pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(message.num_images)]
@@ -116,8 +119,8 @@ def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
     reference = qwen(tmp_path, family, head_dim=16, vocab_size=211)
     ours = Decoder.from_pretrained(tmp_path)
     ids = torch.randint(211, (3, 9), generator=torch.Generator().manual_seed(0))
-    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=penalty, pad_token_id=0,
-                                  eos_token_id=None)
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=penalty,
+                                  pad_token_id=0, eos_token_id=None)
     steps = decode(ours, ours.embed_tokens(ids), ids, None, NEW_TOKENS, (), Sampling(repetition_penalty=penalty))
     assert torch.tensor(list(steps)).T.tolist() == expected[:, 9:].tolist()
 
@@ -130,7 +133,8 @@ def test_choices_follow_the_reference_distribution(sampling):
     vocabulary, draws = 12, 20_000
     logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(5))
     seen = torch.tensor([[int(logits.argmax()), int(logits.argmin()), 3, 3]])
-    warpers = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty), TemperatureLogitsWarper(sampling.temperature)]
+    warpers = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+    warpers += [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)]
     expected = LogitsProcessorList(warpers)(seen, logits.clone()).softmax(dim=-1)[0]
@@ -171,7 +175,7 @@ def test_a_prompt_that_is_too_long_is_refused(model):
     batch = prompt_batch(model, ["a" * 20])
     length = batch.input_ids.shape[1]
     assert length < 256
-    with pytest.raises(NanoVLMError, match=f"a prompt of {length} tokens and 230 new ones exceed the decoder's 256 positions"):
+    with pytest.raises(NanoVLMError, match=f"prompt of {length} tokens and 230 new ones exceed .* 256 positions"):
         generate(model, batch, max_new_tokens=230)
 
 
@@ -196,9 +200,9 @@ def test_an_answer_that_stops_inside_a_character_ends_in_one_mark(tokenizer):
 REAL_PROMPTS = [
     "你好，请介绍一下你自己。", "中国的首都是哪里？", "用一句话描述春天。", "写一首关于月亮的短诗。", "为什么天空是蓝色的？", "1+1等于几？",
     "请列出三种水果。", "什么是机器学习？", "把“我喜欢读书”翻译成英文。", "如何煮一碗面条？", "What is the capital of France?",
-    "Write a haiku about the sea.", "Explain gravity to a child.", "List three primary colours.", "What is 12 times 12?",
-    "Translate 'good morning' into Chinese.", "Why do leaves fall in autumn?", "Write a Python function that adds two numbers.",
-    "Who wrote Hamlet?", "Describe a cat in one sentence.",
+    "Write a haiku about the sea.", "Explain gravity to a child.", "List three primary colours.",
+    "What is 12 times 12?", "Translate 'good morning' into Chinese.", "Why do leaves fall in autumn?",
+    "Write a Python function that adds two numbers.", "Who wrote Hamlet?", "Describe a cat in one sentence.",
 ]
 
 

@@ -83,12 +83,12 @@ def test_bilinear_keeps_rows_and_columns_apart():
 
 
 @pytest.mark.parametrize("kind, settings", [
-    ("linear", {}), ("mlp", {}), ("pixel_shuffle", {"scale": 2}), ("pixel_shuffle", {"scale": 3}), ("bilinear", {"grid": 5})])
+    ("linear", {}), ("mlp", {}), ("pixel_shuffle", {"scale": 2}), ("pixel_shuffle", {"scale": 3}),
+    ("bilinear", {"grid": 5})])
 def test_num_tokens_is_what_forward_gives(kind, settings):
     projector = build(kind, **settings)
     tokens = projector(patches(6))
     assert tokens.shape == (2, projector.num_tokens(36), 7)
-    assert {kind for kind in PROJECTORS} == {"linear", "mlp", "pixel_shuffle", "bilinear"}
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
@@ -111,5 +111,5 @@ def test_a_grid_that_does_not_fit_is_refused(kind, settings, num_patches, messag
 
 
 def test_an_unknown_kind_lists_the_known_ones():
-    with pytest.raises(NanoVLMError, match="projector 'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear"):
+    with pytest.raises(NanoVLMError, match="'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear"):
         build("mpl")

@@ -63,7 +63,7 @@ def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     assert features.dtype == torch.bfloat16
     theirs = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels.bfloat16()).last_hidden_state
     error, their_error = (features - exact).abs(), (theirs - exact).abs()
-    assert error.mean() < 0.015 and error.max() < 0.15  # on features of standard deviation 1.2 to 1.4
+    assert error.mean() < 0.01 and error.max() < 0.1  # on features of standard deviation 1.2 to 1.4
     assert error.mean() < 1.2 * their_error.mean()
 
 
@@ -80,7 +80,7 @@ def test_size_and_layer_are_checked(plain):
     with pytest.raises(NanoVLMError, match="30×28 pixels is not made of 7-pixel patches"):
         plain(picture(30, 28))
     for layer in (4, -5):
-        with pytest.raises(NanoVLMError, match=f"layer {layer} of a vision transformer with 3 blocks; take one from -4 to 3"):
+        with pytest.raises(NanoVLMError, match=f"layer {layer} of .* with 3 blocks; take one from -4 to 3"):
             plain.patches(picture(28, 28), layer)
 
 

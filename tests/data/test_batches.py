@@ -13,7 +13,7 @@ from nanovlm.vlm import VisionLanguageModel
 from tests.reference.models import tiny_vlm
 
 A, B = Path("a.png"), Path("b.png")
-PICTURES = {path: torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed, path in enumerate((A, B))}
+PICTURES = dict(zip((A, B), torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))))
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -42,8 +42,10 @@ def loss_and_gradients(model: VisionLanguageModel, rows: Sequence[Row]) -> dict[
 
 # Samples of one image each, and whether they can share a row.
 GROUPS = {
-    "questions": ([A], [("<image>图中有几个圆形？", "三个"), ("<image>What is left?", "a red circle"), ("<image>描述图片", "一个")], True),
-    "one question, several answers": ([A], [("<image>描述图片", "一个红色的圆形"), ("<image>描述图片", "一个圆形"), ("<image>描述图片", "two")], True),
+    "questions": ([A], [("<image>图中有几个圆形？", "三个"), ("<image>What is left?", "a red circle"),
+                        ("<image>描述图片", "一个")], True),
+    "one question, several answers": ([A], [("<image>描述", "一个红色的圆形"), ("<image>描述", "一个圆形"),
+                                            ("<image>描述", "two")], True),
     "one answer begins another": ([A], [("<image>描述", "一个"), ("<image>描述", "一个圆形"), ("<image>描述", "一个圆形")], True),
     "the same sample twice": ([A], [("<image>a", "b"), ("<image>a", "b")], True),
     "image in the middle": ([A], [("in <image> what is left?", "a"), ("in <image> what is below?", "a circle")], True),
@@ -51,7 +53,8 @@ GROUPS = {
     "two images": ([A, B], [("<image> or <image>?", "the first"), ("<image> or <image> larger?", "二")], True),
     "two images, words between differ": ([A, B], [("<image> or <image>?", "a"), ("<image> and <image>?", "b")], False),
     "words before the image differ": ([A], [("left of <image>", "a"), ("below <image>", "b")], False),
-    "several turns": ([A], [("<image>a", "b", "c", "d"), ("<image>a", "b", "e", "f", "g", "h"), ("<image>x", "y")], True),
+    "several turns": ([A], [("<image>a", "b", "c", "d"), ("<image>a", "b", "e", "f", "g", "h"),
+                            ("<image>x", "y")], True),
     "system": ([A], [("system: kind", "<image>a", "b"), ("system: kind", "<image>c", "d")], True),
     "text alone": ([], [("你好", "hi"), ("红色", "red"), ("re", "circle")], True),
     "text alone, nothing in common": ([], [("system: x", "a", "b"), ("c", "d")], True),
@@ -85,7 +88,8 @@ def assert_same_loss(model: VisionLanguageModel, rows: Sequence[Row], expected_r
     torch.testing.assert_close(ours.pop("loss"), expected.pop("loss"), rtol=1e-6, atol=1e-5)
     for name, gradient in ours.items():
         scale = expected[name].abs().max().clamp(min=1)
-        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-5, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-5, rtol=0,
+                                   msg=lambda text: f"{name}: {text}")
 
 
 def row(input_ids: list[int], labels: list[int], *images: Path) -> Row:

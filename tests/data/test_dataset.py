@@ -87,6 +87,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone(chat, records):
     assert [answers(chat, other[number]) for number in range(5)] != [answers(chat, loaded) for loaded in straight[:5]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a machine with one core
 def test_any_number_of_workers_prepares_the_same(chat, records):
     batches = make(records, chat)
     expected = [batches[number] for number in range(2, 7)]

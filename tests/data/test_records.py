@@ -10,7 +10,8 @@ from nanovlm.chat import IMAGE, Message
 from nanovlm.data.records import check_skipped, parse_record, read_records
 from nanovlm.errors import NanoVLMError
 
-LLAVA = {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
+LLAVA = {"image": "a.jpg", "conversations": [
+    {"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
 MESSAGES = {"images": ["a.jpg", "b.jpg"], "messages": [
     {"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image> or <image>?"},
     {"role": "assistant", "content": "The first <image>."}]}
@@ -89,11 +90,11 @@ BAD = {
     "a folder as image": (LLAVA | {"image": "."}, "does not exist"),
     "an image that is a number": (LLAVA | {"image": 3}, "image is not a path or a list of paths"),
     "a list with a number": (LLAVA | {"image": ["a.jpg", 3]}, "image is not a path or a list of paths"),
-    "more markers than images": (MESSAGES | {"images": ["a.jpg"]}, "the text has 2 <image> markers and the record 1 images"),
+    "more markers than images": (MESSAGES | {"images": ["a.jpg"]}, "has 2 <image> markers and the record 1 images"),
     "more images than markers": (TEXT | {"image": "a.jpg"}, "the text has 0 <image> markers and the record 1 images"),
     "an unknown role": (turns(("user", "a"), ("tool", "b")), "a turn has role = 'tool', expected user or assistant"),
     "a role of the other form": (turns(("human", "a"), ("assistant", "b")), "a turn has role = 'human'"),
-    "an unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "a turn has from = 'bot', expected human or gpt"),
+    "an unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "from = 'bot', expected human or gpt"),
     "a turn that is text": ({"messages": ["hi"]}, "a turn has role = None"),
     "no text": (turns(("user", "a"), ("assistant", None)), "a assistant turn has no text in 'content'"),
     "blank text": (turns(("user", " \n"), ("assistant", "b")), "a user turn has no text in 'content'"),
@@ -132,9 +133,11 @@ def test_check_skipped_counts_against_all():
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("data.jsonl", b"", "holds no records"), ("data.jsonl", b"\n \n", "holds no records"), ("data.json", b"", "holds no records"),
-    ("data.json", b"[]", "holds no records"), ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
-    ("data.json", b"[1, ", "is not a JSON list of records"), ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
+    ("data.jsonl", b"", "holds no records"), ("data.jsonl", b"\n \n", "holds no records"),
+    ("data.json", b"", "holds no records"), ("data.json", b"[]", "holds no records"),
+    ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
+    ("data.json", b"[1, ", "is not a JSON list of records"),
+    ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
 ])
 def test_a_file_without_records_is_refused(folder, name, content, message):
     (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The trusted `transformers` models at tiny random sizes, in the folders `from_pretrained` reads, and a whole tiny model."""
+"""The trusted `transformers` models at tiny random sizes, saved as folders, and a whole tiny model of ours."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,8 @@ def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int 
 def qwen(folder: Path, family: str = "qwen2", *, seed: int = 0, max_shard_size: str = "1GB",
          **settings: Any) -> PreTrainedModel:
     """A Qwen2 or Qwen3 of three blocks, saved to `folder`; `settings` are those of its config."""
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = classes[family]
     shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=256,
                  rope_parameters={"rope_type": "default", "rope_theta": 1e5})
