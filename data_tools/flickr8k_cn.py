@@ -10,7 +10,7 @@ writes, with NAMES the stem of the names file (or `--split`):
 
 and with `--captions-en flickr8kenc.caption.txt` also:
 
-    DIR/NAMES_mixed.jsonl   to train on: Chinese and English captions and yes/no questions, shuffled
+    DIR/NAMES_mixed.jsonl   to train on: Chinese captions, two English ones a photo and yes/no questions, shuffled
     DIR/NAMES_en.jsonl      to evaluate on: as `_zh`, in English
     DIR/NAMES_yesno.jsonl   to evaluate on: one record a yes/no question, shuffled
 
@@ -45,6 +45,7 @@ YES = {"zh": "有。", "en": "Yes."}
 NO = {"zh": "没有。", "en": "No."}
 
 SEED = 0
+MIXED_ENGLISH = 2  # English captions a photo in the mixture, beside five Chinese ones: the model is to speak Chinese first
 MAX_SKIPPED = 0.01  # of the photos, or of the lines of a caption file; more than this looks like the wrong file
 MAX_PHOTO_BYTES = 64 * 2**20
 
@@ -252,7 +253,8 @@ def make_records(names: list[str], split: str, zh: Captions, en: Captions | None
     if en is not None:
         en_training, en_evaluation = caption_records(names, en, "en")
         questions, yes_no_evaluation = yes_no_records(names, zh, en)
-        mixed = zh_training + en_training + questions
+        english = [record for record in en_training if int(record["id"].rsplit("#", 1)[1]) < MIXED_ENGLISH]
+        mixed = zh_training + english + questions
         random.Random(SEED).shuffle(mixed)
         files |= {
             f"{split}_mixed.jsonl": mixed,
