@@ -155,7 +155,8 @@ class Decoder(nn.Module):
         else:
             visible = visibility(attention_mask, length)  # (B, T, S)
             position_ids, mask = visible.sum(dim=-1) - 1, visible[:, None]
-        rotary = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta)
+        rotary = cos.to(embeddings.dtype), sin.to(embeddings.dtype)  # cast here, not once more in every layer
         hidden_states = embeddings
         for layer, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, rotary=rotary, mask=mask, is_causal=mask is None and length > 1,
