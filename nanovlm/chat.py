@@ -72,12 +72,19 @@ class ChatConfig:
         """
         if "<|im_start|>" not in tokenizer.special_tokens:
             return cls(template="plain", image_token=IMAGE_MARKER)
-        path = Path(folder) / "tokenizer_config.json"
-        source = str(read_json(path).get("chat_template", "")) if path.exists() else ""
+        source = _template_source(Path(folder))
         default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<'{]+)<\|im_end\|>", source)
         has_placeholder = "<|image_pad|>" in tokenizer.special_tokens
         return cls(image_token="<|image_pad|>" if has_placeholder else IMAGE_MARKER,
                    default_system=default[1] if default else None, empty_think="<think>" in source)
+
+
+def _template_source(folder: Path) -> str:
+    """The text of a hub folder's chat template: a file of its own in newer folders, a setting in older ones."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    path = folder / "tokenizer_config.json"
+    return str(read_json(path).get("chat_template", "")) if path.exists() else ""
 
 
 @dataclass(frozen=True)
