@@ -96,8 +96,11 @@ class DecoderBlock(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, hidden_states: Tensor, **attention) -> Tensor:
+    def forward(self, hidden_states: Tensor, positions: Tensor | None = None, **attention) -> Tensor:
+        """(B, T, C) → (B, T, C); or, past the attention, only the flat `positions` (M,) of (B, T) → (M, C)."""
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **attention)
+        if positions is not None:
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
@@ -139,8 +142,9 @@ class Decoder(nn.Module):
         """(…, C) → (…, V)."""
         return F.linear(hidden_states, self.head_weight)
 
-    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C) token embeddings → (B, T, C) after the final norm.
+    def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None,
+                      positions: Tensor | None = None) -> Tensor:
+        """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), only the flat `positions` (M,) of (B, T).
 
         `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, 2 and up branches
         (`visibility`). Without one, every row is a full sequence. A token's position is the number of tokens it
@@ -159,8 +163,9 @@ class Decoder(nn.Module):
         rotary = cos.to(embeddings.dtype), sin.to(embeddings.dtype)  # cast here, not once more in every layer
         hidden_states = embeddings
         for layer, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, rotary=rotary, mask=mask, is_causal=mask is None and length > 1,
-                                  cache=cache, layer=layer)
+            last = layer == len(self.blocks) - 1  # nobody looks at the other positions after its attention
+            hidden_states = block(hidden_states, positions if last else None, rotary=rotary, mask=mask,
+                                  is_causal=mask is None and length > 1, cache=cache, layer=layer)
         if cache is not None:
             cache.length += length
         return self.norm(hidden_states)

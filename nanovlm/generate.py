@@ -70,8 +70,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     if attention_mask is not None:  # padding has been seen by nobody: a token that is there stands in for it
         seen = torch.where(attention_mask > 0, input_ids, input_ids.gather(1, last[:, None]))
     for step in range(max_new_tokens):
-        hidden_states = decoder.hidden_states(inputs, attention_mask, cache)
-        logits = decoder.logits(hidden_states[torch.arange(batch, device=last.device), last]).float()  # (B, V)
+        wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
+        logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
         yield torch.where(ended, -1, token).tolist()
