@@ -110,7 +110,8 @@ def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
 
 
 def _read_prompt() -> str:
-    print("> ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.buffer.readline().decode(errors="replace").strip()
 
 

@@ -27,7 +27,8 @@ class Sampling:
         for name, fits, expected in (("temperature", self.temperature >= 0, "0 or more"),
                                      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                                      ("top_k", self.top_k >= 0, "0 or more"),
-                                     ("repetition_penalty", self.repetition_penalty > 0, "above 0")):
+                                     ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+                                     ("seed", -2**63 <= self.seed < 2**63, "below 2 to the power of 63")):
             if not fits:
                 raise NanoVLMError(f"{name} is {getattr(self, name)}; it has to be {expected}")
 
