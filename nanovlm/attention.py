@@ -10,7 +10,7 @@ WRITTEN_OUT_LIMIT = 2048 * 2048  # scores a head above which they are not worth 
 
 
 class _Normalise(torch.autograd.Function):
-    """x / sqrt(mean(x²) + eps) over the last dimension, in fp32; the backward pass recomputes it instead of keeping it."""
+    """x / sqrt(mean(x²) + eps) over the last dimension, in fp32. The backward pass computes it anew: nothing is kept."""
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, eps: float) -> Tensor:

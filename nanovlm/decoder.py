@@ -144,7 +144,7 @@ class Decoder(nn.Module):
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None,
                       positions: Tensor | None = None) -> Tensor:
-        """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), only the flat `positions` (M,) of (B, T).
+        """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
 
         `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, 2 and up branches
         (`visibility`). Without one, every row is a full sequence. A token's position is the number of tokens it

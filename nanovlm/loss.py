@@ -58,6 +58,7 @@ def chunked_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor
     """The summed cross entropy of `hidden_states @ weight.T` against `targets`, a scalar in fp32.
 
     `hidden_states` (M, C), `weight` (V, C), `targets` (M,) token ids. The products are taken in autocast's
-    dtype, or without it in that of `hidden_states`; the softmax in fp32. One backward pass only: it reuses the gradients' memory.
+    dtype, or without it in that of `hidden_states`; the softmax in fp32. One backward pass only: it reuses the
+    gradients' memory.
     """
     return _ChunkedCrossEntropy.apply(hidden_states, weight, targets, torch.is_grad_enabled())

@@ -1,6 +1,7 @@
 """Measure nanovlm against transformers, the same work in turn in one process.
 
-    python -m nanovlm.bench --weights DIR [--device auto] [--dtype bf16] [--rounds 3] [--only encode,stage1] [--compile] [--json]
+    python -m nanovlm.bench --weights DIR [--device auto] [--dtype bf16] [--rounds 3]
+        [--only encode,stage1] [--compile] [--json]
 
 DIR holds `dinov2-small` and `qwen2.5-0.5b`, as the hub has them. The table on stdout gives medians over the rounds and
 their ratio, above 1 where nanovlm is better. Without transformers, nanovlm's figures stand alone.
@@ -25,6 +26,7 @@ from nanovlm.files import read_json
 from nanovlm.training.precision import choose_device, choose_dtype
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
+Figures = dict[str, dict[str, float]]  # row → side → figure
 
 
 def main() -> None:
@@ -41,13 +43,19 @@ def main() -> None:
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
-    _say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, {torch.get_num_threads()} threads, "
-         f"torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
+    _say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
+         f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
     names = ["nanovlm", "transformers"]
     if importlib.util.find_spec("transformers") is None:
         names.remove("transformers")
         _say("transformers is not installed: nanovlm's figures alone")
-    figures: dict[str, dict[str, float]] = {}
+    figures = _measure(bench, tasks, names, arguments)
+    print(json.dumps(figures) if arguments.json else _table(figures))
+
+
+def _measure(bench: Bench, tasks: list[str], names: list[str], arguments: argparse.Namespace) -> Figures:
+    """All tasks, in the table's order."""
+    figures: Figures = {}
     if "memory" in tasks:  # in processes of their own
         figures["memory"] = {name: _peak_memory(name) for name in names}
     if timed := [task for task in tasks if task != "memory"]:
@@ -55,27 +63,13 @@ def main() -> None:
         if len(sides) == 2:
             _say(compare(bench, *sides))
         for task in timed:
-            figures |= _measure(bench, task, sides, arguments.rounds)
-    figures = {name: figures[name] for name in ROWS if name in figures}
-    print(json.dumps(figures) if arguments.json else _table(figures))
+            figures |= _time(bench, task, sides, arguments.rounds)
+    return {name: figures[name] for name in ROWS if name in figures}
 
 
-def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
-    if name == "transformers":
-        from nanovlm.bench.reference import Transformers  # only where it is installed
-    side = (NanoVLM if name == "nanovlm" else Transformers)(
-        arguments.weights, bench.device, bench.dtype, bench.image_token_id)
-    if arguments.compile:
-        for blocks in (module for part in (side.vision, side.decoder) for module in part.modules()
-                       if isinstance(module, nn.ModuleList)):
-            for block in blocks:
-                block.compile()
-    return side
-
-
-def _measure(bench: Bench, task: str, sides: list[Side], rounds: int) -> dict[str, dict[str, float]]:
-    """Each side once to warm up, then in turn; row → side → median."""
-    measure = {side.name: bench.task(task, side) for side in sides}
+def _time(bench: Bench, task: str, sides: list[Side], rounds: int) -> Figures:
+    """Each side once to warm up, then in turn; medians."""
+    measure = {side.name: getattr(bench, task)(side) for side in sides}
     for warm_up in measure.values():
         warm_up()
     measured = [{name: function() for name, function in measure.items()}
@@ -87,10 +81,28 @@ def _measure(bench: Bench, task: str, sides: list[Side], rounds: int) -> dict[st
 def _peak_memory(name: str) -> float:
     """GB, measured by this command started once more for one side alone."""
     command = [sys.executable, "-m", "nanovlm.bench", *sys.argv[1:], "--peak-memory-of", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        raise NanoVLMError(f"the process that measures the memory of {name} ended with code {child.returncode}; see above")
+    return float(child.stdout)
 
 
-def _table(figures: dict[str, dict[str, float]]) -> str:
+def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
+    if name == "transformers":
+        from nanovlm.bench.reference import Transformers  # only where it is installed
+        side_class = Transformers
+    else:
+        side_class = NanoVLM
+    side = side_class(arguments.weights, bench.device, bench.dtype, bench.image_token_id)
+    if arguments.compile:
+        for blocks in (module for part in (side.vision, side.decoder) for module in part.modules()
+                       if isinstance(module, nn.ModuleList)):
+            for block in blocks:
+                block.compile()
+    return side
+
+
+def _table(figures: Figures) -> str:
     """One line a row, both sides and the ratio where there are two."""
     lines = [f"{'':44} {'unit':>10} {'nanovlm':>10} {'transformers':>13} {'ratio':>6}"]
     for name, figure in figures.items():
@@ -115,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and of arithmetic")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models")

@@ -1,4 +1,4 @@
-"""What is measured. Each task takes a side and returns a function that does the work once more and times it."""
+"""What is measured, and with what input."""
 
 import gc
 import resource
@@ -55,32 +55,31 @@ def make_work(batch: int, text_length: int, labelled: int, image_token_id: int, 
 
 
 class Bench:
-    """The tasks, on one device and in one dtype. Warm-up is the caller's: the first call of a function is not timed."""
+    """The tasks, on one device and in one dtype. Each returns a function that measures once: row → figure.
+
+    Warm-up is the caller's: the first measurement of a task is to be thrown away.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, image_token_id: int) -> None:
         self.device, self.dtype, self.image_token_id = device, dtype, image_token_id
 
-    def task(self, name: str, side: Side) -> Callable[[], dict[str, float]]:
-        """The function that measures task `name` once: row → figure."""
-        return getattr(self, f"_{name}")(side)
-
     def work(self, batch: int, text_length: int, labelled: int) -> Work:
         return make_work(batch, text_length, labelled, self.image_token_id, self.device, self.dtype)
 
-    def _encode(self, side: Side) -> Callable[[], dict[str, float]]:
+    def encode(self, side: Side) -> Callable[[], dict[str, float]]:
         pixels = self.work(32, 32, 16).pixels
 
         @torch.inference_mode()
-        def encode() -> Tensor:
+        def run() -> Tensor:
             return side.encode(pixels)
 
-        return lambda: {"encode": len(pixels) / self.seconds(encode)}
+        return lambda: {"encode": len(pixels) / self.seconds(run)}
 
-    def _stage1(self, side: Side) -> Callable[[], dict[str, float]]:
+    def stage1(self, side: Side) -> Callable[[], dict[str, float]]:
         step = self.training_step(side, self.work(8, 32, 16), ("projector",))
         return lambda: {"stage1": 8 / self.seconds(step)}
 
-    def _stage2(self, side: Side) -> Callable[[], dict[str, float]]:
+    def stage2(self, side: Side) -> Callable[[], dict[str, float]]:
         step = self.training_step(side, self.work(4, 64, 32), ("projector", "decoder"))
         return lambda: {"stage2": 4 / self.seconds(step)}
 
@@ -99,7 +98,7 @@ class Bench:
 
         return step
 
-    def _generate(self, side: Side) -> Callable[[], dict[str, float]]:
+    def generate(self, side: Side) -> Callable[[], dict[str, float]]:
         prepared = side.prepare(self.work(1, 24, 1))
 
         def measure() -> dict[str, float]:
@@ -155,6 +154,7 @@ def compare(bench: Bench, ours: Side, theirs: Side) -> str:
             losses.append(float(side.loss(prepared)))
         tokens.append(side.generate(prepared, 1 + NEW_TOKENS, lambda: None))
     equal = next((index for index, (one, other) in enumerate(zip(*tokens)) if one != other), len(tokens[0]))
-    return (f"on the same input, features differ by at most {float((features[0] - features[1]).abs().max()):.2g} of "
-            f"{float(features[1].abs().max()):.2g} and the loss by {abs(losses[0] - losses[1]):.2g} of {losses[1]:.4g}; "
+    difference = float((features[0] - features[1]).abs().max())
+    return (f"on the same input, features differ by at most {difference:.2g} of {float(features[1].abs().max()):.2g} "
+            f"and the loss by {abs(losses[0] - losses[1]):.2g} of {losses[1]:.4g}; "
             f"the first {equal} of {len(tokens[0])} greedy tokens are equal")

@@ -39,9 +39,11 @@ def test_both_sides_compute_the_same(weights: Path) -> None:
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
     for loss in losses:
         loss.backward()
-    torch.testing.assert_close(ours.projector.up.weight.grad, theirs.projector.linear_1.weight.grad, atol=1e-5, rtol=1e-3)
+    grads = ours.projector.up.weight.grad, theirs.projector.linear_1.weight.grad
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
     prompt = bench.work(1, 24, 8)
-    assert ours.generate(ours.prepare(prompt), 12, lambda: None) == theirs.generate(theirs.prepare(prompt), 12, lambda: None)
+    answers = [side.generate(side.prepare(prompt), 12, lambda: None) for side in (ours, theirs)]
+    assert answers[0] == answers[1]
 
 
 def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
@@ -57,13 +59,14 @@ def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, weights: Path, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "--weights", str(weights), "--device", "cpu", "--dtype", "fp32", "--rounds", "1",
-                                      *flags])
+    common = ["--weights", str(weights), "--device", "cpu", "--dtype", "fp32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench", *common, *flags])
     monkeypatch.setattr("nanovlm.bench.tasks.MIN_SECONDS", 0)
     bench_command.main()
 
 
-def test_every_row_has_both_figures(weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_every_row_has_both_figures(weights: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture) -> None:
     run_command(monkeypatch, weights, "--json")
     captured = capsys.readouterr()
     figures = json.loads(captured.out)
@@ -88,7 +91,8 @@ def test_ratios_say_who_is_better() -> None:
 
 
 @pytest.mark.parametrize("flags, message", [(("--only", "encode,nap"), "nap"), (("--rounds", "0"), "--rounds")])
-def test_wrong_flags_are_named(flags: tuple[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_flags_are_named(flags: tuple[str, str], message: str, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NanoVLMError, match=message):
         run_command(monkeypatch, tmp_path, *flags)
 
