@@ -15,14 +15,15 @@ import torch
 
 from nanovlm.chat import IMAGE, IMAGE_MARKER, IGNORED, Message
 from nanovlm.data.batches import Row, collate
+from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.image import open_image, preprocess
-from nanovlm.training.precision import choose_device, choose_dtype
 from nanovlm.vlm import VisionLanguageModel
 
 TRAINED = Path("runs/stage2/model")
 CHATML = ("<|im_start|>", "<|im_end|>")  # refused in prompts of any model: what is copied around has these in it
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 
 
@@ -95,6 +96,8 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
         raise NanoVLMError('nothing asked; for example:  python infer.py photo.jpg "描述图片"')
     if not inputs[-1].strip():
         raise NanoVLMError("the prompt is empty; say what you want to know")
+    if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES and not os.path.isfile(inputs[0]):
+        raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
     if os.path.isfile(inputs[-1]):
         raise NanoVLMError(f'{inputs[-1]} is a file, and the last argument is the prompt; for example:  '
                            f'python infer.py {inputs[-1]} "描述图片"')

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
+from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import NanoVLMError, run
 from nanovlm.files import read_json
-from nanovlm.training.precision import choose_device, choose_dtype
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
 Figures = dict[str, dict[str, float]]  # row → side → figure

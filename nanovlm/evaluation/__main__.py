@@ -14,11 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data.records import Record, read_records
+from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize
 from nanovlm.files import write_atomically
-from nanovlm.training.precision import choose_device, choose_dtype
 from nanovlm.vlm import VisionLanguageModel
 
 

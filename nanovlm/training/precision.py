@@ -1,44 +1,10 @@
-"""Which device, which number format, and how gradients survive half precision."""
+"""In which number format a run computes, and how gradients survive half precision."""
 
 import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from nanovlm.errors import NanoVLMError
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device asked for, or the best there is: CUDA, Apple's MPS, CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
-    if not available[name]:
-        raise NanoVLMError(f"device {name!r} is not available here; take one of "
-                           f"{', '.join(device for device, there in available.items() if there)}")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format to compute in and, if it is not the one asked for, a sentence that says why.
-
-    bf16 wherever the hardware multiplies in it; elsewhere it is emulated, slower than fp32 and no more exact.
-    """
-    if name in ("fp16", "fp32"):
-        return DTYPES[name], ""
-    if device.type == "cuda":
-        fast, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast, other = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")), "fp32"
-    else:
-        fast, other = False, "fp32"  # MPS has bf16, but not in every operation used here
-    if fast:
-        return torch.bfloat16, ""
-    return DTYPES[other], f"{device.type} has no fast bf16 here, using {other}"
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
+from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.files import read_json, write_atomically
@@ -24,7 +25,7 @@ from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.loop import train
 from nanovlm.training.optimizer import freeze
-from nanovlm.training.precision import Precision, choose_device, choose_dtype
+from nanovlm.training.precision import Precision
 from nanovlm.training.report import draw_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.vlm import VisionLanguageModel

@@ -1,0 +1,33 @@
+"""The choice of device and number format."""
+
+import pytest
+import torch
+
+from nanovlm.device import choose_device, choose_dtype
+from nanovlm.errors import NanoVLMError
+
+CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
+
+
+def test_the_best_device_is_chosen_and_an_absent_one_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device() == CUDA and choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device() == MPS
+    with pytest.raises(NanoVLMError, match="'cuda' is not available here; take one of mps, cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("asked", ["auto", "bf16"])
+def test_bf16_where_it_is_fast_and_a_sentence_where_it_is_not(monkeypatch, asked):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
+    assert choose_dtype(asked, CPU) == (torch.bfloat16, "")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert choose_dtype(asked, CPU) == (torch.float32, "cpu has no fast bf16 here, using fp32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_dtype(asked, CUDA) == (torch.float16, "cuda has no fast bf16 here, using fp16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choose_dtype(asked, CUDA) == (torch.bfloat16, "")
+    assert choose_dtype(asked, MPS)[0] == torch.float32 and "mps" in choose_dtype(asked, MPS)[1]
+    assert choose_dtype("fp16", CPU) == (torch.float16, "") and choose_dtype("fp32", CUDA) == (torch.float32, "")
