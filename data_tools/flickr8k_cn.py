@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
 from data_tools.caption_questions import THINGS  # noqa: E402
-from nanovlm.errors import NanoVLMError, run  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
 from nanovlm.files import write_atomically  # noqa: E402
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
@@ -265,7 +265,7 @@ def make_records(names: list[str], split: str, zh: Captions, en: Captions | None
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn the published files of Flickr8k-CN into records.")
+    parser = CommandParser(description="Turn the published files of Flickr8k-CN into records.")
     parser.add_argument("--images", type=Path, required=True, help="tar file or folder of photos")
     parser.add_argument("--captions", type=Path, required=True, help="Chinese captions: NAME.jpg#zhc#0 caption")
     parser.add_argument("--captions-en", type=Path, help="English captions; adds English records and yes/no questions")

@@ -4,7 +4,6 @@ Three splits: train, val (the same world, other scenes) and novel, whose every o
 train and val never show or name together. The same seed gives the same bytes, whatever the number of workers.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -22,7 +21,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import NoReturn
 
 if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker of one: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from data_tools.scenes_text import KINDS, questions
 from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.files import read_json, write_atomically
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
@@ -211,13 +209,8 @@ def summary(world: dict) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise NanoVLMError(f"{message}; see --help")
-
-
 def main() -> None:
-    parser = _Parser(description="Draw the toy world: 64×64 scenes and questions about them.")
+    parser = CommandParser(description="Draw the toy world: 64×64 scenes and questions about them.")
     data = parser.add_argument_group("data")
     data.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to make (%(default)s)")
     data.add_argument("--scenes", type=int, default=8000, help="training scenes (%(default)s)")
