@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, curves.png, and a few images with the model's answers."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 
 from nanovlm.files import atomic_path, write_atomically
 
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without a normal weight will do
 DRAW_EVERY = 30.0  # seconds between redrawings of the curves
 WIDE = 0x2E7F  # code points above it are Chinese, Japanese or Korean, for what is drawn here
 
@@ -106,7 +108,12 @@ def _wrap(text: str, width: int = 58) -> str:
 
 
 def _chinese_fonts() -> list[str]:
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ("PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK SC", "Noto Sans CJK JP",
-              "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Arial Unicode MS")
-    return [name for name in wanted if name in known][:1]
+    """The name of one font of the system that has Chinese characters, looked up afresh: matplotlib's own list of fonts is
+    from when it first ran."""
+    known = ("pingfang", "hiragino sans gb", "msyh", "simhei", "notosanscjk", "notosanssc", "sourcehansans", "wqy",
+             "droidsansfallback", "arial unicode")
+    for path in sorted(font_manager.findSystemFonts()):
+        if Path(path).name.lower().startswith(known):
+            font_manager.fontManager.addfont(path)
+            return [font_manager.FontProperties(fname=path).get_name()]
+    return []
