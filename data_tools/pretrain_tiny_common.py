@@ -1,0 +1,41 @@
+"""What the pretraining of the tiny eyes and of the tiny voice share: making their data, and fitting."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanovlm.training.optimizer import schedule
+
+T = TypeVar("T")
+
+
+def make_all(make: Callable[[int], T], count: int, name: str) -> Iterator[T]:
+    """make(0), make(1), … make(count - 1), in order, many of them on all cores. `make` has to be picklable."""
+    if count < 2000:  # a process takes longer to start than so few take to make
+        yield from map(make, range(count))
+        return
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from tqdm(pool.map(make, range(count), chunksize=64), total=count, desc=name, dynamic_ncols=True)
+
+
+def fit(
+    parameters: list[nn.Parameter], loss_of_step: Callable[[int], Tensor], steps: int, peak_lr: float, name: str
+) -> None:
+    """Minimise with AdamW: linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+    with tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True) as bar:
+        for step in bar:
+            loss = loss_of_step(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.param_groups[0]["lr"] = peak_lr * schedule(step, steps, warmup=0.05, min_lr=0.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -1,0 +1,152 @@
+"""The weights that ship: both folders load strictly, agree with the reference, and can be made again by the script."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from data_tools import pretrain_tiny
+from data_tools.pretrain_tiny_text import EMPTY, Corpus, Text, exact_answers
+from data_tools.pretrain_tiny_vision import BINS, CENTRE, GRID, HEADS, crowded_scene, mirror, normalise, patch_labels
+from data_tools.scenes_world import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, TRAIN_PAIRS, draw, random_scene
+from nanovlm.chat import IMAGE, Chat, ChatConfig
+from nanovlm.decoder import Decoder
+from nanovlm.image import ImageConfig, preprocess
+from nanovlm.tokenizer import load_tokenizer
+from nanovlm.vit import VisionTransformer
+
+SCRIPT = Path(pretrain_tiny.__file__)
+ASSETS = SCRIPT.parents[1] / "nanovlm" / "assets"
+VISION, TEXT = ASSETS / "tiny-vision", ASSETS / "tiny-text"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TEXT)
+
+
+def test_eyes_agree_with_the_reference():
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.Dinov2Model.from_pretrained(VISION, dtype=torch.float32).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference(pixels).last_hidden_state
+        assert torch.allclose(VisionTransformer.from_pretrained(VISION, torch.float32)(pixels), expected, atol=1e-4)
+
+
+def test_eyes_are_given_the_pixels_they_were_trained_on():
+    config = ImageConfig.from_hf(json.loads((VISION / "preprocessor_config.json").read_text()))
+    image = draw(random_scene(Random(3)))
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3)
+    assert torch.allclose(preprocess(image, config), normalise(values.permute(2, 0, 1)), atol=1e-6)
+
+
+def test_voice_agrees_with_the_reference(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.Qwen3ForCausalLM.from_pretrained(TEXT, dtype=torch.float32).eval()
+    ids = torch.randint(0, tokenizer.vocab_size, (2, 40))
+    with torch.no_grad():
+        assert torch.allclose(Decoder.from_pretrained(TEXT, torch.float32)(ids), reference(ids).logits, atol=1e-4)
+
+
+def test_voice_answers_from_what_it_is_told(tokenizer):
+    """More answers are right word for word than any guess gets: the shipped weights are trained ones."""
+    chat = Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
+    corpus = Corpus([Text.random(Random(f"test/{index}")) for index in range(30)], chat)
+    assert exact_answers(Decoder.from_pretrained(TEXT, torch.float32), corpus) > 0.6
+
+
+def test_words_of_a_note_are_single_pieces(tokenizer):
+    """A note is read as a bag of words: were 紫色 two pieces, 紫 and 色, nothing would say which belong together."""
+    words = [*COLOURS.values(), *SHAPES.values(), *SIZES.values(), EMPTY, *"abcdefghijklmnop", *map(str, range(2, 14))]
+    assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
+
+
+@pytest.mark.parametrize("text", ["图里有红色的圆形吗？", "  two  spaces ", "line\nbreak\ttab", "龘 😀 é", "<image></s><user>", ""])
+def test_tokenizer_gives_back_any_text_and_never_a_special_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+def test_tokenizer_has_what_the_plain_template_needs(tokenizer):
+    chat = Chat(ChatConfig.from_hf(TEXT, tokenizer), tokenizer)
+    assert chat.config.template == "plain"
+    assert tokenizer.vocab_size <= Decoder.from_pretrained(TEXT).config.vocab_size
+
+
+def test_no_piece_holds_both_a_colour_and_a_shape(tokenizer):
+    pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
+    colours, shapes = ({word for pair in table.items() for word in pair} for table in (COLOURS, SHAPES))
+    glued = [piece for piece in pieces if any(a in piece and b in piece for a, b in product(colours, shapes))]
+    assert not glued
+    for (colour, shape), spelling in product(ALL_PAIRS, ("{}{}", " {} {}")):
+        table = {"{}{}": (COLOURS[colour], SHAPES[shape]), " {} {}": (colour, shape)}[spelling]
+        separator = " " if " " in spelling else ""
+        first, second = separator + table[0], separator + table[1]
+        assert tokenizer.encode(first + second) == tokenizer.encode(first) + tokenizer.encode(second)
+
+
+def test_no_held_out_pair_is_in_the_pretraining_data():
+    for index in range(300):
+        text, scene = Text.random(Random(f"check/{index}")), crowded_scene(Random(f"check/{index}"), TRAIN_PAIRS)
+        assert not {(thing.colour, thing.shape) for thing in scene.objects} & set(HELD_OUT_PAIRS)
+        messages = [message for conversation in text.conversations for message in conversation]
+        spoken = [part for message in messages for part in message.content if part is not IMAGE]
+        for colour, shape in HELD_OUT_PAIRS:
+            assert not any(COLOURS[colour] in note and SHAPES[shape] in note for note in text.notes)
+            names = f"{COLOURS[colour]}{SHAPES[shape]}", f"{colour} {shape}"
+            assert not any(name in part for name in names for part in spoken)
+
+
+def test_patch_labels_say_where_each_object_is_and_what():
+    names = list(HEADS)
+    for index in range(50):
+        scene = random_scene(Random(f"labels/{index}"))
+        labels = dict(zip(names, torch.tensor(patch_labels(scene)).unflatten(1, (GRID, GRID)), strict=True))
+        assert (labels["place"] == CENTRE).sum() == len(scene.objects)
+        for thing in scene.objects:
+            at = int(thing.y // 8), int(thing.x // 8)
+            assert labels["place"][at] == CENTRE
+            assert list(SHAPES)[labels["shape"][at]] == thing.shape
+            assert list(COLOURS)[labels["colour"][at]] == thing.colour
+            assert labels["x"][at] == int(thing.x / 4) and labels["y"][at] == int(thing.y / 4)
+
+
+def test_mirrored_labels_belong_to_the_mirrored_picture():
+    scene = random_scene(Random(1))
+    labels = torch.tensor(patch_labels(scene))[None]
+    pixels = torch.arange(64).expand(1, 3, 64, 64)
+    flipped, mirrored = mirror(pixels, labels)
+    assert flipped[0, 0, 0, 0] == 63
+    x = list(HEADS).index("x")
+    belongs = labels[0, 0].view(GRID, GRID).flip(1).flatten() > 0
+    assert torch.equal(mirrored[0, 0] > 0, belongs)
+    assert torch.equal(mirrored[0, x][belongs], BINS - 1 - labels[0, x].view(GRID, GRID).flip(1).flatten()[belongs])
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+
+
+def _make(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --texts 600".split()
+    return subprocess.run([sys.executable, SCRIPT, "--out", out, *sizes, *flags], capture_output=True, text=True)
+
+
+def test_script_makes_both_parts_again_to_the_same_bytes_and_replaces_nothing(tmp_path):
+    for name in ("one", "other"):
+        assert _make(tmp_path / name).returncode == 0
+    assert _digests(tmp_path / "one") == _digests(tmp_path / "other")
+    VisionTransformer.from_pretrained(tmp_path / "one" / "tiny-vision")
+    Decoder.from_pretrained(tmp_path / "one" / "tiny-text")
+    again = _make(tmp_path / "one", "--part", "vision", "--seed", "1")
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "--replace" in again.stderr
+    assert _digests(tmp_path / "one") == _digests(tmp_path / "other")
