@@ -14,7 +14,7 @@ from random import Random
 from data_tools.scenes_world import COLOURS, MARGIN, SHAPES, SIZES, TRAIN_PAIRS, Pair, Scene, SceneObject
 
 ENGLISH_SHARE = 0.3
-QUESTIONS_PER_SCENE = 6
+QUESTIONS_PER_SCENE = 8
 NUMBERS = {"zh": ("一", "两", "三", "四"), "en": ("one", "two", "three", "four")}
 YES_NO = {"zh": ("是。", "不是。"), "en": ("Yes.", "No.")}
 THERE_IS = {"zh": ("有。", "没有。"), "en": ("Yes.", "No.")}
@@ -60,6 +60,7 @@ COMPARISONS = {
     },
 }
 KINDS = ("describe", "what", "colour", "shape", "count", "exists", "left_right", "above_below", "larger_smaller")
+RELATIONS = ("left_right", "above_below", "larger_smaller")  # learned last, so each may be asked of a scene twice
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def parse_description(text: str) -> Counter[tuple[str, str, str]] | None:
 def questions(
     scene: Scene, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS, language: str | None = None
 ) -> list[Question]:
-    """Up to six questions of different kinds, the first of them always "describe".
+    """Up to eight different questions, the first of them always "describe"; of each relation at most two.
 
     `pairs` are the (colour, shape) pairs that the scene was composed of; where the answer to "is there …" is no, the
     question names another of those, or one of TRAIN_PAIRS that shares its colour or its shape with the scene.
@@ -151,10 +152,10 @@ def questions(
     asked = []
     # Kinds that a scene gives no occasion for are not replaced by others: a question must not hint at its answer,
     # as "how many" would if scenes with one object, which cannot be asked about left and right, heard it more often.
-    for kind in ["describe", *rng.sample(KINDS[1:], QUESTIONS_PER_SCENE - 1)]:
+    for kind in ["describe", *rng.sample(KINDS[1:] + RELATIONS, QUESTIONS_PER_SCENE - 1)]:
         spoken = language or ("en" if rng.random() < ENGLISH_SHARE else "zh")
         found = _ask(kind, scene, rng, pairs, spoken)
-        if found is not None:
+        if found is not None and all(found[0] != question.text for question in asked):
             asked.append(Question(kind, spoken, *found))
     return asked
 
