@@ -57,7 +57,9 @@ class Batches(Dataset):
         first = number * self.batch_size
         samples, skipped, cut = [], [], []
         pixels: dict[Path, Tensor] = {}
-        for position in range(first, first + self.batch_size):
+        # Unshuffled records are read once, for the validation loss; shuffled ones over and over.
+        end = first + self.batch_size if self.shuffle else min(first + self.batch_size, len(self.records))
+        for position in range(first, end):
             epoch, index = divmod(position, len(self.records))
             if epoch not in self._orders:
                 self._orders = {epoch: self._order(epoch)}
