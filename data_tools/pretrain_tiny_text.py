@@ -1,9 +1,10 @@
 """The tiny voice: a small Qwen3-style decoder and its SentencePiece tokenizer, taught with text alone.
 
 Its corpus is conversations about scenes of the toy world that nobody draws. They begin with notes, in no order: the
-words "big", "red", "circle" and a square named as on a chessboard. The words of a note are read at once, as a bag of
-words: their embeddings are added and take one position. Then come questions, whose answers have to be read from the
-notes. So the voice knows the world's language, and how to answer from what it is told, before it meets an image.
+words "big", "red", "circle", and a tally of the steps to the right and down at which the thing stands. The words of a
+note are read at once, as a bag of words: their embeddings are added and take one position. Then come questions, whose
+answers have to be read from the notes. So the voice knows the world's language, and how to answer from what it is told,
+before it meets an image.
 """
 
 import io
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
-from string import ascii_lowercase
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ from nanovlm.vlm import Batch
 from nanovlm.weights.names import QWEN, invert, translate
 from nanovlm.weights.safetensors import save_file
 
-CELLS = 16  # squares a side: objects lie more than one apart where it is asked which is further left
+STEPS = 16  # from side to side: objects lie more than one apart where it is asked which is further left
+RIGHT, DOWN = "→", "↓"
 TOKENIZER_TEXTS = 5000  # enough to count pieces in
 SPECIAL = ("<image>", "<system>", "<user>", "<assistant>")
 EMPTY = "空"  # a note that there is nothing to note
@@ -62,9 +63,10 @@ class Text:
         notes = [_note(thing) for thing in scene.objects for _ in range(rng.randint(1, 4))]
         notes += [(EMPTY,)] * rng.randint(0, len(notes))
         rng.shuffle(notes)
-        # Comparisons are the hardest to learn, two notes to find and a place in each, so they are asked more often.
+        # Comparisons are the hardest to learn, two notes to find and a place in each, so they are asked more often; after
+        # them colours, which belong to what only a shape tells apart.
         more = [question for _ in range(3) for question in questions(scene, rng, pairs)]
-        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in COMPARISONS["zh"]]
+        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in (*COMPARISONS["zh"], "colour")]
         conversations: list[list[Message]] = []
         rng.shuffle(asked)
         for question in asked:
@@ -76,8 +78,9 @@ class Text:
 
 
 def _note(thing: SceneObject) -> tuple[str, ...]:
-    column, row = (int(place * CELLS / IMAGE_SIZE) for place in (thing.x, thing.y))
-    return SIZES[thing.size], COLOURS[thing.colour], SHAPES[thing.shape], ascii_lowercase[column], str(row)
+    """Its words. A tally, unlike a number, grows with what it counts: so does its part of the sum of embeddings."""
+    right, down = (int(place * STEPS / IMAGE_SIZE) for place in (thing.x, thing.y))
+    return SIZES[thing.size], COLOURS[thing.colour], SHAPES[thing.shape], *[RIGHT] * right, *[DOWN] * down
 
 
 def _seeded_text(pairs: Sequence[Pair], name: str, index: int) -> Text:
@@ -96,7 +99,7 @@ def train_tokenizer(corpus: list[Text]) -> SentencePieceTokenizer:
     The names of colours, shapes and sizes, and numbers, are cut out by a boundary that no piece crosses, so that a
     colour never sticks to a shape: pairs that were held out are spelled with the same pieces as all others.
     """
-    lines = ["".join(note) for text in corpus for note in text.notes]
+    lines = [word for text in corpus for note in text.notes for word in note]
     lines += [part for text in corpus for messages in text.conversations for message in messages
               for part in message.content if part is not IMAGE]
     model = io.BytesIO()

@@ -140,9 +140,8 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head."""
-        hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask)
-        return chunked_cross_entropy(hidden_states.flatten(0, 1).index_select(0, batch.target_positions),
-                                     self.decoder.head_weight, batch.targets)
+        hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask, positions=batch.target_positions)
+        return chunked_cross_entropy(hidden_states, self.decoder.head_weight, batch.targets)
 
     def embed(self, batch: Batch) -> Tensor:
         """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
