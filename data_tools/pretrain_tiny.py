@@ -7,21 +7,19 @@ The eyes learn from object labels, without any text (pretrain_tiny_vision.py); t
 (pretrain_tiny_text.py). Neither has met a held-out pair of shape and colour, nor a scene of train, val or novel.
 """
 
-import argparse
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker of one: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.pretrain_tiny_text import pretrain_text
 from data_tools.pretrain_tiny_vision import pretrain_vision
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run
 
 FOLDERS = {"vision": "tiny-vision", "text": "tiny-text"}
 
@@ -45,13 +43,8 @@ def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None
         print(f"  {split}, right: {shown}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise NanoVLMError(f"{message}; see --help")
-
-
 def main() -> None:
-    parser = _Parser(description="Pretrain the eyes and the voice of the tiny default.")
+    parser = CommandParser(description="Pretrain the eyes and the voice of the tiny default.")
     parser.add_argument("--part", choices=("vision", "text", "all"), default="all", help="what to make (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("nanovlm/assets"), help="folder to write to (%(default)s)")
     parser.add_argument("--replace", action="store_true", help="put the new parts in the place of those that are there")

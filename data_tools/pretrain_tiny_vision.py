@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data_tools.pretrain_tiny_common import fit, make_all
 from data_tools.scenes_world import (
     BACKGROUNDS, COLOURS, GAP, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, Scene, SceneObject,
-    _random_object, draw, random_scene,
+    random_object, draw, random_scene,
 )  # fmt: skip
 from nanovlm.files import write_atomically
 from nanovlm.vit import VisionConfig, VisionTransformer
@@ -68,7 +68,7 @@ def crowded_scene(rng: Random, pairs: Sequence[Pair]) -> Scene:
     """A scene with as many objects as fit, four or five: more to learn from than in the world itself."""
     objects: list[SceneObject] = []
     for _ in range(24):
-        thing = _random_object(rng, rng.choice(pairs))
+        thing = random_object(rng, rng.choice(pairs))
         free = thing.reach + GAP
         x, y = (rng.uniform(free, IMAGE_SIZE - free) for _ in range(2))
         if all(math.hypot(x - other.x, y - other.y) >= thing.reach + other.reach + GAP for other in objects):

@@ -120,14 +120,14 @@ def random_scene(rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS) -> Scene:
     """
     count = rng.randint(1, MAX_OBJECTS)
     while True:
-        named = [_random_object(rng, pair) for pair in rng.sample(pairs, count)]
+        named = [random_object(rng, pair) for pair in rng.sample(pairs, count)]
         placed = _place(rng, named)
         if placed is not None:
             objects = tuple(sorted(placed, key=lambda thing: thing.x))
             return Scene(objects, rng.choice(BACKGROUNDS), rng.getrandbits(48))
 
 
-def _random_object(rng: Random, pair: Pair) -> SceneObject:
+def random_object(rng: Random, pair: Pair) -> SceneObject:
     """An object without a place yet."""
     colour, shape = pair
     size = rng.choice(list(SIZES))

@@ -90,7 +90,7 @@ def test_english_adds_mixed_records_and_balanced_questions(source: Path) -> None
     assert english[0]["references"] == ["A dog runs, on the grass."] * 5
     assert english[1]["references"] == ["A man rides a bicycle."] * 5
     questions = read(out / "small_yesno.jsonl")
-    assert len(read(out / "small_mixed.jsonl")) == 45 + 45 + len(questions)
+    assert len(read(out / "small_mixed.jsonl")) == 9 * 5 + 9 * 2 + len(questions)  # five Chinese captions a photo, two English
 
     asked = Counter((q["messages"][0]["content"], q["references"][0]) for q in questions)
     assert {("<image>\n图中有狗吗？", "有。"), ("<image>\nIs there a dog in the image?", "No.")} <= asked.keys()
