@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data and the first weights (%(default)s)")
     parser.add_argument("--vision-steps", type=int, default=3600, help="optimizer steps of the eyes (%(default)s)")
     parser.add_argument("--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)")
-    parser.add_argument("--text-steps", type=int, default=5200, help="optimizer steps of the voice (%(default)s)")
-    parser.add_argument("--texts", type=int, default=30000, help="conversations written for the voice (%(default)s)")
+    parser.add_argument("--text-steps", type=int, default=2400, help="optimizer steps of the voice (%(default)s)")
+    parser.add_argument("--texts", type=int, default=24000, help="conversations written for the voice (%(default)s)")
     options = parser.parse_args()
     if min(options.vision_steps, options.text_steps, options.scenes, options.texts) < 1:
         raise NanoVLMError("--vision-steps, --text-steps, --scenes and --texts start at 1")

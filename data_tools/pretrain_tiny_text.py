@@ -63,10 +63,9 @@ class Text:
         notes = [_note(thing) for thing in scene.objects for _ in range(rng.randint(1, 4))]
         notes += [(EMPTY,)] * rng.randint(0, len(notes))
         rng.shuffle(notes)
-        # Comparisons are the hardest to learn, two notes to find and a place in each, so they are asked more often; after
-        # them colours, which belong to what only a shape tells apart.
+        # Comparisons are the hardest to learn, two notes to find and a place in each, so they are asked more often.
         more = [question for _ in range(3) for question in questions(scene, rng, pairs)]
-        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in (*COMPARISONS["zh"], "colour")]
+        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in COMPARISONS["zh"]]
         conversations: list[list[Message]] = []
         rng.shuffle(asked)
         for question in asked:
