@@ -124,7 +124,8 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = VisionLanguageModel.from_pretrained(folder, dtype).to(device)
-    print(f"model: {folder}" + (f" ({why})" if why else ""), file=sys.stderr)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"model: {shown}" + (f" ({why})" if why else ""), file=sys.stderr)
     if folder == SHIPPED:
         print("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)",
               file=sys.stderr)
