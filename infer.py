@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.chat import IMAGE, IMAGE_MARKER, IGNORED, Message
+from nanovlm.chat import IMAGE, IMAGE_MARKER, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run
@@ -61,8 +61,8 @@ def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[to
             sampling: Sampling) -> str:
     """Stream the answer to stdout and return it."""
     start = time.perf_counter()
-    ids = model.chat.encode(messages, [model.image_length] * len(pixels), add_generation_prompt=True).input_ids
-    batch = collate([Row(ids, [IGNORED] * len(ids), [1] * len(ids), ())], model.chat.image_token_id)
+    encoded = model.chat.encode(messages, [model.image_length] * len(pixels), add_generation_prompt=True)
+    batch = collate([Row.of(encoded)], model.chat.image_token_id)
     batch.attention_mask = None  # one row, nothing to mask
     batch.pixels = torch.stack(pixels) if pixels else None
     device = next(model.parameters()).device
@@ -83,7 +83,7 @@ def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[to
     print()
     if arguments.verbose:
         seconds = time.perf_counter() - first
-        print(f"{len(ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
+        print(f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
               f"tokens/s for {len(tokens)} tokens", file=sys.stderr)
     return "".join(answer)
 

@@ -214,6 +214,7 @@ def draw_voice(page: Drawing, question: Question, shapes: tuple[Shapes, Shapes],
 
 
 def draw_legend(page: Drawing) -> None:
+    """What the colours of the boxes mean."""
     x, y = 150, 606
     legend = {"frozen in both stages": (FROZEN, 200), "learns in stage 1 and in stage 2": (ALWAYS, 255),
               "learns in stage 2 only": (LATER, 0)}  # fmt: skip

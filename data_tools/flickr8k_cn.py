@@ -76,6 +76,7 @@ class Skipped:
 
 
 def read_lines(path: Path) -> list[str]:
+    """The lines of a published text file; one that cannot be read is an error."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -192,20 +193,24 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def check_free(path: Path, data: bytes) -> None:
+    """Refuse a path that holds other content than `data`; the same content may stay."""
     if path.is_symlink() or (path.exists() and not (path.is_file() and path.read_bytes() == data)):
         raise NanoVLMError(f"{path}: is there already with other content; delete it or choose another --out")
 
 
 def user_turn(prompt: str) -> dict:
+    """The turn that shows the photo and asks `prompt`."""
     return {"role": "user", "content": f"<image>\n{prompt}"}
 
 
 def training_record(identity: str, name: str, prompt: str, answer: str) -> dict:
+    """A record with its answer."""
     messages = [user_turn(prompt), {"role": "assistant", "content": answer}]
     return {"id": identity, "image": f"images/{name}", "messages": messages}
 
 
 def evaluation_record(identity: str, name: str, prompt: str, references: list[str]) -> dict:
+    """A record that ends with its question, and what answers it."""
     return {"id": identity, "image": f"images/{name}", "messages": [user_turn(prompt)], "references": references}
 
 
@@ -265,6 +270,7 @@ def make_records(names: list[str], split: str, zh: Captions, en: Captions | None
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the flags."""
     parser = CommandParser(description="Turn the published files of Flickr8k-CN into records.")
     parser.add_argument("--images", type=Path, required=True, help="tar file or folder of photos")
     parser.add_argument("--captions", type=Path, required=True, help="Chinese captions: NAME.jpg#zhc#0 caption")
@@ -276,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Read the published files, copy the photos, write the records."""
     arguments = parse_arguments()
     split = arguments.split or arguments.names.stem
     if not re.fullmatch(r"\w[\w.-]*", split):

@@ -210,6 +210,7 @@ def summary(world: dict) -> str:
 
 
 def main() -> None:
+    """Read the flags and make the data."""
     parser = CommandParser(description="Draw the toy world: 64×64 scenes and questions about them.")
     data = parser.add_argument_group("data")
     data.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to make (%(default)s)")

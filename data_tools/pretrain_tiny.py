@@ -44,6 +44,7 @@ def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None
 
 
 def main() -> None:
+    """Read the flags and train the parts asked for."""
     parser = CommandParser(description="Pretrain the eyes and the voice of the tiny default.")
     parser.add_argument("--part", choices=("vision", "text", "all"), default="all", help="what to make (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("nanovlm/assets"), help="folder to write to (%(default)s)")

@@ -28,6 +28,11 @@ class Row:
     attention_mask: list[int]
     images: tuple[Path, ...]
 
+    @classmethod
+    def of(cls, encoded: Encoded, images: tuple[Path, ...] = ()) -> "Row":
+        """A sample in a row of its own."""
+        return cls(encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images)
+
 
 def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     """Lay out samples of the same images as one row: what they have in common once, then each one's own branch.
@@ -40,8 +45,7 @@ def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     first_labels = [next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED) for sample in samples]
     shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
     if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
-        return [Row(sample.encoded.input_ids, sample.encoded.labels, [1] * len(sample.encoded.input_ids), sample.images)
-                for sample in samples]
+        return [Row.of(sample.encoded, sample.images) for sample in samples]
     row = Row(sequences[0][:shared], [IGNORED] * shared, [1] * shared, samples[0].images)
     for branch, sample in enumerate(samples, start=2):
         row.input_ids += sample.encoded.input_ids[shared:]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.chat import IGNORED
 from nanovlm.data.batches import Row, collate
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
@@ -33,8 +32,7 @@ def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_ne
         for record in records[start:start + batch_size]:
             messages = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
             prompt = model.chat.encode(messages, [model.image_length] * len(record.images), add_generation_prompt=True)
-            ids = prompt.input_ids
-            rows.append(Row(ids, [IGNORED] * len(ids), [1] * len(ids), record.images))
+            rows.append(Row.of(prompt, record.images))
             pixels += [preprocess(open_image(others.get(path, path)), model.config.image) for path in record.images]
         batch = collate(rows, model.chat.image_token_id, pad_left=True)
         if pixels:

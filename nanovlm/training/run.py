@@ -57,7 +57,8 @@ def run_stage(settings: Settings) -> Path:
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
-                   max_length=min(settings.max_length, model.config.text.max_position_embeddings), batch_size=settings.batch_size, seed=settings.seed, features=features)
+                   max_length=min(settings.max_length, model.config.text.max_position_embeddings),
+                   batch_size=settings.batch_size, seed=settings.seed, features=features)
     held_out = _usable(held_out, options)
     batches = Batches(records, **options)
     validation = Batches(held_out, **options, shuffle=False) if held_out else None
