@@ -40,6 +40,9 @@ RIGHT, DOWN = "→", "↓"
 TOKENIZER_TEXTS = 5000  # enough to count pieces in
 SPECIAL = ("<image>", "<system>", "<user>", "<assistant>")
 EMPTY = "空"  # a note that there is nothing to note
+# Asked more often: a comparison has two notes to find and a place in each, the others one word of one note among many.
+HARD = (*COMPARISONS["zh"], "colour", "exists")
+BRANCHES = 4  # conversations in a row: notes are short, and what attention costs grows with the square of a row
 HUB_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 640, "hidden_size": 192,
     "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -63,9 +66,8 @@ class Text:
         notes = [_note(thing) for thing in scene.objects for _ in range(rng.randint(1, 4))]
         notes += [(EMPTY,)] * rng.randint(0, len(notes))
         rng.shuffle(notes)
-        # Comparisons are the hardest to learn, two notes to find and a place in each, so they are asked more often.
         more = [question for _ in range(3) for question in questions(scene, rng, pairs)]
-        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in COMPARISONS["zh"]]
+        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in HARD]
         conversations: list[list[Message]] = []
         rng.shuffle(asked)
         for question in asked:
@@ -114,18 +116,20 @@ def train_tokenizer(corpus: list[Text]) -> SentencePieceTokenizer:
 
 
 class Corpus:
-    """Texts as rows of tokens, the conversations of each side by side behind its notes, and batches of them."""
+    """Texts as rows of tokens, a few conversations of each side by side behind its notes, and batches of them."""
 
     def __init__(self, texts: list[Text], chat: Chat) -> None:
         self.chat, encode = chat, lru_cache(chat.tokenizer.encode)
         self.rows, self.notes = [], []
         for text in texts:
             samples = [Sample(chat.encode(messages, [len(text.notes)]), ()) for messages in text.conversations]
-            self.rows += share_prefix(samples, chat.image_token_id)
-            self.notes.append([[id for word in note for id in encode(word)] for note in text.notes])
+            rows = [row for start in range(0, len(samples), BRANCHES)
+                    for row in share_prefix(samples[start:start + BRANCHES], chat.image_token_id)]
+            self.rows += rows
+            self.notes += [[[id for word in note for id in encode(word)] for note in text.notes]] * len(rows)
 
     def batches(self, size: int, rng: Random) -> Iterator[tuple[Batch, list[list[int]]]]:
-        """Endless batches of texts of like length, each with its notes' words."""
+        """Endless batches of rows of like length, with their notes' words."""
         while True:
             order = rng.sample(range(len(self.rows)), len(self.rows))
             for start in range(0, len(order), 32 * size):
@@ -134,7 +138,7 @@ class Corpus:
                 yield from map(self.batch, rng.sample(groups, len(groups)))
 
     def batch(self, chosen: Sequence[int]) -> tuple[Batch, list[list[int]]]:
-        """The texts with these numbers, and the words of all their notes."""
+        """The rows with these numbers, and the words of all their notes."""
         rows = collate([self.rows[index] for index in chosen], self.chat.image_token_id)
         return rows, [note for index in chosen for note in self.notes[index]]
 
@@ -164,7 +168,7 @@ def exact_answers(decoder: Decoder, corpus: Corpus) -> float:
 
 
 def pretrain_text(
-    folder: Path, seed: int, steps: int, texts: int, batch_size: int = 16, peak_lr: float = 3e-3
+    folder: Path, seed: int, steps: int, texts: int, batch_size: int = 40, peak_lr: float = 3e-3
 ) -> dict[str, dict[str, float]]:
     """Train tokenizer and voice, write them in Qwen3's hub layout, and return the shares of exact answers."""
     made = list(make_all(partial(_seeded_text, TRAIN_PAIRS, f"pretrain/{seed}"), texts, "texts"))

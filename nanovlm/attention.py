@@ -9,22 +9,26 @@ from nanovlm.errors import NanoVLMError
 WRITTEN_OUT_LIMIT = 2048 * 2048  # scores a head above which they are not worth holding
 
 
-class _Normalise(torch.autograd.Function):
-    """x / sqrt(mean(x²) + eps) over the last dimension, in fp32. The backward pass computes it anew: nothing is kept."""
+class _RMSNorm(torch.autograd.Function):
+    """The formula of `RMSNorm`, in fp32. Only the input and one number a vector are kept; the rest is computed anew."""
 
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, eps: float) -> Tensor:
+    def forward(ctx, hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = hidden_states.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-        ctx.save_for_backward(hidden_states, scale)
-        return (wide * scale).to(hidden_states.dtype)
+        ctx.save_for_backward(hidden_states, weight, scale)
+        return (wide * scale).to(hidden_states.dtype) * weight
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden_states, scale = ctx.saved_tensors
-        normalised, grad = hidden_states.float() * scale, grad.float()
+        hidden_states, weight, scale = ctx.saved_tensors
+        normalised = hidden_states.float() * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normalised).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        grad = (grad * weight).float()
         along = (grad * normalised).mean(dim=-1, keepdim=True)
-        return ((grad - normalised * along) * scale).to(hidden_states.dtype), None
+        return ((grad - normalised * along) * scale).to(hidden_states.dtype), grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +42,7 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight.to(hidden_states.dtype)
         if hidden_states.device.type == "cpu":  # where PyTorch's has no kernel and in bf16 takes eight times as long
-            return _Normalise.apply(hidden_states, self.eps) * weight
+            return _RMSNorm.apply(hidden_states, weight, self.eps)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 

@@ -71,6 +71,20 @@ class DecoderConfig:
         return from_dict(cls, config)
 
 
+class _GatedProduct(torch.autograd.Function):
+    """silu(gate) · value, of which only the two inputs are kept: silu(gate) is computed anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
+
+
 class GatedMLP(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x))."""
 
@@ -81,7 +95,10 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, value = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if gate.requires_grad or value.requires_grad:
+            return self.down_proj(_GatedProduct.apply(gate, value))
+        return self.down_proj(F.silu(gate, inplace=True).mul_(value))  # nobody needs the gate again
 
 
 class DecoderBlock(nn.Module):

@@ -1,6 +1,7 @@
 """Writing an answer: one pass over the prompt, then one token at a time through the cache."""
 
 import codecs
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -72,7 +73,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
         seen = torch.where(attention_mask > 0, input_ids, input_ids.gather(1, last[:, None]))
     for step in range(max_new_tokens):
         wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
-        logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted)).float()  # (B, V)
+        with _products_for(inputs):
+            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
         yield torch.where(ended, -1, token).tolist()
@@ -84,6 +86,18 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
         new = decoder.embed_tokens(token[:, None])
         inputs = new if use_cache else torch.cat((inputs, new), dim=1)
         last = torch.full_like(last, inputs.shape[1] - 1)
+
+
+@contextlib.contextmanager
+def _products_for(inputs: Tensor) -> Iterator[None]:
+    """On a CPU, oneDNN multiplies a bf16 matrix with a single vector at half the speed of PyTorch's own loop."""
+    one_vector = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and inputs.shape[:2].numel() == 1
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled and not one_vector
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

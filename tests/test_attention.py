@@ -98,6 +98,22 @@ def test_rms_norm_equals_its_formula():
     torch.testing.assert_close(norm(hidden_states), expected)
 
 
+def test_rms_norm_backward_is_its_derivative():
+    norm = RMSNorm(6, eps=0.5)
+    norm.weight.data = torch.arange(1.0, 7)
+    hidden_states = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def formula(hidden_states, weight):
+        return hidden_states / (hidden_states.pow(2).mean(dim=-1, keepdim=True) + 0.5).sqrt() * weight
+
+    weight = norm.weight.detach().clone().requires_grad_()
+    factors = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((norm(hidden_states) * factors).sum(), (hidden_states, norm.weight))
+    theirs = torch.autograd.grad((formula(hidden_states, weight) * factors).sum(), (hidden_states, weight))
+    for mine, reference in zip(ours, theirs):
+        torch.testing.assert_close(mine, reference)
+
+
 def test_a_full_cache_says_so():
     cache = KVCache(num_layers=1, batch=1, num_kv_heads=1, head_dim=2, max_length=3, dtype=torch.float32, device="cpu")
     pair = torch.ones(1, 1, 2, 2)

@@ -45,6 +45,10 @@ class Checkpoint:
         """The tensor `name`, a view of its file's private mapping (see `SafetensorsFile.tensor`)."""
         return self._file(name).tensor(name)
 
+    def forget(self, name: str) -> None:
+        """Let go of the memory of a tensor that has been copied (see `SafetensorsFile.forget`)."""
+        self._file(name).forget(name)
+
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
             raise NanoVLMError(f"{self.path}: holds no tensor {name!r}")
@@ -143,11 +147,15 @@ def load_into(
     _raise_problems(module, checkpoint, problems)
 
     for names in tied.values():
-        tensor = checkpoint.tensor(next(sources[name] for name in names if name in sources))
+        filled = [sources[name] for name in names if name in sources]
+        stored = tensor = checkpoint.tensor(filled[0])
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
             tensor = tensor.clone()
+        if tensor is not stored:
+            for name in filled:
+                checkpoint.forget(name)
         target = targets[names[0]]
         if isinstance(target, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)

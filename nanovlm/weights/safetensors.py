@@ -107,6 +107,15 @@ class SafetensorsFile:
             return stored.clone().view(dtype).view(shape)
         return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
+    def forget(self, name: str) -> None:
+        """Let go of the memory that reading `name` took, once it has been copied. Read again, it comes from the file;
+        what was written to a view of it is lost."""
+        _, _, begin, end = self._entry(name)
+        first = -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: neighbours share the rest
+        length = (self._data_start + end) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
     def _entry(self, name: str) -> TensorEntry:
         try:
             return self._entries[name]

@@ -94,6 +94,14 @@ def test_training_a_loaded_module_leaves_the_file_alone(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_a_cast_tensor_is_not_held_in_the_mapping_too(tmp_path):
+    checkpoint = open_checkpoint(saved(tmp_path, toy_tensors()))
+    forgotten = []
+    checkpoint.forget = forgotten.append
+    load_into(toy_on_meta(), checkpoint, same_name, dtype=torch.bfloat16)
+    assert sorted(forgotten) == sorted(name for name in toy_tensors() if checkpoint.dtype(name).is_floating_point)
+
+
 def test_casts_floating_point_tensors_only(tmp_path):
     tensors = toy_tensors()
     module = toy_on_meta()

@@ -1,6 +1,7 @@
 """The safetensors format: agreement with the `safetensors` package in both directions, and damaged files."""
 
 import json
+import mmap
 import random
 import resource
 import sys
@@ -112,6 +113,18 @@ def test_views_of_one_private_mapping(tmp_path):
     assert file.tensor("a").sum() == 7 * 1024
     assert path.read_bytes() == before
     assert SafetensorsFile(path).tensor("a").sum() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may keep what they are told they may forget")
+def test_forgetting_a_tensor_lets_go_of_its_pages_alone(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(5000), "b": torch.zeros(50_000), "c": torch.zeros(5000)}, path)
+    file = SafetensorsFile(path)
+    a, b, c = (file.tensor(name).fill_(7) for name in "abc")
+    file.forget("b")
+    page = mmap.PAGESIZE // 4
+    assert b[page:-page].count_nonzero() == 0, "its pages still hold what was written to them"
+    assert a.sum() == c.sum() == 7 * 5000
 
 
 def test_tensors_outlive_the_reader_and_the_replaced_file(tmp_path):
