@@ -1,6 +1,6 @@
 """Pretrain the eyes and the voice of the tiny default, and write them as nanovlm/assets/tiny-vision and tiny-text.
 
-    python data_tools/pretrain_tiny.py --out pretrained              # both, about ten minutes on two cores
+    python data_tools/pretrain_tiny.py --out pretrained              # both, about half an hour on two cores
     python data_tools/pretrain_tiny.py --part text --out pretrained  # the voice alone
 
 The eyes learn from object labels, without any text (pretrain_tiny_vision.py); the voice from text alone
@@ -52,14 +52,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data and the first weights (%(default)s)")
     parser.add_argument("--vision-steps", type=int, default=3600, help="optimizer steps of the eyes (%(default)s)")
     parser.add_argument("--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)")
-    parser.add_argument("--text-steps", type=int, default=2400, help="optimizer steps of the voice (%(default)s)")
-    parser.add_argument("--texts", type=int, default=24000, help="conversations written for the voice (%(default)s)")
+    parser.add_argument("--text-steps", type=int, default=6000, help="optimizer steps of the voice (%(default)s)")
+    parser.add_argument("--drill-steps", type=int, default=3000, help="and of its drills (%(default)s)")
+    parser.add_argument("--texts", type=int, default=30000, help="conversations written for the voice (%(default)s)")
     options = parser.parse_args()
-    if min(options.vision_steps, options.text_steps, options.scenes, options.texts) < 1:
-        raise NanoVLMError("--vision-steps, --text-steps, --scenes and --texts start at 1")
+    if min(options.vision_steps, options.text_steps, options.drill_steps, options.scenes, options.texts) < 1:
+        raise NanoVLMError("--vision-steps, --text-steps, --drill-steps, --scenes and --texts start at 1")
     parts = {
         "vision": partial(pretrain_vision, seed=options.seed, steps=options.vision_steps, scenes=options.scenes),
-        "text": partial(pretrain_text, seed=options.seed, steps=options.text_steps, texts=options.texts),
+        "text": partial(pretrain_text, seed=options.seed, steps=options.text_steps, drill_steps=options.drill_steps,
+                        texts=options.texts),
     }
     for part, make in parts.items():
         if options.part in (part, "all"):

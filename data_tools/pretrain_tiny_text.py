@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 
 from data_tools.pretrain_tiny_common import fit, make_all
-from data_tools.scenes_text import COMPARISONS, questions
+from data_tools.scenes_text import RELATIONS, Question, questions
 from data_tools.scenes_world import (
     COLOURS, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, SceneObject, random_scene,
 )  # fmt: skip
@@ -41,7 +41,7 @@ TOKENIZER_TEXTS = 5000  # enough to count pieces in
 SPECIAL = ("<image>", "<system>", "<user>", "<assistant>")
 EMPTY = "空"  # a note that there is nothing to note
 # Asked more often: a comparison has two notes to find and a place in each, the others one word of one note among many.
-HARD = (*COMPARISONS["zh"], "colour", "exists")
+HARD = (*RELATIONS, "colour", "exists")
 BRANCHES = 4  # conversations in a row: notes are short, and what attention costs grows with the square of a row
 HUB_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 640, "hidden_size": 192,
@@ -60,14 +60,17 @@ class Text:
     conversations: list[list[Message]]
 
     @classmethod
-    def random(cls, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS) -> "Text":
-        """Notes of a random scene, some repeated, some saying "empty"; conversations of one to three questions."""
+    def random(cls, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS, drill: bool = False) -> "Text":
+        """Notes of a random scene, some repeated, some saying "empty"; conversations of one to three questions.
+
+        A drill asks mostly for comparisons that are answered with a word of direction or size, or yes or no.
+        """
         scene = random_scene(rng, pairs)
         notes = [_note(thing) for thing in scene.objects for _ in range(rng.randint(1, 4))]
         notes += [(EMPTY,)] * rng.randint(0, len(notes))
         rng.shuffle(notes)
-        more = [question for _ in range(3) for question in questions(scene, rng, pairs)]
-        asked = questions(scene, rng, pairs) + [question for question in more if question.kind in HARD]
+        more = [question for _ in range(7 if drill else 3) for question in questions(scene, rng, pairs)]
+        asked = questions(scene, rng, pairs) + [question for question in more if _is_hard(question, drill)]
         conversations: list[list[Message]] = []
         rng.shuffle(asked)
         for question in asked:
@@ -78,14 +81,22 @@ class Text:
         return cls(notes, conversations)
 
 
+def _is_hard(question: Question, drill: bool) -> bool:
+    """Of the hardest kinds; for a drill, a comparison whose answer names no object."""
+    if drill:
+        return question.kind in RELATIONS and not any(
+            shape in question.answer for names in SHAPES.items() for shape in names)
+    return question.kind in HARD
+
+
 def _note(thing: SceneObject) -> tuple[str, ...]:
     """Its words. A tally, unlike a number, grows with what it counts: so does its part of the sum of embeddings."""
     right, down = (int(place * STEPS / IMAGE_SIZE) for place in (thing.x, thing.y))
     return SIZES[thing.size], COLOURS[thing.colour], SHAPES[thing.shape], *[RIGHT] * right, *[DOWN] * down
 
 
-def _seeded_text(pairs: Sequence[Pair], name: str, index: int) -> Text:
-    return Text.random(Random(f"{name}/{index}"), pairs)
+def _seeded_text(pairs: Sequence[Pair], name: str, index: int, drill: bool = False) -> Text:
+    return Text.random(Random(f"{name}/{index}"), pairs, drill)
 
 
 _NAMES = re.compile(
@@ -168,26 +179,37 @@ def exact_answers(decoder: Decoder, corpus: Corpus) -> float:
 
 
 def pretrain_text(
-    folder: Path, seed: int, steps: int, texts: int, batch_size: int = 40, peak_lr: float = 3e-3
+    folder: Path, seed: int, steps: int, drill_steps: int, texts: int, batch_size: int = 40
 ) -> dict[str, dict[str, float]]:
-    """Train tokenizer and voice, write them in Qwen3's hub layout, and return the shares of exact answers."""
-    made = list(make_all(partial(_seeded_text, TRAIN_PAIRS, f"pretrain/{seed}"), texts, "texts"))
+    """Train tokenizer and voice, write them in Qwen3's hub layout, and return the shares of exact answers.
+
+    The voice first learns from all kinds of questions, then from drills. Among everything else the hardest comparisons
+    stay where guessing is; once most of what it reads are those, it learns them within a few hundred steps.
+    """
+    name = f"pretrain/{seed}"
+    made = list(make_all(partial(_seeded_text, TRAIN_PAIRS, name), texts, "texts"))
+    drills = list(make_all(partial(_seeded_text, TRAIN_PAIRS, f"{name}/drill", drill=True), -(-texts // 3), "drills"))
     tokenizer = train_tokenizer(made[:TOKENIZER_TEXTS])
     chat = Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
-    stream = Corpus(made, chat).batches(batch_size, Random(seed))
     torch.manual_seed(seed)
     decoder = Decoder(DecoderConfig.from_hf(HUB_CONFIG))
     for parameter in decoder.parameters():
         if parameter.dim() == 2:  # the usual 0.02 suits widths of about a thousand; here it would lie long on a plateau
             nn.init.normal_(parameter, std=HUB_CONFIG["hidden_size"] ** -0.5)
 
-    def loss_of_step(step: int) -> Tensor:
-        batch, notes = next(stream)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = target_logits(decoder, batch, notes)
-        return F.cross_entropy(logits.float(), batch.targets)
+    def learn(corpus: Corpus, steps: int, peak_lr: float, title: str) -> None:
+        stream = corpus.batches(batch_size, Random(seed))
 
-    fit(list(decoder.parameters()), loss_of_step, steps, peak_lr, "voice")
+        def loss_of_step(step: int) -> Tensor:
+            batch, notes = next(stream)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = target_logits(decoder, batch, notes)
+            return F.cross_entropy(logits.float(), batch.targets)
+
+        fit(list(decoder.parameters()), loss_of_step, steps, peak_lr, title)
+
+    learn(Corpus(made, chat), steps, 3e-3, "voice")
+    learn(Corpus(drills, chat), drill_steps, 2e-3, "voice, drills")
     decoder.eval().bfloat16().float()  # measured as it will be stored
     result = {}
     for split, pairs in (("seen pairs", TRAIN_PAIRS), ("held-out pairs", HELD_OUT_PAIRS)):

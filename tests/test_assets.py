@@ -137,7 +137,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _make(out: Path, *flags: str) -> subprocess.CompletedProcess:
-    sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --texts 600".split()
+    sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --drill-steps 2 --texts 600".split()
     return subprocess.run([sys.executable, SCRIPT, "--out", out, *sizes, *flags], capture_output=True, text=True)
 
 

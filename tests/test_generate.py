@@ -1,5 +1,7 @@
 """Answers: the same with and without a cache, alone and in a batch, and as `transformers` writes them."""
 
+import contextlib
+import copy
 import importlib
 import os
 from pathlib import Path
@@ -79,6 +81,24 @@ def test_cached_uncached_and_batched_answers_are_the_same(model):
         assert (batch.attention_mask == 0).any()
         assert write(model, batch) == alone
         assert write(model, batch, use_cache=False) == alone
+
+
+def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
+    """Single tokens are multiplied without oneDNN, which is switched off for them alone and gives the same numbers."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    batch = prompt_batch(half, PROMPTS[:1])
+    batch.pixels = None if batch.pixels is None else batch.pixels.bfloat16()
+    seen, hidden_states = [], half.decoder.hidden_states
+
+    def watched(embeddings: Tensor, *rest) -> Tensor:
+        seen.append((embeddings.shape[1] == 1, torch.backends.mkldnn.enabled))
+        return hidden_states(embeddings, *rest)
+
+    monkeypatch.setattr(half.decoder, "hidden_states", watched)
+    answer = write(half, batch)
+    assert set(seen) == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
+    monkeypatch.setattr(importlib.import_module("nanovlm.generate"), "_products_for", lambda inputs: contextlib.nullcontext())
+    assert write(half, batch) == answer
 
 
 @pytest.mark.parametrize("pad_left", [True, False], ids=["left", "right"])
