@@ -47,8 +47,14 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
     return cls(**values)
 
 
+MAX_LAYERS = 1000  # layers are built before any tensor is compared: a damaged number must not fill the memory
+
+
 def check_numbers(part: Any) -> None:
     """Refuse a number that no part of a model can have: one below 0, or 0 where it is not the default."""
+    if getattr(part, "num_hidden_layers", 0) > MAX_LAYERS:
+        raise NanoVLMError(f"{type(part).__name__}: num_hidden_layers is {part.num_hidden_layers}; "
+                           f"it has to be at most {MAX_LAYERS}")
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if type(value) in (int, float) and (value < 0 or (value == 0 and field.default != 0)):

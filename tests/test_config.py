@@ -66,6 +66,7 @@ QWEN2, QWEN3, DINOV2 = {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"model
     (QWEN2 | {"num_attention_heads": 14, "num_key_value_heads": 4},
      "num_attention_heads = 14 is not a multiple of num_key_value_heads = 4"),
     (QWEN2 | {"num_hidden_layers": -1}, "num_hidden_layers is -1; it has to be above 0"),
+    (QWEN2 | {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; it has to be at most 1000"),
     (QWEN2 | {"head_dim": "64"}, "head_dim is '64', expected int"),
     (QWEN2 | {"layer_types": 3}, "layer_types is 3, expected a value such as"),
     (QWEN2 | {"use_sliding_window": True}, "use_sliding_window = True is not implemented"),
