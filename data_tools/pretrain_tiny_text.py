@@ -184,7 +184,7 @@ def pretrain_text(
     """Train tokenizer and voice, write them in Qwen3's hub layout, and return the shares of exact answers.
 
     The voice first learns from all kinds of questions, then from drills. Among everything else the hardest comparisons
-    stay where guessing is; once most of what it reads are those, it learns them within a few hundred steps.
+    stay where guessing is; once most of what it reads are those, it learns them within some 2,000 steps.
     """
     name = f"pretrain/{seed}"
     made = list(make_all(partial(_seeded_text, TRAIN_PAIRS, name), texts, "texts"))
