@@ -9,6 +9,8 @@ from nanovlm.errors import NanoVLMError
 
 T = TypeVar("T")
 
+MAX_LAYERS = 1000  # layers are built before any tensor is compared: a damaged number must not fill the memory
+
 # What hub files say about themselves, about generation or about initialisation: nothing that changes a forward pass.
 HUB_BOOKKEEPING = frozenset({
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map",
@@ -45,9 +47,6 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
     if missing:
         raise NanoVLMError(f"{where}: key {missing[0]!r} is missing")
     return cls(**values)
-
-
-MAX_LAYERS = 1000  # layers are built before any tensor is compared: a damaged number must not fill the memory
 
 
 def check_numbers(part: Any) -> None:

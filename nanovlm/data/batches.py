@@ -34,6 +34,11 @@ class Row:
         return cls(encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images)
 
 
+def chunks(items: list, size: int) -> list[list]:
+    """`items` in order, `size` at a time."""
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
 def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     """Lay out samples of the same images as one row: what they have in common once, then each one's own branch.
 

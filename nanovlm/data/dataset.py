@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.chat import IGNORED, Chat
-from nanovlm.data.batches import Sample, collate, share_prefix
+from nanovlm.data.batches import Sample, chunks, collate, share_prefix
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.image import ImageConfig, open_image, preprocess
@@ -75,7 +75,7 @@ class Batches(Dataset):
         if not samples:
             return Loaded(None, 0, 0, skipped, cut)
         rows = [row for _, group in groupby(samples, key=lambda sample: sample.images)
-                for chunk in _chunks(list(group), self.share)
+                for chunk in chunks(list(group), self.share)
                 for row in share_prefix(chunk, self.chat.image_token_id)]
         batch = collate(rows, self.chat.image_token_id)
         if images := [pixels[path] for row in rows for path in row.images]:
@@ -118,7 +118,7 @@ class Batches(Dataset):
         groups = []
         for members in by_image.values():
             generator.shuffle(members)
-            groups += _chunks(members, self.share)
+            groups += chunks(members, self.share)
         generator.shuffle(groups)
         return [index for group in groups for index in group]
 
@@ -126,7 +126,3 @@ class Batches(Dataset):
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal, and the parent's step needs its batches to end well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[start:start + size] for start in range(0, len(items), size)]

@@ -147,21 +147,26 @@ def load_into(
     _raise_problems(module, checkpoint, problems)
 
     for names in tied.values():
-        filled = [sources[name] for name in names if name in sources]
-        stored = tensor = checkpoint.tensor(filled[0])
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
-            tensor = tensor.clone()
-        if tensor is not stored:
-            for name in filled:
-                checkpoint.forget(name)
+        tensor = _take(checkpoint, [sources[name] for name in names if name in sources], dtype)
         target = targets[names[0]]
         if isinstance(target, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
         for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, tensor)
+
+
+def _take(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None) -> Tensor:
+    """The one tensor stored under all of `names`: the file's own, or a copy, and then the file's is let go of."""
+    stored = tensor = checkpoint.tensor(names[0])
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
+        tensor = tensor.clone()
+    if tensor is not stored:
+        for name in names:
+            checkpoint.forget(name)
+    return tensor
 
 
 # What can be wrong, and what it means to the reader of the report.
