@@ -1,6 +1,6 @@
 """Pretrain the eyes and the voice of the tiny default, and write them as nanovlm/assets/tiny-vision and tiny-text.
 
-    python data_tools/pretrain_tiny.py --out pretrained              # both, about forty minutes on two cores
+    python data_tools/pretrain_tiny.py --out pretrained              # both, 73 minutes on one busy core
     python data_tools/pretrain_tiny.py --part text --out pretrained  # the voice alone
 
 The eyes learn from object labels, without any text (pretrain_tiny_vision.py); the voice from text alone
