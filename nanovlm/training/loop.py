@@ -128,7 +128,9 @@ def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -
 def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, val_loss: dict[str, float],
          bar: tqdm) -> None:
     loss = float(progress.loss_sum) / max(progress.target_count, 1)
-    rates = {f"lr_{group['part']}": group["lr"] for group in optimizer.param_groups}
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
+        rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # JSON has no infinity
             "samples": progress.samples, "tokens": progress.tokens, **val_loss}

@@ -1,6 +1,7 @@
 """AdamW with a learning rate for each part, and its schedule."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,23 +12,56 @@ from nanovlm.training.settings import Settings
 PARTS = {"projector": "projector", "text": "decoder", "vision": "vision"}
 
 
-def freeze(model: nn.Module, trained_parts: tuple[str, ...]) -> None:
-    """Let exactly the named parts learn. The eyes' final norm learns with them."""
-    for part, attribute in PARTS.items():
-        getattr(model, attribute).requires_grad_(part in trained_parts)
+@dataclass(frozen=True)
+class Layer:
+    """What learns at one depth of a part. `depth` counts blocks from the output: 0 is the last block and what follows."""
+
+    part: str
+    depth: int
+    parameters: list[nn.Parameter]
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what learns: matrices decay; norms, biases and other vectors do not."""
-    groups = []
+def learning_layers(model: nn.Module) -> list[Layer]:
+    """What learns, by part and depth, the output's end first. A tied embedding is a first layer here, not a head."""
+    layers = []
     for part, attribute in PARTS.items():
-        parameters = [parameter for parameter in getattr(model, attribute).parameters() if parameter.requires_grad]
-        for decays in (True, False):
-            members = [parameter for parameter in parameters if (parameter.dim() >= 2) == decays]
-            if members:
-                groups.append({"params": members, "part": part, "peak_lr": settings.peak_lr(part), "lr": 0.0,
-                               "weight_decay": settings.weight_decay if decays else 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), fused=True)
+        module = getattr(model, attribute)
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                by_depth.setdefault(_depth(name, len(getattr(module, "blocks", ()))), []).append(parameter)
+        layers += [Layer(part, depth, by_depth[depth]) for depth in sorted(by_depth)]
+    return layers
+
+
+def _depth(name: str, blocks: int) -> int:
+    """Blocks between a parameter and the output of its part; what stands before the first block is one deeper than it."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return blocks - 1 - int(rest[0])
+    return 0 if first in ("norm", "lm_head") else blocks
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over what learns: matrices decay; norms, biases and other vectors do not.
+
+    With `layer_decay` a block learns slower the further it stands from the output of its part (Clark et al. 2020).
+    """
+    groups: dict[tuple, dict] = {}
+    for layer in learning_layers(model):
+        rate = settings.peak_lr(layer.part) * settings.layer_decay ** layer.depth
+        for parameter in layer.parameters:
+            decays = parameter.dim() >= 2
+            group = groups.setdefault((layer.part, rate, decays), {
+                "params": [], "part": layer.part, "peak_lr": rate, "lr": 0.0,
+                "weight_decay": settings.weight_decay if decays else 0.0})
+            group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, settings.beta2), fused=True)
+
+
+def state_bytes(parameter: nn.Parameter, settings: Settings) -> int:
+    """Bytes that the optimizer keeps for one parameter: two moments."""
+    return 2 * parameter.nbytes
 
 
 def schedule(step: int, total: int, warmup: float, min_lr: float) -> float:

@@ -23,8 +23,8 @@ from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
+from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
-from nanovlm.training.optimizer import freeze
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import draw_answers
 from nanovlm.training.settings import Settings, to_toml
@@ -45,15 +45,14 @@ def run_stage(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
-    freeze(model, settings.trained_parts)
+    freeze(model, settings)
     precision.place(model)
-    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"{sum(map(torch.numel, model.parameters())) / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them learn "
-        f"({settings.train}); {len(records)} records to learn from, {len(held_out)} held out")
+    say(describe(model, settings))
+    say(f"{len(records)} records to learn from, {len(held_out)} held out")
 
     features = None
     if settings.cache_features:
-        if "vision" in settings.trained_parts:
+        if any(parameter.requires_grad for parameter in model.vision.parameters()):
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,

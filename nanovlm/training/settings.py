@@ -17,6 +17,12 @@ ASSETS = Path(__file__).parents[1] / "assets"  # what {assets} stands for in a p
 # A setting that was chosen for another one's value falls away when that one is given anew.
 CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images", "val")}
 
+CHOICES = {
+    "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "bf16", "fp16", "fp32"), "parallel": ("ddp", "fsdp"),
+    "optimizer": ("adamw", "adamw8bit"), "quantize": ("", "nf4", "int8"), "full_disk": ("stop", "go-on"),
+    "track": ("", "tensorboard", "wandb", "swanlab"),
+}
+
 
 def _setting(default: Any, group: str, help: str) -> Any:
     return field(default=default, metadata={"group": group, "help": help})
@@ -35,6 +41,8 @@ class Settings:
     max_length: int = _setting(2048, "data", "tokens a sample may have; longer text is cut at the end and counted")
     workers: int = _setting(0, "data", "processes that prepare batches ahead of the step")
     cache_features: bool = _setting(False, "data", "encode each image once and keep its features (frozen eyes only)")
+    pack: int = _setting(0, "data", "tokens of a row that several samples share, each seeing only itself (0: no packing)")
+    bucket: int = _setting(1, "data", "batches whose records are sorted by length before they are dealt out (1: not at all)")
 
     init: str = _setting("", "model", "model folder to start from, such as stage 1's")
     vision: str = _setting("", "model", "pretrained eyes to start from: a DINOv2 folder")
@@ -45,7 +53,17 @@ class Settings:
     image_size: int = _setting(0, "model", "side in pixels an image is resized to (default: the eyes' own)")
     vision_layer: int = _setting(-1, "model", "layer of the eyes that is looked at; -1 is after the final norm")
 
-    train: str = _setting("projector", "training", "parts that learn, with commas: projector, text, vision")
+    train: str = _setting("projector", "what learns", "parts that learn, with commas: projector, text, vision")
+    text_layers: int = _setting(0, "what learns", "top blocks of the decoder that learn (0: all of it, embeddings too)")
+    text_embedding: bool = _setting(False, "what learns", "the word embeddings learn, whatever else does")
+    vision_layers: int = _setting(0, "what learns", "top blocks of the eyes that learn (0: all of the eyes)")
+    layer_decay: float = _setting(1.0, "what learns", "factor on the learning rate for each block further from the output")
+    lora_rank: int = _setting(0, "what learns", "rank of LoRA adapters that learn in the decoder's place (0: none)")
+    lora_alpha: float = _setting(0.0, "what learns", "LoRA's scale times its rank (0: twice the rank)")
+    lora_dropout: float = _setting(0.0, "what learns", "dropout on what LoRA adapters read")
+    lora_targets: str = _setting("q_proj,k_proj,v_proj,out_proj,gate_proj,up_proj,down_proj", "what learns",
+                                 "decoder layers that get adapters: ends or patterns (*) of names, with commas")
+
     epochs: float = _setting(1.0, "training", "times the data is seen")
     max_steps: int = _setting(0, "training", "optimizer steps, in place of --epochs")
     batch_size: int = _setting(32, "training", "records a forward pass takes")
@@ -59,36 +77,48 @@ class Settings:
     weight_decay: float = _setting(0.0, "training", "of matrices; norms and biases have none")
     beta2: float = _setting(0.95, "training", "AdamW's second moment; its first is 0.9")
     clip: float = _setting(1.0, "training", "largest gradient norm")
+    max_bad_steps: int = _setting(5, "training", "steps in a row without a finite loss and gradient after which the run stops")
+
+    optimizer: str = _setting("adamw", "memory", "adamw, or adamw8bit: moments in 8 bits")
+    stochastic_rounding: bool = _setting(False, "memory", "keep what learns in bf16, rounded at random, without an fp32 copy")
+    quantize: str = _setting("", "memory", "store the frozen decoder's matrices as nf4 (4 bits) or int8")
+    checkpointing: bool = _setting(False, "memory", "keep one activation a block and compute the others again")
 
     device: str = _setting("auto", "machine", "auto, cpu, cuda or mps")
     dtype: str = _setting("auto", "machine", "auto, bf16, fp16 or fp32")
+    compile: bool = _setting(False, "machine", "compile the blocks with torch.compile")
+    parallel: str = _setting("ddp", "machine", "how several processes (torchrun) share the work: ddp or fsdp")
     seed: int = _setting(0, "machine", "of the projector's first weights and the order of the data")
 
     out: str = _setting("runs/run", "run", "folder of the run")
     log_every: int = _setting(10, "run", "steps between lines of metrics.jsonl")
     val_every: int = _setting(0, "run", "steps between validation losses (0: at the end only)")
     save_every: int = _setting(500, "run", "steps between checkpoints")
-    keep: int = _setting(2, "run", "newest checkpoints that are kept")
+    keep: int = _setting(3, "run", "newest checkpoints that are kept, besides the one of the best validation loss")
+    full_disk: str = _setting("stop", "run", "when a checkpoint finds no room: stop, or go-on without it")
+    track: str = _setting("", "run", "also log to tensorboard, wandb or swanlab")
     resume: bool = _setting(False, "run", "continue the run in --out from its last checkpoint")
+    allow_changes: bool = _setting(False, "run", "resume although settings that change the result were changed")
 
     def __post_init__(self) -> None:
         positive = ("val_samples", "share", "max_length", "grid", "scale", "epochs", "batch_size", "accumulate", "lr", "clip",
-                    "log_every", "save_every", "keep")
+                    "log_every", "save_every", "keep", "bucket", "layer_decay", "max_bad_steps")
         not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "weight_decay", "val_every",
-                        "image_size", "seed")
+                        "image_size", "seed", "pack", "text_layers", "vision_layers", "lora_rank", "lora_alpha")
         for names, fits, expected in (
             (positive, lambda value: 0 < value < math.inf, "a number above 0"),
             (not_negative, lambda value: 0 <= value < math.inf, "0 or more"),
             (("warmup", "min_lr"), lambda value: 0 <= value <= 1, "between 0 and 1"),
-            (("val_fraction", "beta2"), lambda value: 0 <= value < 1, "0 or more and below 1"),
+            (("val_fraction", "beta2", "lora_dropout"), lambda value: 0 <= value < 1, "0 or more and below 1"),
             (("seed",), lambda value: value < 2**63, "below 2 to the power of 63"),
         ):
             for name in names:
                 if not fits(getattr(self, name)):
                     raise NanoVLMError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be {expected}")
-        for name, choices in (("device", ("auto", "cpu", "cuda", "mps")), ("dtype", ("auto", "bf16", "fp16", "fp32"))):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise NanoVLMError(f"--{name} is {getattr(self, name)!r}; take one of {', '.join(choices)}")
+                named = ", ".join(choice or "nothing" for choice in choices)
+                raise NanoVLMError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; take one of {named}")
         unknown = set(self.trained_parts) - {"projector", "text", "vision"}
         if unknown or not self.trained_parts:
             raise NanoVLMError(f"--train names {', '.join(sorted(unknown)) or 'no part'}; parts are projector, text and vision")
