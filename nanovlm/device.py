@@ -1,5 +1,8 @@
 """Which device there is, and which number format it is fast in."""
 
+import sys
+from pathlib import Path
+
 import torch
 
 from nanovlm.errors import NanoVLMError
@@ -35,3 +38,18 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if fast:
         return torch.bfloat16, ""
     return DTYPES[other], f"{device.type} has no fast bf16 here, using {other}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes needed at most so far: on CUDA those that tensors took there, elsewhere those of the whole process.
+
+    0 on Windows, which does not tell without a further package.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # unlike getrusage, this does not count what the parent process held
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource  # which Windows lacks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -23,6 +23,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def flush_folder(folder: str | Path) -> None:
+    """Have the system write down which names a folder holds, so that a rename outlives a power cut."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path` in one step."""
     with atomic_path(path) as temporary:
@@ -45,3 +55,8 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The JSON objects of a file with one on each line, without a last line that was cut off in the middle."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]

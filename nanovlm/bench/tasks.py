@@ -1,18 +1,16 @@
 """What is measured, and with what input."""
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanovlm.bench.sides import IMAGE_SIZE, Side, Work
 from nanovlm.chat import IGNORED
+from nanovlm.device import peak_memory
 
 VISUAL_TOKENS = 256
 NEW_TOKENS = 64  # decoded after the first one
@@ -135,12 +133,7 @@ class Bench:
         step()
         step()
         self.wait()
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e9
-        if sys.platform == "linux":  # unlike getrusage, this does not count what the parent process held
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        return peak_memory(self.device) / 1e9
 
 
 def compare(bench: Bench, ours: Side, theirs: Side) -> str:

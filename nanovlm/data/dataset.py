@@ -27,13 +27,22 @@ from nanovlm.vlm import Batch
 
 @dataclass
 class Loaded:
-    """A batch, how many records are in it, and why others are not."""
+    """A batch, which records are in it, and why others are not."""
 
     batch: Batch | None  # None when every record of it had to be skipped
-    samples: int
+    records: list[str]  # where each record in it stands
     tokens: int  # without padding
     skipped: list[str]
     cut: list[str]  # records whose text was cut at the end
+
+    @property
+    def samples(self) -> int:
+        return len(self.records)
+
+    @property
+    def images(self) -> int:
+        looked_at = None if self.batch is None else self.batch.pixels if self.batch.patches is None else self.batch.patches
+        return 0 if looked_at is None else len(looked_at)
 
     def pin_memory(self) -> "Loaded":
         """What the loader calls where batches go on to a GPU."""
@@ -55,7 +64,7 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> Loaded:
         first = number * self.batch_size
-        samples, skipped, cut = [], [], []
+        samples, names, skipped, cut = [], [], [], []
         pixels: dict[Path, Tensor] = {}
         # Unshuffled records are read once, for the validation loss; shuffled ones over and over.
         end = first + self.batch_size if self.shuffle else min(first + self.batch_size, len(self.records))
@@ -71,9 +80,10 @@ class Batches(Dataset):
                 skipped.append(f"{record.where}: {error}")
                 continue
             samples.append(sample)
+            names.append(record.where)
             cut += [record.where] if is_cut else []
         if not samples:
-            return Loaded(None, 0, 0, skipped, cut)
+            return Loaded(None, [], 0, skipped, cut)
         rows = [row for _, group in groupby(samples, key=lambda sample: sample.images)
                 for chunk in chunks(list(group), self.share)
                 for row in share_prefix(chunk, self.chat.image_token_id)]
@@ -81,7 +91,7 @@ class Batches(Dataset):
         if images := [pixels[path] for row in rows for path in row.images]:
             stacked = torch.stack(images)
             batch.patches, batch.pixels = (stacked, None) if self.features is not None else (None, stacked)
-        return Loaded(batch, len(samples), int((batch.attention_mask > 0).sum()), skipped, cut)
+        return Loaded(batch, names, int((batch.attention_mask > 0).sum()), skipped, cut)
 
     def loader(self, first: int, last: int, workers: int, pin_memory: bool = False) -> Iterator[Loaded]:
         """Batches `first` to `last` - 1 in order, prepared ahead by `workers` processes (0: in this one)."""
@@ -124,5 +134,6 @@ class Batches(Dataset):
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and the parent's step needs its batches to end well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches all processes of a terminal, SIGTERM all of a job, and the parent's step needs its batches to end well."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

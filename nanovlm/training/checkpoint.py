@@ -1,81 +1,171 @@
 """Checkpoints: what learns, the optimizer, the random states and the place in the data. No pickles.
 
     checkpoints/step_N/model.safetensors      the parameters that learn
-    checkpoints/step_N/optimizer.safetensors  AdamW's moments, and the random states as bytes
-    checkpoints/step_N/state.json             counters; the folder gets its name last, so a folder is whole
+    checkpoints/step_N/optimizer.safetensors  the optimizer's state, and the random states as bytes
+    checkpoints/step_N/state.json             counters
+    checkpoints/step_N/SHA256SUMS             a digest of each of them (`sha256sum -c` reads it)
+
+A checkpoint is written under a hidden name and renamed last: whatever kills the process, a `step_N` is whole.
 """
 
+import errno
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json, write_atomically
+from nanovlm.files import flush_folder, read_json, write_atomically
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
 
+WEIGHTS, MOMENTS, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoom(NanoVLMError):
+    """A checkpoint that did not fit on the disk. Those before it are as they were."""
+
 
 def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write `run/checkpoints/step_N` (N is `state["step"]`) and remove all but the newest `keep`."""
-    folder = run / "checkpoints" / f"step_{state['step']}"
-    if folder.exists():
-        return folder
+    """Write `run/checkpoints/step_N` (N is `state["progress"]["step"]`), in place of an older one of that name.
+
+    Afterwards the newest `keep` remain, and the one whose state has the smallest `val_loss`. Raises NoRoom when the
+    disk is full.
+    """
+    folder = run / "checkpoints" / f"step_{state['progress']['step']}"
     temporary = folder.with_name(f".{folder.name}.tmp")
+    weights, moments = _trained(model), {**_moments(model, optimizer), **_random_states()}
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_trained(model), temporary / "model.safetensors")
-    save_file({**_moments(model, optimizer), **_random_states()}, temporary / "optimizer.safetensors")
-    write_atomically(temporary / "state.json", json.dumps(state, indent=2) + "\n")
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        save_file(moments, temporary / MOMENTS)
+        write_atomically(temporary / STATE, json.dumps(state, indent=2) + "\n")
+        write_atomically(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in (WEIGHTS, MOMENTS, STATE)))
+    except (OSError, NanoVLMError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error.__cause__ or error, "errno", None) not in FULL:
+            raise
+        size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+        whole = list_checkpoints(run)
+        raise NoRoom(f"{folder}: no room for this checkpoint, which takes {size / 1e9:.2f} GB where "
+                     f"{shutil.disk_usage(run).free / 1e9:.2f} GB are free; "
+                     + (f"{whole[-1].name} stays and --resume goes on from it" if whole else "there is none before it")
+                     + " once there is room") from None
+    _discard(folder)
     os.rename(temporary, folder)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    flush_folder(folder.parent)
+    _prune(run, keep)
     return folder
 
 
 def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore the newest checkpoint of `run` into `model` and `optimizer`; returns its state."""
-    folders = list_checkpoints(run)
-    if not folders:
-        raise NanoVLMError(f"{run}: holds no checkpoint to resume from; start the run without --resume")
-    folder = folders[-1]
-    state = read_json(folder / "state.json")
+    """Restore the newest whole checkpoint of `run` into `model` and `optimizer`; returns its state.
+
+    A damaged one is named, set aside as `damaged_step_N`, and the one before it is taken.
+    """
+    for folder in reversed(list_checkpoints(run)):
+        if damage := _damage(folder):
+            aside = folder.with_name(f"damaged_{folder.name}")
+            _discard(aside)
+            os.rename(folder, aside)
+            print(f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it", file=sys.stderr)
+            continue
+        _restore(folder, model, optimizer)
+        return read_json(folder / STATE)
+    raise NanoVLMError(f"{run}: holds no whole checkpoint to resume from; start the run without --resume in another folder")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, or nothing."""
+    for name in (SUMS, WEIGHTS, MOMENTS, STATE):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in (WEIGHTS, MOMENTS, STATE):
+        if name not in sums:
+            return f"{SUMS} is damaged: it has no line for {name}"
+        if sums[name] != _digest(folder / name):
+            return f"{name} is damaged: its SHA-256 is not the one in {SUMS}"
+    return ""
+
+
+def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     trained = _trained(model)
-    weights, moments = open_checkpoint(folder / "model.safetensors"), open_checkpoint(folder / "optimizer.safetensors")
+    weights, moments = open_checkpoint(folder / WEIGHTS), open_checkpoint(folder / MOMENTS)
+    kinds: dict[str, list[str]] = {}  # of each parameter's optimizer state
+    for key in moments.keys():
+        kind, name = key.split("/", 1)
+        kinds.setdefault(name, []).append(kind)
     for name, parameter in trained.items():
         if name not in weights.keys() or weights.shape(name) != tuple(parameter.shape):
             raise NanoVLMError(f"{folder}: has no {name} of shape {tuple(parameter.shape)}; resume with the settings of the run")
         parameter.data.copy_(weights.tensor(name))
-        optimizer.state[parameter] = {
-            kind: moments.tensor(f"{kind}/{name}").clone().to(parameter.device)
-            for kind in ("step", "exp_avg", "exp_avg_sq") if f"{kind}/{name}" in moments.keys()}
+        optimizer.state[parameter] = {kind: moments.tensor(f"{kind}/{name}").clone().to(parameter.device)
+                                      for kind in kinds.get(name, ())}
     if extra := set(weights.keys()) - set(trained):
         raise NanoVLMError(f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run")
     torch.set_rng_state(moments.tensor("random/cpu").clone())
     if torch.cuda.is_available() and "random/cuda" in moments.keys():
         torch.cuda.set_rng_state(moments.tensor("random/cuda").clone())
-    return state
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+def _prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` and the best, and what a killed process left half written."""
+    whole = list_checkpoints(run)
+    losses = {folder: _val_loss(folder) for folder in whole}
+    best = min((folder for folder in whole if losses[folder] is not None), key=lambda folder: losses[folder], default=None)
+    for old in whole[:-keep]:
+        if old != best:
+            _discard(old)
+    for leftover in (run / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover)
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def _val_loss(folder: Path) -> float | None:
+    try:
+        return read_json(folder / STATE).get("val_loss")
+    except NanoVLMError:  # damaged since it was written: it will be named if a run ever has to resume from it
+        return None
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint, under a hidden name first, so that no half of one is ever taken for a whole one."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{kind}/{name}": tensor for name, parameter in _trained(model).items()
             for kind, tensor in optimizer.state[parameter].items()}
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def _random_states() -> dict[str, Tensor]:
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["random/cuda"] = torch.cuda.get_rng_state()

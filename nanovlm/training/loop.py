@@ -1,9 +1,8 @@
 """The training loop, in the order one would tell it: data, forward, backward, step, log, checkpoint."""
 
 import math
-import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +12,9 @@ from tqdm import tqdm
 from nanovlm.data.dataset import Batches, Loaded
 from nanovlm.data.records import check_skipped
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.badsteps import BadSteps
+from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.interruption import Interruption
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
@@ -23,14 +24,26 @@ from nanovlm.vlm import VisionLanguageModel
 
 @dataclass
 class Progress:
-    """How far a run is. `loss_sum` and `target_count` belong to the log line being gathered; they stay on the device
-    between lines, so that no step waits for a number."""
+    """How far a run is; a checkpoint keeps all of it. `loss_sum` and `target_count` belong to the log line being gathered."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
     target_count: int = 0
-    loss_sum: float | Tensor = 0.0
+    bad_in_a_row: int = 0
+    best_val_loss: float | None = None
+
+
+@dataclass
+class Taken:
+    """A step that was taken. Its numbers stay on the device until a line is logged, so that no step waits for them."""
+
+    step: int
+    numbers: Tensor  # summed loss and gradient norm, (2,)
+    targets: int  # labelled tokens
+    records: list[str]
 
 
 def train(model: VisionLanguageModel, batches: Batches, validation: Batches | None, settings: Settings,
@@ -39,64 +52,73 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
 
     A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens and divided by the
     number of labelled tokens of the whole step, so that k batches make the same step as one k times as large.
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt.
+    A step whose loss or gradient is not finite changes nothing; its records are named in `bad_steps.jsonl`.
+    Ctrl-C and SIGTERM finish the step, save a checkpoint and exit with 130 and 143.
     """
-    optimizer, progress, scaler = build_optimizer(model, settings), Progress(), precision.scaler
+    optimizer, progress = build_optimizer(model, settings), Progress()
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if settings.resume and not list_checkpoints(run):
         print(f"{run}: stopped before its first checkpoint, so it starts again", file=sys.stderr)
     elif settings.resume:
-        progress = _restore(run, model, optimizer, precision)
-    log = RunLog(run, progress.step)
+        progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
+    log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
+    taken: list[Taken] = []
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True)
     model.train()
-    with bar, _Interruption() as interruption:
+    with bar, Interruption() as interruption:
         while progress.step < total_steps:
-            loaded = [next(loader) for _ in range(settings.accumulate)]
+            with log.waiting_for_data():
+                loaded = [next(loader) for _ in range(settings.accumulate)]
             _note_losses(loaded, noted, len(batches.records), bar)
             step_batches = [item.batch for item in loaded if item.batch is not None]
             step_targets = sum(len(batch.targets) for batch in step_batches)
 
+            loss_sum = torch.zeros((), device=precision.device)
             for batch in step_batches:
                 with precision.autocast():
                     loss = model(batch.to(precision.device))  # summed over the batch's labelled tokens
                 if loss.requires_grad:  # without images, a projector that learns alone has nothing to learn
                     precision.scaled(loss / step_targets).backward()
-                progress.loss_sum = progress.loss_sum + loss.detach()
+                loss_sum += loss.detach()
 
-            finite = scaler is None or scaler.unscale(learning)
-            grad_norm = torch.nn.utils.clip_grad_norm_(learning, settings.clip)
+            fits = precision.unscale(learning)
+            grad_norm = torch.nn.utils.clip_grad_norm_(learning, settings.clip).to(loss_sum)
             set_learning_rates(optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr))
-            if finite and step_batches:
+            optimizer.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()  # where 1, the step changes nothing
+            if fits and step_batches:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
             progress.samples += sum(item.samples for item in loaded)
             progress.tokens += sum(item.tokens for item in loaded)
-            progress.target_count += step_targets
+            progress.images += sum(item.images for item in loaded)
+            taken.append(Taken(progress.step, torch.stack((loss_sum, grad_norm)), step_targets,
+                               [where for item in loaded for where in item.records]))
             bar.update()
             last = progress.step == total_steps
-            stopping = interruption.asked and not last
+            stopping = interruption.signal and not last
             validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
             if logs or saves:
-                _check_finite(progress, grad_norm, precision)
+                grad_norm = _settle(taken, progress, bad_steps, precision)
+            val_loss = validation_loss(model, validation, precision) if validates else None
             if logs:
-                val_loss = {"val_loss": validation_loss(model, validation, precision)} if validates else {}
                 _log(log, progress, optimizer, grad_norm, val_loss, bar)
+            if val_loss is not None and val_loss < (progress.best_val_loss or math.inf):
+                progress.best_val_loss, saves = val_loss, True
             if saves:
-                _save(run, model, optimizer, progress, precision, settings.keep)
+                _save(run, model, optimizer, progress, precision, settings, val_loss, len(batches.records))
             if last or stopping:
                 log.draw()
             if stopping:
                 tqdm.write(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
                            f"python {Path(sys.argv[0]).name} --resume --out {run}", file=sys.stderr)
-                raise KeyboardInterrupt
+                raise SystemExit(128 + interruption.signal)
     for kind, reasons in noted.items():
         if reasons:
             print(f"{kind}: {len(reasons)} of {len(batches.records)} records, named above", file=sys.stderr)
@@ -116,43 +138,62 @@ def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Pre
     return loss_sum / max(count, 1)
 
 
-def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -> None:
-    """Stop before anything that is not finite is logged or saved. Under a loss scaler gradients may overflow: it drops
-    the step."""
-    for name, value in (("loss", progress.loss_sum), ("gradient norm", 0.0 if precision.scaler else grad_norm)):
-        if not math.isfinite(value):
-            raise NanoVLMError(f"the {name} is {float(value)} at step {progress.step}; lower --lr, or take --dtype fp32 to see "
-                               "whether the number format is at fault. What was saved before is whole")
+def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precision: Precision) -> float:
+    """Read the numbers of the steps taken, all at once; name the bad ones. Returns the last gradient norm.
+
+    Under a loss scaler gradients may overflow now and then: it drops the step by itself.
+    """
+    losses, norms = zip(*torch.stack([one.numbers for one in taken]).tolist())
+    for one, loss, norm in zip(taken, losses, norms):
+        if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
+            progress.loss_sum += loss
+            progress.target_count += one.targets
+            progress.bad_in_a_row = 0
+        else:
+            progress.bad_in_a_row += 1
+            bad_steps.note(one.step, loss, norm, one.records, progress.bad_in_a_row)
+    taken.clear()
+    return norms[-1]
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, val_loss: dict[str, float],
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, val_loss: float | None,
          bar: tqdm) -> None:
-    loss = float(progress.loss_sum) / max(progress.target_count, 1)
+    loss = progress.loss_sum / progress.target_count if progress.target_count else None
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
-            "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens, **val_loss}
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
+            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
+            **({} if val_loss is None else {"val_loss": val_loss})}
     speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
-    bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
+    shown = "—" if loss is None else f"{loss:.3f}"
+    bar.set_postfix_str(f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
 
 
 def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, progress: Progress,
-          precision: Precision, keep: int) -> None:
-    state = {**vars(progress), "loss_sum": float(progress.loss_sum)}
+          precision: Precision, settings: Settings, val_loss: float | None, records: int) -> None:
+    state = {"progress": asdict(progress), "val_loss": val_loss, "records": records}
     if precision.scaler is not None:
         state["scaler"] = vars(precision.scaler)
-    save_checkpoint(run, model, optimizer, state, keep)
+    try:
+        save_checkpoint(run, model, optimizer, state, settings.keep)
+    except NoRoom as error:
+        if settings.full_disk == "stop":
+            raise
+        tqdm.write(f"{error}; training goes on", file=sys.stderr)
 
 
-def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision) -> Progress:
+def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
+             records: int, settings: Settings) -> Progress:
     state = load_checkpoint(run, model, optimizer)
-    scaler = state.pop("scaler", None)
-    if precision.scaler is not None and scaler is not None:
-        vars(precision.scaler).update(scaler)
-    return Progress(**state)
+    if state["records"] != records and not settings.allow_changes:
+        raise NanoVLMError(f"{settings.data}: has {records} records to learn from and had {state['records']} when the run was saved; "
+                           "restore the file, or go on with other data by --allow-changes")
+    if precision.scaler is not None and "scaler" in state:
+        vars(precision.scaler).update(state["scaler"])
+    return Progress(**state["progress"])
 
 
 def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], total: int, bar: tqdm) -> None:
@@ -162,20 +203,3 @@ def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], total: int, 
             reasons.append(reason)
             bar.write(f"{kind}: {reason}", file=sys.stderr)
     check_skipped(noted["skipped"], total)
-
-
-class _Interruption:
-    """Turns the first Ctrl-C into a request that the loop answers after the step; the second one stops at once."""
-
-    def __enter__(self) -> "_Interruption":
-        self.asked = False
-        self._previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, *_) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._previous)

@@ -52,6 +52,15 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a gradient that is not finite is only the loss scaler looking for its factor."""
+        return self.scaler is not None and self.scaler.scale > 1
+
+    def unscale(self, parameters: list[nn.Parameter]) -> bool:
+        """Undo `scaled` on the gradients; False if they overflowed, so that the step has to be dropped."""
+        return self.scaler is None or self.scaler.unscale(parameters)
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call `backward` on."""
         return loss if self.scaler is None else loss * self.scaler.scale

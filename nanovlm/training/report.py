@@ -3,17 +3,21 @@
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib import font_manager
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-from nanovlm.files import atomic_path, write_atomically
+from nanovlm.device import peak_memory  # noqa: E402
+from nanovlm.files import atomic_path, read_lines, write_atomically
 
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without a normal weight will do
 DRAW_EVERY = 30.0  # seconds between redrawings of the curves
@@ -24,23 +28,36 @@ class RunLog:
     """Appends to `metrics.jsonl` and redraws `curves.png`. A resumed run drops the lines after its checkpoint, which
     it is going to write again."""
 
-    def __init__(self, run: Path, start_step: int) -> None:
-        self.run, self.path = run, run / "metrics.jsonl"
+    def __init__(self, run: Path, start_step: int, device: torch.device) -> None:
+        self.run, self.path, self.device = run, run / "metrics.jsonl", device
         self.lines: list[dict[str, Any]] = []
         if self.path.exists():
-            self.lines = [line for line in map(json.loads, self.path.read_text().split("\n")[:-1]) if line["step"] <= start_step]
+            self.lines = [line for line in read_lines(self.path) if line["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._start = time.perf_counter() - max((line["seconds"] for line in self.lines), default=0.0)
         self._last = self.lines[-1] if self.lines else {}
-        self._last_time, self._drawn = time.perf_counter(), time.perf_counter()
+        self._last_time = self._drawn = time.perf_counter()
+        self._waited = 0.0  # seconds for data, since the last line
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time spent inside towards `data_wait`, a share of all time."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def write(self, line: dict[str, Any]) -> dict[str, float]:
-        """Append one line and return the speed since the one before: samples and tokens a second."""
+        """Append one line and return the speed since the one before: samples, tokens and images a second.
+
+        Also written: the share of the time spent waiting for data, and the peak of memory so far in GB.
+        """
         now = time.perf_counter()
-        speed = {key: (line[key] - self._last.get(key, 0)) / max(now - self._last_time, 1e-9) for key in ("samples", "tokens")}
-        self._last, self._last_time = line, now
-        self.lines.append({**line, "samples_per_second": round(speed["samples"], 2),
-                           "tokens_per_second": round(speed["tokens"], 1), "seconds": round(now - self._start, 3)})
+        elapsed = max(now - self._last_time, 1e-9)
+        speed = {key: (line[key] - self._last.get(key, 0)) / elapsed for key in ("samples", "tokens", "images")}
+        self.lines.append({**line, **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
+                           "data_wait": round(self._waited / elapsed, 4), "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
+                           "seconds": round(now - self._start, 3)})
+        self._last, self._last_time, self._waited = line, now, 0.0
         with self.path.open("a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
         if now - self._drawn > DRAW_EVERY:

@@ -65,12 +65,12 @@ def run_stage(settings: Settings) -> Path:
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
     run.mkdir(parents=True, exist_ok=True)
-    if not settings.resume:
-        write_atomically(run / "settings.toml", to_toml(settings))
+    write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
     train(model, batches, validation, settings, precision, total_steps, run)
-    _save_model(model, run, dtype)
+    temporary = _save_model(model, run, dtype)
     if held_out:
         _show_answers(model, held_out, precision, run)
+    os.rename(temporary, run / "model")  # last, because a run that has its model is finished
     say(f"the model is in {run / 'model'}")
     return run / "model"
 
@@ -179,12 +179,12 @@ def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
     return usable
 
 
-def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
-    """Write the whole model in the number format it was trained to compute in, under its name once it is complete."""
+def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> Path:
+    """Write the whole model in the number format it was trained to compute in, under a hidden name."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.to("cpu", dtype).save_pretrained(temporary)
-    os.rename(temporary, run / "model")
+    return temporary
 
 
 def _show_answers(model: VisionLanguageModel, held_out: list[Record], precision: Precision, run: Path) -> None:

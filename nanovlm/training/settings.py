@@ -22,6 +22,8 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"), "quantize": ("", "nf4", "int8"), "full_disk": ("stop", "go-on"),
     "track": ("", "tensorboard", "wandb", "swanlab"),
 }
+# Settings that may differ when a run is resumed, besides those of the group "run": they do not change what is learned.
+FREE_TO_CHANGE = ("workers", "device", "parallel", "compile")
 
 
 def _setting(default: Any, group: str, help: str) -> Any:
@@ -144,6 +146,8 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
         if not path.exists():
             raise NanoVLMError(f"{path}: is not there, so there is no run to continue; start it without --resume")
     layers = [_read_stage(path, stage), {name: value for name, value in flags.items() if value is not None}]
+    if flags["resume"] and not flags["allow_changes"]:
+        _refuse_changes(*layers, path)
     values: dict[str, Any] = {}
     for layer in layers:
         for cause, chosen in CHOSEN_FOR.items():
@@ -151,6 +155,16 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
                 values = {name: value for name, value in values.items() if name not in chosen}
         values |= layer
     return from_dict(Settings, values, where=str(path))
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """A run goes on as it began, or its result is neither the one nor the other."""
+    changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})" for name in now if name in before
+               and now[name] != before[name] and name not in FREE_TO_CHANGE
+               and Settings.__dataclass_fields__[name].metadata["group"] != "run"]
+    if changed:
+        raise NanoVLMError(f"{path}: the run began with other settings, and these would change its result: {', '.join(changed)}; "
+                           "leave them out, or give --allow-changes")
 
 
 def to_toml(settings: Settings) -> str:

@@ -219,7 +219,7 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
                 file.write(flat.view(torch.uint8).numpy().data)
     except OSError as error:
         reason = f"{path}: cannot be written ({error.strerror})"
-        raise NanoVLMError(f"{reason}; check the folder and the free space") from None
+        raise NanoVLMError(f"{reason}; check the folder and the free space") from error
 
 
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,11 +1,15 @@
 """Checkpoints: whole or absent, the newest few, and refused when they are not this run's."""
 
+import errno
+import hashlib
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def trained(steps: int = 1, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -23,11 +27,11 @@ def trained(steps: int = 1, width: int = 3) -> tuple[nn.Module, torch.optim.Opti
 
 def test_what_is_saved_comes_back(tmp_path):
     model, optimizer = trained(3)
-    save_checkpoint(tmp_path, model, optimizer, {"step": 3, "samples": 12}, keep=2)
+    save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 3}, "samples": 12}, keep=2)
     expected = torch.randn(4)
     other, fresh = trained(0)
     torch.manual_seed(99)
-    assert load_checkpoint(tmp_path, other, fresh) == {"step": 3, "samples": 12}
+    assert load_checkpoint(tmp_path, other, fresh) == {"progress": {"step": 3}, "samples": 12}
     assert torch.equal(torch.randn(4), expected)  # the random state is the saved one
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two) or not one.requires_grad
@@ -38,8 +42,8 @@ def test_what_is_saved_comes_back(tmp_path):
 
 
 def test_a_checkpoint_holds_what_learns_and_no_pickle(tmp_path):
-    folder = save_checkpoint(tmp_path, *trained(), {"step": 1}, keep=2)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    folder = save_checkpoint(tmp_path, *trained(), {"progress": {"step": 1}}, keep=2)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"}
     safetensors = pytest.importorskip("safetensors.torch")
     assert safetensors.load_file(folder / "model.safetensors").keys() == {"1.weight", "1.bias"}
 
@@ -48,16 +52,16 @@ def test_the_newest_are_kept_by_number_and_half_written_ones_do_not_count(tmp_pa
     model, optimizer = trained()
     (tmp_path / "checkpoints" / ".step_99.tmp").mkdir(parents=True)
     for step in (8, 9, 10, 11):
-        save_checkpoint(tmp_path, model, optimizer, {"step": step}, keep=2)
+        save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": step}}, keep=2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_10", "step_11"]
-    assert load_checkpoint(tmp_path, model, optimizer) == {"step": 11}
+    assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 11}}
 
 
 def test_another_run_is_refused(tmp_path):
     model, optimizer = trained()
-    with pytest.raises(NanoVLMError, match="holds no checkpoint"):
+    with pytest.raises(NanoVLMError, match="holds no whole checkpoint"):
         load_checkpoint(tmp_path, model, optimizer)
-    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 1}}, keep=1)
     with pytest.raises(NanoVLMError, match=r"has no 1.weight of shape \(5, 3\)"):
         load_checkpoint(tmp_path, *trained(width=5))
     model[1].weight.requires_grad_(False)
@@ -65,10 +69,60 @@ def test_another_run_is_refused(tmp_path):
         load_checkpoint(tmp_path, model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, name):
-    folder = save_checkpoint(tmp_path, *trained(), {"step": 1}, keep=1)
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(NanoVLMError, match=name):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 2]), None])
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(tmp_path, capsys, name, damage):
+    model, optimizer = trained()
+    before = model[1].weight.detach().clone()
+    save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 1}}, keep=3)
+    model[1].weight.data.add_(1)
+    folder = save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=3)
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}
+    assert torch.equal(model[1].weight, before)
+    told = capsys.readouterr().err
+    assert str(folder) in told and name in told and told.count("\n") == 1
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["damaged_step_2", "step_1"]
+    save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=3)
+    assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 2}}
+
+
+def test_when_none_is_whole_the_run_cannot_go_on(tmp_path):
+    folder = save_checkpoint(tmp_path, *trained(), {"progress": {"step": 1}}, keep=1)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(NanoVLMError, match="holds no whole checkpoint"):
         load_checkpoint(tmp_path, *trained())
+
+
+def test_the_digests_are_in_the_form_that_sha256sum_reads(tmp_path):
+    folder = save_checkpoint(tmp_path, *trained(), {"progress": {"step": 1}}, keep=1)
+    lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert lines == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                     for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    model, optimizer = trained()
+    for step, val_loss in enumerate([3.0, 1.0, None, 2.0, None, None, 4.0], start=1):
+        save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": step}, "val_loss": val_loss}, keep=2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_2", "step_6", "step_7"]
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatch, broken):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 1}}, keep=1)
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(broken):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(NoRoom, match=r"step_2: no room for this checkpoint, which takes 0.00 GB where .* GB are free; step_1 stays"):
+        save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+    assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}

@@ -1,5 +1,6 @@
 """The loop keeps its promises: accumulation is exact, frozen parts stay, an interrupted run continues to the same bits."""
 
+import errno
 import json
 import math
 import signal
@@ -9,18 +10,12 @@ import pytest
 import torch
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training import loop
+from nanovlm.training import checkpoint, loop
 from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
+from tests.runs import metrics
 
 EVERYTHING = "projector,text,vision"
-CLOCK = ("seconds", "samples_per_second", "tokens_per_second")
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what the clock says."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,13 +43,13 @@ def watch(monkeypatch):
     return attach
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Press Ctrl-C in the middle of optimizer step number `step` (from 0)."""
+def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
+    """Press Ctrl-C, or send another signal, in the middle of optimizer step number `step` (from 0)."""
     schedule = loop.schedule
 
     def pressed(current, *rest):
         if current == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return schedule(current, *rest)
     monkeypatch.setattr(loop, "schedule", pressed)
 
@@ -114,7 +109,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tiny, tmp_path, monkeypat
     for resumed, step in enumerate(presses):
         with monkeypatch.context() as patch:
             interrupt_at(patch, step)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit):
                 tiny.train(tmp_path / "stopped", **settings, workers=workers, resume=bool(resumed))
         assert f"stopped after step {step + 1} of 7" in (told := capsys.readouterr().err)
         assert f"--resume --out {tmp_path / 'stopped'}" in told
@@ -123,7 +118,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tiny, tmp_path, monkeypat
     assert metrics(stopped) == metrics(whole)
     assert [line["step"] for line in metrics(whole)] == [2, 3, 4, 6, 7]
     for name in ("model/model.safetensors", "samples.jsonl", *(f"checkpoints/step_7/{kind}" for kind in (
-            "model.safetensors", "optimizer.safetensors", "state.json"))):
+            "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"))):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -141,7 +136,7 @@ def test_fp16_drops_a_step_that_overflows_and_its_factor_survives_an_interruptio
     assert state["scaler"] == {"scale": 2.0**15, "growth_interval": 1000, "good_steps": 2}
 
     loss_number.clear()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_at(patch, 2)
         tiny.train(tmp_path / "stopped", **settings)
     stopped = tiny.train(tmp_path / "stopped", **settings, resume=True)
@@ -149,28 +144,100 @@ def test_fp16_drops_a_step_that_overflows_and_its_factor_survives_an_interruptio
     assert json.loads((stopped / "checkpoints" / "step_4" / "state.json").read_text()) == state
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_what_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_path, monkeypatch, what):
+def break_calls(monkeypatch, what: str, broken) -> None:
+    """Make the loss, or its gradient, of some forward passes (by number, from 1) not a number."""
     forward, calls = VisionLanguageModel.forward, []
 
-    def broken(model, batch):
-        loss, third = forward(model, batch), calls.append(0) or len(calls) == 3
-        if third and what == "loss":
+    def pass_on(model, batch):
+        loss = forward(model, batch)
+        calls.append(0)
+        if loss.requires_grad and broken(len(calls)) and what == "loss":
             return loss * math.nan
-        if third:
-            loss.register_hook(lambda gradient: gradient * math.nan)
+        if loss.requires_grad and broken(len(calls)):
+            loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
-    monkeypatch.setattr(VisionLanguageModel, "forward", broken)
-    with pytest.raises(NanoVLMError, match=f"the {what} is nan at step 3; lower --lr"):
-        tiny.train(tmp_path / "run", init=str(tiny.model), log_every=100, save_every=1)
-    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    monkeypatch.setattr(VisionLanguageModel, "forward", pass_on)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(tiny, tmp_path, monkeypatch, what, log_every):
+    settings = dict(init=str(tiny.model), train="projector,text", save_every=1, keep=9, log_every=log_every, weight_decay=0.5,
+                    max_steps=5, batch_size=3)
+    with monkeypatch.context() as patch:
+        break_calls(patch, what, lambda call: call == 3)
+        run = tiny.train(tmp_path / "run", **settings)
+    weights = [tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 2, 3, 4)]
+    same = [all(torch.equal(one[name], two[name]) for name in one) for one, two in zip(weights, weights[1:])]
+    assert same == [False, True, False]
+    (bad,) = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert bad["step"] == 3 and len(bad["records"]) == 3 and all("train.jsonl:" in where for where in bad["records"])
+    assert (bad["loss"] == "nan") == (what == "loss") and bad["grad_norm"] in ("nan", "inf")
+    lines = {line["step"]: line for line in metrics(run)}
+    assert lines[3]["grad_norm"] is None and math.isfinite(lines[5]["grad_norm"])
+    assert (lines[3]["loss"] is None) if log_every == 1 else math.isfinite(lines[3]["loss"])
+    assert (run / "curves.png").exists()
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_at_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    settings = dict(init=str(tiny.model), save_every=2, log_every=3, max_steps=20, max_bad_steps=4, val="", val_fraction=0.0)
+    with monkeypatch.context() as patch:
+        break_calls(patch, "loss", lambda call: call == 2 or call > 4)
+        with pytest.raises(NanoVLMError, match="the loss was not finite in 4 steps in a row, up to step 8; their records are in"):
+            tiny.train(tmp_path / "run", **settings)
+    run = tmp_path / "run"
+    assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [2, 5, 6, 7, 8]
+    last = tensors(run / "checkpoints" / "step_6" / "model.safetensors")
+    good = tensors(run / "checkpoints" / "step_4" / "model.safetensors")
+    assert all(torch.equal(last[name], good[name]) for name in last)
+    tiny.train(run, **settings, resume=True)
+    assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [2, 5, 6]
+    assert metrics(run)[-1]["step"] == 20
+
+
+@pytest.mark.parametrize("policy", ["stop", "go-on"])
+def test_a_full_disk_stops_the_run_or_not_as_asked(tiny, tmp_path, monkeypatch, capsys, policy):
+    save_file, saved = checkpoint.save_file, []
+
+    def full(*arguments):
+        if saved.append(0) or len(saved) == 3:  # the second checkpoint's first file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*arguments)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    settings = dict(init=str(tiny.model), save_every=1, max_steps=3, full_disk=policy, val="", val_fraction=0.0)
+    if policy == "go-on":
+        run = tiny.train(tmp_path / "run", **settings)
+        assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_1", "step_3"]
+        assert "step_2: no room" in (told := capsys.readouterr().err) and "training goes on" in told
+        return
+    with pytest.raises(NanoVLMError, match="step_2: no room for this checkpoint, .* step_1 stays and --resume goes on from it"):
+        tiny.train(tmp_path / "run", **settings)
+    monkeypatch.undo()
+    tiny.train(tmp_path / "run", **settings, resume=True)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept(tiny, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 4.0])
+    monkeypatch.setattr(loop, "validation_loss", lambda *_: next(losses))
+    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1)
+    assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status(tiny, tmp_path, monkeypatch, number, status):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        interrupt_at(patch, 1, number)
+        tiny.train(tmp_path / "run", init=str(tiny.model))
+    assert stopped.value.code == status
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_2"]
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(NanoVLMError, match="the loss is nan at step 1"):
+    with monkeypatch.context() as patch, pytest.raises(NanoVLMError, match="the loss was not finite in 1 steps in a row"):
         patch.setattr(VisionLanguageModel, "forward", lambda model, batch: batch.pixels.sum() * math.nan)
-        tiny.train(tmp_path / "run", init=str(tiny.model))
-    run = tiny.train(tmp_path / "run", init=str(tiny.model), resume=True)
+        tiny.train(tmp_path / "run", init=str(tiny.model), max_bad_steps=1)
+    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_bad_steps=1, resume=True)
     assert "stopped before its first checkpoint" in capsys.readouterr().err
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
 
