@@ -17,6 +17,7 @@ from nanovlm.training.checkpoint import list_checkpoints, load_checkpoint, save_
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
+from nanovlm.training.samples import Samples
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
@@ -48,6 +49,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     elif settings.resume:
         progress = _restore(run, model, optimizer, precision)
     log = RunLog(run, progress.step)
+    samples = Samples(run, validation.records, progress.step) if validation is not None else None
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
@@ -87,8 +89,10 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             if logs or saves:
                 _check_finite(progress, grad_norm, precision)
             if logs:
-                val_loss = {"val_loss": validation_loss(model, validation, precision)} if validates else {}
-                _log(log, progress, optimizer, grad_norm, val_loss, bar)
+                val = validate(model, validation, precision) if validates else {}
+                _log(log, progress, optimizer, grad_norm, val, bar)
+            if validates:
+                samples.answer(model, progress.step, precision)
             if saves:
                 _save(run, model, optimizer, progress, precision, settings.keep)
             if last or stopping:
@@ -103,8 +107,8 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
 
 
 @torch.no_grad()
-def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Precision) -> float:
-    """The mean loss per labelled token over all of `batches`."""
+def validate(model: VisionLanguageModel, batches: Batches, precision: Precision) -> dict[str, float]:
+    """The mean loss per labelled token over all of `batches`, and its exponential, the perplexity."""
     model.eval()
     loss_sum, count = 0.0, 0
     for number in range(-(-len(batches.records) // batches.batch_size)):
@@ -113,7 +117,8 @@ def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Pre
                 loss_sum += float(model(batch.to(precision.device)))
             count += len(batch.targets)
     model.train()
-    return loss_sum / max(count, 1)
+    loss = loss_sum / max(count, 1)
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
 
 
 def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -> None:
@@ -125,7 +130,7 @@ def _check_finite(progress: Progress, grad_norm: Tensor, precision: Precision) -
                                "whether the number format is at fault. What was saved before is whole")
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, val_loss: dict[str, float],
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: Tensor, val: dict[str, float],
          bar: tqdm) -> None:
     loss = float(progress.loss_sum) / max(progress.target_count, 1)
     rates: dict[str, float] = {}
@@ -133,7 +138,7 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens, **val_loss}
+            "samples": progress.samples, "tokens": progress.tokens, **val}
     speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
     bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
