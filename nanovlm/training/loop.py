@@ -1,5 +1,6 @@
 """The training loop, in the order one would tell it: data, forward, backward, step, log, checkpoint."""
 
+import contextlib
 import math
 import signal
 import sys
@@ -19,6 +20,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
 from nanovlm.training.samples import Samples
 from nanovlm.training.settings import Settings
+from nanovlm.training.tracking import Tracker
 from nanovlm.vlm import VisionLanguageModel
 
 
@@ -35,7 +37,7 @@ class Progress:
 
 
 def train(model: VisionLanguageModel, batches: Batches, validation: Batches | None, settings: Settings,
-          precision: Precision, total_steps: int, run: Path) -> None:
+          precision: Precision, total_steps: int, run: Path, tracker: Tracker) -> None:
     """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
 
     A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens and divided by the
@@ -50,12 +52,13 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         progress = _restore(run, model, optimizer, precision)
     log = RunLog(run, progress.step)
     samples = Samples(run, validation.records, progress.step) if validation is not None else None
+    tracker.start(progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True)
     model.train()
-    with bar, _Interruption() as interruption:
+    with bar, contextlib.closing(tracker), _Interruption() as interruption:
         while progress.step < total_steps:
             loaded = [next(loader) for _ in range(settings.accumulate)]
             _note_losses(loaded, noted, len(batches.records), bar)
@@ -91,8 +94,10 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             if logs:
                 val = validate(model, validation, precision) if validates else {}
                 _log(log, progress, optimizer, grad_norm, val, bar)
+                tracker.log(log.lines[-1])
             if validates:
                 samples.answer(model, progress.step, precision)
+                tracker.image("samples", run / "samples.png", progress.step)
             if saves:
                 _save(run, model, optimizer, progress, precision, settings.keep)
             if last or stopping:

@@ -26,6 +26,7 @@ from nanovlm.training.loop import train
 from nanovlm.training.precision import Precision
 from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
+from nanovlm.training.tracking import build_tracker
 from nanovlm.vlm import VisionLanguageModel
 
 ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block stays in the CPU cache
@@ -35,6 +36,7 @@ def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
     run = Path(settings.out)
     _check_run_folder(run, settings.resume)
+    tracker = build_tracker(settings, run)
     device = choose_device(settings.device)
     dtype, why = choose_dtype(settings.dtype, device)
     say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
@@ -64,7 +66,7 @@ def run_stage(settings: Settings) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     if not settings.resume:
         write_atomically(run / "settings.toml", to_toml(settings))
-    train(model, batches, validation, settings, precision, total_steps, run)
+    train(model, batches, validation, settings, precision, total_steps, run, tracker)
     _save_model(model, run, dtype)
     if answers := last_answers(run):
         say(answers)
