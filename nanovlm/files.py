@@ -19,6 +19,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write or flush does not know which file it was about
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,8 +58,3 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The JSON objects of a file with one on each line, without a last line that was cut off in the middle."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]

@@ -55,8 +55,8 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
             raise
         size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
         whole = list_checkpoints(run)
-        raise NoRoom(f"{folder}: no room for this checkpoint, which takes {size / 1e9:.2f} GB where "
-                     f"{shutil.disk_usage(run).free / 1e9:.2f} GB are free; "
+        raise NoRoom(f"{folder}: no room for this checkpoint, which takes {size / 1e6:,.1f} MB where "
+                     f"{shutil.disk_usage(run).free / 1e6:,.1f} MB are free; "
                      + (f"{whole[-1].name} stays and --resume goes on from it" if whole else "there is none before it")
                      + " once there is room") from None
     _discard(folder)

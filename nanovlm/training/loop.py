@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from nanovlm.training.interruption import Interruption
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
+from nanovlm.training.samples import Samples
 from nanovlm.training.settings import Settings
+from nanovlm.training.tracking import Tracker
 from nanovlm.vlm import VisionLanguageModel
 
 
@@ -47,7 +50,7 @@ class Taken:
 
 
 def train(model: VisionLanguageModel, batches: Batches, validation: Batches | None, settings: Settings,
-          precision: Precision, total_steps: int, run: Path) -> None:
+          precision: Precision, total_steps: int, run: Path, tracker: Tracker) -> None:
     """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
 
     A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens and divided by the
@@ -62,13 +65,15 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     elif settings.resume:
         progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
+    samples = Samples(run, validation.records, progress.step) if validation is not None else None
+    tracker.start(progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
     taken: list[Taken] = []
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True)
     model.train()
-    with bar, Interruption() as interruption:
+    with bar, closing(tracker), Interruption() as interruption:
         while progress.step < total_steps:
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
@@ -104,17 +109,20 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
-            if logs or saves:
-                grad_norm = _settle(taken, progress, bad_steps, precision)
-            val_loss = validation_loss(model, validation, precision) if validates else None
-            if logs:
-                _log(log, progress, optimizer, grad_norm, val_loss, bar)
-            if val_loss is not None and val_loss < (progress.best_val_loss or math.inf):
-                progress.best_val_loss, saves = val_loss, True
-            if saves:
-                _save(run, model, optimizer, progress, precision, settings, val_loss, len(batches.records))
-            if last or stopping:
-                log.draw()
+            with log.clock_stopped():
+                if logs or saves:
+                    grad_norm = _settle(taken, progress, bad_steps, precision)
+                val = validate(model, validation, precision) if validates else {}
+                if logs:
+                    _log(log, progress, optimizer, grad_norm, val, bar)
+                    tracker.log(log.lines[-1])
+                if validates:
+                    samples.answer(model, progress.step, precision)
+                    tracker.image("samples", run / "samples.png", progress.step)
+                if _is_best(progress, val) or saves:
+                    _save(run, model, optimizer, progress, precision, settings, val, len(batches.records))
+                if last or stopping:
+                    log.draw()
             if stopping:
                 tqdm.write(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
                            f"python {Path(sys.argv[0]).name} --resume --out {run}", file=sys.stderr)
@@ -125,8 +133,8 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
 
 
 @torch.no_grad()
-def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Precision) -> float:
-    """The mean loss per labelled token over all of `batches`."""
+def validate(model: VisionLanguageModel, batches: Batches, precision: Precision) -> dict[str, float]:
+    """The mean loss per labelled token over all of `batches`, and its exponential, the perplexity."""
     model.eval()
     loss_sum, count = 0.0, 0
     for number in range(-(-len(batches.records) // batches.batch_size)):
@@ -135,7 +143,16 @@ def validation_loss(model: VisionLanguageModel, batches: Batches, precision: Pre
                 loss_sum += float(model(batch.to(precision.device)))
             count += len(batch.targets)
     model.train()
-    return loss_sum / max(count, 1)
+    loss = loss_sum / max(count, 1)
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
+
+
+def _is_best(progress: Progress, val: dict[str, float]) -> bool:
+    """Whether the validation just done is the best so far; its checkpoint is worth keeping then."""
+    if not val or progress.best_val_loss is not None and val["val_loss"] >= progress.best_val_loss:
+        return False
+    progress.best_val_loss = val["val_loss"]
+    return True
 
 
 def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precision: Precision) -> float:
@@ -156,7 +173,7 @@ def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precisi
     return norms[-1]
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, val_loss: float | None,
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, val: dict[str, float],
          bar: tqdm) -> None:
     loss = progress.loss_sum / progress.target_count if progress.target_count else None
     rates: dict[str, float] = {}
@@ -164,8 +181,7 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
-            **({} if val_loss is None else {"val_loss": val_loss})}
+            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images, **val}
     speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
     shown = "—" if loss is None else f"{loss:.3f}"
@@ -173,8 +189,8 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
 
 
 def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, progress: Progress,
-          precision: Precision, settings: Settings, val_loss: float | None, records: int) -> None:
-    state = {"progress": asdict(progress), "val_loss": val_loss, "records": records}
+          precision: Precision, settings: Settings, val: dict[str, float], records: int) -> None:
+    state = {"progress": asdict(progress), "val_loss": val.get("val_loss"), "records": records}
     if precision.scaler is not None:
         state["scaler"] = vars(precision.scaler)
     try:

@@ -1,7 +1,6 @@
 """From settings to a finished run folder: model, data, training, and what is shown at the end."""
 
 import dataclasses
-import json
 import math
 import os
 import random
@@ -19,18 +18,17 @@ from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import NanoVLMError
-from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
 from nanovlm.training.precision import Precision
-from nanovlm.training.report import draw_answers
+from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
+from nanovlm.training.tracking import build_tracker
 from nanovlm.vlm import VisionLanguageModel
 
-SHOWN = 6  # validation questions answered at the end of a run
 ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block stays in the CPU cache
 
 
@@ -38,6 +36,7 @@ def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
     run = Path(settings.out)
     _check_run_folder(run, settings.resume)
+    tracker = build_tracker(settings, run)
     device = choose_device(settings.device)
     dtype, why = choose_dtype(settings.dtype, device)
     say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
@@ -66,11 +65,10 @@ def run_stage(settings: Settings) -> Path:
 
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
-    train(model, batches, validation, settings, precision, total_steps, run)
-    temporary = _save_model(model, run, dtype)
-    if held_out:
-        _show_answers(model, held_out, precision, run)
-    os.rename(temporary, run / "model")  # last, because a run that has its model is finished
+    train(model, batches, validation, settings, precision, total_steps, run, tracker)
+    _save_model(model, run, dtype)
+    if answers := last_answers(run):
+        say(answers)
     say(f"the model is in {run / 'model'}")
     return run / "model"
 
@@ -179,27 +177,9 @@ def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
     return usable
 
 
-def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> Path:
-    """Write the whole model in the number format it was trained to compute in, under a hidden name."""
+def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
+    """Write the whole model in the number format it was trained to compute in, under its name once it is complete."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.to("cpu", dtype).save_pretrained(temporary)
-    return temporary
-
-
-def _show_answers(model: VisionLanguageModel, held_out: list[Record], precision: Precision, run: Path) -> None:
-    """Answer a few questions about held-out images, as text and as one picture."""
-    rows = []
-    shown = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
-    for record, answer in zip(shown, answer_records(model.to(precision.device), shown, max_new_tokens=64)):
-        asked = next((message.content for message in reversed(record.messages) if message.role == "user"), ())
-        question = " ".join(part for part in asked if isinstance(part, str)).strip()
-        picture = open_image(record.images[0]) if record.images else None
-        rows.append({"where": record.where, "prompt": question, "answer": answer, "reference": references_of(record)[0],
-                     "picture": picture})
-    text = "".join(json.dumps({key: row[key] for key in ("where", "prompt", "answer", "reference")}, ensure_ascii=False) + "\n"
-                   for row in rows)
-    write_atomically(run / "samples.jsonl", text)
-    say(text.rstrip())
-    if pictured := [row for row in rows if row["picture"] is not None]:
-        draw_answers(run / "samples.png", pictured)
+    os.rename(temporary, run / "model")

@@ -94,7 +94,7 @@ class Settings:
 
     out: str = _setting("runs/run", "run", "folder of the run")
     log_every: int = _setting(10, "run", "steps between lines of metrics.jsonl")
-    val_every: int = _setting(0, "run", "steps between validation losses (0: at the end only)")
+    val_every: int = _setting(0, "run", "steps between validations: loss, perplexity, watched answers (0: at the end only)")
     save_every: int = _setting(500, "run", "steps between checkpoints")
     keep: int = _setting(3, "run", "newest checkpoints that are kept, besides the one of the best validation loss")
     full_disk: str = _setting("stop", "run", "when a checkpoint finds no room: stop, or go-on without it")

@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(NoRoom, match=r"step_2: no room for this checkpoint, which takes 0.00 GB where .* GB are free; step_1 stays"):
+    with pytest.raises(NoRoom, match=r"step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; step_1 stays"):
         save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}

@@ -219,7 +219,7 @@ def test_a_full_disk_stops_the_run_or_not_as_asked(tiny, tmp_path, monkeypatch, 
 
 def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 4.0])
-    monkeypatch.setattr(loop, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val_loss": next(losses)})
     run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1)
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
 

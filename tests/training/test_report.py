@@ -1,4 +1,4 @@
-"""metrics.jsonl and the pictures."""
+"""metrics.jsonl and the curves."""
 
 import json
 
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nanovlm.training import report
-from nanovlm.training.report import RunLog, draw_answers
+from nanovlm.training.report import RunLog
 
 
 def line(step: int) -> dict:
@@ -42,12 +42,3 @@ def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes() != first
     with Image.open(tmp_path / "curves.png") as picture:
         picture.load()
-
-
-def test_answers_are_drawn_whatever_their_characters_and_number(tmp_path):
-    rows = [{"picture": Image.new("RGB", (20, 30), "red"), "where": "a:1", "prompt": "这是什么？" * 30, "answer": "a $b$ \\frac{ _ 😀",
-             "reference": "红"}] * 3
-    draw_answers(tmp_path / "samples.png", rows)
-    with Image.open(tmp_path / "samples.png") as picture:
-        picture.load()
-        assert (255, 0, 0) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}

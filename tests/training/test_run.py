@@ -1,6 +1,7 @@
 """A run from settings to a finished folder: what is in it, what is held out, what is refused and what is named."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def test_a_finished_run_holds_all_there_is_to_look_at(tiny, finished):
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4
     for sample in samples:
-        assert sample.keys() == {"where", "prompt", "answer", "reference"} and sample["prompt"] and sample["reference"]
+        assert list(sample) == ["step", "where", "prompt", "answer", "reference"] and sample["step"] == 4
+        assert sample["prompt"] and sample["reference"]
 
 
 def test_every_logged_step_has_the_promised_keys(finished):
@@ -58,7 +60,7 @@ def test_every_logged_step_has_the_promised_keys(finished):
     for line in lines:
         assert line.keys() >= {"step", "loss", "lr", "grad_norm", "samples", "tokens", "seconds", "lr_projector"}
     assert all(before["tokens"] < after["tokens"] for before, after in zip(lines, lines[1:]))
-    assert "val_loss" in lines[-1]
+    assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
 
 
 def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
