@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.loss import CHUNK, chunked_cross_entropy
 
 VOCABULARY, WIDTH = 61, 12
@@ -109,3 +111,46 @@ def test_autocast_multiplies_in_bfloat16_and_gives_fp32_gradients():
     for gradient, exact in zip((hidden_states.grad, weight.grad), expected):
         assert gradient.dtype == torch.float32
         assert 0 < (gradient - exact).norm() / exact.norm() < 0.01
+
+
+class Allocations(TorchDispatchMode):
+    """The shapes of all tensors made while it is active; a view of something older is not made."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.shapes.append(tensor.shape)
+        return result
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained):
+    """Through a decoder whose last block or whose head too learns: gradients of the plain formula, in chunks of memory."""
+    torch.manual_seed(0)
+    rows, vocabulary, width = 4 * CHUNK, 5003, 16
+    decoder = Decoder(DecoderConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
+                                    num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied))
+    decoder.embed_tokens.requires_grad_(tied and trained)
+    decoder.head_weight.requires_grad_(trained)
+    ids, targets = torch.randint(vocabulary, (2, 8, rows // 8))
+    learning = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+
+    def hidden_states() -> Tensor:
+        return decoder.hidden_states(decoder.embed_tokens(ids)).flatten(0, 1)
+
+    plain = F.cross_entropy(decoder.logits(hidden_states()), targets.flatten(), reduction="sum")
+    expected = torch.autograd.grad(plain, learning)
+    with Allocations(*decoder.parameters()) as made:
+        loss = chunked_cross_entropy(hidden_states(), decoder.head_weight, targets.flatten())
+        ours = torch.autograd.grad(loss, learning)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+    assert max(shape.numel() for shape in made.shapes) == CHUNK * vocabulary
+    assert made.shapes.count((CHUNK, vocabulary)) and not made.shapes.count((rows, vocabulary))
+    assert any(shape.numel() == vocabulary * width for shape in made.shapes) == trained  # a frozen head has no gradient

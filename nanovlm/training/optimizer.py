@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovlm.training.adamw import LeanAdamW, moment_bytes
 from nanovlm.training.settings import Settings
 
 # Names of settings for the attributes of VisionLanguageModel.
@@ -56,12 +57,16 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
                 "params": [], "part": layer.part, "peak_lr": rate, "lr": 0.0,
                 "weight_decay": settings.weight_decay if decays else 0.0})
             group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), betas=(0.9, settings.beta2), fused=True)
+    betas = (0.9, settings.beta2)
+    if settings.optimizer == "adamw" and not settings.stochastic_rounding:
+        return torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)
+    return LeanAdamW(list(groups.values()), betas=betas, eight_bit=settings.optimizer == "adamw8bit",
+                     stochastic_rounding=settings.stochastic_rounding)
 
 
 def state_bytes(parameter: nn.Parameter, settings: Settings) -> int:
-    """Bytes that the optimizer keeps for one parameter: two moments."""
-    return 2 * parameter.nbytes
+    """Bytes that the optimizer keeps for one parameter: two moments, in fp32 or in 8 bits, and the count of its steps."""
+    return moment_bytes(parameter, settings.optimizer == "adamw8bit") + 4
 
 
 def schedule(step: int, total: int, warmup: float, min_lr: float) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nanovlm.errors import NanoVLMError
+
 
 @dataclass
 class LossScaler:
@@ -34,23 +36,31 @@ class LossScaler:
 
 
 class Precision:
-    """How a run computes: parameters that learn stay in fp32 and are cast for each product, frozen ones are kept cast."""
+    """How a run computes: parameters that learn stay in fp32 and are cast for each product, frozen ones are kept cast.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    With `stochastic_rounding` those that learn are kept in bf16 too; the optimizer rounds at random (`adamw.py`).
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, stochastic_rounding: bool = False) -> None:
+        if stochastic_rounding and dtype != torch.bfloat16:
+            raise NanoVLMError("--stochastic-rounding keeps what learns in bf16 and this run computes in "
+                               f"{str(dtype).removeprefix('torch.')}; take --dtype bf16 where there is one, or leave it out")
         self.dtype, self.device = dtype, device
+        self.learned_dtype = torch.bfloat16 if stochastic_rounding else torch.float32
         self.scaler = LossScaler() if dtype == torch.float16 else None
 
     def place(self, model: nn.Module) -> None:
         """Give every parameter its number format and device."""
         for parameter in model.parameters():
-            dtype = torch.float32 if parameter.requires_grad else self.dtype
+            dtype = self.learned_dtype if parameter.requires_grad else self.dtype
             parameter.data = parameter.data.to(self.device, dtype)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of a forward pass."""
+        """The context of a forward pass. Without autocast's cache: each weight is used once, and the cache would hold on
+        to its cast copy to the end of the pass, also where checkpointing has let go of it."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
 
     @property
     def may_overflow(self) -> bool:

@@ -21,6 +21,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
+from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
 from nanovlm.training.precision import Precision
@@ -40,12 +41,16 @@ def run_stage(settings: Settings) -> Path:
     device = choose_device(settings.device)
     dtype, why = choose_dtype(settings.dtype, device)
     say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
-    precision = Precision(dtype, device)
+    precision = Precision(dtype, device, settings.stochastic_rounding)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
     freeze(model, settings)
     precision.place(model)
+    if settings.compile:
+        compile_blocks(model, device)
+    if settings.checkpointing:
+        checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
     say(describe(model, settings))
     say(f"{len(records)} records to learn from, {len(held_out)} held out")
 

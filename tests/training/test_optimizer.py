@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanovlm.training.freezing import freeze
-from nanovlm.training.optimizer import PARTS, build_optimizer, schedule, set_learning_rates
+from nanovlm.training.optimizer import PARTS, build_optimizer, schedule, set_learning_rates, state_bytes
+from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
@@ -56,3 +57,20 @@ def test_matrices_shrink_without_gradients_and_vectors_do_not(model):
     optimizer.step()
     for name, parameter in model.projector.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if parameter.dim() > 1 else 1.0))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_the_state_has_the_bytes_that_are_told(model, optimizer, stochastic_rounding):
+    settings = Settings(train="projector,text,vision", optimizer=optimizer, stochastic_rounding=stochastic_rounding)
+    freeze(model, settings)
+    Precision(torch.bfloat16, torch.device("cpu"), stochastic_rounding).place(model)
+    built = build_optimizer(model, settings)
+    assert isinstance(built, torch.optim.AdamW) == (optimizer == "adamw" and not stochastic_rounding)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.step()
+    for parameter in model.parameters():
+        assert sum(tensor.nbytes for tensor in built.state[parameter].values()) == state_bytes(parameter, settings)
+    assert {tensor.dtype for state in built.state.values() for tensor in state.values()} == (
+        {torch.float32, torch.uint8} if optimizer == "adamw8bit" else {torch.float32})

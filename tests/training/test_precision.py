@@ -1,9 +1,13 @@
 """The number format of each part, and the loss scaler."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nanovlm.errors import NanoVLMError
 from nanovlm.training.precision import LossScaler, Precision
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -15,6 +19,36 @@ def test_what_learns_stays_in_fp32_and_what_is_frozen_is_cast():
     Precision(torch.bfloat16, CPU).place(model)
     assert [layer.weight.dtype for layer in model] == [torch.bfloat16, torch.float32]
     assert Precision(torch.bfloat16, CPU).scaler is None and Precision(torch.float16, CPU).scaler is not None
+
+
+def test_with_stochastic_rounding_what_learns_is_bf16_too_and_nothing_else_will_do():
+    model = nn.Linear(2, 2)
+    Precision(torch.bfloat16, CPU, stochastic_rounding=True).place(model)
+    assert model.weight.dtype == model.bias.dtype == torch.bfloat16
+    for dtype in (torch.float16, torch.float32):  # fp16's scaler could work, but its products would not be the weights' own
+        with pytest.raises(NanoVLMError, match="--stochastic-rounding .* take --dtype bf16"):
+            Precision(dtype, CPU, stochastic_rounding=True)
+
+
+def test_gradients_in_bf16_are_clipped():
+    weight = nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
+    weight.grad = torch.full_like(weight, 3.0)
+    assert float(torch.nn.utils.clip_grad_norm_([weight], 1.0)) == 30
+    assert float(weight.grad.float().norm()) == pytest.approx(1, rel=0.01)
+
+
+def test_autocast_holds_no_cast_copy_of_a_weight():
+    """Its bytes are gone as soon as nothing needs them for the backward pass."""
+    layer, inputs, kept = nn.Linear(8, 8), torch.ones(1, 8, requires_grad=True), []
+
+    def look(tensor: Tensor) -> None:
+        kept.append(weakref.ref(tensor))
+
+    with Precision(torch.bfloat16, CPU).autocast():
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda nothing: nothing):
+            layer(inputs)
+        gc.collect()
+        assert kept and not [ref for ref in kept if ref() is not None and ref().dtype == torch.bfloat16]
 
 
 def test_scaled_gradients_come_back_unscaled():
