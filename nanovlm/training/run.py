@@ -25,7 +25,9 @@ from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
+from nanovlm.training.lora import LoRAConfig, add_adapters, merged_tensors, save_adapter
 from nanovlm.training.precision import Precision
+from nanovlm.training.quantization import quantize_
 from nanovlm.training.report import draw_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.vlm import VisionLanguageModel
@@ -45,6 +47,10 @@ def run_stage(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
+    if settings.quantize:
+        quantize_(model.decoder.blocks, settings.quantize, device)
+    if settings.lora_rank:
+        add_adapters(model.decoder, LoRAConfig.from_settings(settings))
     freeze(model, settings)
     precision.place(model)
     say(describe(model, settings))
@@ -68,8 +74,11 @@ def run_stage(settings: Settings) -> Path:
     if not settings.resume:
         write_atomically(run / "settings.toml", to_toml(settings))
     train(model, batches, validation, settings, precision, total_steps, run)
+    if settings.lora_rank:
+        save_adapter(model, run / "adapter", LoRAConfig.from_settings(settings))
     _save_model(model, run, dtype)
     if held_out:
+        precision.place(model.eval().requires_grad_(False))  # nothing learns any more: all of it in the format it is saved in
         _show_answers(model, held_out, precision, run)
     say(f"the model is in {run / 'model'}")
     return run / "model"
@@ -180,10 +189,11 @@ def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
 
 
 def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
-    """Write the whole model in the number format it was trained to compute in, under its name once it is complete."""
+    """Write the whole model, adapters merged, in the number format it was trained to compute in, under its name once it
+    is complete."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to("cpu", dtype).save_pretrained(temporary)
+    model.save_pretrained(temporary, merged_tensors(model, dtype))
     os.rename(temporary, run / "model")
 
 
@@ -191,7 +201,7 @@ def _show_answers(model: VisionLanguageModel, held_out: list[Record], precision:
     """Answer a few questions about held-out images, as text and as one picture."""
     rows = []
     shown = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
-    for record, answer in zip(shown, answer_records(model.to(precision.device), shown, max_new_tokens=64)):
+    for record, answer in zip(shown, answer_records(model, shown, max_new_tokens=64)):
         asked = next((message.content for message in reversed(record.messages) if message.role == "user"), ())
         question = " ".join(part for part in asked if isinstance(part, str)).strip()
         picture = open_image(record.images[0]) if record.images else None
