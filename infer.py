@@ -19,6 +19,7 @@ from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.image import open_image, preprocess
+from nanovlm.training.lora import load_adapter, merge_adapters
 from nanovlm.vlm import VisionLanguageModel
 
 TRAINED = Path("runs/stage2/model")
@@ -123,9 +124,15 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
-    model = VisionLanguageModel.from_pretrained(folder, dtype).to(device)
+    model = VisionLanguageModel.from_pretrained(folder, dtype)
+    if arguments.adapter:
+        load_adapter(model, arguments.adapter)
+        merge_adapters(model)
+    model.to(device)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"model: {shown}" + (f" ({why})" if why else ""), file=sys.stderr)
+    if arguments.adapter:
+        print(f"adapter: {arguments.adapter}", file=sys.stderr)
     if folder == SHIPPED:
         print("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)",
               file=sys.stderr)
@@ -137,6 +144,7 @@ def _parser() -> CommandParser:
                            usage="%(prog)s [IMAGE …] PROMPT [flags]")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE… PROMPT", help="image files, then the question; images may be left out")
     parser.add_argument("--model", type=Path, metavar="DIR", help=f"model folder (default: {TRAINED}, else the shipped one)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder of a run with LoRA, for the model it learned on")
     parser.add_argument("--chat", action="store_true", help="keep the conversation going; an empty line ends it")
     parser.add_argument("--verbose", action="store_true", help="time to first token and speed, on stderr")
     sampling = parser.add_argument_group("sampling")

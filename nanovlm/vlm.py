@@ -6,7 +6,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from nanovlm.projector import ProjectorConfig, build_projector
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from nanovlm.vit import VisionConfig, VisionTransformer
 from nanovlm.weights.loading import load_into, open_checkpoint
-from nanovlm.weights.safetensors import save_file
+from nanovlm.weights.safetensors import Deferred, save_file
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,15 @@ class VisionLanguageModel(nn.Module):
         load_into(model, open_checkpoint(folder), lambda name: name, dtype=dtype)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a complete model folder. The weights go last, so a folder that has them is whole."""
+    def save_pretrained(self, folder: str | Path, tensors: Mapping[str, Tensor | Deferred] | None = None) -> None:
+        """Write a complete model folder, with `tensors` in place of the model's own where they are given. The weights go
+        last, so a folder that has them is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "nanovlm", **dataclasses.asdict(self.config)}
         write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         self.tokenizer.save(folder)
-        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.state_dict() if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head."""

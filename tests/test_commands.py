@@ -19,7 +19,10 @@ from PIL import Image
 import infer
 from nanovlm.errors import NanoVLMError, run
 from nanovlm.evaluation import __main__ as evaluation
-from nanovlm.training.settings import to_toml
+from nanovlm.training.freezing import freeze
+from nanovlm.training.lora import LoRAConfig, adapter_parameters, add_adapters, merged_tensors, save_adapter
+from nanovlm.training.settings import Settings, to_toml
+from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
 from tests.runs import metrics
@@ -104,6 +107,21 @@ def test_sampling_follows_its_seed(image, ask):
     assert ask(*flags, "--seed", "1")[1] == first != ask(*flags, "--seed", "2")[1]
     assert ask(*flags, "--top-k", "1")[1] == ask(image, "描述图片", "--max-new-tokens", "20")[1]
     assert ask(*flags, "--top-p", "0.5", "--repetition-penalty", "1.5")[0] == 0
+
+
+def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, tmp_path):
+    model, settings = VisionLanguageModel.from_pretrained(tiny.model), Settings(train="projector,text", lora_rank=4)
+    config = LoRAConfig.from_settings(settings)
+    add_adapters(model.decoder, config)
+    freeze(model, settings)
+    for parameter in (*adapter_parameters(model), *model.projector.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, tmp_path / "adapter", config)
+    model.save_pretrained(tmp_path / "merged", merged_tensors(model, torch.float32))
+    code, out, err = ask(image, "描述图片", "--adapter", tmp_path / "adapter")
+    assert code == 0 and err == f"model: {tiny.model}\nadapter: {tmp_path / 'adapter'}\n"
+    assert out == ask(image, "描述图片", model=tmp_path / "merged")[1] != ask(image, "描述图片")[1]
+    assert "nope/adapter.json: cannot be read" in refused(image, "描述图片", "--adapter", "nope")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -24,6 +24,7 @@ class LeanAdamW(torch.optim.Optimizer):
                  weight_decay: float = 0.0, *, eight_bit: bool = False, stochastic_rounding: bool = False) -> None:
         super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.eight_bit, self.stochastic_rounding = eight_bit, stochastic_rounding
+        self.found_inf: Tensor | None = None  # where it is 1, a step changes nothing, as in torch's fused AdamW
 
     @torch.no_grad()
     def step(self) -> None:
@@ -35,20 +36,22 @@ class LeanAdamW(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, lr: float, betas: tuple[float, float], eps: float,
                 weight_decay: float) -> None:
         state = self.state[parameter] or self._start(parameter)
-        state["step"] += 1
-        corrections = [_correction(beta, state["step"]) for beta in betas]
-        step_size, spread = lr / corrections[0], corrections[1].sqrt()
+        taken = torch.ones_like(state["step"]) if self.found_inf is None else 1 - self.found_inf.to(parameter.device)
+        state["step"] += taken
+        corrections = [_correction(beta, state["step"].clamp(min=1)) for beta in betas]
+        step_size, spread = taken * lr / corrections[0], corrections[1].sqrt()
         all_weights, all_gradients = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, parameter.numel(), SLICE):
             part = slice(start, min(start + SLICE, parameter.numel()))
             weights, gradient = all_weights[part].float(), all_gradients[part].float()  # of fp32 the slices themselves
+            gradient = torch.where(taken > 0, gradient, 0.0)
             average, square = _read(state, "exp_avg", part), _read(state, "exp_avg_sq", part)
-            average.lerp_(gradient, 1 - betas[0])
-            square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+            average.lerp_(gradient, taken * (1 - betas[0]))
+            square.mul_(1 - taken * (1 - betas[1])).addcmul_(gradient, gradient, value=1 - betas[1])
             update = average / (square.sqrt() / spread).add_(eps)
-            weights.mul_(1 - lr * weight_decay).sub_(update.mul_(step_size))
-            _write(state, "exp_avg", part, average)
-            _write(state, "exp_avg_sq", part, square)
+            weights.mul_(1 - taken * lr * weight_decay).sub_(update.mul_(step_size))
+            _write(state, "exp_avg", part, average, taken)
+            _write(state, "exp_avg_sq", part, square, taken)
             if parameter.dtype != torch.float32:
                 all_weights[part] = stochastic_round(weights) if self.stochastic_rounding else weights
 
@@ -94,11 +97,13 @@ def _read(state: dict[str, Tensor], kind: str, part: slice) -> Tensor:
     return dequantize(stored, state[f"{kind}_scale"][_blocks(part)], signed=kind == "exp_avg")
 
 
-def _write(state: dict[str, Tensor], kind: str, part: slice, values: Tensor) -> None:
-    """Put a slice back; one that is the moment itself has been changed in place."""
+def _write(state: dict[str, Tensor], kind: str, part: slice, values: Tensor, taken: Tensor) -> None:
+    """Put a slice back if the step is taken; one that is the moment itself has been changed in place."""
     stored = state[kind].view(-1)[part]
     if stored.dtype != torch.float32:
-        stored[:], state[f"{kind}_scale"][_blocks(part)] = quantize(values, signed=kind == "exp_avg")
+        scales = state[f"{kind}_scale"][_blocks(part)]
+        for kept, new in zip((stored, scales), quantize(values, signed=kind == "exp_avg")):
+            kept.copy_(torch.where(taken > 0, new, kept))
 
 
 def _blocks(part: slice) -> slice:

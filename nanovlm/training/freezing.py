@@ -3,7 +3,9 @@
 import torch
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.training.lora import adapter_parameters
 from nanovlm.training.optimizer import PARTS, state_bytes
+from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
@@ -30,6 +32,10 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
             tower.requires_grad_(False)
             for module in above:
                 module.requires_grad_(True)
+    if settings.lora_rank:
+        decoder.requires_grad_(False)
+        for parameter in adapter_parameters(decoder):
+            parameter.requires_grad_(True)
     if settings.text_embedding:
         decoder.embed_tokens.requires_grad_(True)
 
@@ -40,9 +46,12 @@ def describe(model: VisionLanguageModel, settings: Settings) -> str:
     lines = [f"{'part':12}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"]
     totals = [0.0] * 5
     for part, attribute in PARTS.items():
-        parameters, buffers = list(getattr(model, attribute).parameters()), list(getattr(model, attribute).buffers())
+        module = getattr(model, attribute)
+        parameters, buffers = list(module.parameters()), list(module.buffers())
+        quantized = sum(layer.in_features * layer.out_features for layer in module.modules()
+                        if isinstance(layer, QuantizedLinear))
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        row = [sum(map(torch.numel, parameters)), sum(map(torch.numel, learning)),
+        row = [sum(map(torch.numel, parameters)) + quantized, sum(map(torch.numel, learning)),
                sum(tensor.nbytes for tensor in parameters + buffers), sum(tensor.nbytes for tensor in learning),
                sum(state_bytes(tensor, settings) for tensor in learning)]
         totals = [total + value for total, value in zip(totals, row)]

@@ -50,10 +50,13 @@ class Precision:
         self.scaler = LossScaler() if dtype == torch.float16 else None
 
     def place(self, model: nn.Module) -> None:
-        """Give every parameter its number format and device."""
+        """Give every parameter its number format and device; buffers, which hold quantised matrices, the device alone."""
         for parameter in model.parameters():
             dtype = self.learned_dtype if parameter.requires_grad else self.dtype
             parameter.data = parameter.data.to(self.device, dtype)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass. Without autocast's cache: each weight is used once, and the cache would hold on

@@ -24,7 +24,9 @@ from nanovlm.projector import ProjectorConfig
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
+from nanovlm.training.lora import LoRAConfig, add_adapters, merged_tensors, save_adapter
 from nanovlm.training.precision import Precision
+from nanovlm.training.quantization import quantize_
 from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import build_tracker
@@ -45,6 +47,10 @@ def run_stage(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
+    if settings.quantize:
+        quantize_(model.decoder.blocks, settings.quantize, device)
+    if settings.lora_rank:
+        add_adapters(model.decoder, LoRAConfig.from_settings(settings))
     freeze(model, settings)
     precision.place(model)
     if settings.compile:
@@ -71,6 +77,8 @@ def run_stage(settings: Settings) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
     train(model, batches, validation, settings, precision, total_steps, run, tracker)
+    if settings.lora_rank:
+        save_adapter(model, run / "adapter", LoRAConfig.from_settings(settings))
     _save_model(model, run, dtype)
     if answers := last_answers(run):
         say(answers)
@@ -183,8 +191,9 @@ def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
 
 
 def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
-    """Write the whole model in the number format it was trained to compute in, under its name once it is complete."""
+    """Write the whole model, adapters merged, in the number format it was trained to compute in, under its name once it
+    is complete."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to("cpu", dtype).save_pretrained(temporary)
+    model.save_pretrained(temporary, merged_tensors(model, dtype))
     os.rename(temporary, run / "model")

@@ -83,7 +83,8 @@ class Settings:
 
     optimizer: str = _setting("adamw", "memory", "adamw, or adamw8bit: moments in 8 bits")
     stochastic_rounding: bool = _setting(False, "memory", "keep what learns in bf16, rounded at random, without an fp32 copy")
-    quantize: str = _setting("", "memory", "store the frozen decoder's matrices as nf4 (4 bits) or int8")
+    quantize: str = _setting("", "memory", "hold the frozen decoder's matrices as nf4 (4 bits) or int8; the model is saved with "
+                             "the values that they stand for")
     checkpointing: bool = _setting(False, "memory", "keep one activation a block and compute the others again")
 
     device: str = _setting("auto", "machine", "auto, cpu, cuda or mps")
@@ -124,6 +125,11 @@ class Settings:
         unknown = set(self.trained_parts) - {"projector", "text", "vision"}
         if unknown or not self.trained_parts:
             raise NanoVLMError(f"--train names {', '.join(sorted(unknown)) or 'no part'}; parts are projector, text and vision")
+        if self.lora_rank and "text" not in self.trained_parts:
+            raise NanoVLMError(f"--lora-rank {self.lora_rank} adapts the decoder, but --train does not name text; add it")
+        if self.quantize and "text" in self.trained_parts and not self.lora_rank:
+            raise NanoVLMError(f"--quantize {self.quantize} freezes the decoder, and --train names text; add --lora-rank, or "
+                               "take text out")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

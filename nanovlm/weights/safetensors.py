@@ -14,7 +14,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,19 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor for `save_file` that is made when its turn to be written comes, and let go of after it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # of that shape, on any device; cast to `dtype`
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile:
@@ -173,11 +187,11 @@ class SafetensorsFile:
             raise self._error(f"the tensors end at byte {position} of the data, which has {available}")
 
 
-def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+def save_file(tensors: Mapping[str, Tensor | Deferred], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one tensor at a time.
 
-    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on the CPU. Tensors
-    that share memory are each written in full.
+    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on the CPU, or deferred.
+    Tensors that share memory are each written in full.
 
     Raises NanoVLMError for what the format cannot hold and for a failing disk; an old file at `path` is then untouched.
     """
@@ -185,12 +199,11 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
     if metadata and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise NanoVLMError(f"{path}: safetensors metadata must map strings to strings")
     for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and not tensor.is_meta
+        dense = isinstance(tensor, Deferred) or (tensor.layout == torch.strided and not tensor.is_meta)
         if name == "__metadata__" or tensor.dtype not in DTYPE_NAMES or not dense:
-            raise NanoVLMError(
-                f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}); "
-                "it needs data, a dense layout, a dtype of the format and another name than __metadata__"
-            )
+            where = "deferred" if isinstance(tensor, Deferred) else f"{tensor.layout}, {tensor.device}"
+            raise NanoVLMError(f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {where}); it needs data, a dense "
+                               "layout, a dtype of the format and another name than __metadata__")
 
     # The format allows no gaps, so order decides alignment: first what fills whole units, then the widest elements.
     def order(name: str) -> tuple[bool, int, str]:
@@ -215,11 +228,17 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
             file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
             file.write(encoded)
             for name in ordered:
-                flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
+                file.write(_bytes_of(tensors[name]))
     except OSError as error:
         reason = f"{path}: cannot be written ({error.strerror})"
         raise NanoVLMError(f"{reason}; check the folder and the free space") from error
+
+
+def _bytes_of(tensor: Tensor | Deferred) -> memoryview:
+    if isinstance(tensor, Deferred):
+        tensor = tensor.make().to(tensor.dtype)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -171,3 +171,24 @@ def test_a_large_parameter_is_never_copied_whole(monkeypatch):
     with Largest():
         optimizer.step()
     assert 0 < Largest.bytes <= 4 * 4096
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_step_that_is_not_finite_changes_nothing(choice, first):
+    learning = parameters(torch.bfloat16 if choice["stochastic_rounding"] else torch.float32)
+    optimizer = LeanAdamW(learning, lr=0.01, weight_decay=0.1, **choice)
+    take_steps(learning, optimizer, first)
+    before = [parameter.detach().clone() for parameter in learning]
+    states = [{kind: tensor.clone() for kind, tensor in optimizer.state[parameter].items()} for parameter in learning]
+    optimizer.found_inf = torch.tensor(1.0)
+    for parameter in learning:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.step()
+    for parameter, old, state in zip(learning, before, states, strict=True):
+        assert torch.equal(parameter, old)
+        for kind, tensor in optimizer.state[parameter].items():
+            assert torch.equal(tensor, state[kind] if first else torch.zeros_like(tensor))
+    optimizer.found_inf = torch.tensor(0.0)
+    take_steps(learning, optimizer, 1, first=first)
+    assert all(parameter.isfinite().all() and not torch.equal(parameter, old) for parameter, old in zip(learning, before))

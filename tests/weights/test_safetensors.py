@@ -5,6 +5,8 @@ import mmap
 import random
 import resource
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.weights.safetensors import DTYPES, MAX_HEADER_BYTES, SafetensorsFile, save_file
+from nanovlm.weights.safetensors import DTYPES, MAX_HEADER_BYTES, Deferred, SafetensorsFile, save_file
 
 
 def as_bytes(tensor: Tensor) -> bytes:
@@ -158,6 +160,21 @@ def test_misaligned_tensors_are_copied(tmp_path):
     assert same(file.tensor("wide"), values)
     assert file.tensor("wide").data_ptr() % 8 == 0
     assert file.tensor("byte").item() == 7
+
+
+def test_deferred_tensors_are_made_once_and_one_at_a_time(tmp_path):
+    made: list[weakref.ref] = []
+
+    def make(value: int) -> torch.Tensor:
+        assert not any(tensor() is not None for tensor in made)
+        tensor = torch.full((3, 4), float(value))
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    path = tmp_path / "a.safetensors"
+    save_file({str(value): Deferred((3, 4), torch.bfloat16, partial(make, value)) for value in range(5)}, path)
+    file = SafetensorsFile(path)
+    assert len(made) == 5 and all(same(file.tensor(str(value)), torch.full((3, 4), value).bfloat16()) for value in range(5))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
