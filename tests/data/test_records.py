@@ -10,7 +10,7 @@ from nanovlm.chat import IMAGE, Message
 from nanovlm.data.records import check_skipped, parse_record, read_records
 from nanovlm.errors import NanoVLMError
 
-LLAVA = {"image": "a.jpg", "conversations": [
+LLAVA = {"id": 7, "image": "a.jpg", "conversations": [
     {"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
 MESSAGES = {"images": ["a.jpg", "b.jpg"], "messages": [
     {"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image> or <image>?"},
@@ -47,7 +47,7 @@ def test_both_forms_are_read(folder, name):
     assert messages.messages == (Message("system", ("Be kind.",)), Message("user", (IMAGE, " or ", IMAGE, "?")),
                                  Message("assistant", ("The first <image>.",)))
     assert messages.images == (folder / "a.jpg", folder / "b.jpg")
-    assert text.images == () and question.references == ("a", "b") and question.source == QUESTION
+    assert text.images == () and question.references == ("a", "b") and question.extra == {} and llava.extra == {"id": 7}
     separator = ":" if name.endswith("jsonl") else ": record "
     assert [record.where for record in records] == [f"{folder / name}{separator}{number}" for number in (1, 2, 3, 4)]
 
