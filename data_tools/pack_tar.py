@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -24,83 +24,84 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
 from nanovlm import archive  # noqa: E402
-from nanovlm.data.records import check_skipped, parse_record, read_entries, record_files  # noqa: E402
+from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
 from nanovlm.files import atomic_path, write_atomically  # noqa: E402
 
 
-def usable_entries(data: str, images: Path | None) -> Iterator[tuple[dict, dict[str, Path]]]:
-    """Every usable record as it was written, with its image names and where they are; too many others are an error."""
-    skipped, total = [], 0
-    for path in record_files(data):
-        folder = path.parent if images is None else images
-        for where, entry in tqdm(read_entries(path), desc=path.name, unit="record", dynamic_ncols=True):
-            total += 1
-            try:
-                record = parse_record(entry, where, folder)
-            except NanoVLMError as error:
-                skipped.append(str(error))
-                continue
-            names = entry.get("images", entry.get("image")) or []
-            yield entry, dict(zip([names] if isinstance(names, str) else names, record.images))
-    if total == 0:
-        raise NanoVLMError(f"{data}: holds no records")
-    for reason in skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
-    check_skipped(skipped, total)
-
-
-def member_name(name: str) -> str:
-    """The name of an image inside its tar file: the path of the record; of one inside another tar file, its part in there."""
-    name = name.rpartition("::")[2]
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise NanoVLMError(f"image {name}: leads out of the images' folder; name with --images the folder that holds all, and "
-                           "write paths relative to it")
-    return str(PurePosixPath(name))
-
-
-def add_image(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    """Store an image as `name`, without the times and owners of this machine."""
-    try:
-        data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
-    except NanoVLMError as error:
-        raise NanoVLMError(f"image {path}: {error}") from None
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, BytesIO(data))
+Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
 
 
 def pack(data: str, images: Path | None, out: Path, size: int) -> int:
-    """Write the shards of at most `size` images (those of one record stay together) and return how many there are."""
-    entries = usable_entries(data, images)
-    places: dict[str, str] = {}  # where each image is by now: its name → shard-00000.tar::name
-    taken: set[str] = set()  # the paths in tar files
-    entry, count = next(entries, None), 0
-    while entry is not None:
-        shard, lines, stored = f"shard-{count:05}", [], 0
-        with atomic_path(out / f"{shard}.tar") as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            while entry is not None:
-                record, paths = entry
-                new = {str(path): name for name, path in paths.items() if str(path) not in places}
-                if stored and stored + len(new) > size:
-                    break
-                for path, name in new.items():
-                    places[path] = f"{shard}.tar::{member_name(name)}"
-                    if places[path] in taken:
-                        raise NanoVLMError(f"image {name}: two files would have this name in one tar file; rename one")
-                    taken.add(places[path])
-                    add_image(tar, member_name(name), Path(path))
-                stored += len(new)
-                key = "images" if "images" in record else "image"
-                if paths:
-                    single = isinstance(record[key], str)
-                    record[key] = [places[str(paths[name])] for name in ([record[key]] if single else record[key])]
-                    record[key] = record[key][0] if single else record[key]
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-                entry = next(entries, None)
-        write_atomically(out / f"{shard}.jsonl", "".join(lines))
-        count += 1
+    """Write the shards of about `size` images each and return how many there are. Nothing is written for bad records."""
+    records, skipped = read_records(data, images)
+    for reason in skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    usable = {record.where: record.images for record in records}
+    entries = ((entry, usable[where]) for path in record_files(data) for where, entry in read_entries(path) if where in usable)
+    places: dict[Path, str] = {}
+    with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
+        for count, shard in enumerate(split(entries, size), start=1):
+            write_shard(out, f"shard-{count - 1:05}", shard, places, bar)
     return count
+
+
+def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
+    """Entries in order, cut where a shard would get more than `size` images that no shard has yet."""
+    shard: list[Entry] = []
+    seen: set[Path] = set()
+    stored = 0
+    for entry, images in entries:
+        new = set(images) - seen
+        if shard and stored + len(new) > size:
+            yield shard
+            shard, stored = [], 0
+        shard.append((entry, images))
+        seen |= new
+        stored += len(new)
+    yield shard
+
+
+def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm) -> None:
+    """Store the images that are new in `name`.tar, note in `places` where each is, and write the records."""
+    lines, members = [], set()
+    with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
+        for entry, images in entries:
+            key = "images" if "images" in entry else "image"
+            single = isinstance(entry.get(key), str)
+            for written, path in zip([entry[key]] if single else entry.get(key) or [], images):
+                if path not in places:
+                    member = member_name(written)
+                    if member in members:
+                        raise NanoVLMError(f"image {path}: another file is {member} in {name}.tar; give one of them a new name")
+                    members.add(member)
+                    places[path] = f"{name}.tar::{member}"
+                    add_image(tar, member, path)
+            if images:
+                entry[key] = places[images[0]] if single else [places[path] for path in images]
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            bar.update()
+    write_atomically(out / f"{name}.jsonl", "".join(lines))
+
+
+def member_name(written: str) -> str:
+    """The name of an image inside its tar file: the record's path; of an image out of another tar file, its name there."""
+    path = PurePosixPath(written.rpartition("::")[2])
+    if path.is_absolute() or ".." in path.parts:
+        raise NanoVLMError(f"image {written}: leads out of the images' folder; write paths relative to one folder that holds all "
+                           "images, and name it with --images")
+    return str(path)
+
+
+def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
+    """Store an image without the times and owners of this machine."""
+    try:
+        data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
+    except NanoVLMError as error:
+        raise NanoVLMError(f"image {path} {error}") from None
+    header = tarfile.TarInfo(member)
+    header.size = len(data)
+    tar.addfile(header, BytesIO(data))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,5 +1,7 @@
 """Batches prepared ahead of the step by processes of their own, and what becomes of signals and of a process that dies."""
 
+import atexit
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,12 +18,15 @@ def prepare_ahead(dataset: Dataset, first: int, last: int, workers: int, pin_mem
 
     The processes start at once. Raises NanoVLMError, where the next item is asked for, if one of them has died.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
     # A generator of its own: a loader draws a number when it starts, and a resumed run starts one more loader.
     loader = iter(DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin_memory,
                              worker_init_fn=_leave_signals_to_the_parent, generator=torch.Generator()))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)  # the loader's own raises amid whatever runs when a worker dies
+    for process in multiprocessing.active_children():
+        if process not in others:  # at an exit amid the run, where Python would send SIGTERM and wait for ever
+            atexit.register(process.kill)
     return _watched(loader)
 
 
@@ -32,7 +37,7 @@ def _watched(loader: Iterator[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             raise NanoVLMError(f"a process that prepares batches died ({str(error).splitlines()[0]}); if memory ran out, "
                                "lower --workers; if not, --workers 0 shows what happened") from None
