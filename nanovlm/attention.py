@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from nanovlm.errors import NanoVLMError
 
 WRITTEN_OUT_LIMIT = 2048 * 2048  # scores a head above which they are not worth holding
+SEGMENT = 2**16  # what the attention mask's numbers go up by from one packed sample to the next
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -72,15 +73,19 @@ def visibility(attention_mask: Tensor, queries: int) -> Tensor:
 
     `attention_mask` is 0 for padding and 1 for a token, as everywhere else; tokens numbered 2, 3, … form branches.
     A token sees earlier tokens of its own number and those numbered 1. So a row [1 1 1 2 2 3 3] is one prefix with two
-    continuations that do not see each other, and a row [2 2 2 3 3] is two samples packed into one row.
+    continuations that do not see each other. Where several samples are packed into one row, the k-th one's numbers,
+    counted from 0, are raised by k · SEGMENT: a token sees nothing of another segment.
     Padding sees itself alone, only to keep the softmax finite.
+
+    The result takes a byte a pair, 4 MiB for a row of 2,048 tokens; it is made once a forward pass, for all layers.
     """
     length = attention_mask.shape[1]
     keys, query = attention_mask[:, None, :], attention_mask[:, -queries:, None]
     index = torch.arange(length, device=attention_mask.device)
     earlier = index <= index[-queries:, None]  # (queries, S)
     same = index == index[-queries:, None]
-    return (earlier & (query > 0) & ((keys == query) | (keys == 1))) | same
+    prefix = query // SEGMENT * SEGMENT + 1  # what the own segment's branches have in common
+    return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
 
 
 def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class ImageSlot:
 IMAGE = ImageSlot()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `content` is text and `IMAGE`s in reading order; images belong to user turns."""
 

@@ -163,9 +163,9 @@ class Decoder(nn.Module):
                       positions: Tensor | None = None) -> Tensor:
         """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
 
-        `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, 2 and up branches
-        (`visibility`). Without one, every row is a full sequence. A token's position is the number of tokens it
-        sees before it, which is right for padding on either side and for branches alike.
+        `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more for
+        branches and packed samples (`visibility`). Without one, every row is a full sequence. A token's position is the
+        number of tokens it sees before it, which is right for padding on either side, branches and packed samples alike.
         """
         batch, length, _ = embeddings.shape
         start = cache.length if cache is not None else 0

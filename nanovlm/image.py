@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from nanovlm import archive
 from nanovlm import config as configs
 from nanovlm.errors import NanoVLMError
 
@@ -114,8 +115,8 @@ class ImageConfig:
 def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     """Open a picture as RGB, turned upright as its EXIF says, transparency on white, the first frame if it moves.
 
-    `source` is a path, a file's bytes, or a seekable binary stream, read from its start. Grey of 16 or 32 bits is
-    scaled to 8.
+    `source` is a path, also one into a tar file (`images.tar::a.jpg`), a file's bytes, or a seekable binary stream,
+    read from its start. Grey of 16 or 32 bits is scaled to 8.
 
     Raises NanoVLMError, one line naming the source, for anything that is not a complete picture in one of FORMATS of
     at most MAX_PIXELS. Nothing is decoded before the size is known.
@@ -125,6 +126,8 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     try:
         if not is_path:
             return _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if archive.is_member(source):
+            return _decode(io.BytesIO(archive.read_member(source)))
         if not Path(source).is_file():  # a device or a pipe could be read for ever
             raise NanoVLMError("not a file" if Path(source).exists() else "no such file")
         with Path(source).open("rb") as file:

@@ -65,7 +65,7 @@ class Batch:
     nothing has to be counted on the accelerator."""
 
     input_ids: Tensor  # (B, T); at `image_positions` the placeholder
-    attention_mask: Tensor  # (B, T): 0 padding, 1 a token, 2 and up branches that share the row's beginning
+    attention_mask: Tensor  # (B, T): 0 padding, 1 a token, more for branches and packed samples (`visibility`)
     image_positions: Tensor  # (N · K,) where the visual tokens go, in the images' order
     target_positions: Tensor  # (M,) the positions that predict a labelled token
     targets: Tensor  # (M,) the labelled tokens

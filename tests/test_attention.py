@@ -61,6 +61,9 @@ def test_attend_equals_the_formula(shape, masked, dtype, limit, monkeypatch):
     ([1, 1, 1, 2, 2, 3, 3], ["1......", "11.....", "111....", "1111...", "11111..", "111..1.", "111..11"]),
     # two samples in one row
     ([2, 2, 2, 3, 3], ["1....", "11...", "111..", "...1.", "...11"]),
+    # two samples packed into one row, the first with two branches, the second with one; then padding
+    ([1, 2, 3, 65537, 65538, 0], ["1.....", "11....", "1.1...", "...1..", "...11.", ".....1"]),
+    ([2**16 * 40000 + 1, 2**16 * 40000 + 3, 1, 3], ["1...", "11..", "..1.", "..11"]),
     # a written answer goes on after the padding
     ([1, 1, 0, 1, 1], ["1....", "11...", "..1..", "11.1.", "11.11"]),
 ])

@@ -13,25 +13,31 @@ from nanovlm.vlm import Batch
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenized record and the images it shows, in order."""
+    """A tokenized record and the images it shows, in order. `record` names it in messages."""
 
     encoded: Encoded
     images: tuple[Path, ...]
+    record: str = ""
 
 
 @dataclass
 class Row:
-    """One line of a batch: token ids, labels and the attention mask's numbers (`visibility`), all of one length."""
+    """One line of a batch: token ids, labels and the attention mask's numbers (`visibility`), all of one length, and
+    the names of the records in it."""
 
     input_ids: list[int]
     labels: list[int]
     attention_mask: list[int]
     images: tuple[Path, ...]
+    records: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, encoded: Encoded, images: tuple[Path, ...] = ()) -> "Row":
+    def of(cls, encoded: Encoded, images: tuple[Path, ...] = (), record: str = "") -> "Row":
         """A sample in a row of its own."""
-        return cls(encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images)
+        return cls(encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images, (record,))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 def chunks(items: list, size: int) -> list[list]:
@@ -50,8 +56,9 @@ def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     first_labels = [next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED) for sample in samples]
     shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
     if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
-        return [Row.of(sample.encoded, sample.images) for sample in samples]
-    row = Row(sequences[0][:shared], [IGNORED] * shared, [1] * shared, samples[0].images)
+        return [Row.of(sample.encoded, sample.images, sample.record) for sample in samples]
+    row = Row(sequences[0][:shared], [IGNORED] * shared, [1] * shared, samples[0].images,
+              tuple(sample.record for sample in samples))
     for branch, sample in enumerate(samples, start=2):
         row.input_ids += sample.encoded.input_ids[shared:]
         row.labels += sample.encoded.labels[shared:]
@@ -64,7 +71,7 @@ def collate(rows: Sequence[Row], image_token_id: int, pad_left: bool = False) ->
 
     `pad_left` is for generation, where it makes all rows end together.
     """
-    length = max(len(row.input_ids) for row in rows)
+    length = max(map(len, rows))
 
     def stack(name: str, padding: int) -> torch.Tensor:
         padded = torch.full((len(rows), length), padding)

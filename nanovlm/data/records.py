@@ -4,26 +4,29 @@
     {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}, …]}
     {"image": "a.jpg", "messages": [{"role": "user", "content": "<image>\\n…"}], "references": ["…", "…"]}
 
-`image` and `images` may be missing, one path or a list. A record with `references` ends with its question, which any of
-the references answers; it is for evaluation.
+`image` and `images` may be missing, one path or a list; a path may lead into a tar file, `images.tar::a.jpg`. A record
+with `references` ends with its question, which any of the references answers; it is for evaluation.
 """
 
+import codecs
+import glob
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovlm import archive
 from nanovlm.chat import IMAGE_MARKER, Message
 from nanovlm.errors import NanoVLMError
 
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+READ = ("image", "images", "conversations", "messages", "references")  # the keys that everybody reads
 MAX_SKIPPED = 0.01  # share of unusable records above which a run stops: beyond stray damage, something is wrong
 MAX_NAMED = 50  # of the reasons listed when it does
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One sample. `where` names it in messages: the file and the line, or the place in the list."""
 
@@ -31,30 +34,42 @@ class Record:
     images: tuple[Path, ...]
     messages: tuple[Message, ...]
     references: tuple[str, ...]
-    source: dict[str, Any]  # as it was written, for what only some readers need
+    extra: dict[str, Any]  # its other keys, which only some readers need
 
 
-def read_records(path: str | Path, images: str | Path | None = None) -> tuple[list[Record], list[str]]:
-    """All usable records of a `.json` or `.jsonl` file, and a line for each one skipped.
+def read_records(data: str | Path, images: str | Path | None = None) -> tuple[list[Record], list[str]]:
+    """All usable records of the `record_files` that `data` names, and a line for each one skipped.
 
     Image paths are relative to `images`, by default the file's own folder. An empty file is an error, and so are more
     unusable records than `check_skipped` lets pass.
     """
-    path = Path(path)
-    folder = path.parent if images is None else Path(images)
-    if not folder.is_dir():
-        raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
-    records, skipped, total = [], [], 0
-    for where, entry in _entries(path):
-        total += 1
-        try:
-            records.append(parse_record(entry, where, folder))
-        except NanoVLMError as error:
-            skipped.append(str(error))
-    if total == 0:
-        raise NanoVLMError(f"{path}: holds no records")
-    check_skipped(skipped, total)
+    records, skipped = [], []
+    for path in record_files(data):
+        folder, before = path.parent if images is None else Path(images), len(records) + len(skipped)
+        if not folder.is_dir():
+            raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
+        for where, entry in read_entries(path):
+            try:
+                records.append(parse_record(entry, where, folder))
+            except NanoVLMError as error:
+                skipped.append(str(error))
+        if len(records) + len(skipped) == before:
+            raise NanoVLMError(f"{path}: holds no records")
+    check_skipped(skipped, len(records) + len(skipped))
     return records, skipped
+
+
+def record_files(data: str | Path) -> list[Path]:
+    """The files that `data` names, sorted: one, several with commas between, or those that a pattern (`*.jsonl`) matches."""
+    if Path(data).exists():
+        return [Path(data)]
+    files: set[Path] = set()
+    for name in (name.strip() for name in str(data).split(",")):
+        found = [name] if not glob.has_magic(name) or Path(name).exists() else glob.glob(name, recursive=True)
+        if not found:
+            raise NanoVLMError(f"{name}: no file matches this pattern; check it, and quote it so that the shell leaves it alone")
+        files |= set(map(Path, found))
+    return sorted(files)
 
 
 def check_skipped(skipped: Sequence[str], total: int) -> None:
@@ -78,8 +93,11 @@ def parse_record(entry: Any, where: str, folder: Path) -> Record:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fail("image is not a path or a list of paths")
     images = tuple(folder / name for name in names)
-    if missing := [image for image in images if not os.path.isfile(image)]:  # of any length, unlike pathlib's
-        raise fail(f"image {missing[0]} does not exist")
+    for image in images:
+        try:
+            archive.check(image)
+        except NanoVLMError as error:
+            raise fail(f"image {image} {error}") from None
     try:
         messages = tuple(_messages(entry))
     except NanoVLMError as error:
@@ -93,7 +111,8 @@ def parse_record(entry: Any, where: str, folder: Path) -> Record:
     if messages[-1].role != ("user" if references else "assistant"):
         raise fail("the last turn is not the assistant's" if not references else
                    "a record with references has to end with the user's question")
-    return Record(where, images, messages, tuple(references), entry)
+    return Record(where, images, messages, tuple(references),
+                  {key: value for key, value in entry.items() if key not in READ})
 
 
 def _messages(entry: dict[str, Any]) -> Iterator[Message]:
@@ -112,24 +131,34 @@ def _messages(entry: dict[str, Any]) -> Iterator[Message]:
         yield Message.parse(role, text)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each record stands and what JSON says of it; a broken line comes as text, to be counted and named."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        raise NanoVLMError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    lines = _lines(path)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}:{number}", _parse_json(line)
         return
+    text = "".join(lines)
     entries = _parse_json(text) if text.strip() else []
     if not isinstance(entries, list):
         raise NanoVLMError(f"{path}: is not a JSON list of records; name a file with one record a line .jsonl")
     for number, entry in enumerate(entries, start=1):
         yield f"{path}: record {number}", entry
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, one at a time: of a million records, the text is never held whole."""
+    start = 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:  # read as bytes, of which only a line feed ends a line
+                yield (line.removeprefix(codecs.BOM_UTF8) if start == 0 else line).decode()
+                start += len(line)
+    except OSError as error:
+        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise NanoVLMError(f"{path}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8") from None
 
 
 def _parse_json(text: str) -> Any:

@@ -54,7 +54,7 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
     """
     exact: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers):
-        kind = str(record.source.get("kind", ""))
+        kind = str(record.extra.get("kind", ""))
         right = same_items if kind == "describe" else exact_match
         exact[kind].append(right(answer, references_of(record)))
     for kind, outcomes in sorted(exact.items()):
@@ -70,7 +70,8 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as runs/stage2/model")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="records, .json or .jsonl")
+    parser.add_argument("--data", required=True, metavar="FILE",
+                        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N records only")
     parser.add_argument("--control", choices=CONTROLS, default="none", help="blank the images, or swap them")

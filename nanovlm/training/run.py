@@ -69,7 +69,7 @@ def run_stage(settings: Settings) -> Path:
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
                    batch_size=settings.batch_size, seed=settings.seed, features=features)
     held_out = _usable(held_out, options)
-    batches = Batches(records, **options)
+    batches = Batches(records, **options, pack=settings.pack, bucket=settings.bucket)
     validation = Batches(held_out, **options, shuffle=False) if held_out else None
     per_step = settings.batch_size * settings.accumulate
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)

@@ -127,4 +127,4 @@ def test_a_branch_starts_before_its_first_label():
     second = Sample(Encoded([1, 2, 3, 4, 6], [IGNORED, IGNORED, IGNORED, IGNORED, 6]), ())
     shared = share_prefix([first, second], image_token_id=9)
     assert shared == [Row([1, 2, 3, 4, 5, 2, 3, 4, 6], [IGNORED] * 2 + [3, 4, 5] + [IGNORED] * 3 + [6],
-                          [1, 2, 2, 2, 2, 3, 3, 3, 3], ())]
+                          [1, 2, 2, 2, 2, 3, 3, 3, 3], (), ("", ""))]

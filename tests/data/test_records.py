@@ -1,16 +1,18 @@
 """Records of both forms, and a name and a reason for each one that cannot be used."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanovlm.chat import IMAGE, Message
-from nanovlm.data.records import check_skipped, parse_record, read_records
+from nanovlm.data.records import check_skipped, parse_record, read_records, record_files
 from nanovlm.errors import NanoVLMError
 
-LLAVA = {"image": "a.jpg", "conversations": [
+LLAVA = {"id": 7, "image": "a.jpg", "conversations": [
     {"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
 MESSAGES = {"images": ["a.jpg", "b.jpg"], "messages": [
     {"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image> or <image>?"},
@@ -47,7 +49,7 @@ def test_both_forms_are_read(folder, name):
     assert messages.messages == (Message("system", ("Be kind.",)), Message("user", (IMAGE, " or ", IMAGE, "?")),
                                  Message("assistant", ("The first <image>.",)))
     assert messages.images == (folder / "a.jpg", folder / "b.jpg")
-    assert text.images == () and question.references == ("a", "b") and question.source == QUESTION
+    assert text.images == () and question.references == ("a", "b") and question.extra == {} and llava.extra == {"id": 7}
     separator = ":" if name.endswith("jsonl") else ": record "
     assert [record.where for record in records] == [f"{folder / name}{separator}{number}" for number in (1, 2, 3, 4)]
 
@@ -153,3 +155,58 @@ def test_a_missing_file_is_named(folder):
 def test_parse_record_names_the_place_it_is_given(folder):
     with pytest.raises(NanoVLMError, match="^line 7: is a JSON int"):
         parse_record(3, "line 7", folder)
+
+
+def test_several_files_are_one_list_of_records(folder):
+    for name in ("b-2.jsonl", "b-1.jsonl", "a.jsonl"):
+        write(folder / name, [TEXT, LLAVA])
+    pattern, listed = folder / "b-*.jsonl", f"{folder}/b-2.jsonl, {folder}/a.jsonl,{folder}/b-*.jsonl"
+    assert record_files(pattern) == [folder / "b-1.jsonl", folder / "b-2.jsonl"]
+    assert record_files(listed) == [folder / "a.jsonl", folder / "b-1.jsonl", folder / "b-2.jsonl"]
+    records, skipped = read_records(pattern)
+    assert skipped == [] and [record.where for record in records] == [f"{folder}/b-{shard}.jsonl:{line}" for shard in (1, 2)
+                                                                      for line in (1, 2)]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_or_a_list_is_that_file(folder):
+    for name in ("a[1].jsonl", "a,b.jsonl"):
+        assert record_files(write(folder / name, [TEXT])) == [folder / name]
+
+
+def test_a_pattern_without_a_match_and_an_empty_shard_are_named(folder):
+    with pytest.raises(NanoVLMError, match="none-[*].jsonl: no file matches this pattern"):
+        read_records(folder / "none-*.jsonl")
+    write(folder / "a.jsonl", [TEXT])
+    (folder / "b.jsonl").touch()
+    with pytest.raises(NanoVLMError, match="b.jsonl: holds no records"):
+        read_records(folder / "*.jsonl")
+    with pytest.raises(NanoVLMError, match="c.jsonl: cannot be read"):
+        read_records(f"{folder}/a.jsonl,{folder}/c.jsonl")
+
+
+def test_unusable_records_count_against_all_files(folder):
+    write(folder / "a.jsonl", [TEXT] * 99)
+    write(folder / "b.jsonl", [TEXT, {}])
+    assert len(read_records(folder / "*.jsonl")[1]) == 1
+    with pytest.raises(NanoVLMError, match="1 of 2 records"):
+        read_records(folder / "b.jsonl")
+
+
+def test_images_in_tar_files(folder):
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("link.jpg", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member, io.BytesIO())
+    records, _ = read_records(write(folder / "data.jsonl", [LLAVA | {"image": "x.tar::a.jpg"}]))
+    assert records[0].images == (folder / "x.tar::a.jpg",)
+    for name, reason in (("x.tar::b.jpg", "the archive has no such member"), ("x.tar::link.jpg", "is a link"),
+                         ("y.tar::a.jpg", "the archive cannot be read")):
+        with pytest.raises(NanoVLMError, match=f"^here: image {folder / name} {reason}"):
+            parse_record(LLAVA | {"image": name}, "here", folder)
+
+
+def test_a_line_that_is_not_utf_8_is_placed_in_the_file(folder):
+    (folder / "data.jsonl").write_bytes("{}é\n".encode() + b"{\xff}\n")
+    with pytest.raises(NanoVLMError, match="is not UTF-8 text .byte 6."):
+        read_records(folder / "data.jsonl")

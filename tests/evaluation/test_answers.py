@@ -66,6 +66,6 @@ def test_score_counts_a_description_in_any_order_and_tells_each_kind(records, ca
     result = score(records, right)
     assert result["exact"] == 1 and result["bleu_4"] == pytest.approx(1, abs=1e-3) and result["n"] == len(records)
     told = capsys.readouterr().err
-    assert all(kind in told for kind in {record.source["kind"] for record in records})
+    assert all(kind in told for kind in {record.extra["kind"] for record in records})
     wrong = score(records, ["？"] * len(records))
     assert wrong["exact"] == 0 and wrong["cider_d"] == 0 and wrong.keys() == {"exact", "cider_d", "bleu_4", "n"}

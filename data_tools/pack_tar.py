@@ -1,0 +1,130 @@
+"""Turn records and a folder of images into shards: of each, one file of records and one tar file of their images.
+
+    python data_tools/pack_tar.py --data DIR/train.jsonl --out SHARDS [--images DIR] [--size 10000]
+
+writes SHARDS/shard-00000.jsonl, SHARDS/shard-00000.tar and so on, to be trained on with
+
+    python train_stage1.py --data "SHARDS/*.jsonl"
+
+The records keep their order and all their keys; only their image paths change, to `shard-00000.tar::a.jpg`. An image is
+stored once, in the shard of the first record that shows it. The same files in give the same bytes out. A shard has its
+name once it is complete, the tar file first.
+"""
+
+import argparse
+import json
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+
+from nanovlm import archive  # noqa: E402
+from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
+from nanovlm.files import atomic_path, write_atomically  # noqa: E402
+
+
+Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
+
+
+def pack(data: str, images: Path | None, out: Path, size: int) -> int:
+    """Write the shards of about `size` images each and return how many there are. Nothing is written for bad records."""
+    records, skipped = read_records(data, images)
+    for reason in skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    usable = {record.where: record.images for record in records}
+    entries = ((entry, usable[where]) for path in record_files(data) for where, entry in read_entries(path) if where in usable)
+    places: dict[Path, str] = {}
+    with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
+        for count, shard in enumerate(split(entries, size), start=1):
+            write_shard(out, f"shard-{count - 1:05}", shard, places, bar)
+    return count
+
+
+def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
+    """Entries in order, cut where a shard would get more than `size` images that no shard has yet."""
+    shard: list[Entry] = []
+    seen: set[Path] = set()
+    stored = 0
+    for entry, images in entries:
+        new = set(images) - seen
+        if shard and stored + len(new) > size:
+            yield shard
+            shard, stored = [], 0
+        shard.append((entry, images))
+        seen |= new
+        stored += len(new)
+    yield shard
+
+
+def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm) -> None:
+    """Store the images that are new in `name`.tar, note in `places` where each is, and write the records."""
+    lines, members = [], set()
+    with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
+        for entry, images in entries:
+            key = "images" if "images" in entry else "image"
+            single = isinstance(entry.get(key), str)
+            for written, path in zip([entry[key]] if single else entry.get(key) or [], images):
+                if path not in places:
+                    member = member_name(written)
+                    if member in members:
+                        raise NanoVLMError(f"image {path}: another file is {member} in {name}.tar; give one of them a new name")
+                    members.add(member)
+                    places[path] = f"{name}.tar::{member}"
+                    add_image(tar, member, path)
+            if images:
+                entry[key] = places[images[0]] if single else [places[path] for path in images]
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            bar.update()
+    write_atomically(out / f"{name}.jsonl", "".join(lines))
+
+
+def member_name(written: str) -> str:
+    """The name of an image inside its tar file: the record's path; of an image out of another tar file, its name there."""
+    path = PurePosixPath(written.rpartition("::")[2])
+    if path.is_absolute() or ".." in path.parts:
+        raise NanoVLMError(f"image {written}: leads out of the images' folder; write paths relative to one folder that holds all "
+                           "images, and name it with --images")
+    return str(path)
+
+
+def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
+    """Store an image without the times and owners of this machine."""
+    try:
+        data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
+    except NanoVLMError as error:
+        raise NanoVLMError(f"image {path} {error}") from None
+    header = tarfile.TarInfo(member)
+    header.size = len(data)
+    tar.addfile(header, BytesIO(data))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the flags."""
+    parser = CommandParser(description="Turn records and a folder of images into shards: .jsonl files with .tar files of images.")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records: a file, several with commas, or a pattern in quotes")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths are relative to (default: the records')")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; it must hold no shards yet")
+    parser.add_argument("--size", type=int, default=10_000, metavar="N", help="images a shard holds (default: 10,000)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check the flags, write the shards, say how many."""
+    arguments = parse_arguments()
+    if arguments.size < 1:
+        raise NanoVLMError(f"--size is {arguments.size}; it has to be 1 or more")
+    if arguments.out.is_dir() and any(arguments.out.glob("shard-*")):
+        raise NanoVLMError(f"{arguments.out}: holds shards already; delete them or choose another --out")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    count = pack(arguments.data, arguments.images, arguments.out, arguments.size)
+    print(f"{arguments.out}: {count:,} shards", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

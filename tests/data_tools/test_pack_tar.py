@@ -1,0 +1,115 @@
+"""Records and images as shards: what comes out of them is what went in."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_tools import pack_tar
+from data_tools.pack_tar import pack
+from nanovlm.data.dataset import Batches
+from nanovlm.data.records import read_records
+from nanovlm.errors import NanoVLMError
+from nanovlm.vlm import VisionLanguageModel
+from tests.data.test_dataset import assert_same
+
+TEXT = {"id": 3, "messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/红.jpg", "c.jpg"):
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def show(*names: str, **keys) -> dict:
+    image = {"images": list(names)} if len(names) > 1 else {"image": names[0]}
+    return {**keys, **image, "conversations": [{"from": "human", "value": "<image>" * len(names)}, {"from": "gpt", "value": "yes"}]}
+
+
+def write(folder: Path, entries: list[dict]) -> str:
+    (folder / "in" / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(folder / "in" / "data.jsonl")
+
+
+def test_shards_hold_each_image_once_and_records_as_they_were(folder):
+    entries = [show("a.jpg", id=1, kind="x"), TEXT, show("sub/红.jpg", "a.jpg"), show("c.jpg"), show("a.jpg"), TEXT]
+    assert pack(write(folder, entries), None, folder / "in", size=2) == 2
+    out = folder / "in"
+    expected = [[show("shard-00000.tar::a.jpg", id=1, kind="x"), TEXT, show("shard-00000.tar::sub/红.jpg", "shard-00000.tar::a.jpg")],
+                [show("shard-00001.tar::c.jpg"), show("shard-00000.tar::a.jpg"), TEXT]]
+    assert [lines(out / f"shard-0000{number}.jsonl") for number in range(2)] == expected
+    with tarfile.open(out / "shard-00000.tar") as tar:
+        assert tar.getnames() == ["a.jpg", "sub/红.jpg"] and tar.extractfile("sub/红.jpg").read() == "sub/红.jpg".encode()
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+    records, skipped = read_records(out / "shard-*.jsonl")
+    assert len(records) == 6 and skipped == []
+
+
+def test_shards_of_shards_hold_the_same_again(folder):
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    pack(write(folder, [show("a.jpg"), show("sub/红.jpg"), show("c.jpg")]), None, folder / "one", size=1)
+    assert pack(str(folder / "one" / "*.jsonl"), None, folder / "two", size=9) == 1
+    with tarfile.open(folder / "two" / "shard-00000.tar") as tar:
+        assert [tar.extractfile(member).read().decode() for member in tar] == ["a.jpg", "sub/红.jpg", "c.jpg"]
+
+
+def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
+    assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2
+    model = VisionLanguageModel.from_pretrained(tiny.model)
+    batches = [Batches(read_records(data)[0], model.chat, model.config.image, model.image_length, batch_size=8, share=4,
+                       max_length=200, seed=0, pack=256, bucket=2) for data in (tiny.data / "train.jsonl", tmp_path / "*.jsonl")]
+    for number in range(8):
+        folder, tar = (part[number] for part in batches)
+        folder.records, tar.records = [], []  # their names differ
+        assert folder.images and tar.images
+        assert_same(folder, tar)
+
+
+def test_nothing_is_written_of_records_that_cannot_be_used(folder):
+    with pytest.raises(NanoVLMError, match="1 of 2 records cannot be used"):
+        pack(write(folder, [show("a.jpg"), show("none.jpg")]), None, folder / "in", size=2)
+    assert not list((folder / "in").glob("shard-*"))
+
+
+def test_a_few_bad_records_are_left_out_and_named(folder, capsys):
+    pack(write(folder, [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50), None, folder / "in", size=2)
+    assert len(lines(folder / "in" / "shard-00000.jsonl")) == 100
+    assert "data.jsonl:51: image" in capsys.readouterr().err
+
+
+def test_names_that_lead_elsewhere_or_stand_for_two_files_are_refused(folder):
+    (folder / "b.jpg").touch()
+    for name in ("../b.jpg", str(folder / "b.jpg")):
+        with pytest.raises(NanoVLMError, match="leads out of the images' folder"):
+            pack(write(folder, [show(name)]), None, folder / "in", size=2)
+    (folder / "one").mkdir()
+    (folder / "one" / "a.jpg").touch()
+    (folder / "one" / "data.jsonl").write_text(json.dumps(show("a.jpg")) + "\n")
+    data = f"{write(folder, [show('a.jpg')])},{folder / 'one' / 'data.jsonl'}"
+    with pytest.raises(NanoVLMError, match="another file is a.jpg in shard-00000.tar"):
+        pack(data, None, folder / "in", size=2)
+    assert not list((folder / "in").glob("*shard-*"))
+    assert pack(data, None, folder / "in", size=1) == 2  # each in a tar file of its own
+
+
+def test_the_command(folder):
+    def command(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, pack_tar.__file__, *map(str, arguments)], capture_output=True, text=True, cwd=folder,
+                              check=False)
+
+    data = write(folder, [show("a.jpg"), show("c.jpg")])
+    done = command("--data", data, "--out", "shards", "--size", "1")
+    assert done.returncode == 0 and "shards: 2 shards" in done.stderr
+    again = command("--data", data, "--out", "shards")
+    assert again.returncode == 2 and "error: shards: holds shards already" in again.stderr and "Traceback" not in again.stderr
