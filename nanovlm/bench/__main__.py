@@ -5,6 +5,10 @@
 
 DIR holds `dinov2-small` and `qwen2.5-0.5b`, as the hub has them. The table on stdout gives medians over the rounds and
 their ratio, above 1 where nanovlm is better. Without transformers, nanovlm's figures stand alone.
+
+    python -m nanovlm.bench --weights DIR --ladder
+
+trains nanovlm alone, adding bf16, packing, compiling and checkpointing one after the other.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanovlm.bench import ladder
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.device import choose_device, choose_dtype
@@ -39,6 +44,13 @@ def main() -> None:
         raise NanoVLMError(f"--only {unknown[0]}: no such task; there are {', '.join(TASKS)}")
     if arguments.rounds < 1:
         raise NanoVLMError("--rounds has to be above 0")
+    if arguments.rung:
+        print(json.dumps(ladder.measure(arguments.rung, arguments.weights, device, arguments.rounds)))
+        return
+    if arguments.ladder:
+        figures = ladder.climb(arguments.weights, device, arguments.rounds, list(ladder.RUNGS))
+        print(json.dumps(figures) if arguments.json else ladder.table(figures))
+        return
     bench = Bench(device, dtype, image_token_id=_vocabulary(arguments.weights) - 1)  # an id that no text here uses
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
@@ -131,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models")
+    parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
+    parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")
     parser.add_argument("--peak-memory-of", choices=["nanovlm", "transformers"], help=argparse.SUPPRESS)
     return parser
