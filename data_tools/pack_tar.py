@@ -38,7 +38,8 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
     for reason in skipped:
         print(f"skipped: {reason}", file=sys.stderr)
     usable = {record.where: record.images for record in records}
-    entries = ((entry, usable[where]) for path in record_files(data) for where, entry in read_entries(path) if where in usable)
+    entries = ((entry, usable[where]) for path in record_files(data)
+               for where, entry in read_entries(path) if where in usable)
     places: dict[Path, str] = {}
     with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
         for count, shard in enumerate(split(entries, size), start=1):
@@ -73,7 +74,7 @@ def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, s
                 if path not in places:
                     member = member_name(written)
                     if member in members:
-                        raise NanoVLMError(f"image {path}: another file is {member} in {name}.tar; give one of them a new name")
+                        raise NanoVLMError(f"image {path}: another file is {member} in {name}.tar; rename one of them")
                     members.add(member)
                     places[path] = f"{name}.tar::{member}"
                     add_image(tar, member, path)
@@ -88,8 +89,8 @@ def member_name(written: str) -> str:
     """The name of an image inside its tar file: the record's path; of an image out of another tar file, its name there."""
     path = PurePosixPath(written.rpartition("::")[2])
     if path.is_absolute() or ".." in path.parts:
-        raise NanoVLMError(f"image {written}: leads out of the images' folder; write paths relative to one folder that holds all "
-                           "images, and name it with --images")
+        raise NanoVLMError(f"image {written}: leads out of the images' folder; write paths relative to one folder that "
+                           "holds all images, and name it with --images")
     return str(path)
 
 
@@ -106,10 +107,10 @@ def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
-    parser = CommandParser(description="Turn records and a folder of images into shards: .jsonl files with .tar files of images.")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records: a file, several with commas, or a pattern in quotes")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths are relative to (default: the records')")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to; it must hold no shards yet")
+    parser = CommandParser(description="Turn records and a folder of images into shards: .jsonl and .tar files.")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records; several with commas, or a pattern in quotes")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--size", type=int, default=10_000, metavar="N", help="images a shard holds (default: 10,000)")
     return parser.parse_args()
 

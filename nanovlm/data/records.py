@@ -60,14 +60,14 @@ def read_records(data: str | Path, images: str | Path | None = None) -> tuple[li
 
 
 def record_files(data: str | Path) -> list[Path]:
-    """The files that `data` names, sorted: one, several with commas between, or those that a pattern (`*.jsonl`) matches."""
+    """The files that `data` names, sorted: one, several with commas, or those that a pattern (`*.jsonl`) matches."""
     if Path(data).exists():
         return [Path(data)]
     files: set[Path] = set()
     for name in (name.strip() for name in str(data).split(",")):
         found = [name] if not glob.has_magic(name) or Path(name).exists() else glob.glob(name, recursive=True)
         if not found:
-            raise NanoVLMError(f"{name}: no file matches this pattern; check it, and quote it so that the shell leaves it alone")
+            raise NanoVLMError(f"{name}: no file matches this pattern; check it, and put it in quotes")
         files |= set(map(Path, found))
     return sorted(files)
 

@@ -20,8 +20,8 @@ def prepare_ahead(dataset: Dataset, first: int, last: int, workers: int, pin_mem
     """
     handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
     # A generator of its own: a loader draws a number when it starts, and a resumed run starts one more loader.
-    loader = iter(DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pin_memory,
-                             worker_init_fn=_leave_signals_to_the_parent, generator=torch.Generator()))
+    loader = iter(DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers,
+                             pin_memory=pin_memory, worker_init_fn=_leave_signals_to_the_parent, generator=torch.Generator()))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)  # the loader's own raises amid whatever runs when a worker dies
     for process in multiprocessing.active_children():

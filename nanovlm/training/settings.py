@@ -34,17 +34,17 @@ def _setting(default: Any, group: str, help: str) -> Any:
 class Settings:
     """One training run. Each field is a flag of `train_stage1.py` and `train_stage2.py` and a key of a preset's stage."""
 
-    data: str = _setting("", "data", "records to learn from, .json or .jsonl: a file, several with commas, or a pattern in quotes")
+    data: str = _setting("", "data", "records to learn from: .json or .jsonl, several with commas, or a pattern in quotes")
     images: str = _setting("", "data", "folder that image paths are relative to (default: the records' folder)")
     val: str = _setting("", "data", "records for the validation loss (default: --val-fraction of the data, by image)")
     val_fraction: float = _setting(0.02, "data", "share of the images held out where there is no --val")
     val_samples: int = _setting(256, "data", "records of it that are used at most")
     share: int = _setting(8, "data", "samples of one image that may share a row, so that the image is read once")
     max_length: int = _setting(2048, "data", "tokens a sample may have; longer text is cut at the end and counted")
-    workers: int = _setting(0, "data", "processes that prepare batches ahead of the step (0: none, each step waits for its batch)")
+    workers: int = _setting(0, "data", "processes that prepare batches ahead of the step (0: none)")
     cache_features: bool = _setting(False, "data", "encode each image once and keep its features (frozen eyes only)")
     pack: int = _setting(0, "data", "tokens of a row that several samples share, each seeing only itself (0: no packing)")
-    bucket: int = _setting(1, "data", "batches whose records are read together, to be sorted by length or packed tighter (1: each alone)")
+    bucket: int = _setting(1, "data", "batches read together, so that they can be sorted by length or packed tighter")
 
     init: str = _setting("", "model", "model folder to start from, such as stage 1's")
     vision: str = _setting("", "model", "pretrained eyes to start from: a DINOv2 folder")

@@ -1,5 +1,6 @@
 """Packed, sorted and dealt batches: the same records, the same loss and gradients, whoever prepares them."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -259,3 +260,14 @@ def test_unshuffled_records_come_once(model, records, mode):
     loaded = [batches[number] for number in range(6)]
     assert sorted(name for item in loaded for name in item.records) == sorted(record.where for record in records[:43])
     assert all(item.batch is not None for item in loaded)
+
+
+def test_a_packed_run_learns_what_an_unpacked_one_does(tiny, tmp_path):
+    """Through the settings: with a window of one batch, each step has the same records, so the same loss."""
+    lines = []
+    for name, packed in (("plain", {}), ("packed", {"pack": 300, "workers": 1})):
+        run = tiny.train(tmp_path / name, init=str(tiny.model), train="projector,text,vision", batch_size=12, share=1, **packed)
+        lines.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    for plain, packed in zip(*lines, strict=True):
+        assert packed["loss"] == pytest.approx(plain["loss"], abs=1e-5) and packed["tokens"] == plain["tokens"]
+    assert lines[0][-1]["val_loss"] == pytest.approx(lines[1][-1]["val_loss"], abs=1e-5)
