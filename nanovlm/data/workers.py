@@ -18,12 +18,13 @@ def prepare_ahead(dataset: Dataset, first: int, last: int, workers: int, pin_mem
 
     The processes start at once. Raises NanoVLMError, where the next item is asked for, if one of them has died.
     """
-    handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    child_died = getattr(signal, "SIGCHLD", None)  # which Windows lacks
+    handler, others = child_died and signal.getsignal(child_died), multiprocessing.active_children()
     # A generator of its own: a loader draws a number when it starts, and a resumed run starts one more loader.
     loader = iter(DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=workers,
                              pin_memory=pin_memory, worker_init_fn=_leave_signals_to_the_parent, generator=torch.Generator()))
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)  # the loader's own raises amid whatever runs when a worker dies
+    if child_died and threading.current_thread() is threading.main_thread():
+        signal.signal(child_died, handler)  # the loader's own raises amid whatever runs when a worker dies
     for process in multiprocessing.active_children():
         if process not in others:  # at an exit amid the run, where Python would send SIGTERM and wait for ever
             atexit.register(process.kill)
