@@ -45,16 +45,18 @@ class Batches(Dataset):
 
     def __init__(self, records: Sequence[Record], chat: Chat, image: ImageConfig, image_length: int, *, batch_size: int,
                  share: int, max_length: int, seed: int, shuffle: bool = True,
-                 features: "dict[Path, Tensor] | None" = None) -> None:
+                 features: "dict[Path, Tensor] | None" = None, rank: int = 0, world: int = 1) -> None:
         """`image_length` is the number of visual tokens an image takes. `share` is how many samples of one image may
-        share a row. `features` are patch vectors to use in place of pixels."""
+        share a row. `features` are patch vectors to use in place of pixels. Of `world` processes that train together,
+        each takes `batch_size` records a batch, this one the slice number `rank`."""
         self.records, self.chat, self.image, self.image_length = records, chat, image, image_length
         self.batch_size, self.share, self.max_length = batch_size, share, max_length
         self.seed, self.shuffle, self.features = seed, shuffle, features
+        self.rank, self.world = rank, world
         self._orders: dict[int, list[int]] = {}  # by epoch
 
     def __getitem__(self, number: int) -> Loaded:
-        first = number * self.batch_size
+        first = (number * self.world + self.rank) * self.batch_size
         samples, skipped, cut = [], [], []
         pixels: dict[Path, Tensor] = {}
         # Unshuffled records are read once, for the validation loss; shuffled ones over and over.

@@ -14,22 +14,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, is_main
 from nanovlm.files import read_json, write_atomically
+from nanovlm.training.parallel import gather, scatter
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write `run/checkpoints/step_N` (N is `state["step"]`) and remove all but the newest `keep`."""
+    """Write `run/checkpoints/step_N` (N is `state["step"]`) and remove all but the newest `keep`.
+
+    Of several processes all have to call it and rank 0 writes. The files do not tell how many there were.
+    """
     folder = run / "checkpoints" / f"step_{state['step']}"
     if folder.exists():
+        return folder
+    weights = {name: gather(parameter) for name, parameter in _trained(model).items()}
+    moments = {name: gather(tensor) for name, tensor in _moments(model, optimizer).items()}
+    if not is_main():
         return folder
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_trained(model), temporary / "model.safetensors")
-    save_file({**_moments(model, optimizer), **_random_states()}, temporary / "optimizer.safetensors")
+    save_file(weights, temporary / "model.safetensors")
+    save_file({**moments, **_random_states()}, temporary / "optimizer.safetensors")
     write_atomically(temporary / "state.json", json.dumps(state, indent=2) + "\n")
     os.rename(temporary, folder)
     for old in list_checkpoints(run)[:-keep]:
@@ -49,9 +57,9 @@ def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     for name, parameter in trained.items():
         if name not in weights.keys() or weights.shape(name) != tuple(parameter.shape):
             raise NanoVLMError(f"{folder}: has no {name} of shape {tuple(parameter.shape)}; resume with the settings of the run")
-        parameter.data.copy_(weights.tensor(name))
+        parameter.data.copy_(scatter(weights.tensor(name), parameter))
         optimizer.state[parameter] = {
-            kind: moments.tensor(f"{kind}/{name}").clone().to(parameter.device)
+            kind: scatter(moments.tensor(f"{kind}/{name}"), parameter)
             for kind in ("step", "exp_avg", "exp_avg_sq") if f"{kind}/{name}" in moments.keys()}
     if extra := set(weights.keys()) - set(trained):
         raise NanoVLMError(f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run")

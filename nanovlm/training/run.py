@@ -18,13 +18,14 @@ from tqdm import tqdm
 from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, is_main
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
+from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import draw_answers
 from nanovlm.training.settings import Settings, to_toml
@@ -37,41 +38,51 @@ ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block
 def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
     run = Path(settings.out)
-    _check_run_folder(run, settings.resume)
-    device = choose_device(settings.device)
+    if is_main():  # which is alone in writing there
+        _check_run_folder(run, settings.resume)
+    parallel = Parallel(settings, choose_device(settings.device))
+    device = parallel.device
     dtype, why = choose_dtype(settings.dtype, device)
-    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
+    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else "")
+        + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else ""))
     precision = Precision(dtype, device)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
     freeze(model, settings)
-    precision.place(model)
-    say(describe(model, settings))
     say(f"{len(records)} records to learn from, {len(held_out)} held out")
 
     features = None
     if settings.cache_features:
         if any(parameter.requires_grad for parameter in model.vision.parameters()):
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
+        precision.place(model.vision)
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
+    parallel.place(model, precision)
+    say(describe(model, settings))
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
                    batch_size=settings.batch_size, seed=settings.seed, features=features)
     held_out = _usable(held_out, options)
-    batches = Batches(records, **options)
+    batches = Batches(records, **options, rank=parallel.rank, world=parallel.world)
     validation = Batches(held_out, **options, shuffle=False) if held_out else None
-    per_step = settings.batch_size * settings.accumulate
+    per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
-    run.mkdir(parents=True, exist_ok=True)
-    if not settings.resume:
-        write_atomically(run / "settings.toml", to_toml(settings))
-    train(model, batches, validation, settings, precision, total_steps, run)
-    _save_model(model, run, dtype)
-    if held_out:
-        _show_answers(model, held_out, precision, run)
-    say(f"the model is in {run / 'model'}")
+    if parallel.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        if not settings.resume:
+            write_atomically(run / "settings.toml", to_toml(settings))
+    for what, number in (("records", len(records)), ("held-out records", len(held_out)), ("steps to take", total_steps)):
+        parallel.check_same(what, number)
+    train(model, batches, validation, settings, precision, total_steps, run, parallel)
+    whole = parallel.whole(model)
+    parallel.end()
+    if whole is not None:
+        _save_model(whole, run, dtype)
+        if held_out:
+            _show_answers(whole, held_out, precision, run)
+        say(f"the model is in {run / 'model'}")
     return run / "model"
 
 
@@ -98,7 +109,8 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
     """
     unique = sorted(set(paths))
     features: dict[Path, Tensor] = {}
-    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True):
+    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True,
+                      disable=not is_main()):
         pixels = {}
         for path in unique[start:start + ENCODED_AT_ONCE]:
             try:
@@ -112,8 +124,9 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
 
 
 def say(message: str) -> None:
-    """Tell the user; stdout is for answers."""
-    print(message, file=sys.stderr)
+    """Tell the user, once however many processes there are; stdout is for answers."""
+    if is_main():
+        print(message, file=sys.stderr)
 
 
 def _check_run_folder(run: Path, resume: bool) -> None:
