@@ -52,6 +52,8 @@ class Parallel:
             torch.cuda.set_device(self.device)
         elif device.type != "cpu":
             raise NanoVLMError(f"several processes cannot share {device.type}; start one without torchrun, or take --device cpu")
+        if dist.is_initialized():
+            return
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
         except (RuntimeError, ValueError) as error:
@@ -130,10 +132,14 @@ class Parallel:
         mesh = init_device_mesh(self.device.type, (self.world,))
         dtype = None if precision.dtype == torch.float32 else precision.dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for unit in (*model.decoder.blocks, *model.vision.blocks, model):
+        blocks, layer = model.vision.blocks, model.config.vision_layer
+        running = 0 if self._features else len(blocks) if layer == -1 else layer % (len(blocks) + 1)
+        idle = [model.vision] if self._features else blocks[running:]  # fully_shard expects what it shards to run
+        ignored = {parameter for module in idle for parameter in module.parameters()}
+        for unit in (*model.decoder.blocks, *blocks[:running], model):
             precision.place(unit)
             _broadcast(unit)
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=ignored)
             unit.set_gradient_divide_factor(1.0)  # the sum, where fully_shard would take the mean
             unit.set_force_sum_reduction_for_comms(True)  # plain sums: gloo knows no other
 
@@ -143,6 +149,7 @@ class Parallel:
         With fsdp, every pass gathers every layer from all processes. So all take the same number of passes, each with
         an image at least, and only the last one sends gradients.
         """
+        self._saw_images = any(item.batch is not None and len(item.batch.image_positions) for item in loaded)
         for number, item in enumerate(loaded, start=1):
             if self.sharded:
                 self._model.set_requires_gradient_sync(number == len(loaded))
@@ -173,9 +180,13 @@ class Parallel:
         """Sum the gradients over the processes, once a step: bucket by bucket, one under way while the next is packed.
 
         A parameter without a gradient in some processes (no image came by) counts as zero there; without one in any it
-        keeps none. fsdp has summed its shares in the backward pass.
+        keeps none, so that no momentum moves it. fsdp has summed its shares in the backward pass, where the blank images
+        have left zeros.
         """
-        if self.world == 1 or self.sharded:
+        if self.sharded and not self.any(self._saw_images):
+            for parameter in (*self._model.vision.parameters(), *self._model.projector.parameters()):
+                parameter.grad = None
+        if self.sharded or self.world == 1:
             return
         present = self.total(*(int(parameter.grad is not None) for parameter in parameters))
         gradients = []
@@ -199,7 +210,8 @@ class Parallel:
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients).float().square()
         dist.all_reduce(norm)
-        torch._foreach_mul_(gradients, (largest / (norm.sqrt() + 1e-6)).clamp(max=1.0))
+        if gradients:
+            torch._foreach_mul_(gradients, (largest / (norm.sqrt() + 1e-6)).clamp(max=1.0))
         return norm.sqrt()
 
     def reshard(self) -> None:
