@@ -4,11 +4,12 @@
     python train_stage1.py --vision DIR --text DIR --data FILE --out runs/mine # your own weights and records
 """
 
+import time
 from pathlib import Path
 
 from data_tools.make_scenes import make_scenes
-from nanovlm.errors import run
-from nanovlm.training.run import run_stage, say
+from nanovlm.errors import is_main, run, say
+from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
 
 SCENES = Path("data/scenes")
@@ -18,10 +19,18 @@ def main() -> None:
     """Make the toy world's data on first use, then train."""
     settings = load_settings("stage1")
     if Path(settings.data).parent == SCENES and not SCENES.exists():
-        say(f"{SCENES} is not there yet: drawing it now (data_tools/make_scenes.py)")
-        make_scenes(SCENES)
+        draw_scenes()
     model = run_stage(settings)
     say("next:  python train_stage2.py" + ("" if settings.out == "runs/stage1" else f" --init {model}"))
+
+
+def draw_scenes() -> None:
+    """Draw them once; other processes (torchrun) wait until they are there."""
+    if is_main():
+        say(f"{SCENES} is not there yet: drawing it now (data_tools/make_scenes.py)")
+        make_scenes(SCENES)
+    while not SCENES.exists():
+        time.sleep(1)
 
 
 if __name__ == "__main__":

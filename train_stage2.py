@@ -6,8 +6,8 @@
 
 from pathlib import Path
 
-from nanovlm.errors import NanoVLMError, run
-from nanovlm.training.run import run_stage, say
+from nanovlm.errors import NanoVLMError, run, say
+from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
 
 

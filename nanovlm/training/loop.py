@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches, Loaded
 from nanovlm.data.records import check_skipped
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, say
 from nanovlm.training.badsteps import BadSteps
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
 from nanovlm.training.interruption import Interruption
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
+from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
 from nanovlm.training.samples import Samples
@@ -27,12 +28,14 @@ from nanovlm.vlm import VisionLanguageModel
 
 @dataclass
 class Progress:
-    """How far a run is; a checkpoint keeps all of it. `loss_sum` and `target_count` belong to the log line being gathered."""
+    """How far a run is, all processes together; a checkpoint keeps all of it. `loss_sum` and `target_count` belong to the
+    log line being gathered."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     images: int = 0
+    slots: int = 0  # places for tokens in the batches, padding included
     loss_sum: float = 0.0
     target_count: int = 0
     bad_in_a_row: int = 0
@@ -44,13 +47,13 @@ class Taken:
     """A step that was taken. Its numbers stay on the device until a line is logged, so that no step waits for them."""
 
     step: int
-    numbers: Tensor  # summed loss and gradient norm, (2,)
-    targets: int  # labelled tokens
+    numbers: Tensor  # this process's summed loss, and the gradient norm, (2,)
+    targets: int  # labelled tokens of all processes
     records: list[str]
 
 
 def train(model: VisionLanguageModel, batches: Batches, validation: Batches | None, settings: Settings,
-          precision: Precision, total_steps: int, run: Path, tracker: Tracker) -> None:
+          precision: Precision, total_steps: int, run: Path, parallel: Parallel, tracker: Tracker) -> None:
     """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
 
     A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens and divided by the
@@ -61,62 +64,62 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     optimizer, progress = build_optimizer(model, settings), Progress()
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if settings.resume and not list_checkpoints(run):
-        print(f"{run}: stopped before its first checkpoint, so it starts again", file=sys.stderr)
+        say(f"{run}: stopped before its first checkpoint, so it starts again")
     elif settings.resume:
         progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
+    parallel.seed(settings.seed, progress.step)
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
-    samples = Samples(run, validation.records, progress.step) if validation is not None else None
+    samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.answers else None
     tracker.start(progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
     taken: list[Taken] = []
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True,
+               disable=not parallel.is_main)
     model.train()
     with bar, closing(tracker), Interruption() as interruption:
         while progress.step < total_steps:
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
-            _note_losses(loaded, noted, len(batches.records), bar)
-            step_batches = [item.batch for item in loaded if item.batch is not None]
-            step_targets = sum(len(batch.targets) for batch in step_batches)
+            step_targets = _count(loaded, progress, parallel)
+            _note_losses(loaded, noted, len(batches.records), parallel)
 
             loss_sum = torch.zeros((), device=precision.device)
-            for batch in step_batches:
+            for batch in parallel.passes(loaded):
                 with precision.autocast():
                     loss = model(batch.to(precision.device))  # summed over the batch's labelled tokens
                 if loss.requires_grad:  # without images, a projector that learns alone has nothing to learn
-                    precision.scaled(loss / step_targets).backward()
+                    precision.scaled(loss / max(step_targets, 1)).backward()
                 loss_sum += loss.detach()
 
-            fits = precision.unscale(learning)
-            grad_norm = torch.nn.utils.clip_grad_norm_(learning, settings.clip).to(loss_sum)
+            parallel.reduce_gradients(learning)
+            fits = precision.unscale(learning, parallel.any)
+            grad_norm = parallel.clip(learning, settings.clip).to(loss_sum)
             set_learning_rates(optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr))
-            optimizer.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()  # where 1, the step changes nothing
-            if fits and step_batches:
+            # Where it is 1, the step changes nothing. It stays on the device, as all else here, so that no step waits.
+            optimizer.found_inf = parallel.worst((~torch.isfinite(loss_sum + grad_norm)).float())
+            if fits and step_targets:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
-            progress.samples += sum(item.samples for item in loaded)
-            progress.tokens += sum(item.tokens for item in loaded)
-            progress.images += sum(item.images for item in loaded)
             taken.append(Taken(progress.step, torch.stack((loss_sum, grad_norm)), step_targets,
                                [where for item in loaded for where in item.records]))
             bar.update()
             last = progress.step == total_steps
-            stopping = interruption.signal and not last
+            stopping = not last and parallel.largest(interruption.signal)
             validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
             with log.clock_stopped():
                 if logs or saves:
-                    grad_norm = _settle(taken, progress, bad_steps, precision)
-                val = validate(model, validation, precision) if validates else {}
+                    grad_norm = _settle(taken, progress, bad_steps, precision, parallel)
+                val = validate(model, validation, precision, parallel) if validates else {}
                 if logs:
                     _log(log, progress, optimizer, grad_norm, val, bar)
                     tracker.log(log.lines[-1])
-                if validates:
+                if validates and samples is not None:
                     samples.answer(model, progress.step, precision)
                     tracker.image("samples", run / "samples.png", progress.step)
                 if _is_best(progress, val) or saves:
@@ -124,27 +127,44 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                 if last or stopping:
                     log.draw()
             if stopping:
-                tqdm.write(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
-                           f"python {Path(sys.argv[0]).name} --resume --out {run}", file=sys.stderr)
-                raise SystemExit(128 + interruption.signal)
+                say(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
+                    f"{parallel.launcher} {Path(sys.argv[0]).name} --resume --out {run}")
+                raise SystemExit(128 + stopping)
     for kind, reasons in noted.items():
         if reasons:
-            print(f"{kind}: {len(reasons)} of {len(batches.records)} records, named above", file=sys.stderr)
+            say(f"{kind}: {len(reasons)} of {len(batches.records)} records, named above")
 
 
 @torch.no_grad()
-def validate(model: VisionLanguageModel, batches: Batches, precision: Precision) -> dict[str, float]:
-    """The mean loss per labelled token over all of `batches`, and its exponential, the perplexity."""
+def validate(model: VisionLanguageModel, batches: Batches, precision: Precision, parallel: Parallel) -> dict[str, float]:
+    """The mean loss per labelled token over all of `batches`, which several processes take in turn, and its exponential,
+    the perplexity."""
     model.eval()
     loss_sum, count = 0.0, 0
-    for number in range(-(-len(batches.records) // batches.batch_size)):
-        if (batch := batches[number].batch) is not None:
+    for first in range(0, len(batches), parallel.world):
+        number = first + parallel.rank
+        batch = parallel.complete(batches[number].batch if number < len(batches) else None)
+        if batch is not None:
             with precision.autocast():
                 loss_sum += float(model(batch.to(precision.device)))
             count += len(batch.targets)
+    parallel.reshard()
     model.train()
+    loss_sum, count = parallel.total(loss_sum, count)
     loss = loss_sum / max(count, 1)
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
+
+
+def _count(loaded: list[Loaded], progress: Progress, parallel: Parallel) -> int:
+    """Add what a step reads to `progress`; returns its labelled tokens. All of it over all processes."""
+    targets, samples, tokens, images, slots = parallel.total(
+        sum(len(item.batch.targets) for item in loaded if item.batch is not None),
+        *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")))
+    progress.samples += samples
+    progress.tokens += tokens
+    progress.images += images
+    progress.slots += slots
+    return targets
 
 
 def _is_best(progress: Progress, val: dict[str, float]) -> bool:
@@ -155,20 +175,20 @@ def _is_best(progress: Progress, val: dict[str, float]) -> bool:
     return True
 
 
-def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precision: Precision) -> float:
+def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precision: Precision, parallel: Parallel) -> float:
     """Read the numbers of the steps taken, all at once; name the bad ones. Returns the last gradient norm.
 
     Under a loss scaler gradients may overflow now and then: it drops the step by itself.
     """
     losses, norms = zip(*torch.stack([one.numbers for one in taken]).tolist())
-    for one, loss, norm in zip(taken, losses, norms):
+    for one, loss, norm in zip(taken, parallel.total(*losses), norms):
         if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
             progress.loss_sum += loss
             progress.target_count += one.targets
             progress.bad_in_a_row = 0
         else:
             progress.bad_in_a_row += 1
-            bad_steps.note(one.step, loss, norm, one.records, progress.bad_in_a_row)
+            bad_steps.note(one.step, loss, norm, parallel.all_lines(one.records), progress.bad_in_a_row)
     taken.clear()
     return norms[-1]
 
@@ -181,7 +201,8 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images, **val}
+            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
+            "slots": progress.slots, **val}
     speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
     shown = "—" if loss is None else f"{loss:.3f}"
@@ -198,7 +219,7 @@ def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimize
     except NoRoom as error:
         if settings.full_disk == "stop":
             raise
-        tqdm.write(f"{error}; training goes on", file=sys.stderr)
+        say(f"{error}; training goes on")
 
 
 def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
@@ -212,10 +233,13 @@ def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optim
     return Progress(**state["progress"])
 
 
-def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], total: int, bar: tqdm) -> None:
+def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], total: int, parallel: Parallel) -> None:
     """Name each record that was skipped or cut, once though epochs repeat; too many skipped ones stop the run."""
+    if not parallel.any(any(item.skipped or item.cut for item in loaded)):
+        return
     for kind, reasons in noted.items():
-        for reason in (reason for item in loaded for reason in getattr(item, kind) if reason not in reasons):
-            reasons.append(reason)
-            bar.write(f"{kind}: {reason}", file=sys.stderr)
+        for reason in parallel.all_lines([reason for item in loaded for reason in getattr(item, kind)]):
+            if reason not in reasons:
+                reasons.append(reason)
+                say(f"{kind}: {reason}")
     check_skipped(noted["skipped"], total)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nanovlm.device import peak_memory
+from nanovlm.errors import is_main
 from nanovlm.files import write_atomically
 from nanovlm.training.figures import plt, save_figure
 
@@ -47,18 +48,20 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> dict[str, float]:
         """Append one line and return the speed since the one before: samples, tokens and images a second.
 
-        Also written: the share of the time spent waiting for data, and the peak of memory so far in GB.
+        Also written: the share of the batches' places that tokens filled, the share of the time spent waiting for data,
+        and the peak of memory so far in GB.
         """
         now = time.perf_counter()
         trained_until = self._stopped or now
         elapsed = max(trained_until - self._since, 1e-9)
-        speed = {key: (line[key] - self._last.get(key, 0)) / elapsed for key in ("samples", "tokens", "images")}
-        self.lines.append({**line, **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
-                           "data_wait": round(self._waited / elapsed, 4), "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
-                           "seconds": round(now - self._start, 3)})
+        gained = {key: line[key] - self._last.get(key, 0) for key in ("samples", "tokens", "images", "slots")}
+        speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
+        self.lines.append({
+            **line, **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
+            "fill": round(gained["tokens"] / max(gained["slots"], 1), 4), "data_wait": round(self._waited / elapsed, 4),
+            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3), "seconds": round(now - self._start, 3)})
         self._last, self._since, self._waited = line, trained_until, 0.0
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+        append_line(self.path, self.lines[-1])
         if now - self._drawn > DRAW_EVERY:
             self.draw()
         return speed
@@ -66,6 +69,8 @@ class RunLog:
     def draw(self) -> None:
         """Loss with validation loss, learning rates, gradient norm and speed, against the step."""
         self._drawn = time.perf_counter()
+        if not is_main():
+            return
         figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 6.6), constrained_layout=True)
         loss.plot(*series(self.lines, "loss"), label="training")
         loss.plot(*series(self.lines, "val_loss"), "o-", label="validation")
@@ -92,9 +97,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     """The lines up to `start_step`, cutting the later ones off the file: a resumed run is going to write them again."""
     lines = [line for line in read_lines(path) if line["step"] <= start_step]
-    if path.exists():
+    if path.exists() and is_main():
         write_atomically(path, to_jsonl(lines))
     return lines
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a .jsonl file; of several processes, rank 0 does it."""
+    if is_main():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_jsonl([line]))
 
 
 def to_jsonl(lines: list[dict[str, Any]]) -> str:

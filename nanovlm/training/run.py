@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, is_main, say
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
 from nanovlm.projector import ProjectorConfig
@@ -25,11 +25,12 @@ from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.loop import train
 from nanovlm.training.lora import LoRAConfig, add_adapters, merged_tensors, save_adapter
+from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
 from nanovlm.training.quantization import quantize_
-from nanovlm.training.samples import last_answers
+from nanovlm.training.samples import Samples, last_answers
 from nanovlm.training.settings import Settings, to_toml
-from nanovlm.training.tracking import build_tracker
+from nanovlm.training.tracking import Tracker, build_tracker
 from nanovlm.vlm import VisionLanguageModel
 
 ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block stays in the CPU cache
@@ -38,11 +39,14 @@ ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block
 def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
     run = Path(settings.out)
-    _check_run_folder(run, settings.resume)
-    tracker = build_tracker(settings, run)
-    device = choose_device(settings.device)
+    if is_main():  # which is alone in writing there
+        _check_run_folder(run, settings.resume)
+    tracker = build_tracker(settings, run) if is_main() else Tracker()
+    parallel = Parallel(settings, choose_device(settings.device))
+    device = parallel.device
     dtype, why = choose_dtype(settings.dtype, device)
-    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else ""))
+    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else "")
+        + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else ""))
     precision = Precision(dtype, device, settings.stochastic_rounding)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
@@ -52,37 +56,47 @@ def run_stage(settings: Settings) -> Path:
     if settings.lora_rank:
         add_adapters(model.decoder, LoRAConfig.from_settings(settings))
     freeze(model, settings)
-    precision.place(model)
-    if settings.compile:
-        compile_blocks(model, device)
-    if settings.checkpointing:
-        checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
-    say(describe(model, settings))
     say(f"{len(records)} records to learn from, {len(held_out)} held out")
 
     features = None
     if settings.cache_features:
         if any(parameter.requires_grad for parameter in model.vision.parameters()):
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
+        precision.place(model.vision)
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
+    parallel.place(model, precision)
+    if settings.compile:
+        compile_blocks(model, device)
+    if settings.checkpointing:
+        checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
+    say(describe(model, settings))
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
                    batch_size=settings.batch_size, seed=settings.seed, features=features)
     held_out = _usable(held_out, options)
-    batches = Batches(records, **options, pack=settings.pack, bucket=settings.bucket)
+    batches = Batches(records, **options, pack=settings.pack, bucket=settings.bucket, rank=parallel.rank,
+                      world=parallel.world)
     validation = Batches(held_out, **options, shuffle=False) if held_out else None
-    per_step = settings.batch_size * settings.accumulate
+    per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
-    train(model, batches, validation, settings, precision, total_steps, run, tracker)
-    if settings.lora_rank:
-        save_adapter(model, run / "adapter", LoRAConfig.from_settings(settings))
-    _save_model(model, run, dtype)
-    if answers := last_answers(run):
-        say(answers)
-    say(f"the model is in {run / 'model'}")
+    for what, number in (("records", len(records)), ("held-out records", len(held_out)), ("steps to take", total_steps)):
+        parallel.check_same(what, number)
+    if is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
+    train(model, batches, validation, settings, precision, total_steps, run, parallel, tracker)
+    whole = parallel.whole(model)
+    parallel.end()
+    if whole is not None:
+        if parallel.sharded and held_out:  # until here no process could ask the model
+            Samples(run, held_out, start_step=0).answer(whole, total_steps, Precision(dtype, torch.device("cpu")))
+        if answers := last_answers(run):
+            say(answers)
+        if settings.lora_rank:
+            save_adapter(whole, run / "adapter", LoRAConfig.from_settings(settings))
+        _save_model(whole, run, dtype)  # last, because a run that has its model is finished
+        say(f"the model is in {run / 'model'}")
     return run / "model"
 
 
@@ -109,7 +123,8 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
     """
     unique = sorted(set(paths))
     features: dict[Path, Tensor] = {}
-    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True):
+    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True,
+                      disable=not is_main()):
         pixels = {}
         for path in unique[start:start + ENCODED_AT_ONCE]:
             try:
@@ -120,11 +135,6 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
             patches = model.look(torch.stack(list(pixels.values())).to(precision.device))
             features |= zip(pixels, patches.cpu())
     return features
-
-
-def say(message: str) -> None:
-    """Tell the user; stdout is for answers."""
-    print(message, file=sys.stderr)
 
 
 def _check_run_folder(run: Path, resume: bool) -> None:

@@ -11,7 +11,7 @@ from nanovlm.training.report import RunLog
 
 def line(step: int) -> dict:
     return {"step": step, "loss": 1 / step, "lr_text": 0.1, "grad_norm": None if step == 2 else 1.0, "samples": 4 * step,
-            "tokens": 40 * step, "images": step}
+            "tokens": 40 * step, "images": step, "slots": 50 * step}
 
 
 def steps(run) -> list[int]:
