@@ -1,5 +1,6 @@
-"""Which device there is, and which number format it is fast in."""
+"""Which device there is, which number format it is fast in, and how the CPU's allocator treats freed memory."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from nanovlm.errors import NanoVLMError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -53,3 +55,13 @@ def peak_memory(device: torch.device) -> int:
         return 0
     import resource  # which Windows lacks
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back_freed_memory(from_bytes: int = 2**16) -> None:
+    """Let glibc's allocator return every freed block of `from_bytes` and more to the system at once.
+
+    By default it comes to keep blocks of up to 32 MB to use again. A training step frees temporary tensors between ones
+    that stay, so that the process grows around holes that nothing fits into.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # elsewhere there is no such setting
+        libc.mallopt(M_MMAP_THRESHOLD, from_bytes)
