@@ -1,0 +1,136 @@
+"""The shapes that memory depends on, without weights or words: a model of `config.json` files, and a step's batch."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nanovlm.chat import ChatConfig
+from nanovlm.decoder import DecoderConfig
+from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json
+from nanovlm.image import ImageConfig
+from nanovlm.projector import ProjectorConfig
+from nanovlm.training.freezing import freeze
+from nanovlm.training.lora import LoRAConfig, add_adapters
+from nanovlm.training.precision import Precision
+from nanovlm.training.quantization import quantize_
+from nanovlm.training.settings import Settings
+from nanovlm.vit import VisionConfig
+from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
+
+# Published shapes, so that a model can be planned before it is fetched; and two small decoders to measure.
+EYES = {
+    "dinov2-small": VisionConfig(384, 1536, 12, 6),
+    "dinov2-base": VisionConfig(768, 3072, 12, 12),
+    "dinov2-large": VisionConfig(1024, 4096, 24, 16),
+}
+VOICES = {
+    "decoder-0.1b": DecoderConfig(32000, 640, 2560, 12, 10, 2, 64),
+    "decoder-0.25b": DecoderConfig(64000, 896, 3584, 16, 14, 2, 64),
+    "qwen2.5-0.5b": DecoderConfig(151936, 896, 4864, 24, 14, 2, 64),
+    "qwen2.5-1.5b": DecoderConfig(151936, 1536, 8960, 28, 12, 2, 128),
+    "qwen1.5-7b": DecoderConfig(151936, 4096, 11008, 32, 32, 32, 128, tie_word_embeddings=False),
+}
+
+TEXT_TOKENS = 64  # of a sample, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batch of one forward pass: `rows` of `length` tokens, `images` in all, `targets` labelled tokens in all."""
+
+    rows: int
+    length: int
+    images: int
+    targets: int
+
+    def batch(self, config: VLMConfig, image_length: int, features: torch.dtype | None = None) -> Batch:
+        """Random words and pixels of this shape, or in place of pixels patch vectors of the dtype `features`. The images'
+        places come first in each row, its labels last."""
+        ids = torch.randint(config.text.vocab_size, (self.rows, self.length))
+        positions = torch.arange(self.rows * self.length).view(self.rows, self.length)
+        labelled, pictured = self.targets // self.rows, self.images * image_length // self.rows
+        image_positions, target_positions = positions[:, :pictured].flatten(), positions[:, -labelled - 1:-1].flatten()
+        batch = Batch(ids, torch.ones_like(ids), image_positions, target_positions,
+                      torch.randint(config.text.vocab_size, (self.targets,)))
+        if features:
+            batch.patches = torch.randn(feature_shape(config, self.images), dtype=features)
+        else:
+            batch.pixels = torch.randn(self.images, 3, config.image.height, config.image.width)
+        return batch
+
+
+def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
+    """(N, P, C_v) of the patch vectors that the eyes give."""
+    rows, columns = (side // config.vision.patch_size for side in (config.image.height, config.image.width))
+    return images, rows * columns, config.vision.hidden_size
+
+
+def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:
+    """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples of TEXT_TOKENS words
+    beside their image, that share or pack rows as the settings say. Half of the words are labelled."""
+    image_length = skeleton(config).image_length
+    sample = image_length + TEXT_TOKENS
+    if tokens:
+        rows, length, images_a_row = settings.batch_size, tokens, 1
+    elif settings.pack:
+        images_a_row = max(1, settings.pack // sample)
+        rows, length = math.ceil(settings.batch_size / images_a_row), settings.pack
+    else:
+        share = min(settings.share, settings.batch_size)
+        rows, length, images_a_row = math.ceil(settings.batch_size / share), image_length + share * TEXT_TOKENS, 1
+    words = length - images_a_row * image_length
+    if words < 2:
+        raise NanoVLMError(f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
+                           + ("--tokens" if tokens else "--pack"))
+    return Work(rows, length, rows * images_a_row, rows * max(1, words // 2))
+
+
+def model_config(settings: Settings) -> VLMConfig:
+    """The shapes `settings` start from: those of --vision and --text, folders or names of published ones, or --init's."""
+    if settings.init and not (settings.vision or settings.text) and Path(settings.init, "config.json").exists():
+        return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
+    vision = _part(settings.vision or "dinov2-small", EYES, VisionConfig, "--vision")
+    text = _part(settings.text or "qwen2.5-0.5b", VOICES, DecoderConfig, "--text")
+    preprocessor = Path(settings.vision) / "preprocessor_config.json"
+    image = ImageConfig.from_hf(read_json(preprocessor)) if settings.vision and preprocessor.exists() else ImageConfig()
+    image = dataclasses.replace(image, fit="squash", shortest_edge=None, height=settings.image_size or image.height,
+                                width=settings.image_size or image.width)
+    projector = ProjectorConfig(settings.projector, settings.grid, settings.scale)
+    return VLMConfig(vision, text, projector, image, ChatConfig(), settings.vision_layer)
+
+
+def skeleton(config: VLMConfig) -> VisionLanguageModel:
+    """The model on the meta device: every shape and no weight. No words either, since no shape depends on them."""
+    words = SimpleNamespace(vocab_size=0, special_tokens={config.chat.image_token: 0, "<|im_end|>": 0, "</s>": 0})
+    with torch.device("meta"):
+        return VisionLanguageModel(config, words)
+
+
+def prepared(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
+    """The skeleton as a run sets it up: what is quantised, adapted and frozen, each tensor in its number format."""
+    model, meta = skeleton(config), torch.device("meta")
+    if settings.quantize:
+        quantize_(model.decoder.blocks, settings.quantize, meta)
+    if settings.lora_rank:
+        add_adapters(model.decoder, LoRAConfig.from_settings(settings))
+    freeze(model, settings)
+    Precision(precision.dtype, meta, settings.stochastic_rounding).place(model)
+    return model
+
+
+def _part(source: str, published: dict[str, Any], config_class: Any, flag: str) -> Any:
+    if source in published:
+        return published[source]
+    path = Path(source) / "config.json"
+    if not path.exists():
+        raise NanoVLMError(f"{flag} {source}: is no folder with a config.json; give one, or one of {', '.join(published)}")
+    try:
+        return config_class.from_hf(read_json(path))
+    except NanoVLMError as error:
+        raise NanoVLMError(f"{source}: {error}") from None

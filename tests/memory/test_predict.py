@@ -1,0 +1,102 @@
+"""The prediction against what PyTorch really holds: counts exactly, activations to the last tensors of a few bytes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovlm.chat import ChatConfig
+from nanovlm.decoder import DecoderConfig
+from nanovlm.image import ImageConfig
+from nanovlm.memory.measure import random_model, take_steps
+from nanovlm.memory.predict import Prediction, predict
+from nanovlm.memory.shapes import Work, prepared
+from nanovlm.projector import ProjectorConfig
+from nanovlm.training import optimizer
+from nanovlm.training.precision import Precision
+from nanovlm.training.settings import Settings
+from nanovlm.vit import VisionConfig
+from nanovlm.vlm import VLMConfig
+
+CPU = torch.device("cpu")
+WORK = Work(rows=2, length=128, images=2, targets=32)
+CHANGES = [
+    {"train": "projector"}, {"train": "projector,text"}, {"train": "text", "text_layers": 1}, {"train": "vision"},
+    {"train": "projector,text,vision"}, {"train": "projector,text", "stochastic_rounding": True},
+    {"train": "projector,text", "lora_rank": 8}, {"train": "projector,text", "lora_rank": 8, "quantize": "nf4"},
+]
+
+
+def config(projector: str = "mlp", qk_norm: bool = False, tied: bool = True) -> VLMConfig:
+    return VLMConfig(VisionConfig(96, 384, 2, 4, image_size=112), DecoderConfig(
+        1000, 128, 384, 2, 4, 2, 32, qkv_bias=not qk_norm, qk_norm=qk_norm, tie_word_embeddings=tied),
+        ProjectorConfig(projector, grid=4), ImageConfig(112, 112), ChatConfig())
+
+
+def prediction(model: VLMConfig, settings: Settings, precision: Precision) -> Prediction:
+    return predict(model, settings, WORK, precision, program=0)
+
+
+def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision) -> int:
+    """Bytes that a real forward pass leaves for the backward pass, weights not counted."""
+    real = random_model(model, settings, precision)
+    batch = WORK.batch(model, real.image_length)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
+        real(batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
+    settings = Settings(**changes)
+    if settings.stochastic_rounding and dtype == torch.float32:
+        pytest.skip("keeps bf16 weights only")
+    precision = Precision(dtype, CPU, settings.stochastic_rounding)
+    for model in (config(), config("bilinear", qk_norm=True, tied=False)):
+        backward = prediction(model, settings, precision).moments["backward"]
+        predicted = backward["activations"] + backward["casts"] + backward["output head"]
+        if "vision" in settings.trained_parts and dtype == torch.float32:  # uncast, the pixels themselves are kept
+            predicted += backward["images"]
+        head = prepared(model, settings, precision).decoder.head_weight
+        if head.requires_grad:  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
+            predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
+        assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.02), model
+
+
+@pytest.mark.parametrize("changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str)
+def test_weights_gradients_and_moments_are_counted_exactly(changes: dict, monkeypatch):
+    """Against the tensors of a real model and its optimizer, after a step."""
+    settings = Settings(**changes)
+    precision = Precision(torch.bfloat16, CPU, settings.stochastic_rounding)
+    made = []
+    build = optimizer.build_optimizer
+    monkeypatch.setattr("nanovlm.memory.measure.build_optimizer", lambda *given: made.append(build(*given)) or made[0])
+    model = random_model(config(), settings, precision)
+    take_steps(model, WORK, settings, precision, steps=1)
+    update = prediction(config(), settings, precision).moments["update"]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert update["weights"] == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert update["gradients"] == sum(parameter.nbytes for parameter in learning)
+    assert update["optimizer"] == sum(tensor.nbytes for state in made[0].state.values() for tensor in state.values())
+
+
+def test_each_way_to_save_memory_saves_what_it_says():
+    def at(moment: str, **changes) -> dict[str, float]:
+        settings = Settings(train="projector,text", **changes)
+        return prediction(config(), settings, Precision(torch.bfloat16, CPU, settings.stochastic_rounding)).moments[moment]
+
+    plain, rounded = at("update"), at("update", stochastic_rounding=True)
+    assert rounded["gradients"] * 2 == plain["gradients"] and rounded["weights"] < plain["weights"]
+    assert at("update", optimizer="adamw8bit")["optimizer"] < 0.27 * plain["optimizer"]
+    assert at("backward", checkpointing=True)["activations"] < 0.5 * at("backward")["activations"]
+    assert at("head", accumulate=2)["gradients"] == plain["gradients"] and at("head")["gradients"] == 0
+    kept = at("eyes", cache_features=True)
+    assert kept["images"] == kept["working set"] == 0 < at("eyes")["working set"]

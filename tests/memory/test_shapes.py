@@ -1,0 +1,61 @@
+"""Shapes come from config files and names alone, and a batch from the settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.memory.shapes import EYES, VOICES, Work, model_config, skeleton, work_of
+from nanovlm.training.settings import Settings
+from nanovlm.vlm import VisionLanguageModel
+
+
+def test_a_skeleton_has_the_models_shapes_and_no_weights(tiny):
+    real = VisionLanguageModel.from_pretrained(tiny.model)
+    for settings in (Settings(init=str(tiny.model)), Settings(vision=str(tiny.vision), text=str(tiny.text))):
+        model = skeleton(model_config(settings))
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert model.image_length == real.image_length
+
+
+def test_published_shapes_by_name():
+    config = model_config(Settings(vision="dinov2-base", text="qwen2.5-0.5b"))
+    assert (config.vision, config.text) == (EYES["dinov2-base"], VOICES["qwen2.5-0.5b"])
+    model = skeleton(config)  # as the model cards say: 86.6 and 494 million
+    assert sum(parameter.numel() for parameter in model.vision.parameters()) == 86_579_712
+    assert sum(parameter.numel() for parameter in model.decoder.parameters()) == 494_032_768
+
+
+def test_a_config_alone_is_enough(tiny, tmp_path: Path):
+    (tmp_path / "config.json").write_text((tiny.text / "config.json").read_text())
+    assert model_config(Settings(text=str(tmp_path))).text.hidden_size == json.loads(
+        (tiny.text / "config.json").read_text())["hidden_size"]
+
+
+@pytest.mark.parametrize(("settings", "tokens", "expected"), [
+    (Settings(batch_size=4), 512, Work(4, 512, 4, 4 * 128)),
+    (Settings(batch_size=32, share=8), None, Work(4, 256 + 8 * 64, 4, 4 * 256)),
+    (Settings(batch_size=8, pack=1024), None, Work(3, 1024, 9, 3 * 128)),
+])
+def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expected: Work):
+    config = model_config(settings)
+    work = work_of(config, settings, tokens)
+    batch = work.batch(config, image_length=256)
+    assert work == expected
+    assert batch.input_ids.shape == (expected.rows, expected.length)
+    assert len(batch.image_positions) == expected.images * 256 and len(batch.targets) == expected.targets
+    assert not set(batch.image_positions.tolist()) & set((batch.target_positions + 1).tolist())
+
+
+@pytest.mark.parametrize(("settings", "tokens", "message"), [
+    (Settings(vision="nowhere"), None, "--vision nowhere.*dinov2-small"),
+    (Settings(text="nowhere"), None, "--text nowhere.*qwen2.5-0.5b"),
+    (Settings(), 256, "256 tokens.*--tokens"),
+])
+def test_what_cannot_be_planned_is_one_line(settings: Settings, tokens: int | None, message: str):
+    with pytest.raises(NanoVLMError, match=message) as caught:
+        work_of(model_config(settings), settings, tokens)
+    assert "\n" not in str(caught.value)
