@@ -1,0 +1,120 @@
+"""The arithmetic of a training step, and what a GPU could do at most: together, the share of its peak that a run reaches.
+
+A product of T vectors with a matrix of n numbers is T · n multiply-adds, 2 FLOPs each. So, for T tokens through it:
+
+    forward                                       2 · T · n
+    backward, gradient of its input               2 · T · n   where one flows: something below it learns
+    backward, gradient of the matrix              2 · T · n   where the matrix learns
+
+Attention of rows of T tokens by H heads of width D: scores and their sum over values 2 · 2 · T² · H · D forward, twice that
+backward. The whole square is counted, as it is computed. Only labelled positions pass the output head, and the last
+block's MLP. What checkpointing computes again is no progress and not counted; neither is anything but products.
+"""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from nanovlm.attention import Attention
+from nanovlm.training.lora import LoRALinear
+from nanovlm.training.quantization import QuantizedLinear
+from nanovlm.vlm import VisionLanguageModel
+
+# Dense TFLOP/s of NVIDIA's data sheets and architecture white papers: half precision with sums in fp32, and fp32 without
+# TF32. The names are `torch.cuda.get_device_name`'s; the first pattern that fits counts.
+PEAKS = {
+    "NVIDIA H200*": (989, 67), "NVIDIA H100 PCIe": (756, 51), "NVIDIA H100 NVL": (835, 60), "NVIDIA H100*": (989, 67),
+    "NVIDIA A100*": (312, 19.5), "NVIDIA A10": (125, 31.2), "NVIDIA L4": (121, 30.3), "Tesla T4": (65, 8.1),
+    "Tesla V100-PCIE*": (112, 14), "Tesla V100-SXM2*": (125, 15.7),
+    "NVIDIA GeForce RTX 3060": (25.5, 12.7), "NVIDIA GeForce RTX 3090": (71, 35.6),
+    "NVIDIA GeForce RTX 4060": (30.2, 15.1), "NVIDIA GeForce RTX 4070": (58.3, 29.1),
+    "NVIDIA GeForce RTX 4080": (97.5, 48.7), "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+}
+WITHOUT_BF16 = ("Tesla T4", "Tesla V100*")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that `device` reaches at most in `dtype`; None where that is not known, as for anything but these GPUs."""
+    if device.type != "cuda":
+        return None
+    return _peak(torch.cuda.get_device_name(device), dtype)
+
+
+def _peak(name: str, dtype: torch.dtype) -> float | None:
+    if dtype == torch.bfloat16 and any(fnmatchcase(name, pattern) for pattern in WITHOUT_BF16):
+        return None
+    for pattern, (half, single) in PEAKS.items():
+        if fnmatchcase(name, pattern):
+            return 1e12 * (single if dtype == torch.float32 else half)
+    return None
+
+
+def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: int, images: int,
+               looked: bool = True) -> float:
+    """FLOPs of the forward and backward pass of `rows` of `length` tokens, `targets` of them labelled, with `images`.
+
+    What learns is what requires a gradient. `looked` is whether the eyes run (not with --cache-features). A step of several
+    batches takes the sum of theirs.
+    """
+    flops, flows = 0.0, False  # `flows`: whether what comes next has an input that a gradient is wanted of
+    if images:
+        if looked:
+            flops, flows = _vision_flops(model, images)
+        layers = [layer for layer in model.projector.modules() if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            flops += _matrix_flops(layer, images * model.image_length, flows)
+            flows = flows or _learns(layer)
+    flows = flows or _learns(model.decoder.embed_tokens)
+    tokens = rows * length
+    for block in model.decoder.blocks:
+        flows = flows or _learns(block.attention_norm)
+        flops += _attention_flops(block.attention, rows, length, flows)
+        flows = flows or _learns(block.attention) or _learns(block.mlp_norm)
+        passing = targets if block is model.decoder.blocks[-1] else tokens
+        flops += _matrix_flops(block.mlp.gate_proj, passing, flows) + _matrix_flops(block.mlp.up_proj, passing, flows)
+        flows = flows or _learns(block.mlp.gate_proj) or _learns(block.mlp.up_proj)
+        flops += _matrix_flops(block.mlp.down_proj, passing, flows)
+        flows = flows or _learns(block.mlp)
+    head = model.decoder.head_weight
+    flows = flows or _learns(model.decoder.norm)
+    return flops + 2 * targets * head.numel() * (1 + flows + head.requires_grad)
+
+
+def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]:
+    """Of the eyes, up to the layer that is looked at; and whether a gradient flows out of them."""
+    vision, image, layer = model.vision, model.config.image, model.config.vision_layer
+    patches = (image.height // vision.config.patch_size) * (image.width // vision.config.patch_size)
+    tokens = 1 + vision.config.num_register_tokens + patches
+    embedding, depth = vision.patch_embedding.weight, len(vision.blocks)
+    flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
+    flows = _learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
+    for block in vision.blocks[:depth if layer == -1 else layer % (depth + 1)]:
+        flows = flows or _learns(block.attention_norm)
+        flops += _attention_flops(block.attention, images, tokens, flows)
+        flows = flows or _learns(block)
+        flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
+        flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
+    return flops, flows or (layer == -1 and _learns(vision.norm))
+
+
+def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:
+    """Of the four matrices, the scores and the sum over values."""
+    tokens, projections = rows * length, (attention.q_proj, attention.k_proj, attention.v_proj)
+    flops = sum(_matrix_flops(layer, tokens, flows) for layer in projections)
+    inside = flows or any(_learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm))
+    flops += 4 * rows * length * length * attention.num_heads * attention.head_dim * (1 + 2 * inside)
+    return flops + _matrix_flops(attention.out_proj, tokens, inside)
+
+
+def _matrix_flops(layer: nn.Module, tokens: int, flows: bool) -> float:
+    """Of one matrix; `flows` says whether a gradient of its input is wanted. With an adapter, of three."""
+    if isinstance(layer, LoRALinear):
+        narrow, wide = layer.lora_A.numel(), layer.lora_B.numel()
+        return _matrix_flops(layer.base, tokens, flows) + 2 * tokens * (narrow * (2 + flows) + wide * 3)
+    learns = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
+    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learns)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,64 @@
+"""The arithmetic of a step against PyTorch's own count of it."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovlm.chat import ChatConfig
+from nanovlm.decoder import DecoderConfig
+from nanovlm.image import ImageConfig
+from nanovlm.memory.measure import random_model
+from nanovlm.memory.shapes import Work
+from nanovlm.projector import ProjectorConfig
+from nanovlm.training import flops
+from nanovlm.training.precision import Precision
+from nanovlm.training.settings import Settings
+from nanovlm.vit import VisionConfig
+from nanovlm.vlm import VLMConfig
+
+CPU = torch.device("cpu")
+CONFIG = VLMConfig(VisionConfig(48, 96, 2, 2, patch_size=8, image_size=32), DecoderConfig(300, 64, 128, 3, 4, 2, 16),
+                   ProjectorConfig("mlp"), ImageConfig(32, 32), ChatConfig())
+WORK = Work(rows=2, length=40, images=2, targets=20)
+
+
+@pytest.mark.parametrize("changes", [
+    {"train": "projector"}, {"train": "projector,text"}, {"train": "text", "text_layers": 2}, {"train": "vision"},
+    {"train": "projector,text,vision"}, {"train": "text", "lora_rank": 4}, {"train": "projector,text", "lora_rank": 4,
+                                                                            "lora_targets": "q_proj,gate_proj"},
+    {"train": "projector,text", "lora_rank": 4, "quantize": "nf4"}], ids=str)
+def test_the_count_is_pytorchs(changes: dict):
+    """In bf16, where attention is written out and every product of it is seen."""
+    settings, precision = Settings(**changes), Precision(torch.bfloat16, CPU)
+    model = random_model(CONFIG, settings, precision)
+    batch = WORK.batch(CONFIG, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_without_images_or_with_kept_features_the_eyes_do_nothing():
+    model = random_model(CONFIG, Settings(train="projector,text"), Precision(torch.bfloat16, CPU))
+    shape = dict(rows=WORK.rows, length=WORK.length, targets=WORK.targets)
+    kept = flops.step_flops(model, **shape, images=2, looked=False)
+    projector = 3 * 2 * 2 * model.image_length * (48 * 64 + 64 * 64) - 2 * 2 * model.image_length * 48 * 64
+    assert kept - flops.step_flops(model, **shape, images=0) == projector
+    eyes, flows = flops._vision_flops(model, 2)
+    assert flops.step_flops(model, **shape, images=2) - kept == eyes > 0 and not flows
+
+
+@pytest.mark.parametrize(("name", "dtype", "expected"), [
+    ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12), ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5e12),
+    ("NVIDIA A10", torch.float16, 125e12), ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+    ("NVIDIA H100 PCIe", torch.bfloat16, 756e12), ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+    ("Tesla T4", torch.float16, 65e12), ("Tesla T4", torch.bfloat16, None),
+    ("NVIDIA GeForce RTX 4070 Ti", torch.float16, None),
+    ("NVIDIA GeForce RTX 4060 Laptop GPU", torch.float16, None), ("NVIDIA A10G", torch.float16, None)])
+def test_the_peak_is_that_very_cards(name: str, dtype: torch.dtype, expected: float | None, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak_flops(torch.device("cuda"), dtype) == expected
+
+
+def test_of_a_cpu_no_peak_is_known():
+    assert flops.peak_flops(CPU, torch.float32) is None
