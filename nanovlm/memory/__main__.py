@@ -6,7 +6,8 @@
 
 All flags of train_stage1.py and train_stage2.py are taken. --vision and --text need a folder's config.json alone, or are
 names of published shapes. GB are 10⁹ bytes. On a GPU its context comes on top, about half a GB outside the allocator; on a
-CPU what the tokenizer and the records hold.
+CPU what the tokenizer and the records hold; there a run also keeps holes between its tensors, up to half as much again, unless
+--checkpointing asks it to save memory.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
+from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.errors import CommandParser, NanoVLMError, run
-from nanovlm.memory.measure import measured_apart, peak_bytes, program_bytes, random_model, take_steps
+from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
 from nanovlm.memory.shapes import EYES, VOICES, Work, feature_shape, model_config, work_of
 from nanovlm.training.precision import Precision
@@ -44,7 +45,7 @@ def main() -> None:
         if own.take_steps:  # the process that is measured
             give_back_freed_memory()  # holes between blocks are the allocator's doing and no need of the training
             take_steps(random_model(config, settings, precision), work, settings, precision)
-            print(peak_bytes(precision.device))
+            print(peak_memory(precision.device))
             continue
         prediction = predict(config, settings, work, precision, program_bytes(precision))
         print(f"{stage}: training {settings.train}; {work.rows} rows of "

@@ -1,15 +1,14 @@
 """The memory that training steps of given shapes really take, in a process of their own."""
 
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
+from nanovlm.device import peak_memory
 from nanovlm.errors import NanoVLMError
 from nanovlm.image import ImageConfig
 from nanovlm.memory.shapes import Work, prepared
@@ -50,16 +49,6 @@ def take_steps(model: VisionLanguageModel, work: Work, settings: Settings, preci
         optimizer.zero_grad(set_to_none=True)
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process held so far: on CUDA the allocator's, else what was resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # unlike getrusage, this does not count what the parent process held
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def program_bytes(precision: Precision) -> int:
     """What a process holds without a model: Python, PyTorch, and the code of the kernels that a step calls. A step of a
     model of a few kilobytes brings all of it in. On CUDA none of it is the allocator's."""
@@ -70,7 +59,7 @@ def program_bytes(precision: Precision) -> int:
                        ImageConfig(28, 28), ChatConfig())
     small = Precision(precision.dtype, precision.device)
     take_steps(random_model(config, settings, small), Work(rows=1, length=8, images=1, targets=2), settings, small)
-    return peak_bytes(precision.device)
+    return peak_memory(precision.device)
 
 
 def measured_apart(arguments: list[str]) -> int:

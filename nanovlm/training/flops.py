@@ -11,6 +11,7 @@ backward. The whole square is counted, as it is computed. Only labelled position
 block's MLP. What checkpointing computes again is no progress and not counted; neither is anything but products.
 """
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from nanovlm.attention import Attention
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import QuantizedLinear
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.vlm import Batch, VisionLanguageModel
 
 # Dense TFLOP/s of NVIDIA's data sheets and architecture white papers: half precision with sums in fp32, and fp32 without
 # TF32. The names are `torch.cuda.get_device_name`'s; the first pattern that fits counts.
@@ -48,6 +49,27 @@ def _peak(name: str, dtype: torch.dtype) -> float | None:
         if fnmatchcase(name, pattern):
             return 1e12 * (single if dtype == torch.float32 else half)
     return None
+
+
+class Utilisation:
+    """What share of its peak arithmetic a GPU reaches (MFU of Chowdhery et al. 2022, with what is frozen counted as it is)."""
+
+    def __init__(self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._peak = model, peak_flops(device, dtype)
+        self._flops = 0.0
+
+    def add(self, batches: Iterable[Batch | None]) -> None:
+        """Count what this process computes for `batches`; nothing where the peak is not known."""
+        for batch in batches if self._peak else ():
+            if batch is not None:
+                rows, length = batch.input_ids.shape
+                self._flops += step_flops(self._model, rows=rows, length=length, targets=len(batch.targets),
+                                          images=len(batch.image_positions) // self._model.image_length, looked=batch.patches is None)
+
+    def read(self, seconds: float) -> dict[str, float]:
+        """`{"mfu": share}` of the counted work in `seconds`, or nothing; counts from 0 again."""
+        flops, self._flops = self._flops, 0.0
+        return {"mfu": round(flops / seconds / self._peak, 4)} if self._peak else {}
 
 
 def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: int, images: int,

@@ -15,6 +15,7 @@ from nanovlm.data.records import check_skipped
 from nanovlm.errors import NanoVLMError, say
 from nanovlm.training.badsteps import BadSteps
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.flops import Utilisation
 from nanovlm.training.interruption import Interruption
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.parallel import Parallel
@@ -69,6 +70,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
     parallel.seed(settings.seed, progress.step)
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
+    utilisation = Utilisation(model, precision.device, precision.dtype)
     samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.answers else None
     tracker.start(progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
@@ -83,6 +85,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
             step_targets = _count(loaded, progress, parallel)
+            utilisation.add(item.batch for item in loaded)
             _note_losses(loaded, noted, len(batches.records), parallel)
 
             loss_sum = torch.zeros((), device=precision.device)
@@ -117,7 +120,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                     grad_norm = _settle(taken, progress, bad_steps, precision, parallel)
                 val = validate(model, validation, precision, parallel) if validates else {}
                 if logs:
-                    _log(log, progress, optimizer, grad_norm, val, bar)
+                    _log(log, progress, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
                     tracker.log(log.lines[-1])
                 if validates and samples is not None:
                     samples.answer(model, progress.step, precision)
@@ -193,7 +196,7 @@ def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precisi
     return norms[-1]
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, val: dict[str, float],
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, more: dict[str, float],
          bar: tqdm) -> None:
     loss = progress.loss_sum / progress.target_count if progress.target_count else None
     rates: dict[str, float] = {}
@@ -202,7 +205,7 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
     line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
             "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
-            "slots": progress.slots, **val}
+            "slots": progress.slots, **more}
     speed = log.write(line)
     progress.loss_sum, progress.target_count = 0.0, 0
     shown = "—" if loss is None else f"{loss:.3f}"

@@ -45,22 +45,25 @@ class RunLog:
         self._since += time.perf_counter() - self._stopped
         self._stopped = None
 
+    @property
+    def trained_seconds(self) -> float:
+        """Seconds of training since the last line."""
+        return max((self._stopped or time.perf_counter()) - self._since, 1e-9)
+
     def write(self, line: dict[str, Any]) -> dict[str, float]:
         """Append one line and return the speed since the one before: samples, tokens and images a second.
 
         Also written: the share of the batches' places that tokens filled, the share of the time spent waiting for data,
         and the peak of memory so far in GB.
         """
-        now = time.perf_counter()
-        trained_until = self._stopped or now
-        elapsed = max(trained_until - self._since, 1e-9)
+        now, elapsed = time.perf_counter(), self.trained_seconds
         gained = {key: line[key] - self._last.get(key, 0) for key in ("samples", "tokens", "images", "slots")}
         speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
         self.lines.append({
             **line, **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
             "fill": round(gained["tokens"] / max(gained["slots"], 1), 4), "data_wait": round(self._waited / elapsed, 4),
             "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3), "seconds": round(now - self._start, 3)})
-        self._last, self._since, self._waited = line, trained_until, 0.0
+        self._last, self._since, self._waited = line, self._stopped or now, 0.0
         append_line(self.path, self.lines[-1])
         if now - self._drawn > DRAW_EVERY:
             self.draw()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
-from nanovlm.device import choose_device, choose_dtype
+from nanovlm.device import choose_device, choose_dtype, give_back_freed_memory
 from nanovlm.errors import NanoVLMError, is_main, say
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
@@ -69,6 +69,8 @@ def run_stage(settings: Settings) -> Path:
         compile_blocks(model, device)
     if settings.checkpointing:
         checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
+        if device.type == "cpu":
+            give_back_freed_memory()
     say(describe(model, settings))
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
