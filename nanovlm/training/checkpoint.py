@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError, is_main
 from nanovlm.files import flush_folder, read_json, write_atomically
-from nanovlm.training.parallel import gather, scatter, wait_for_all
+from nanovlm.training.shares import gather, scatter, wait
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
 
@@ -37,15 +37,15 @@ class NoRoom(NanoVLMError):
 def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
     """Write `run/checkpoints/step_N` (N is `state["progress"]["step"]`), in place of an older one of that name.
 
-    Afterwards the newest `keep` remain, and the one whose state has the smallest `val_loss`. Of several processes all
-    have to call it and rank 0 writes; the files do not tell how many there were. Raises NoRoom when the disk is full.
+    Afterwards the newest `keep` remain, and the one whose state has the smallest `val_loss`. Raises NoRoom when the
+    disk is full. Of several processes all have to call it and rank 0 writes; the files do not tell how many there were.
     """
     folder = run / "checkpoints" / f"step_{state['progress']['step']}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
     weights = {name: gather(parameter) for name, parameter in _trained(model).items()}
     moments = {name: gather(tensor) for name, tensor in _moments(model, optimizer).items()} | _random_states()
     if not is_main():
         return folder
-    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -76,21 +76,28 @@ def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     A damaged one is named, set aside as `damaged_step_N`, and the one before it is taken.
     """
     if is_main():
-        while (folders := list_checkpoints(run)) and (damage := _damage(folders[-1])):
-            aside = folders[-1].with_name(f"damaged_{folders[-1].name}")
-            _discard(aside)
-            os.rename(folders[-1], aside)
-            print(f"{folders[-1]}: {damage}; set aside as {aside.name}, going on from the checkpoint before it", file=sys.stderr)
-    wait_for_all()
-    if not (folders := list_checkpoints(run)):
+        _set_damaged_aside(run)
+    wait()
+    if not (whole := list_checkpoints(run)):
         raise NanoVLMError(f"{run}: holds no whole checkpoint to resume from; start the run without --resume in another folder")
-    _restore(folders[-1], model, optimizer)
-    return read_json(folders[-1] / STATE)
+    _restore(whole[-1], model, optimizer)
+    return read_json(whole[-1] / STATE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def _set_damaged_aside(run: Path) -> None:
+    for folder in reversed(list_checkpoints(run)):
+        if damage := _damage(folder):
+            aside = folder.with_name(f"damaged_{folder.name}")
+            _discard(aside)
+            os.rename(folder, aside)
+            print(f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it", file=sys.stderr)
+            continue
+        return
 
 
 def _damage(folder: Path) -> str:
@@ -119,7 +126,8 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         if name not in weights.keys() or weights.shape(name) != tuple(parameter.shape):
             raise NanoVLMError(f"{folder}: has no {name} of shape {tuple(parameter.shape)}; resume with the settings of the run")
         parameter.data.copy_(scatter(weights.tensor(name), parameter))
-        optimizer.state[parameter] = {kind: scatter(moments.tensor(f"{kind}/{name}"), parameter) for kind in kinds.get(name, ())}
+        optimizer.state[parameter] = {kind: scatter(moments.tensor(f"{kind}/{name}"), parameter)
+                                      for kind in kinds.get(name, ())}
     if extra := set(weights.keys()) - set(trained):
         raise NanoVLMError(f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run")
     torch.set_rng_state(moments.tensor("random/cpu").clone())

@@ -23,6 +23,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.report import RunLog
 from nanovlm.training.samples import Samples
 from nanovlm.training.settings import Settings
+from nanovlm.training.shares import total
 from nanovlm.training.tracking import Tracker
 from nanovlm.vlm import VisionLanguageModel
 
@@ -45,11 +46,11 @@ class Progress:
 
 @dataclass
 class Taken:
-    """A step that was taken. Its numbers stay on the device until a line is logged, so that no step waits for them."""
+    """A step that was taken, by all processes; the records are this one's. Its numbers stay on the device until a line is logged, so that no step waits for them."""
 
     step: int
-    numbers: Tensor  # this process's summed loss, and the gradient norm, (2,)
-    targets: int  # labelled tokens of all processes
+    numbers: Tensor  # summed loss and gradient norm, (2,)
+    targets: int  # labelled tokens
     records: list[str]
 
 
@@ -68,10 +69,10 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         say(f"{run}: stopped before its first checkpoint, so it starts again")
     elif settings.resume:
         progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
-    parallel.seed(settings.seed, progress.step)
+    parallel.seed(progress.step)
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
     utilisation = Utilisation(model, precision.device, precision.dtype)
-    samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.answers else None
+    samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.is_main else None
     tracker.start(progress.step)
     noted: dict[str, list[str]] = {"skipped": [], "cut": []}
     taken: list[Taken] = []
@@ -84,9 +85,8 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         while progress.step < total_steps:
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
-            step_targets = _count(loaded, progress, parallel)
+            step_targets = _count(loaded, noted, len(batches.records), progress, parallel)
             utilisation.add(item.batch for item in loaded)
-            _note_losses(loaded, noted, len(batches.records), parallel)
 
             loss_sum = torch.zeros((), device=precision.device)
             for batch in parallel.passes(loaded):
@@ -97,11 +97,12 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                 loss_sum += loss.detach()
 
             parallel.reduce_gradients(learning)
-            fits = precision.unscale(learning, parallel.any)
+            loss_sum = parallel.sum(loss_sum)
+            fits = precision.unscale(learning, parallel.largest)
             grad_norm = parallel.clip(learning, settings.clip).to(loss_sum)
             set_learning_rates(optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr))
             # Where it is 1, the step changes nothing. It stays on the device, as all else here, so that no step waits.
-            optimizer.found_inf = parallel.worst((~torch.isfinite(loss_sum + grad_norm)).float())
+            optimizer.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()
             if fits and step_targets:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -111,7 +112,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                                [where for item in loaded for where in item.records]))
             bar.update()
             last = progress.step == total_steps
-            stopping = not last and parallel.largest(interruption.signal)
+            stopping = parallel.largest(0 if last else interruption.signal)
             validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
@@ -122,8 +123,8 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                 if logs:
                     _log(log, progress, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
                     tracker.log(log.lines[-1])
-                if validates and samples is not None:
-                    samples.answer(model, progress.step, precision)
+                if validates and (whole := parallel.whole(model)) is not None:
+                    samples.answer(whole, progress.step, precision)
                     tracker.image("samples", run / "samples.png", progress.step)
                 if _is_best(progress, val) or saves:
                     _save(run, model, optimizer, progress, precision, settings, val, len(batches.records))
@@ -132,6 +133,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             if stopping:
                 say(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
                     f"{parallel.launcher} {Path(sys.argv[0]).name} --resume --out {run}")
+                parallel.end()
                 raise SystemExit(128 + stopping)
     for kind, reasons in noted.items():
         if reasons:
@@ -153,20 +155,24 @@ def validate(model: VisionLanguageModel, batches: Batches, precision: Precision,
             count += len(batch.targets)
     parallel.reshard()
     model.train()
-    loss_sum, count = parallel.total(loss_sum, count)
+    loss_sum, count = total(loss_sum, count)
     loss = loss_sum / max(count, 1)
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
 
 
-def _count(loaded: list[Loaded], progress: Progress, parallel: Parallel) -> int:
-    """Add what a step reads to `progress`; returns its labelled tokens. All of it over all processes."""
-    targets, samples, tokens, images, slots = parallel.total(
+def _count(loaded: list[Loaded], noted: dict[str, list[str]], records: int, progress: Progress, parallel: Parallel) -> int:
+    """Add what a step reads to `progress`, and name what it could not read; returns its labelled tokens. All of it over all
+    processes."""
+    targets, samples, tokens, images, slots, lost = total(
         sum(len(item.batch.targets) for item in loaded if item.batch is not None),
-        *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")))
+        *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")),
+        sum(len(item.skipped) + len(item.cut) for item in loaded))
     progress.samples += samples
     progress.tokens += tokens
     progress.images += images
     progress.slots += slots
+    if lost:
+        _note_losses(loaded, noted, records, parallel)
     return targets
 
 
@@ -184,7 +190,7 @@ def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precisi
     Under a loss scaler gradients may overflow now and then: it drops the step by itself.
     """
     losses, norms = zip(*torch.stack([one.numbers for one in taken]).tolist())
-    for one, loss, norm in zip(taken, parallel.total(*losses), norms):
+    for one, loss, norm in zip(taken, losses, norms):
         if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
             progress.loss_sum += loss
             progress.target_count += one.targets
@@ -236,13 +242,11 @@ def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optim
     return Progress(**state["progress"])
 
 
-def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], total: int, parallel: Parallel) -> None:
+def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], records: int, parallel: Parallel) -> None:
     """Name each record that was skipped or cut, once though epochs repeat; too many skipped ones stop the run."""
-    if not parallel.any(any(item.skipped or item.cut for item in loaded)):
-        return
     for kind, reasons in noted.items():
         for reason in parallel.all_lines([reason for item in loaded for reason in getattr(item, kind)]):
             if reason not in reasons:
                 reasons.append(reason)
                 say(f"{kind}: {reason}")
-    check_skipped(noted["skipped"], total)
+    check_skipped(noted["skipped"], records)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.parallel import local
+from nanovlm.training.shares import local
 
 
 @dataclass
@@ -20,15 +20,14 @@ class LossScaler:
     growth_interval: int = 1000  # steps without overflow after which the factor doubles
     good_steps: int = 0
 
-    def unscale(self, parameters: list[nn.Parameter], any_process: Callable[[bool], bool] = bool) -> bool:
-        """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Of several processes
-        with a share each, `any_process` says whether something is true in any (`Parallel.any`). Reads one number back
-        from the device, which fp16 alone has to pay for."""
+    def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
+        """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Reads one number
+        back from the device, which fp16 alone has to pay for. `largest` is over the processes that share them."""
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         if not gradients:  # a step without images gives the projector none
             return True
         torch._foreach_mul_(gradients, 1 / self.scale)
-        finite = not any_process(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        finite = not largest(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         if finite:
             self.good_steps += 1
             if self.good_steps % self.growth_interval == 0:
@@ -73,9 +72,9 @@ class Precision:
         """Whether a gradient that is not finite is only the loss scaler looking for its factor."""
         return self.scaler is not None and self.scaler.scale > 1
 
-    def unscale(self, parameters: list[nn.Parameter], any_process: Callable[[bool], bool] = bool) -> bool:
-        """Undo `scaled` on the gradients; False if they overflowed in any process, so that the step has to be dropped."""
-        return self.scaler is None or self.scaler.unscale(parameters, any_process)
+    def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
+        """Undo `scaled` on the gradients; False if they overflowed, so that the step has to be dropped."""
+        return self.scaler is None or self.scaler.unscale(parameters, largest)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call `backward` on."""

@@ -28,7 +28,7 @@ from nanovlm.training.lora import LoRAConfig, add_adapters, merged_tensors, save
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
 from nanovlm.training.quantization import quantize_
-from nanovlm.training.samples import Samples, last_answers
+from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import Tracker, build_tracker
 from nanovlm.vlm import VisionLanguageModel
@@ -91,8 +91,6 @@ def run_stage(settings: Settings) -> Path:
     whole = parallel.whole(model)
     parallel.end()
     if whole is not None:
-        if parallel.sharded and held_out:  # until here no process could ask the model
-            Samples(run, held_out, start_step=0).answer(whole, total_steps, Precision(dtype, torch.device("cpu")))
         if answers := last_answers(run):
             say(answers)
         if settings.lora_rank:

@@ -13,18 +13,17 @@ import pytest
 import torch
 from torch import nn
 
+from nanovlm.errors import NanoVLMError
 from nanovlm.training import parallel
-from nanovlm.training.parallel import Parallel, gather, local, scatter
+from nanovlm.training.parallel import Parallel
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
+from nanovlm.training.shares import gather, local, scatter, total
 from nanovlm.weights.loading import open_checkpoint
+from tests.runs import metrics
 
 EVERYTHING = "projector,text,vision"
 KINDS = ("ddp", "fsdp")
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -32,16 +31,16 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.keys() if not name.startswith("random/")}
 
 
-def check_same_curve(run: Path, expected: Path) -> float:
-    """Every line as in the run of one process; returns the largest difference of a loss."""
+def check_same_curve(run: Path, expected: Path) -> None:
+    """Every line as in the run of one process. The largest difference of a loss is printed; `pytest -rP` shows it."""
     largest = 0.0
     for line, other in zip(metrics(run), metrics(expected), strict=True):
         assert line.keys() == other.keys() and all(line[key] == other[key] for key in ("step", "samples", "lr"))
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-4)
         differences = [abs(line[key] - other[key]) for key in ("loss", "val_loss") if key in line]
         largest = max(largest, *differences)
+    print(f"{run.name}: losses differ from those of {expected.name} by {largest:.1e} at most")
     assert len(metrics(expected)) > 3 and largest < 1e-5
-    return largest
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +165,7 @@ def test_an_interrupted_process_stops_all_after_the_same_step(world, by_two, kin
     assert "torchrun --nproc_per_node 2 torchrun_runs.py --resume" in done.stderr
     resumed = world.torchrun(2, settings | {"resume": True})
     assert resumed.returncode == 0, resumed.stderr
-    clock = ("seconds", "samples_per_second", "tokens_per_second")
-    lines = [[{key: line[key] for key in line if key not in clock} for line in metrics(world.folder / name)]
-             for name in (f"plain-{kind}-stopped", f"plain-{kind}2")]
-    assert lines[0] == lines[1]  # the same bits
+    assert metrics(world.folder / f"plain-{kind}-stopped") == metrics(world.folder / f"plain-{kind}2")  # the same bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,14 +190,22 @@ def test_four_processes_draw_the_curve_of_one_and_go_on_with_what_others_saved(w
 
 def test_a_world_of_one_starts_nothing():
     alone = Parallel(Settings(parallel="fsdp"), torch.device("cpu"))
-    assert not torch.distributed.is_initialized() and (alone.rank, alone.world, alone.sharded) == (0, 1, False)
-    assert alone.total(3, 0.5) == [3, 0.5] and alone.all_lines(["a"]) == ["a"]
+    assert not torch.distributed.is_initialized() and (alone.rank, alone.world) == (0, 1)
+    assert total(3, 0.5) == [3, 0.5] and alone.largest(2) == 2 and alone.all_lines(["a"]) == ["a"]
     state = torch.get_rng_state()
-    alone.seed(5, 5)
+    alone.seed(5)
     assert torch.equal(torch.get_rng_state(), state)
     weight = nn.Parameter(torch.ones(3))
     alone.reduce_gradients([weight])
     assert weight.grad is None and gather(weight) is weight and local(weight) is weight
+
+
+@pytest.mark.parametrize(("device", "changes", "expected"), [
+    ("mps", {}, "cannot share mps; .* --device cpu"), ("cpu", {"parallel": "fsdp", "optimizer": "adamw8bit"}, "take --optimizer adamw")])
+def test_what_several_processes_cannot_do_is_refused_before_they_meet(monkeypatch, device, changes, expected):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NanoVLMError, match=expected):
+        Parallel(Settings(**changes), torch.device(device))
 
 
 def test_a_copy_of_a_tensor_that_is_not_shared_is_whole():
