@@ -49,6 +49,7 @@ def read_member(path: str | Path) -> bytes:
 def _find(path: str | Path) -> tuple[str, tuple[int, int]]:
     """The archive that `path` names, and the start and size of the member."""
     archive, _, name = str(path).partition(MARK)
+    name = name.replace("\\", "/")  # Windows' paths come so
     archive += ".tar"
     try:
         status = os.stat(archive)

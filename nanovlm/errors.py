@@ -71,6 +71,9 @@ def _status_of(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            _tell(f"out of memory ({first_line(error)}); `python -m nanovlm.memory --gpu GB` with the same flags says what fits")
+            return 2
         if processes()[1] == 1 or not (type(error).__module__ == "torch.distributed" or "gloo" in str(error)):
             raise
         _tell(f"another process is gone, and its own error says why ({first_line(error)})")

@@ -31,6 +31,9 @@ def test_success_and_a_status_of_its_own(capsys):
     (KeyboardInterrupt(), 130, "interrupted\n"),
     (PermissionError(13, "Permission denied", "/locked/file"), 2, "error: /locked/file: Permission denied\n"),
     (OSError(28, "No space left on device"), 2, "error: the system: No space left on device\n"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto"), 2, "error: out of memory ([enforce fail] "
+     "DefaultCPUAllocator: can't allocate memory: you tried); `python -m nanovlm.memory --gpu GB` with the same flags says what fits\n"),
+    (SystemExit(143), 143, ""),
 ])
 def test_what_users_can_mend_is_one_line_on_stderr(capsys, error, status, told):
     assert end(fail(error), capsys) == (status, "", told)

@@ -23,4 +23,4 @@ class BadSteps:
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise NanoVLMError(
                 f"the {what} was not finite in {in_a_row} steps in a row, up to step {step}; their records are in {self.path}. "
-                f"Lower --lr, or take --dtype fp32 to see whether the number format is at fault; the last checkpoint is from before them")
+                f"Lower --lr, or take --dtype fp32 to see whether the number format is at fault; no weight was changed by them")

@@ -1,8 +1,8 @@
-"""Checkpoints: what learns, the optimizer, the random states and the place in the data. No pickles.
+"""Checkpoints: what learns, the optimizer, and the place in the data. No pickles.
 
     checkpoints/step_N/model.safetensors      the parameters that learn
-    checkpoints/step_N/optimizer.safetensors  the optimizer's state, and the random states as bytes
-    checkpoints/step_N/state.json             counters
+    checkpoints/step_N/optimizer.safetensors  the optimizer's state
+    checkpoints/step_N/state.json             counters: with the seed, they say which data and random numbers come next
     checkpoints/step_N/SHA256SUMS             a digest of each of them (`sha256sum -c` reads it)
 
 A checkpoint is written under a hidden name and renamed last: whatever kills the process, a `step_N` is whole.
@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanovlm.errors import NanoVLMError, is_main
+from nanovlm.errors import NanoVLMError, is_main, say
 from nanovlm.files import flush_folder, read_json, write_atomically
 from nanovlm.training.shares import gather, scatter, wait
 from nanovlm.weights.loading import open_checkpoint
@@ -43,7 +42,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     folder = run / "checkpoints" / f"step_{state['progress']['step']}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     weights = {name: gather(parameter) for name, parameter in _trained(model).items()}
-    moments = {name: gather(tensor) for name, tensor in _moments(model, optimizer).items()} | _random_states()
+    moments = {name: gather(tensor) for name, tensor in _moments(model, optimizer).items()}
     if not is_main():
         return folder
     shutil.rmtree(temporary, ignore_errors=True)
@@ -91,13 +90,12 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def _set_damaged_aside(run: Path) -> None:
     for folder in reversed(list_checkpoints(run)):
-        if damage := _damage(folder):
-            aside = folder.with_name(f"damaged_{folder.name}")
-            _discard(aside)
-            os.rename(folder, aside)
-            print(f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it", file=sys.stderr)
-            continue
-        return
+        if not (damage := _damage(folder)):
+            return
+        aside = folder.with_name(f"damaged_{folder.name}")
+        _discard(aside)
+        os.rename(folder, aside)
+        say(f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it")
 
 
 def _damage(folder: Path) -> str:
@@ -130,9 +128,6 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                                       for kind in kinds.get(name, ())}
     if extra := set(weights.keys()) - set(trained):
         raise NanoVLMError(f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run")
-    torch.set_rng_state(moments.tensor("random/cpu").clone())
-    if torch.cuda.is_available() and "random/cuda" in moments.keys():
-        torch.cuda.set_rng_state(moments.tensor("random/cuda").clone())
 
 
 def _prune(run: Path, keep: int) -> None:
@@ -175,10 +170,3 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{kind}/{name}": tensor for name, parameter in _trained(model).items()
             for kind, tensor in optimizer.state[parameter].items()}
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
-    return states

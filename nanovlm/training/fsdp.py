@@ -83,6 +83,9 @@ class Sharded:
         if not is_main():
             return None
         self._whole.load_state_dict(weights, assign=True)
+        for module in self._whole.modules():
+            for name, buffer in module.named_buffers(recurse=False):  # of quantised matrices, which every process holds whole
+                setattr(module, name, buffer.cpu())
         return self._whole
 
 

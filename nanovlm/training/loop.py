@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches, Loaded
-from nanovlm.data.records import check_skipped
 from nanovlm.errors import NanoVLMError, say
 from nanovlm.training.badsteps import BadSteps
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
@@ -24,6 +23,7 @@ from nanovlm.training.report import RunLog
 from nanovlm.training.samples import Samples
 from nanovlm.training.settings import Settings
 from nanovlm.training.shares import total
+from nanovlm.training.skipped import Skipped
 from nanovlm.training.tracking import Tracker
 from nanovlm.vlm import VisionLanguageModel
 
@@ -46,7 +46,8 @@ class Progress:
 
 @dataclass
 class Taken:
-    """A step that was taken, by all processes; the records are this one's. Its numbers stay on the device until a line is logged, so that no step waits for them."""
+    """A step that all processes took; the records are this one's. Its numbers stay on the device until a line is logged,
+    so that no step waits for them."""
 
     step: int
     numbers: Tensor  # summed loss and gradient norm, (2,)
@@ -65,17 +66,18 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     """
     optimizer, progress = build_optimizer(model, settings), Progress()
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if settings.resume and not list_checkpoints(run):
+    facts = {"records to learn from": len(batches.records),
+             "records a step takes": settings.batch_size * settings.accumulate * parallel.world}
+    if settings.resume and not parallel.largest(len(list_checkpoints(run))):
         say(f"{run}: stopped before its first checkpoint, so it starts again")
     elif settings.resume:
-        progress = _restore(run, model, optimizer, precision, len(batches.records), settings)
-    parallel.seed(progress.step)
+        progress = _restore(run, model, optimizer, precision, facts, settings.allow_changes)
+        parallel.check_same("steps behind them", progress.step)
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
     utilisation = Utilisation(model, precision.device, precision.dtype)
     samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.is_main else None
     tracker.start(progress.step)
-    noted: dict[str, list[str]] = {"skipped": [], "cut": []}
-    taken: list[Taken] = []
+    skipped, taken = Skipped(len(batches.records), parallel), list[Taken]()
     loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
                             pin_memory=precision.device.type == "cuda")
     bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True,
@@ -85,9 +87,10 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         while progress.step < total_steps:
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
-            step_targets = _count(loaded, noted, len(batches.records), progress, parallel)
+            step_targets = _count(loaded, progress, skipped)
             utilisation.add(item.batch for item in loaded)
 
+            parallel.seed(progress.step)
             loss_sum = torch.zeros((), device=precision.device)
             for batch in parallel.passes(loaded):
                 with precision.autocast():
@@ -116,9 +119,9 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
+            if logs or saves:
+                grad_norm = _settle(taken, progress, bad_steps, precision, parallel)  # waits until the device is done
             with log.clock_stopped():
-                if logs or saves:
-                    grad_norm = _settle(taken, progress, bad_steps, precision, parallel)
                 val = validate(model, validation, precision, parallel) if validates else {}
                 if logs:
                     _log(log, progress, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
@@ -127,7 +130,7 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                     samples.answer(whole, progress.step, precision)
                     tracker.image("samples", run / "samples.png", progress.step)
                 if _is_best(progress, val) or saves:
-                    _save(run, model, optimizer, progress, precision, settings, val, len(batches.records))
+                    _save(run, model, optimizer, progress, precision, facts, val, settings)
                 if last or stopping:
                     log.draw()
             if stopping:
@@ -135,13 +138,11 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
                     f"{parallel.launcher} {Path(sys.argv[0]).name} --resume --out {run}")
                 parallel.end()
                 raise SystemExit(128 + stopping)
-    for kind, reasons in noted.items():
-        if reasons:
-            say(f"{kind}: {len(reasons)} of {len(batches.records)} records, named above")
+    skipped.summarise()
 
 
 @torch.no_grad()
-def validate(model: VisionLanguageModel, batches: Batches, precision: Precision, parallel: Parallel) -> dict[str, float]:
+def validate(model: VisionLanguageModel, batches: Batches, precision: Precision, parallel: Parallel) -> dict[str, float | None]:
     """The mean loss per labelled token over all of `batches`, which several processes take in turn, and its exponential,
     the perplexity."""
     model.eval()
@@ -157,12 +158,13 @@ def validate(model: VisionLanguageModel, batches: Batches, precision: Precision,
     model.train()
     loss_sum, count = total(loss_sum, count)
     loss = loss_sum / max(count, 1)
+    if not math.isfinite(loss):  # JSON has no word for it
+        return {"val_loss": None, "val_perplexity": None}
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
 
 
-def _count(loaded: list[Loaded], noted: dict[str, list[str]], records: int, progress: Progress, parallel: Parallel) -> int:
-    """Add what a step reads to `progress`, and name what it could not read; returns its labelled tokens. All of it over all
-    processes."""
+def _count(loaded: list[Loaded], progress: Progress, skipped: Skipped) -> int:
+    """Add what a step reads in all processes to `progress`, and note what they could not read; returns its labelled tokens."""
     targets, samples, tokens, images, slots, lost = total(
         sum(len(item.batch.targets) for item in loaded if item.batch is not None),
         *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")),
@@ -172,15 +174,16 @@ def _count(loaded: list[Loaded], noted: dict[str, list[str]], records: int, prog
     progress.images += images
     progress.slots += slots
     if lost:
-        _note_losses(loaded, noted, records, parallel)
+        skipped.note(loaded)
     return targets
 
 
 def _is_best(progress: Progress, val: dict[str, float]) -> bool:
     """Whether the validation just done is the best so far; its checkpoint is worth keeping then."""
-    if not val or progress.best_val_loss is not None and val["val_loss"] >= progress.best_val_loss:
+    loss = val.get("val_loss")
+    if loss is None or progress.best_val_loss is not None and loss >= progress.best_val_loss:
         return False
-    progress.best_val_loss = val["val_loss"]
+    progress.best_val_loss = loss
     return True
 
 
@@ -202,7 +205,7 @@ def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precisi
     return norms[-1]
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, more: dict[str, float],
+def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, more: dict[str, float | None],
          bar: tqdm) -> None:
     loss = progress.loss_sum / progress.target_count if progress.target_count else None
     rates: dict[str, float] = {}
@@ -218,9 +221,9 @@ def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad
     bar.set_postfix_str(f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
 
 
-def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, progress: Progress,
-          precision: Precision, settings: Settings, val: dict[str, float], records: int) -> None:
-    state = {"progress": asdict(progress), "val_loss": val.get("val_loss"), "records": records}
+def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, progress: Progress, precision: Precision,
+          facts: dict[str, int], val: dict[str, float | None], settings: Settings) -> None:
+    state = {"progress": asdict(progress), "val_loss": val.get("val_loss"), "facts": facts}
     if precision.scaler is not None:
         state["scaler"] = vars(precision.scaler)
     try:
@@ -232,21 +235,13 @@ def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimize
 
 
 def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
-             records: int, settings: Settings) -> Progress:
+             facts: dict[str, int], allow_changes: bool) -> Progress:
+    """The newest whole checkpoint. `facts`, which no setting alone decides, have to be what they were."""
     state = load_checkpoint(run, model, optimizer)
-    if state["records"] != records and not settings.allow_changes:
-        raise NanoVLMError(f"{settings.data}: has {records} records to learn from and had {state['records']} when the run was saved; "
-                           "restore the file, or go on with other data by --allow-changes")
+    for what, now in facts.items():
+        if state["facts"][what] != now and not allow_changes:
+            raise NanoVLMError(f"{run}: {what} were {state['facts'][what]} and are {now} now; give the run what it had (its data; "
+                               "processes × --batch-size × --accumulate), or go on all the same with --allow-changes")
     if precision.scaler is not None and "scaler" in state:
         vars(precision.scaler).update(state["scaler"])
     return Progress(**state["progress"])
-
-
-def _note_losses(loaded: list[Loaded], noted: dict[str, list[str]], records: int, parallel: Parallel) -> None:
-    """Name each record that was skipped or cut, once though epochs repeat; too many skipped ones stop the run."""
-    for kind, reasons in noted.items():
-        for reason in parallel.all_lines([reason for item in loaded for reason in getattr(item, kind)]):
-            if reason not in reasons:
-                reasons.append(reason)
-                say(f"{kind}: {reason}")
-    check_skipped(noted["skipped"], records)

@@ -58,7 +58,8 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
                 "weight_decay": settings.weight_decay if decays else 0.0})
             group["params"].append(parameter)
     betas = (0.9, settings.beta2)
-    if settings.optimizer == "adamw" and not settings.stochastic_rounding:
+    on_mps = any(parameter.device.type == "mps" for group in groups.values() for parameter in group["params"])
+    if settings.optimizer == "adamw" and not settings.stochastic_rounding and not on_mps:  # whose kernel ignores `found_inf`
         return torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)
     return LeanAdamW(list(groups.values()), betas=betas, eight_bit=settings.optimizer == "adamw8bit",
                      stochastic_rounding=settings.stochastic_rounding)

@@ -28,7 +28,7 @@ from nanovlm.training.shares import total, wait
 from nanovlm.vlm import Batch, VisionLanguageModel
 
 BUCKET = 25 * 2**20 // 4  # numbers sent at once, 25 MB of fp32: large enough for the network, small beside the model
-SILENCE = timedelta(minutes=10)  # after which a process that does not answer counts as lost
+SILENCE = timedelta(minutes=30)  # after which a process that does not answer counts as lost; rank 0 may be writing
 
 
 class Parallel:
@@ -76,11 +76,10 @@ class Parallel:
             dist.destroy_process_group()
 
     def seed(self, step: int) -> None:
-        """Give every process random numbers of its own (dropout), or all the same (stochastic rounding, where each has to
-        make the same weights), anew from `step` on: any number of them may resume."""
-        if self.world > 1:
-            number = 0 if self.settings.stochastic_rounding else self.rank
-            torch.manual_seed(random.Random(f"{self.settings.seed}/{step}/{number}").getrandbits(63))
+        """Give the step random numbers of its own, so that a resumed run draws the same: every process others (dropout),
+        or all the same (stochastic rounding, where each has to make the same weights)."""
+        rank = 0 if self.settings.stochastic_rounding else self.rank
+        torch.manual_seed(random.Random(f"{self.settings.seed}/{step}/{rank}").getrandbits(63))
 
     # ---- what all have to know
 

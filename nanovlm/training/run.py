@@ -5,7 +5,6 @@ import math
 import os
 import random
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
-from nanovlm.device import choose_device, choose_dtype, give_back_freed_memory
+from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
 from nanovlm.errors import NanoVLMError, is_main, say
 from nanovlm.files import read_json, write_atomically
 from nanovlm.image import ImageConfig, open_image, preprocess
@@ -47,6 +46,7 @@ def run_stage(settings: Settings) -> Path:
     dtype, why = choose_dtype(settings.dtype, device)
     say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else "")
         + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else ""))
+    settings = dataclasses.replace(settings, dtype=next(name for name, known in DTYPES.items() if known == dtype))
     precision = Precision(dtype, device, settings.stochastic_rounding)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
@@ -140,7 +140,7 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
 def _check_run_folder(run: Path, resume: bool) -> None:
     if resume and (run / "model").exists():
         raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
-    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if not resume and run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
         raise NanoVLMError(f"{run}: holds another run; continue it with --resume, or name another folder with --out")
 
 

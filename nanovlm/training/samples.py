@@ -5,7 +5,6 @@
 """
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nanovlm.data.records import Record
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, say
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.evaluation.metrics import exact_match
 from nanovlm.image import open_image
@@ -49,7 +48,7 @@ class Samples:
         """
         model.eval()
         try:
-            with precision.autocast():
+            with precision.autocast(next(model.parameters()).device):  # with fsdp the CPU
                 answers = list(answer_records(model, self.watched, MAX_NEW_TOKENS))
             new = [{"step": step, "where": record.where, "prompt": _question(record), "answer": answer,
                     "reference": references_of(record)[0]} for record, answer in zip(self.watched, answers)]
@@ -58,7 +57,7 @@ class Samples:
                 file.write(to_jsonl(new))
             self.draw()
         except NanoVLMError as error:
-            print(f"step {step}: the watched questions are not answered: {error}", file=sys.stderr)
+            say(f"step {step}: the watched questions are not answered: {error}")
         finally:
             model.train()
 

@@ -22,8 +22,9 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit"), "quantize": ("", "nf4", "int8"), "full_disk": ("stop", "go-on"),
     "track": ("", "tensorboard", "wandb", "swanlab"),
 }
-# Settings that may differ when a run is resumed, besides those of the group "run": they do not change what is learned.
-FREE_TO_CHANGE = ("workers", "device", "parallel", "compile")
+# Settings that may differ when a run is resumed, besides those of the group "run": they do not change what is learned. Of
+# the batch, the loop checks that processes × batch size × accumulate stay what they were.
+FREE_TO_CHANGE = ("workers", "device", "parallel", "compile", "batch_size", "accumulate")
 
 
 def _setting(default: Any, group: str, help: str) -> Any:
@@ -166,7 +167,7 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """A run goes on as it began, or its result is neither the one nor the other."""
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})" for name in now if name in before
-               and now[name] != before[name] and name not in FREE_TO_CHANGE
+               and now[name] not in (before[name], "auto") and name not in FREE_TO_CHANGE
                and Settings.__dataclass_fields__[name].metadata["group"] != "run"]
     if changed:
         raise NanoVLMError(f"{path}: the run began with other settings, and these would change its result: {', '.join(changed)}; "

@@ -224,6 +224,40 @@ def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept(tiny, tmp_path, 
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
 
 
+def test_a_validation_that_is_not_a_number_is_never_the_best(tiny, tmp_path, monkeypatch):
+    losses = iter([None, 0.5, 2.0, None, 1.9])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val_loss": next(losses)})
+    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1)
+    assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
+
+
+def test_random_numbers_of_a_step_do_not_depend_on_what_came_before(tiny, tmp_path, monkeypatch):
+    settings = dict(init=str(tiny.model), train="projector,text", lora_rank=2, lora_dropout=0.5, max_steps=4, dtype="bf16")
+    whole = tiny.train(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, 1)
+        tiny.train(tmp_path / "stopped", **settings)
+    torch.randn(7)
+    stopped = tiny.train(tmp_path / "stopped", **settings, resume=True)
+    assert metrics(stopped) == metrics(whole)
+    assert (stopped / "adapter/adapter.safetensors").read_bytes() == (whole / "adapter/adapter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"accumulate": 2}, {"data": "fewer"}])
+def test_a_run_does_not_go_on_with_other_batches_or_data(tiny, tmp_path, monkeypatch, changes):
+    settings = dict(init=str(tiny.model), batch_size=4, max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, 1)
+        tiny.train(tmp_path / "run", **settings)
+    if "data" in changes:
+        lines = (tiny.data / "train.jsonl").read_text().splitlines()[:-1]
+        (tmp_path / "fewer.jsonl").write_text("\n".join(lines))
+        changes = {"data": str(tmp_path / "fewer.jsonl"), "images": str(tiny.data)}
+    with pytest.raises(NanoVLMError, match="records .* were .* and are .* now"):
+        tiny.train(tmp_path / "run", **settings | changes, resume=True)
+    tiny.train(tmp_path / "run", **settings | changes, resume=True, allow_changes=True)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits_with_its_status(tiny, tmp_path, monkeypatch, number, status):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:

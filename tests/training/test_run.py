@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,14 @@ def test_the_next_stage_starts_from_the_last_one(tiny, finished, tmp_path):
     model = run_stage(tiny.settings(tmp_path / "run", init=str(finished / "model"), train="projector,text", max_steps=1))
     assert model == tmp_path / "run" / "model"
     VisionLanguageModel.from_pretrained(model)
+
+
+def test_what_a_killed_process_left_half_written_is_no_run(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".settings.toml.123.tmp").write_text("")
+    assert (tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=1) / "model").is_dir()
+
+
+def test_the_settings_of_a_run_name_the_number_format_it_chose(tiny, tmp_path):
+    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=1, dtype="auto")
+    assert tomllib.loads((run / "settings.toml").read_text())["dtype"] in ("bf16", "fp32")

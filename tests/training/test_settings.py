@@ -58,8 +58,8 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
 def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
     (tmp_path / "settings.toml").write_text(to_toml(Settings(batch_size=7, lr=0.5, out=str(tmp_path))))
     again = ("--resume", "--out", str(tmp_path))
-    told = refusal(*again, "--batch-size", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
-    assert "--batch-size 8 (was 7), --lr 0.25 (was 0.5); leave" in told and "workers" not in told and "keep" not in told
+    told = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
+    assert "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in told and "workers" not in told and "keep" not in told
     same = load_settings("stage1", [*again, "--batch-size", "7", "--workers", "3", "--keep", "9", "--val-every", "5"])
     assert (same.batch_size, same.workers, same.keep, same.val_every) == (7, 3, 9, 5)
     changed = load_settings("stage1", [*again, "--lr", "0.25", "--allow-changes"])
