@@ -55,7 +55,7 @@ class Shapes:
 
     @property
     def patches(self) -> int:
-        return (self.image.height // self.vision.patch_size) * (self.image.width // self.vision.patch_size)
+        return self.vision.num_patches(self.image.height, self.image.width)
 
     @property
     def tokens(self) -> int:

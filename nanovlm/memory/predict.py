@@ -98,8 +98,7 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
     """The blocks of both towers that a gradient flows through: those that learn, and all above one that does."""
     vision, text, kept = model.config.vision, model.config.text, []
     sees = work.images > 0
-    depth, layer = len(model.vision.blocks), model.config.vision_layer
-    looked = (depth if layer == -1 else layer % (depth + 1)) if sees else 0
+    looked = vision.blocks_below(model.config.vision_layer) if sees else 0
     flows = _learns(model.vision.patch_embedding)
     for block in model.vision.blocks[:looked]:
         flows = flows or _learns(block)

@@ -67,8 +67,7 @@ class Work:
 
 def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
     """(N, P, C_v) of the patch vectors that the eyes give."""
-    rows, columns = (side // config.vision.patch_size for side in (config.image.height, config.image.width))
-    return images, rows * columns, config.vision.hidden_size
+    return images, config.vision.num_patches(config.image.height, config.image.width), config.vision.hidden_size
 
 
 def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:

@@ -106,12 +106,12 @@ def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: i
 def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]:
     """Of the eyes, up to the layer that is looked at; and whether a gradient flows out of them."""
     vision, image, layer = model.vision, model.config.image, model.config.vision_layer
-    patches = (image.height // vision.config.patch_size) * (image.width // vision.config.patch_size)
+    patches = vision.config.num_patches(image.height, image.width)
     tokens = 1 + vision.config.num_register_tokens + patches
-    embedding, depth = vision.patch_embedding.weight, len(vision.blocks)
+    embedding = vision.patch_embedding.weight
     flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
     flows = _learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
-    for block in vision.blocks[:depth if layer == -1 else layer % (depth + 1)]:
+    for block in vision.blocks[:vision.config.blocks_below(layer)]:
         flows = flows or _learns(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)
         flows = flows or _learns(block)
