@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nanovlm.attention import Attention
+from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.vlm import Batch, VisionLanguageModel
@@ -86,20 +87,20 @@ def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: i
         layers = [layer for layer in model.projector.modules() if isinstance(layer, nn.Linear)]
         for layer in layers:
             flops += _matrix_flops(layer, images * model.image_length, flows)
-            flows = flows or _learns(layer)
-    flows = flows or _learns(model.decoder.embed_tokens)
+            flows = flows or learns(layer)
+    flows = flows or learns(model.decoder.embed_tokens)
     tokens = rows * length
     for block in model.decoder.blocks:
-        flows = flows or _learns(block.attention_norm)
+        flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, rows, length, flows)
-        flows = flows or _learns(block.attention) or _learns(block.mlp_norm)
+        flows = flows or learns(block.attention) or learns(block.mlp_norm)
         passing = targets if block is model.decoder.blocks[-1] else tokens
         flops += _matrix_flops(block.mlp.gate_proj, passing, flows) + _matrix_flops(block.mlp.up_proj, passing, flows)
-        flows = flows or _learns(block.mlp.gate_proj) or _learns(block.mlp.up_proj)
+        flows = flows or learns(block.mlp.gate_proj) or learns(block.mlp.up_proj)
         flops += _matrix_flops(block.mlp.down_proj, passing, flows)
-        flows = flows or _learns(block.mlp)
+        flows = flows or learns(block.mlp)
     head = model.decoder.head_weight
-    flows = flows or _learns(model.decoder.norm)
+    flows = flows or learns(model.decoder.norm)
     return flops + 2 * targets * head.numel() * (1 + flows + head.requires_grad)
 
 
@@ -110,21 +111,21 @@ def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]
     tokens = 1 + vision.config.num_register_tokens + patches
     embedding = vision.patch_embedding.weight
     flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
-    flows = _learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
+    flows = learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
     for block in vision.blocks[:vision.config.blocks_below(layer)]:
-        flows = flows or _learns(block.attention_norm)
+        flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)
-        flows = flows or _learns(block)
+        flows = flows or learns(block)
         flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
         flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
-    return flops, flows or (layer == -1 and _learns(vision.norm))
+    return flops, flows or (layer == -1 and learns(vision.norm))
 
 
 def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:
     """Of the four matrices, the scores and the sum over values."""
     tokens, projections = rows * length, (attention.q_proj, attention.k_proj, attention.v_proj)
     flops = sum(_matrix_flops(layer, tokens, flows) for layer in projections)
-    inside = flows or any(_learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm))
+    inside = flows or any(learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm))
     flops += 4 * rows * length * length * attention.num_heads * attention.head_dim * (1 + 2 * inside)
     return flops + _matrix_flops(attention.out_proj, tokens, inside)
 
@@ -134,9 +135,5 @@ def _matrix_flops(layer: nn.Module, tokens: int, flows: bool) -> float:
     if isinstance(layer, LoRALinear):
         narrow, wide = layer.lora_A.numel(), layer.lora_B.numel()
         return _matrix_flops(layer.base, tokens, flows) + 2 * tokens * (narrow * (2 + flows) + wide * 3)
-    learns = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
-    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learns)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    learned = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
+    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learned)

@@ -22,7 +22,7 @@ from nanovlm.files import write_atomically
 from nanovlm.image import open_image, preprocess
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
-from nanovlm.training.freezing import describe
+from nanovlm.training.freezing import describe, learns
 from nanovlm.training.loop import train
 from nanovlm.training.lora import LoRAConfig, merged_tensors, save_adapter
 from nanovlm.training.parallel import Parallel
@@ -55,7 +55,7 @@ def run_stage(settings: Settings) -> Path:
 
     features = None
     if settings.cache_features:
-        if any(parameter.requires_grad for parameter in model.vision.parameters()):
+        if learns(model.vision):
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
         precision.place(model.vision)
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
