@@ -57,19 +57,22 @@ class Utilisation:
 
     def __init__(self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._peak = model, peak_flops(device, dtype)
-        self._flops = 0.0
+        self._shapes: list[dict[str, int]] = []
 
     def add(self, batches: Iterable[Batch | None]) -> None:
-        """Count what this process computes for `batches`; nothing where the peak is not known."""
+        """Note the shapes of what this process computes; nothing where the peak is not known. No arithmetic yet: it walks
+        through the whole model, which takes milliseconds that a GPU would wait."""
         for batch in batches if self._peak else ():
             if batch is not None:
                 rows, length = batch.input_ids.shape
-                self._flops += step_flops(self._model, rows=rows, length=length, targets=len(batch.targets),
-                                          images=len(batch.image_positions) // self._model.image_length, looked=batch.patches is None)
+                self._shapes.append(dict(rows=rows, length=length, targets=len(batch.targets),
+                                         images=len(batch.image_positions) // self._model.image_length,
+                                         looked=batch.patches is None))
 
     def read(self, seconds: float) -> dict[str, float]:
-        """`{"mfu": share}` of the counted work in `seconds`, or nothing; counts from 0 again."""
-        flops, self._flops = self._flops, 0.0
+        """`{"mfu": share}` of the work noted in `seconds`, or nothing; begins anew."""
+        shapes, self._shapes = self._shapes, []
+        flops = sum(step_flops(self._model, **shape) for shape in shapes)
         return {"mfu": round(flops / seconds / self._peak, 4)} if self._peak else {}
 
 
