@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from nanovlm.bench import ladder
@@ -107,10 +106,7 @@ def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
         side_class = NanoVLM
     side = side_class(arguments.weights, bench.device, bench.dtype, bench.image_token_id)
     if arguments.compile:
-        for blocks in (module for part in (side.vision, side.decoder) for module in part.modules()
-                       if isinstance(module, nn.ModuleList)):
-            for block in blocks:
-                block.compile()
+        side.compile()
     return side
 
 
@@ -142,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
     parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")
