@@ -26,7 +26,7 @@ from nanovlm.bench import ladder
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import NanoVLMError, run, say
 from nanovlm.files import read_json
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
@@ -54,12 +54,12 @@ def main() -> None:
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
-    _say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
-         f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
+    say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
     names = ["nanovlm", "transformers"]
     if importlib.util.find_spec("transformers") is None:
         names.remove("transformers")
-        _say("transformers is not installed: nanovlm's figures alone")
+        say("transformers is not installed: nanovlm's figures alone")
     figures = _measure(bench, tasks, names, arguments)
     print(json.dumps(figures) if arguments.json else _table(figures))
 
@@ -72,7 +72,7 @@ def _measure(bench: Bench, tasks: list[str], names: list[str], arguments: argpar
     if timed := [task for task in tasks if task != "memory"]:
         sides = [_build(name, bench, arguments) for name in names]
         if len(sides) == 2:
-            _say(compare(bench, *sides))
+            say(compare(bench, *sides))
         for task in timed:
             figures |= _time(bench, task, sides, arguments.rounds)
     return {name: figures[name] for name in ROWS if name in figures}
@@ -125,10 +125,6 @@ def _vocabulary(weights: Path) -> int:
     if "vocab_size" not in config:
         raise NanoVLMError(f"{weights / TEXT / 'config.json'}: key 'vocab_size' is missing")
     return config["vocab_size"]
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
