@@ -16,7 +16,7 @@ import torch
 from nanovlm.chat import IMAGE, IMAGE_MARKER, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.image import open_image, preprocess
 from nanovlm.training.lora import load_adapter, merge_adapters
@@ -84,8 +84,8 @@ def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[to
     print()
     if arguments.verbose:
         seconds = time.perf_counter() - first
-        print(f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
-              f"tokens/s for {len(tokens)} tokens", file=sys.stderr)
+        say(f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
+            f"tokens/s for {len(tokens)} tokens")
     return "".join(answer)
 
 
@@ -130,12 +130,11 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         merge_adapters(model)
     model.to(device)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"model: {shown}" + (f" ({why})" if why else ""), file=sys.stderr)
+    say(f"model: {shown}" + (f" ({why})" if why else ""))
     if arguments.adapter:
-        print(f"adapter: {arguments.adapter}", file=sys.stderr)
+        say(f"adapter: {arguments.adapter}")
     if folder == SHIPPED:
-        print("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)",
-              file=sys.stderr)
+        say("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)")
     return model
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from data_tools.scenes_text import Question, questions  # noqa: E402
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene  # noqa: E402
 from nanovlm.decoder import Decoder, DecoderConfig  # noqa: E402
-from nanovlm.errors import CommandParser, run  # noqa: E402
+from nanovlm.errors import CommandParser, run, say  # noqa: E402
 from nanovlm.files import read_json, write_atomically  # noqa: E402
 from nanovlm.image import ImageConfig  # noqa: E402
 from nanovlm.projector import ProjectorConfig, build_projector  # noqa: E402
@@ -55,7 +55,7 @@ class Shapes:
 
     @property
     def patches(self) -> int:
-        return (self.image.height // self.vision.patch_size) * (self.image.width // self.vision.patch_size)
+        return self.vision.num_patches(self.image.height, self.image.width)
 
     @property
     def tokens(self) -> int:
@@ -262,7 +262,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in zip(("architecture.png", "scene.png"), draw_architecture()):
         write_atomically(folder / name, data)
-        print(folder / name, file=sys.stderr)
+        say(str(folder / name))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
 from data_tools.caption_questions import THINGS  # noqa: E402
-from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
 from nanovlm.files import write_atomically  # noqa: E402
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
@@ -72,7 +72,7 @@ class Skipped:
                 f"{self.source}: {len(self.names)} of {total} cannot be used, more than {MAX_SKIPPED:.0%} ({listed}); "
                 "check that the files belong together"
             )
-        print(f"{self.source}: skipped {len(self.names)} of {total}: {'; '.join(self.names)}", file=sys.stderr)
+        say(f"{self.source}: skipped {len(self.names)} of {total}: {'; '.join(self.names)}")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -307,8 +307,8 @@ def main() -> None:
     for path, data in files.items():
         write_new(path, data)
         count = data.count(b"\n")
-        print(f"{path}: {count:,} records", file=sys.stderr)
-    print(f"{arguments.out / 'images'}: {len(names):,} photos", file=sys.stderr)
+        say(f"{path}: {count:,} records")
+    say(f"{arguments.out / 'images'}: {len(names):,} photos")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data_tools.scenes_text import KINDS, questions
 from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.files import read_json, write_atomically
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
@@ -52,16 +52,16 @@ def make_scenes(
         raise NanoVLMError(f"{given}: scenes start at 1, workers at 0 (all cores)")
     settings = {"version": VERSION, "seed": seed, "scenes": scenes, "eval_scenes": eval_scenes}
     if _already_there(out, settings):
-        print(f"{out}: already holds these scenes", file=sys.stderr)
+        say(f"{out}: already holds these scenes")
         return out
-    print(f"{out}: drawing the toy world ({scenes} training scenes, seed {seed})", file=sys.stderr)
+    say(f"{out}: drawing the toy world ({scenes} training scenes, seed {seed})")
     try:
         with _appear_whole(out) as folder:
             world = _fill(folder, settings, workers)
     except OSError as error:
         where = error.filename or out
         raise NanoVLMError(f"{where}: cannot be written ({error.strerror}); choose another --out") from None
-    print(summary(world), file=sys.stderr)
+    say(summary(world))
     return out
 
 

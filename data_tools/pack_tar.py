@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from nanovlm import archive  # noqa: E402
 from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
-from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
 from nanovlm.files import atomic_path, write_atomically  # noqa: E402
 
 
@@ -36,7 +36,7 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
     """Write the shards of about `size` images each and return how many there are. Nothing is written for bad records."""
     records, skipped = read_records(data, images)
     for reason in skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
+        say(f"skipped: {reason}")
     usable = {record.where: record.images for record in records}
     entries = ((entry, usable[where]) for path in record_files(data)
                for where, entry in read_entries(path) if where in usable)
@@ -108,7 +108,7 @@ def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
     parser = CommandParser(description="Turn records and a folder of images into shards: .jsonl and .tar files.")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records; several with commas, or a pattern in quotes")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records; several with commas, or a pattern, quoted")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--size", type=int, default=10_000, metavar="N", help="images a shard holds (default: 10,000)")
@@ -124,7 +124,7 @@ def main() -> None:
         raise NanoVLMError(f"{arguments.out}: holds shards already; delete them or choose another --out")
     arguments.out.mkdir(parents=True, exist_ok=True)
     count = pack(arguments.data, arguments.images, arguments.out, arguments.size)
-    print(f"{arguments.out}: {count:,} shards", file=sys.stderr)
+    say(f"{arguments.out}: {count:,} shards")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker o
 
 from data_tools.pretrain_tiny_text import pretrain_text
 from data_tools.pretrain_tiny_vision import pretrain_vision
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 
 FOLDERS = {"vision": "tiny-vision", "text": "tiny-text"}
 
@@ -37,10 +37,10 @@ def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{folder}: {(time.perf_counter() - started) / 60:.1f} minutes", file=sys.stderr)
+    say(f"{folder}: {(time.perf_counter() - started) / 60:.1f} minutes")
     for split, shares in result.items():
         shown = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
-        print(f"  {split}, right: {shown}", file=sys.stderr)
+        say(f"  {split}, right: {shown}")
 
 
 def main() -> None:

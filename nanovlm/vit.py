@@ -61,6 +61,14 @@ class VisionConfig:
     def from_dict(cls, config: dict) -> "VisionConfig":
         return from_dict(cls, config)
 
+    def num_patches(self, height: int, width: int) -> int:
+        """Of an image of so many pixels."""
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def blocks_below(self, layer: int) -> int:
+        """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
+        return layer % (self.num_hidden_layers + 1)
+
 
 class VisionMLP(nn.Module):
     """Linear, GELU, linear; or SwiGLU (Shazeer 2020) when `swiglu`, its gate and value in one matrix as published."""
@@ -129,7 +137,7 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if not -depth - 1 <= layer <= depth:
             raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; take one from {-depth - 1} to {depth}")
-        tokens = self(pixels) if layer == -1 else self._run_blocks(pixels, layer % (depth + 1))
+        tokens = self(pixels) if layer == -1 else self._run_blocks(pixels, self.config.blocks_below(layer))
         return tokens[:, 1 + self.config.num_register_tokens:]
 
     def _run_blocks(self, pixels: Tensor, count: int) -> Tensor:

@@ -96,9 +96,8 @@ class VisionLanguageModel(nn.Module):
         self.vision = VisionTransformer(config.vision)
         self.projector = build_projector(config.projector, config.vision.hidden_size, config.text.hidden_size)
         self.decoder = Decoder(config.text)
-        patch_size = config.vision.patch_size
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens an image takes
-            (config.image.height // patch_size) * (config.image.width // patch_size))
+            config.vision.num_patches(config.image.height, config.image.width))
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,

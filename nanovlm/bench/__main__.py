@@ -20,14 +20,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from nanovlm.bench import ladder
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import NanoVLMError, run, say
 from nanovlm.files import read_json
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
@@ -55,12 +54,12 @@ def main() -> None:
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
-    _say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
-         f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
+    say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
     names = ["nanovlm", "transformers"]
     if importlib.util.find_spec("transformers") is None:
         names.remove("transformers")
-        _say("transformers is not installed: nanovlm's figures alone")
+        say("transformers is not installed: nanovlm's figures alone")
     figures = _measure(bench, tasks, names, arguments)
     print(json.dumps(figures) if arguments.json else _table(figures))
 
@@ -73,7 +72,7 @@ def _measure(bench: Bench, tasks: list[str], names: list[str], arguments: argpar
     if timed := [task for task in tasks if task != "memory"]:
         sides = [_build(name, bench, arguments) for name in names]
         if len(sides) == 2:
-            _say(compare(bench, *sides))
+            say(compare(bench, *sides))
         for task in timed:
             figures |= _time(bench, task, sides, arguments.rounds)
     return {name: figures[name] for name in ROWS if name in figures}
@@ -107,10 +106,7 @@ def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
         side_class = NanoVLM
     side = side_class(arguments.weights, bench.device, bench.dtype, bench.image_token_id)
     if arguments.compile:
-        for blocks in (module for part in (side.vision, side.decoder) for module in part.modules()
-                       if isinstance(module, nn.ModuleList)):
-            for block in blocks:
-                block.compile()
+        side.compile()
     return side
 
 
@@ -131,10 +127,6 @@ def _vocabulary(weights: Path) -> int:
     return config["vocab_size"]
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}")
@@ -142,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
     parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")

@@ -18,8 +18,8 @@ from nanovlm.bench.sides import IMAGE_SIZE, TEXT, VISION
 from nanovlm.chat import IGNORED, Encoded
 from nanovlm.data.batches import Row, collate
 from nanovlm.data.packing import first_fit_decreasing, join
-from nanovlm.device import peak_memory
-from nanovlm.errors import NanoVLMError
+from nanovlm.device import give_back_freed_memory, peak_memory
+from nanovlm.errors import NanoVLMError, say
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
@@ -58,7 +58,7 @@ def climb(weights: Path, device: torch.device, rounds: int, names: list[str]) ->
     """Measure the rungs `names`, each in a fresh process: rung → figure. Differences of loss are against the first."""
     figures: dict[str, dict[str, float]] = {}
     for name in names:
-        print(f"{name} …", file=sys.stderr)
+        say(f"{name} …")
         command = [sys.executable, "-m", "nanovlm.bench", "--weights", str(weights), "--device", device.type,
                    "--rounds", str(rounds), "--rung", name]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -82,6 +82,8 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
         compile_blocks(model, device)
     if rung.checkpointed:
         checkpoint_blocks(model)
+        if device.type == "cpu":  # as a run does
+            give_back_freed_memory()
     optimizer = build_optimizer(model, settings)
     set_learning_rates(optimizer, 1.0)
     batch, tokens = make_batch(model, rung.packed)

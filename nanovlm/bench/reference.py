@@ -38,6 +38,12 @@ class Transformers:
         self.model.generation_config = GenerationConfig(do_sample=False)  # without an end, so that lengths are fixed
         self.vision, self.projector, self.decoder = vision, layers, decoder
 
+    def compile(self) -> None:
+        for tower in (self.vision, self.decoder):
+            for blocks in (module for module in tower.modules() if isinstance(module, nn.ModuleList)):
+                for block in blocks:
+                    block.compile()
+
     def prepare(self, work: Work) -> dict[str, Any]:
         return {"input_ids": work.input_ids, "attention_mask": torch.ones_like(work.input_ids),
                 "pixel_values": work.pixels, "labels": work.labels}

@@ -13,6 +13,7 @@ from nanovlm.chat import IGNORED
 from nanovlm.generate import decode
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig, build_projector
+from nanovlm.training.blocks import compile_blocks
 from nanovlm.vlm import Batch, VisionLanguageModel
 
 VISION, TEXT = "dinov2-small", "qwen2.5-0.5b"  # the two folders of hub files that are read
@@ -42,6 +43,9 @@ class Side(Protocol):
     projector: nn.Module
     decoder: nn.Module
 
+    def compile(self) -> None:
+        """The blocks of both towers, by torch.compile."""
+
     def prepare(self, work: Work) -> Any: ...
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -68,6 +72,10 @@ class NanoVLM:
         # What LLaVA models look at: the last block's output, before the final norm.
         self.model.config = dataclasses.replace(self.model.config, vision_layer=len(self.vision.blocks))
         self.image_token_id = image_token_id
+
+    def compile(self) -> None:
+        """As a run does: generation, which brings a cache, runs the blocks as they are."""
+        compile_blocks(self.model, self.vision.cls_token.device)
 
     def prepare(self, work: Work) -> Batch:
         targets = work.labels.flatten()

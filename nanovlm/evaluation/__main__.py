@@ -7,7 +7,6 @@ prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. P
 """
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize
 from nanovlm.files import write_atomically
@@ -31,12 +30,12 @@ def main() -> None:
         raise NanoVLMError(f"{arguments.answers.parent}: is not a folder; make it, so that --answers can be written")
     records, skipped = read_records(arguments.data, arguments.images)
     for reason in skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
+        say(f"skipped: {reason}")
     records = records[:arguments.limit or None]
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = VisionLanguageModel.from_pretrained(arguments.model, dtype).to(device)
-    print(f"model: {arguments.model}" + (f" ({why})" if why else ""), file=sys.stderr)
+    say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
     stream = answer_records(model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control)
     answers = list(tqdm(stream, total=len(records), desc=f"answering ({arguments.control} control)", unit="question",
                         dynamic_ncols=True))
@@ -59,7 +58,7 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
         exact[kind].append(right(answer, references_of(record)))
     for kind, outcomes in sorted(exact.items()):
         if kind:
-            print(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}", file=sys.stderr)
+            say(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}")
     tokens, reference_tokens = [tokenize(answer) for answer in answers], [[tokenize(text) for text in references_of(record)]
                                                                          for record in records]
     outcomes = [outcome for group in exact.values() for outcome in group]

@@ -9,6 +9,7 @@ from nanovlm.loss import CHUNK
 from nanovlm.memory.activations import FP32, Computing, Kept, cast_bytes, decoder_block, looking, vision_block
 from nanovlm.memory.shapes import Work, feature_shape, prepared
 from nanovlm.training.adamw import SLICE
+from nanovlm.training.freezing import learns
 from nanovlm.training.optimizer import state_bytes
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -98,17 +99,16 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
     """The blocks of both towers that a gradient flows through: those that learn, and all above one that does."""
     vision, text, kept = model.config.vision, model.config.text, []
     sees = work.images > 0
-    depth, layer = len(model.vision.blocks), model.config.vision_layer
-    looked = (depth if layer == -1 else layer % (depth + 1)) if sees else 0
-    flows = _learns(model.vision.patch_embedding)
+    looked = vision.blocks_below(model.config.vision_layer) if sees else 0
+    flows = learns(model.vision.patch_embedding)
     for block in model.vision.blocks[:looked]:
-        flows = flows or _learns(block)
+        flows = flows or learns(block)
         if flows:
             stream = FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
             kept.append(vision_block(block, vision, work.images, _image_tokens(model), computing, stream))
-    flows = sees and (flows or _learns(model.projector)) or _learns(model.decoder.embed_tokens)
+    flows = sees and (flows or learns(model.projector)) or learns(model.decoder.embed_tokens)
     for block in model.decoder.blocks:
-        flows = flows or _learns(block)
+        flows = flows or learns(block)
         if flows:
             positions = work.targets if block is model.decoder.blocks[-1] else work.rows * work.length
             kept.append(decoder_block(block, text, work.rows, work.length, positions, computing))
@@ -121,22 +121,23 @@ def _around_blocks(model: VisionLanguageModel, work: Work, computing: Computing)
     config, size, width = model.config, computing.size, model.config.text.hidden_size
     kept = 2 * work.rows * work.length * config.text.head_dim * size + work.targets * (width * size + FP32)
     seen = work.images * _image_tokens(model) * config.vision.hidden_size
-    if work.images and _learns(model.vision.patch_embedding):
+    if work.images and learns(model.vision.patch_embedding):
         kept += work.images * 3 * config.image.height * config.image.width * (size if size < FP32 else 0)
         kept += cast_bytes(model.vision.patch_embedding, computing)
-    if work.images and _learns(model.vision.norm):
+    if work.images and learns(model.vision.norm):
         kept += seen * FP32
-    learns, tokens = _learns(model.projector), work.images * model.image_length
-    if learns:
+    projector_learns, tokens = learns(model.projector), work.images * model.image_length
+    if projector_learns:
         first = next(layer for layer in model.projector.modules() if isinstance(layer, torch.nn.Linear))
         kept += tokens * first.in_features * size + cast_bytes(model.projector, computing)
-    if learns or _learns(model.vision):  # the visual tokens; before them a GELU keeps its input, its matrix its own
-        kept += tokens * width * size * (1 + (1 + learns) * hasattr(model.projector, "up"))
+    if projector_learns or learns(model.vision):
+        # The visual tokens; before them a GELU keeps its input, its matrix its own.
+        kept += tokens * width * size * (1 + (1 + projector_learns) * hasattr(model.projector, "up"))
     return kept
 
 
 def _looking(model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings) -> float:
-    if settings.cache_features or _learns(model.vision):
+    if settings.cache_features or learns(model.vision):
         return 0
     return looking(model.config.vision, work.images, _image_tokens(model), computing)
 
@@ -144,7 +145,3 @@ def _looking(model: VisionLanguageModel, work: Work, computing: Computing, setti
 def _image_tokens(model: VisionLanguageModel) -> int:
     """Tokens of an image in the eyes: patches, CLS and registers."""
     return 1 + model.config.vision.num_register_tokens + feature_shape(model.config, images=1)[1]
-
-
-def _learns(module: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

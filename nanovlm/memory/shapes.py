@@ -1,6 +1,5 @@
 """The shapes that memory depends on, without weights or words: a model of `config.json` files, and a step's batch."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,8 @@ from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig
-from nanovlm.training.freezing import freeze
-from nanovlm.training.lora import LoRAConfig, add_adapters
+from nanovlm.training.building import projector_and_image, set_up
 from nanovlm.training.precision import Precision
-from nanovlm.training.quantization import quantize_
 from nanovlm.training.settings import Settings
 from nanovlm.vit import VisionConfig
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
@@ -67,8 +62,7 @@ class Work:
 
 def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
     """(N, P, C_v) of the patch vectors that the eyes give."""
-    rows, columns = (side // config.vision.patch_size for side in (config.image.height, config.image.width))
-    return images, rows * columns, config.vision.hidden_size
+    return images, config.vision.num_patches(config.image.height, config.image.width), config.vision.hidden_size
 
 
 def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:
@@ -97,12 +91,7 @@ def model_config(settings: Settings) -> VLMConfig:
         return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
     vision = _part(settings.vision or "dinov2-small", EYES, VisionConfig, "--vision")
     text = _part(settings.text or "qwen2.5-0.5b", VOICES, DecoderConfig, "--text")
-    preprocessor = Path(settings.vision) / "preprocessor_config.json"
-    image = ImageConfig.from_hf(read_json(preprocessor)) if settings.vision and preprocessor.exists() else ImageConfig()
-    image = dataclasses.replace(image, fit="squash", shortest_edge=None, height=settings.image_size or image.height,
-                                width=settings.image_size or image.width)
-    projector = ProjectorConfig(settings.projector, settings.grid, settings.scale)
-    return VLMConfig(vision, text, projector, image, ChatConfig(), settings.vision_layer)
+    return VLMConfig(vision, text, *projector_and_image(settings), ChatConfig(), settings.vision_layer)
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
@@ -115,11 +104,7 @@ def skeleton(config: VLMConfig) -> VisionLanguageModel:
 def prepared(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
     """The skeleton as a run sets it up: what is quantised, adapted and frozen, each tensor in its number format."""
     model, meta = skeleton(config), torch.device("meta")
-    if settings.quantize:
-        quantize_(model.decoder.blocks, settings.quantize, meta)
-    if settings.lora_rank:
-        add_adapters(model.decoder, LoRAConfig.from_settings(settings))
-    freeze(model, settings)
+    set_up(model, settings, meta)
     Precision(precision.dtype, meta, settings.stochastic_rounding).place(model)
     return model
 

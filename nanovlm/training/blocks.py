@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanovlm.attention import KVCache
 from nanovlm.errors import NanoVLMError
+from nanovlm.training.freezing import learns
 from nanovlm.vlm import VisionLanguageModel
 
 
@@ -54,7 +55,6 @@ def _without_cache(forward: Callable[..., Tensor], replacement: Callable[..., Te
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], dropout: bool, hidden_states: Tensor, *arguments,
                   **options) -> Tensor:
-    learns = hidden_states.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
-    if not (learns and torch.is_grad_enabled()):  # nothing is kept for a backward pass anyway
+    if not (torch.is_grad_enabled() and (hidden_states.requires_grad or learns(block))):  # nothing is kept
         return forward(hidden_states, *arguments, **options)
     return checkpoint(forward, hidden_states, *arguments, use_reentrant=False, preserve_rng_state=dropout, **options)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nanovlm.attention import Attention
+from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.vlm import Batch, VisionLanguageModel
@@ -56,19 +57,22 @@ class Utilisation:
 
     def __init__(self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._peak = model, peak_flops(device, dtype)
-        self._flops = 0.0
+        self._shapes: list[dict[str, int]] = []
 
     def add(self, batches: Iterable[Batch | None]) -> None:
-        """Count what this process computes for `batches`; nothing where the peak is not known."""
+        """Note the shapes of what this process computes; nothing where the peak is not known. No arithmetic yet: it walks
+        through the whole model, which takes milliseconds that a GPU would wait."""
         for batch in batches if self._peak else ():
             if batch is not None:
                 rows, length = batch.input_ids.shape
-                self._flops += step_flops(self._model, rows=rows, length=length, targets=len(batch.targets),
-                                          images=len(batch.image_positions) // self._model.image_length, looked=batch.patches is None)
+                self._shapes.append(dict(rows=rows, length=length, targets=len(batch.targets),
+                                         images=len(batch.image_positions) // self._model.image_length,
+                                         looked=batch.patches is None))
 
     def read(self, seconds: float) -> dict[str, float]:
-        """`{"mfu": share}` of the counted work in `seconds`, or nothing; counts from 0 again."""
-        flops, self._flops = self._flops, 0.0
+        """`{"mfu": share}` of the work noted in `seconds`, or nothing; begins anew."""
+        shapes, self._shapes = self._shapes, []
+        flops = sum(step_flops(self._model, **shape) for shape in shapes)
         return {"mfu": round(flops / seconds / self._peak, 4)} if self._peak else {}
 
 
@@ -86,45 +90,45 @@ def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: i
         layers = [layer for layer in model.projector.modules() if isinstance(layer, nn.Linear)]
         for layer in layers:
             flops += _matrix_flops(layer, images * model.image_length, flows)
-            flows = flows or _learns(layer)
-    flows = flows or _learns(model.decoder.embed_tokens)
+            flows = flows or learns(layer)
+    flows = flows or learns(model.decoder.embed_tokens)
     tokens = rows * length
     for block in model.decoder.blocks:
-        flows = flows or _learns(block.attention_norm)
+        flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, rows, length, flows)
-        flows = flows or _learns(block.attention) or _learns(block.mlp_norm)
+        flows = flows or learns(block.attention) or learns(block.mlp_norm)
         passing = targets if block is model.decoder.blocks[-1] else tokens
         flops += _matrix_flops(block.mlp.gate_proj, passing, flows) + _matrix_flops(block.mlp.up_proj, passing, flows)
-        flows = flows or _learns(block.mlp.gate_proj) or _learns(block.mlp.up_proj)
+        flows = flows or learns(block.mlp.gate_proj) or learns(block.mlp.up_proj)
         flops += _matrix_flops(block.mlp.down_proj, passing, flows)
-        flows = flows or _learns(block.mlp)
+        flows = flows or learns(block.mlp)
     head = model.decoder.head_weight
-    flows = flows or _learns(model.decoder.norm)
+    flows = flows or learns(model.decoder.norm)
     return flops + 2 * targets * head.numel() * (1 + flows + head.requires_grad)
 
 
 def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]:
     """Of the eyes, up to the layer that is looked at; and whether a gradient flows out of them."""
     vision, image, layer = model.vision, model.config.image, model.config.vision_layer
-    patches = (image.height // vision.config.patch_size) * (image.width // vision.config.patch_size)
+    patches = vision.config.num_patches(image.height, image.width)
     tokens = 1 + vision.config.num_register_tokens + patches
-    embedding, depth = vision.patch_embedding.weight, len(vision.blocks)
+    embedding = vision.patch_embedding.weight
     flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
-    flows = _learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
-    for block in vision.blocks[:depth if layer == -1 else layer % (depth + 1)]:
-        flows = flows or _learns(block.attention_norm)
+    flows = learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
+    for block in vision.blocks[:vision.config.blocks_below(layer)]:
+        flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)
-        flows = flows or _learns(block)
+        flows = flows or learns(block)
         flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
         flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
-    return flops, flows or (layer == -1 and _learns(vision.norm))
+    return flops, flows or (layer == -1 and learns(vision.norm))
 
 
 def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:
     """Of the four matrices, the scores and the sum over values."""
     tokens, projections = rows * length, (attention.q_proj, attention.k_proj, attention.v_proj)
     flops = sum(_matrix_flops(layer, tokens, flows) for layer in projections)
-    inside = flows or any(_learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm))
+    inside = flows or any(learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm))
     flops += 4 * rows * length * length * attention.num_heads * attention.head_dim * (1 + 2 * inside)
     return flops + _matrix_flops(attention.out_proj, tokens, inside)
 
@@ -134,9 +138,5 @@ def _matrix_flops(layer: nn.Module, tokens: int, flows: bool) -> float:
     if isinstance(layer, LoRALinear):
         narrow, wide = layer.lora_A.numel(), layer.lora_B.numel()
         return _matrix_flops(layer.base, tokens, flows) + 2 * tokens * (narrow * (2 + flows) + wide * 3)
-    learns = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
-    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learns)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    learned = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
+    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learned)

@@ -1,6 +1,7 @@
 """What learns: which parts, how deep, how fast; and what that costs in memory."""
 
 import torch
+from torch import nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training.lora import adapter_parameters
@@ -38,6 +39,11 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
             parameter.requires_grad_(True)
     if settings.text_embedding:
         decoder.embed_tokens.requires_grad_(True)
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether anything in `module` does."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def describe(model: VisionLanguageModel, settings: Settings) -> str:

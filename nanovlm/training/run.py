@@ -17,16 +17,15 @@ from nanovlm.data.dataset import Batches
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
 from nanovlm.errors import NanoVLMError, is_main, say
-from nanovlm.files import read_json, write_atomically
-from nanovlm.image import ImageConfig, open_image, preprocess
-from nanovlm.projector import ProjectorConfig
+from nanovlm.files import write_atomically
+from nanovlm.image import open_image, preprocess
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
-from nanovlm.training.freezing import describe, freeze
+from nanovlm.training.building import build_model, set_up
+from nanovlm.training.freezing import describe, learns
 from nanovlm.training.loop import train
-from nanovlm.training.lora import LoRAConfig, add_adapters, merged_tensors, save_adapter
+from nanovlm.training.lora import LoRAConfig, merged_tensors, save_adapter
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
-from nanovlm.training.quantization import quantize_
 from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import Tracker, build_tracker
@@ -51,16 +50,12 @@ def run_stage(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
-    if settings.quantize:
-        quantize_(model.decoder.blocks, settings.quantize, device)
-    if settings.lora_rank:
-        add_adapters(model.decoder, LoRAConfig.from_settings(settings))
-    freeze(model, settings)
+    set_up(model, settings, device)
     say(f"{len(records)} records to learn from, {len(held_out)} held out")
 
     features = None
     if settings.cache_features:
-        if any(parameter.requires_grad for parameter in model.vision.parameters()):
+        if learns(model.vision):
             raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
         precision.place(model.vision)
         features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
@@ -98,21 +93,6 @@ def run_stage(settings: Settings) -> Path:
         _save_model(whole, run, dtype)  # last, because a run that has its model is finished
         say(f"the model is in {run / 'model'}")
     return run / "model"
-
-
-def build_model(settings: Settings) -> VisionLanguageModel:
-    """The model a run starts from: a folder of ours, or eyes and voice joined by a new projector."""
-    if settings.init:
-        return VisionLanguageModel.from_pretrained(settings.init)
-    if not settings.vision or not settings.text:
-        raise NanoVLMError("nothing to start from; give --init, or --vision and --text")
-    preprocessor = Path(settings.vision) / "preprocessor_config.json"
-    image = ImageConfig.from_hf(read_json(preprocessor)) if preprocessor.exists() else ImageConfig()
-    # The whole picture is squashed into the square: a crop might cut off what is asked about.
-    image = dataclasses.replace(image, fit="squash", shortest_edge=None, height=settings.image_size or image.height,
-                                width=settings.image_size or image.width)
-    projector = ProjectorConfig(settings.projector, settings.grid, settings.scale)
-    return VisionLanguageModel.from_parts(settings.vision, settings.text, projector, image, settings.vision_layer)
 
 
 @torch.no_grad()

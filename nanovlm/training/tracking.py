@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import secrets
 import string
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, say
 from nanovlm.files import write_atomically
 from nanovlm.image import open_image
 from nanovlm.training.settings import Settings
@@ -57,8 +56,8 @@ class Tracker:
             return call(*arguments)
         except Exception as error:  # whatever a foreign package may raise
             reason = " ".join(str(error).split())
-            print(f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone; "
-                  "the training goes on, and metrics.jsonl has every line", file=sys.stderr)
+            say(f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone; "
+                "the training goes on, and metrics.jsonl has every line")
             self._service = None
             return None
 

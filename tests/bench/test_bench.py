@@ -6,27 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
 
 from nanovlm.bench import __main__ as bench_command
 from nanovlm.bench.reference import Transformers
-from nanovlm.bench.sides import TEXT, VISION, NanoVLM
+from nanovlm.bench.sides import TEXT, NanoVLM
 from nanovlm.bench.tasks import ROWS, Bench
 from nanovlm.errors import NanoVLMError
-from tests.reference.models import byte_pair, qwen, save
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hub folders of random weights: 14-pixel patches, so that 224 × 224 pixels are 256 visual tokens."""
-    folder = tmp_path_factory.mktemp("weights")
-    save(Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=70)),
-         folder / VISION, seed=0)
-    tokenizer = byte_pair(folder / TEXT)
-    qwen(folder / TEXT, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True, max_position_embeddings=512)
-    return folder
 
 
 def test_both_sides_compute_the_same(weights: Path) -> None:

@@ -60,5 +60,16 @@ def test_the_peak_is_that_very_cards(name: str, dtype: torch.dtype, expected: fl
     assert flops.peak_flops(torch.device("cuda"), dtype) == expected
 
 
+def test_utilisation_is_of_the_batches_since_the_last_reading(monkeypatch):
+    model = random_model(CONFIG, Settings(train="projector,text"), Precision(torch.bfloat16, CPU))
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e9)
+    utilisation, batch = flops.Utilisation(model, CPU, torch.bfloat16), WORK.batch(CONFIG, model.image_length)
+    one = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)
+    for _ in range(2):
+        utilisation.add([batch, None, batch])
+        assert utilisation.read(seconds=0.5) == {"mfu": round(2 * one / 0.5 / 1e9, 4)}
+    assert utilisation.read(seconds=0.5) == {"mfu": 0}
+
+
 def test_of_a_cpu_no_peak_is_known():
     assert flops.peak_flops(CPU, torch.float32) is None
