@@ -1,12 +1,15 @@
 """The command: its prediction is what a process of its own then needs, and its advice is right and in order."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.memory.__main__ import main
+from nanovlm.training.settings import ASSETS
 
 TINY = ("--preset", "tiny", "--stage", "2")
 
@@ -17,12 +20,23 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_prediction_is_within_ten_percent_of_the_resident_memory(command):
-    process = command("-m", "nanovlm.memory", *TINY, "--device", "cpu", "--batch-size", "32", "--measure")
+@pytest.mark.parametrize(("width", "layers", "vocabulary", "flags"), [
+    (192, 6, 8000, ["--batch-size", "16"]),  # mostly what is kept for the backward pass
+    (448, 6, 16000, ["--batch-size", "2"]),  # mostly weights and their moments
+    (320, 6, 8000, ["--batch-size", "8", "--checkpointing"]),
+], ids=["activations", "weights", "checkpointing"])
+def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
+        command, tmp_path: Path, width: int, layers: int, vocabulary: int, flags: list[str]):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "qwen3", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        "num_attention_heads": width // 64, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": vocabulary,
+        "max_position_embeddings": 1024, "tie_word_embeddings": True}))
+    process = command("-m", "nanovlm.memory", *TINY, "--vision", ASSETS / "tiny-vision", "--text", tmp_path,
+                      "--device", "cpu", "--tokens", "128", "--measure", *flags)
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
     predicted, measured = map(float, re.search(r"predicted ([\d.]+) GB, measured ([\d.]+) GB", out.decode()).groups())
-    assert measured > 0.4 and predicted == pytest.approx(measured, rel=0.1)
+    assert measured > 0.5 and predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, capsys):
