@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nanovlm.attention import KVCache
 from nanovlm.errors import NanoVLMError
 from nanovlm.training.freezing import learns
+from nanovlm.training.quantization import hide_from_compiler
 from nanovlm.vlm import VisionLanguageModel
 
 
@@ -35,6 +36,7 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NanoVLMError(f"--compile: torch.compile does not work on {device} here ({reason}); install a C++ compiler, "
                            "on CUDA also Triton, or leave --compile out") from None
+    hide_from_compiler(model)
     for block in _blocks(model):
         block.forward = functools.partial(_without_cache, block.forward, torch.compile(block.forward, dynamic=True))
 

@@ -62,7 +62,6 @@ class QuantizedLinear(nn.Module):
             rows[part] = self.decode(self.codes[part]).mul_(scales[part])
         return rows.view(-1)[:self.out_features * self.in_features].view(self.out_features, self.in_features)
 
-    @torch.compiler.disable  # it would see that both passes decode the same matrix, and keep it between them
     def forward(self, inputs: Tensor) -> Tensor:
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
@@ -125,6 +124,14 @@ class Int8Linear(QuantizedLinear):
 
 
 KINDS: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
+
+
+def hide_from_compiler(module: nn.Module) -> None:
+    """Have torch.compile leave quantised matrices alone: it would see that both passes decode the same one, and keep it
+    between them."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.forward = torch.compiler.disable(layer.forward)
 
 
 def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) -> None:
