@@ -126,11 +126,12 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """One line a rung; speed and memory also as ratios to the first."""
+    """One line a rung; speed and memory also as ratios to the first, losses as differences from its own."""
     base = next(iter(figures.values()))
     lines = [f"{'':18}{'samples/s':>10}{'':>8}{'tokens/s':>10}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"]
     for name, row in figures.items():
         lines.append(f"{name:18}{row['samples']:10.3g}{row['samples'] / base['samples']:7.2f}×{row['tokens']:10.0f}{row['fill']:8.0%}"
                      f"{row['memory']:8.2f}{row['memory'] / base['memory']:7.2f}×{row['first_loss'] - base['first_loss']:+20.5f}"
                      f"{row['last_loss'] - base['last_loss']:+10.5f}")
-    return "\n".join(lines)
+    first = next(iter(figures))
+    return "\n".join([*lines, f"losses of {first}: {base['first_loss']:.3f} at the first step, {base['last_loss']:.3f} at the last"])

@@ -24,7 +24,7 @@ def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
         assert packed[loss] == pytest.approx(padded[loss], abs=1e-5)
     assert padded["last_loss"] < padded["first_loss"]
     assert packed["fill"] > padded["fill"]
-    header, *lines = ladder.table(figures).splitlines()
+    header, *lines, losses = ladder.table(figures).splitlines()
     assert len(lines) == 2 and all(line.startswith(name) for name, line in zip(figures, lines))
     assert {len(line) for line in lines} == {len(header)}
 
