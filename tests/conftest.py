@@ -24,6 +24,7 @@ from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.names import DINOV2, QWEN, invert, translate
 from nanovlm.weights.safetensors import save_file
 
+torch.set_num_threads(1)  # what the tests compute is too small to share
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL = ["<image>", "<system>", "<user>", "<assistant>"]
 EYES = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2,

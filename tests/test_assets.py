@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -136,17 +137,19 @@ def _digests(folder: Path) -> dict[str, str]:
             for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
 
 
-def _make(out: Path, *flags: str) -> subprocess.CompletedProcess:
+def _make(out: Path, *flags: str) -> subprocess.Popen:
     sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --drill-steps 2 --texts 600".split()
-    return subprocess.run([sys.executable, SCRIPT, "--out", out, *sizes, *flags], capture_output=True, text=True)
+    return subprocess.Popen([sys.executable, SCRIPT, "--out", out, *sizes, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_script_makes_both_parts_again_to_the_same_bytes_and_replaces_nothing(tmp_path):
-    for name in ("one", "other"):
-        assert _make(tmp_path / name).returncode == 0
+    for started in [_make(tmp_path / name) for name in ("one", "other")]:  # side by side
+        assert started.communicate() and started.returncode == 0
     assert _digests(tmp_path / "one") == _digests(tmp_path / "other")
     VisionTransformer.from_pretrained(tmp_path / "one" / "tiny-vision")
     Decoder.from_pretrained(tmp_path / "one" / "tiny-text")
     again = _make(tmp_path / "one", "--part", "vision", "--seed", "1")
-    assert again.returncode == 2 and again.stderr.startswith("error: ") and "--replace" in again.stderr
+    told = again.communicate()[1]
+    assert again.returncode == 2 and told.startswith("error: ") and "--replace" in told
     assert _digests(tmp_path / "one") == _digests(tmp_path / "other")

@@ -29,7 +29,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tiny, t
 
     def settings(name: str, **changes) -> Settings:
         return tiny.settings(tmp_path / name, init=str(tiny.model), train="projector,text", dtype=dtype, max_steps=12,
-                             save_every=1, keep=2, val_every=4, log_every=3, **changes)
+                             save_every=1, keep=2, log_every=3, val_samples=2, **changes)
 
     def start(chosen: Settings) -> multiprocessing.Process:
         process = processes.Process(target=_train, args=(chosen,))

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from PIL import Image
 
@@ -23,7 +24,7 @@ def test_lines_are_written_as_they_come_and_a_resumed_run_drops_those_it_writes_
     for step in (1, 2, 3):
         speed = log.write(line(step))
         assert steps(tmp_path) == list(range(1, step + 1))
-    assert speed["tokens"] == 10 * speed["samples"] > 0
+    assert speed["tokens"] == pytest.approx(10 * speed["samples"]) and speed["samples"] > 0
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # the machine lost its power here
     resumed = RunLog(tmp_path, 2, torch.device("cpu"))
