@@ -143,6 +143,7 @@ def _make(out: Path, *flags: str) -> subprocess.Popen:
                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_script_makes_both_parts_again_to_the_same_bytes_and_replaces_nothing(tmp_path):
     for started in [_make(tmp_path / name) for name in ("one", "other")]:  # side by side
         assert started.communicate() and started.returncode == 0

@@ -21,10 +21,10 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
 
 
 @pytest.mark.parametrize(("width", "layers", "vocabulary", "flags"), [
-    (192, 6, 8000, ["--batch-size", "16"]),  # mostly what is kept for the backward pass
-    (448, 6, 16000, ["--batch-size", "2"]),  # mostly weights and their moments
-    (320, 6, 8000, ["--batch-size", "8", "--checkpointing"]),
-], ids=["activations", "weights", "checkpointing"])
+    pytest.param(192, 6, 8000, ["--batch-size", "16"], id="activations"),  # mostly what is kept for the backward pass
+    pytest.param(448, 6, 16000, ["--batch-size", "2"], id="weights", marks=pytest.mark.slow),  # and their moments
+    pytest.param(320, 6, 8000, ["--batch-size", "8", "--checkpointing"], id="checkpointing", marks=pytest.mark.slow),
+])
 def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
         command, tmp_path: Path, width: int, layers: int, vocabulary: int, flags: list[str]):
     (tmp_path / "config.json").write_text(json.dumps({
