@@ -85,7 +85,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 def first_line(error: Exception) -> str:
     """What an error of many lines begins with."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _tell(message: str) -> None:

@@ -8,7 +8,6 @@ The tables go to stdout. A run that is still being written is compared as far as
 import dataclasses
 import json
 import math
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.training.figures import chinese_fonts, plt, save_figure
 from nanovlm.training.report import series
 from nanovlm.training.settings import Settings
@@ -47,7 +46,7 @@ def main() -> None:
     _check_out(arguments.out)
     runs = [read_run(folder, name) for folder, name in zip(arguments.runs, _names(arguments.runs))]
     draw(runs, arguments.out)
-    print(f"the curves are in {arguments.out}", file=sys.stderr)
+    say(f"the curves are in {arguments.out}")
     print(summary(runs))
     if differing := differences(runs):
         print("\nSettings that differ:\n\n" + differing)
@@ -62,7 +61,7 @@ def read_run(folder: Path, name: str) -> Run:
     try:
         settings |= tomllib.loads(toml.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        _say(f"{toml}: cannot be used ({error}); the settings of {name} are left out")
+        say(f"{toml}: cannot be used ({error}); the settings of {name} are left out")
         settings = {}
     lines, damaged = [], []
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
@@ -72,9 +71,9 @@ def read_run(folder: Path, name: str) -> Run:
         else:
             damaged.append(str(number))
     if damaged:
-        _say(f"{metrics}: not a line of metrics, skipped: line {', '.join(damaged)}")
+        say(f"{metrics}: not a line of metrics, skipped: line {', '.join(damaged)}")
     if not lines:
-        _say(f"{metrics}: holds no line yet")
+        say(f"{metrics}: holds no line yet")
     return Run(name, settings, lines)
 
 
@@ -201,10 +200,6 @@ def _check_out(path: Path) -> None:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

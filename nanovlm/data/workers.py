@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, first_line
 
 
 def prepare_ahead(dataset: Dataset, first: int, last: int, workers: int, pin_memory: bool = False) -> Iterator[Any]:
@@ -40,7 +40,7 @@ def _watched(loader: Iterator[Any]) -> Iterator[Any]:
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            raise NanoVLMError(f"a process that prepares batches died ({str(error).splitlines()[0]}); if memory ran out, "
+            raise NanoVLMError(f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
                                "lower --workers; if not, --workers 0 shows what happened") from None
         yield item
 

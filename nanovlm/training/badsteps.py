@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.report import append_line, keep_lines
+from nanovlm.training.report import append_lines, keep_lines
 
 
 class BadSteps:
@@ -18,7 +18,7 @@ class BadSteps:
     def note(self, step: int, loss: float, grad_norm: float, records: list[str], in_a_row: int) -> None:
         """Write one down, with its records; raises once `limit` have come in a row."""
         line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "records": records}  # JSON has no NaN
-        append_line(self.path, line)
+        append_lines(self.path, [line])
         if in_a_row >= self.limit:
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise NanoVLMError(

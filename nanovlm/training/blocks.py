@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanovlm.attention import KVCache
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, first_line
 from nanovlm.training.freezing import learns
 from nanovlm.training.quantization import hide_from_compiler
 from nanovlm.vlm import VisionLanguageModel
@@ -33,8 +33,7 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
     try:  # here, and not in the first step
         torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown device
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NanoVLMError(f"--compile: torch.compile does not work on {device} here ({reason}); install a C++ compiler, "
+        raise NanoVLMError(f"--compile: torch.compile does not work on {device} here ({first_line(error)}); install a C++ compiler, "
                            "on CUDA also Triton, or leave --compile out") from None
     hide_from_compiler(model)
     for block in _blocks(model):

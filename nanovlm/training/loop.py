@@ -64,15 +64,11 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
     A step whose loss or gradient is not finite changes nothing; its records are named in `bad_steps.jsonl`.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and exit with 130 and 143.
     """
-    optimizer, progress = build_optimizer(model, settings), Progress()
+    optimizer = build_optimizer(model, settings)
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     facts = {"records to learn from": len(batches.records),
              "records a step takes": settings.batch_size * settings.accumulate * parallel.world}
-    if settings.resume and not parallel.largest(len(list_checkpoints(run))):
-        say(f"{run}: stopped before its first checkpoint, so it starts again")
-    elif settings.resume:
-        progress = _restore(run, model, optimizer, precision, facts, settings.allow_changes)
-        parallel.check_same("steps behind them", progress.step)
+    progress = _resume(run, model, optimizer, precision, facts, settings, parallel) if settings.resume else Progress()
     log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
     utilisation = Utilisation(model, precision.device, precision.dtype)
     samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.is_main else None
@@ -234,14 +230,19 @@ def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimize
         say(f"{error}; training goes on")
 
 
-def _restore(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
-             facts: dict[str, int], allow_changes: bool) -> Progress:
-    """The newest whole checkpoint. `facts`, which no setting alone decides, have to be what they were."""
+def _resume(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
+            facts: dict[str, int], settings: Settings, parallel: Parallel) -> Progress:
+    """Go back to the newest whole checkpoint. `facts`, which no setting alone decides, have to be what they were."""
+    if not parallel.largest(len(list_checkpoints(run))):
+        say(f"{run}: stopped before its first checkpoint, so it starts again")
+        return Progress()
     state = load_checkpoint(run, model, optimizer)
     for what, now in facts.items():
-        if state["facts"][what] != now and not allow_changes:
+        if state["facts"][what] != now and not settings.allow_changes:
             raise NanoVLMError(f"{run}: {what} were {state['facts'][what]} and are {now} now; give the run what it had (its data; "
                                "processes × --batch-size × --accumulate), or go on all the same with --allow-changes")
     if precision.scaler is not None and "scaler" in state:
         vars(precision.scaler).update(state["scaler"])
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    parallel.check_same("steps behind them", progress.step)
+    return progress

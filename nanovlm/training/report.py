@@ -64,7 +64,7 @@ class RunLog:
             "fill": round(gained["tokens"] / max(gained["slots"], 1), 4), "data_wait": round(self._waited / elapsed, 4),
             "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3), "seconds": round(now - self._start, 3)})
         self._last, self._since, self._waited = line, self._stopped or now, 0.0
-        append_line(self.path, self.lines[-1])
+        append_lines(self.path, self.lines[-1:])
         if now - self._drawn > DRAW_EVERY:
             self.draw()
         return speed
@@ -105,11 +105,11 @@ def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a .jsonl file; of several processes, rank 0 does it."""
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add lines to a .jsonl file; of several processes, rank 0 does it."""
     if is_main():
         with path.open("a", encoding="utf-8") as file:
-            file.write(to_jsonl([line]))
+            file.write(to_jsonl(lines))
 
 
 def to_jsonl(lines: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from nanovlm.evaluation.metrics import exact_match
 from nanovlm.image import open_image
 from nanovlm.training.figures import chinese_fonts, plt, save_figure
 from nanovlm.training.precision import Precision
-from nanovlm.training.report import keep_lines, read_lines, to_jsonl
+from nanovlm.training.report import append_lines, keep_lines, read_lines, to_jsonl
 from nanovlm.vlm import VisionLanguageModel
 
 WATCHED = 6  # questions
@@ -53,8 +53,7 @@ class Samples:
             new = [{"step": step, "where": record.where, "prompt": _question(record), "answer": answer,
                     "reference": references_of(record)[0]} for record, answer in zip(self.watched, answers)]
             self.lines += new
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_jsonl(new))
+            append_lines(self.path, new)
             self.draw()
         except NanoVLMError as error:
             say(f"step {step}: the watched questions are not answered: {error}")

@@ -1,7 +1,5 @@
 """Records that a run could not use, or had to cut: named as they come up, once though epochs repeat, and counted."""
 
-from collections.abc import Iterable
-
 from nanovlm.data.dataset import Loaded
 from nanovlm.data.records import MAX_NAMED, check_skipped
 from nanovlm.errors import say
@@ -15,9 +13,8 @@ class Skipped:
         self._records, self._parallel = records, parallel
         self._reasons: dict[str, dict[str, None]] = {"skipped": {}, "cut": {}}  # in the order of coming up
 
-    def note(self, loaded: Iterable[Loaded]) -> None:
+    def note(self, loaded: list[Loaded]) -> None:
         """Name what is new in these batches, up to MAX_NAMED of each kind. All processes have to call it."""
-        loaded = list(loaded)
         for kind, known in self._reasons.items():
             for reason in self._parallel.all_lines([reason for item in loaded for reason in getattr(item, kind)]):
                 if reason not in known and len(known) < MAX_NAMED:

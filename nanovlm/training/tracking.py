@@ -92,13 +92,11 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandB:
-    """One run of the service for one run folder, however often it is resumed. `WANDB_MODE=offline` works as always."""
+class _Online:
+    """One run of a service for one run folder, however often it is resumed. `_run` is what the service logs to."""
 
-    def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
-        self._module = module
-        self._run = module.init(project=PROJECT, name=run.resolve().name, id=_service_id(run), resume="allow", dir=str(run),
-                                config=_config(settings), allow_val_change=True)
+    _module: ModuleType
+    _run: Any
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)
@@ -110,22 +108,22 @@ class _WandB:
         self._run.finish()
 
 
-class _SwanLab:
-    """One experiment of the service for one run folder, however often it is resumed; `SWANLAB_MODE` as always."""
+class _WandB(_Online):
+    """`WANDB_MODE=offline` works as always."""
 
     def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
         self._module = module
+        self._run = module.init(project=PROJECT, name=run.resolve().name, id=_service_id(run), resume="allow", dir=str(run),
+                                config=_config(settings), allow_val_change=True)
+
+
+class _SwanLab(_Online):
+    """`SWANLAB_MODE` works as always. The package itself logs to the run it has opened."""
+
+    def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
+        self._module = self._run = module
         module.init(project=PROJECT, experiment_name=run.resolve().name, id=_service_id(run), resume="allow",
                     logdir=str(run / "swanlab"), config=_config(settings))
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self._module.log(numbers, step=step)
-
-    def image(self, name: str, path: Path, step: int) -> None:
-        self._module.log({name: self._module.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        self._module.finish()
 
 
 def _service_id(run: Path) -> str:
