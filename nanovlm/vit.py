@@ -65,6 +65,10 @@ class VisionConfig:
         """Of an image of so many pixels."""
         return (height // self.patch_size) * (width // self.patch_size)
 
+    def feature_size(self, layer: int = -1) -> int:
+        """The width of the vectors that `VisionTransformer.patches` gives."""
+        return self.hidden_size
+
     def blocks_below(self, layer: int) -> int:
         """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
         return layer % (self.num_hidden_layers + 1)

@@ -94,7 +94,7 @@ class VisionLanguageModel(nn.Module):
             raise NanoVLMError(f"the tokenizer knows {tokenizer.vocab_size} tokens and the decoder {config.text.vocab_size}; "
                                "they do not belong together")
         self.vision = VisionTransformer(config.vision)
-        self.projector = build_projector(config.projector, config.vision.hidden_size, config.text.hidden_size)
+        self.projector = build_projector(config.projector, config.vision.feature_size(config.vision_layer), config.text.hidden_size)
         self.decoder = Decoder(config.text)
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens an image takes
             config.vision.num_patches(config.image.height, config.image.width))
@@ -111,7 +111,7 @@ class VisionLanguageModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer)
         model.vision, model.decoder = eyes, voice
-        model.projector = build_projector(projector, eyes.config.hidden_size, voice.config.hidden_size)
+        model.projector = build_projector(projector, eyes.config.feature_size(vision_layer), voice.config.hidden_size)
         return model
 
     @classmethod
@@ -162,4 +162,4 @@ class VisionLanguageModel(nn.Module):
 
     def look(self, pixels: Tensor) -> Tensor:
         """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v)."""
-        return self.vision.patches(pixels.to(self.vision.cls_token.dtype), self.config.vision_layer)
+        return self.vision.patches(pixels.to(self.vision.patch_embedding.weight.dtype), self.config.vision_layer)

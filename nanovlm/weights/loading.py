@@ -1,6 +1,7 @@
 """From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
 
 from collections.abc import Callable, Collection, KeysView
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
+from nanovlm.weights.names import Split, Target
 from nanovlm.weights.safetensors import ALIGNMENT, SafetensorsFile
 
 SINGLE_FILE = "model.safetensors"
@@ -100,7 +102,7 @@ def _is_plain_name(name: str) -> bool:
 def load_into(
     module: nn.Module,
     checkpoint: Checkpoint,
-    name_map: Callable[[str], str | None],
+    name_map: Callable[[str], Target],
     *,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
@@ -114,26 +116,26 @@ def load_into(
     Tied names, such as a head that is the embedding, get one parameter; a file that stores both must store them equal.
     Non-persistent buffers, such as rotary tables, are not loaded: a module built on meta has to compute them.
 
-    name_map: a tensor's name in the checkpoint → the name in the module, or None for a tensor deliberately not used.
+    name_map: a tensor's name in the checkpoint → the name in the module, a `Split` where it holds several of ours, or None
+        for a tensor deliberately not used.
     dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are never cast.
     ignore: shell-style patterns of checkpoint names deliberately not used, for maps that are plain tables.
 
     Raises one NanoVLMError with every problem, before the module is touched.
     """
     targets = module.state_dict(keep_vars=True)
-    sources: dict[str, str] = {}  # name in the module → name in the checkpoint
+    sources: dict[str, _Source] = {}  # by the name in the module
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
     for stored in checkpoint.keys():
-        name = None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
-        if name is None:
-            continue
-        if name not in targets:
-            problems["unexpected"].append(f"{_renamed(stored, name)} {checkpoint.shape(stored)}")
-        elif name in sources:
-            problems["mapped twice"].append(f"{name}: from {sources[name]} and from {stored}")
-        else:
-            sources[name] = stored
-            _check_fit(name, targets[name], stored, checkpoint, problems)
+        target = None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
+        for name, source in _sources(checkpoint, stored, target):
+            if name not in targets:
+                problems["unexpected"].append(f"{_renamed(stored, name)} {checkpoint.shape(stored)}")
+            elif name in sources:
+                problems["mapped twice"].append(f"{name}: from {sources[name].stored} and from {stored}")
+            else:
+                sources[name] = source
+                _check_fit(name, targets[name], source, problems)
 
     tied: dict[int, list[str]] = {}  # all names of one parameter
     for name, target in targets.items():
@@ -142,12 +144,12 @@ def load_into(
         filled = [name for name in names if name in sources]
         if not filled:
             problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
-        elif not all(_equal(checkpoint, sources[filled[0]], sources[name]) for name in filled[1:]):
+        elif not all(_equal(sources[filled[0]], sources[name]) for name in filled[1:]):
             problems["tied but stored with different values"].append(" = ".join(filled))
     _raise_problems(module, checkpoint, problems)
 
     for names in tied.values():
-        tensor = _take(checkpoint, [sources[name] for name in names if name in sources], dtype)
+        tensor = _take([sources[name] for name in names if name in sources], dtype)
         target = targets[names[0]]
         if isinstance(target, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
@@ -156,16 +158,48 @@ def load_into(
             setattr(module.get_submodule(owner), attribute, tensor)
 
 
-def _take(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None) -> Tensor:
-    """The one tensor stored under all of `names`: the file's own, or a copy, and then the file's is let go of."""
-    stored = tensor = checkpoint.tensor(names[0])
+@dataclass(frozen=True)
+class _Source:
+    """What fills one name of the module: a tensor of the file, or a piece of one."""
+
+    checkpoint: Checkpoint
+    stored: str
+    split: Split | None = None
+    index: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the piece, or of the whole where it cannot be split, which then is a problem."""
+        shape = self.checkpoint.shape(self.stored)
+        return (self.split and self.split.piece_shape(shape)) or shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype(self.stored)
+
+    def tensor(self) -> Tensor:
+        tensor = self.checkpoint.tensor(self.stored)
+        return tensor if self.split is None else self.split.piece(tensor, self.index)
+
+
+def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[str, _Source]]:
+    """What the tensor `stored` fills: nothing, one name, or the several of a `Split`."""
+    if isinstance(target, Split):
+        return [(name, _Source(checkpoint, stored, target, index)) for index, name in enumerate(target.names)]
+    return [] if target is None else [(target, _Source(checkpoint, stored))]
+
+
+def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
+    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is let go of."""
+    stored = sources[0].checkpoint.tensor(sources[0].stored)
+    tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
         tensor = tensor.clone()
-    if tensor is not stored:
-        for name in names:
-            checkpoint.forget(name)
+    if tensor.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        for source in sources:
+            source.checkpoint.forget(source.stored)
     return tensor
 
 
@@ -180,19 +214,18 @@ PROBLEM_KINDS = {
 }
 
 
-def _check_fit(name: str, target: Tensor, stored: str, checkpoint: Checkpoint, problems: dict[str, list[str]]) -> None:
-    shape, dtype = checkpoint.shape(stored), checkpoint.dtype(stored)
-    if shape != tuple(target.shape):
-        problems["mis-shaped"].append(f"{_renamed(stored, name)}: file {shape}, model {tuple(target.shape)}")
-    both_floating = dtype.is_floating_point and target.dtype.is_floating_point
-    if dtype != target.dtype and not both_floating:
-        problems["wrong dtype"].append(f"{_renamed(stored, name)}: file {dtype}, model {target.dtype}")
+def _check_fit(name: str, target: Tensor, source: _Source, problems: dict[str, list[str]]) -> None:
+    if source.shape != tuple(target.shape):
+        problems["mis-shaped"].append(f"{_renamed(source.stored, name)}: file {source.shape}, model {tuple(target.shape)}")
+    both_floating = source.dtype.is_floating_point and target.dtype.is_floating_point
+    if source.dtype != target.dtype and not both_floating:
+        problems["wrong dtype"].append(f"{_renamed(source.stored, name)}: file {source.dtype}, model {target.dtype}")
 
 
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    if checkpoint.shape(first) != checkpoint.shape(second) or checkpoint.dtype(first) != checkpoint.dtype(second):
+def _equal(first: _Source, second: _Source) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    one, other = (checkpoint.tensor(name).reshape(-1).view(torch.uint8) for name in (first, second))
+    one, other = (source.tensor().reshape(-1).view(torch.uint8) for source in (first, second))
     return torch.equal(one, other)
 
 

@@ -5,8 +5,31 @@ Read from left (the published name) to right (ours). `translate` applies a table
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-NameTable = Mapping[str, str | None]
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Several of our tensors that are published as one, below each other along its first dimension; with `groups`, so in
+    each of that many equal parts of it, such as one a head."""
+
+    names: tuple[str, ...]
+    groups: int = 1
+
+    def piece(self, tensor: Tensor, index: int) -> Tensor:
+        """(groups · n · rows, …) → (groups · rows, …), those of `names[index]`: a view where there is one group."""
+        return tensor.unflatten(0, (self.groups, len(self.names), -1))[:, index].flatten(0, 1)
+
+    def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """That of each piece of a tensor of `shape`; None where it cannot be split so."""
+        parts = self.groups * len(self.names)
+        return (shape[0] // len(self.names), *shape[1:]) if shape and shape[0] % parts == 0 else None
+
+
+Target = str | Split | None
+NameTable = Mapping[str, Target]
 
 
 def _with_bias(table: dict[str, str]) -> dict[str, str]:
@@ -56,18 +79,23 @@ QWEN: NameTable = {
 }
 
 
-def translate(table: NameTable) -> Callable[[str], str | None]:
+def translate(table: NameTable) -> Callable[[str], Target]:
     """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
-    def ours(name: str) -> str | None:
+    def ours(name: str) -> Target:
         block = re.search(r"\.(\d+)\.", name)
         pattern = name if block is None else name.replace(block[0], ".{}.", 1)
         if pattern not in table:
             return name
         target = table[pattern]
-        return target if target is None or block is None else target.format(block[1])
+        if target is None or block is None:
+            return target
+        if isinstance(target, Split):
+            return Split(tuple(piece.format(block[1]) for piece in target.names), target.groups)
+        return target.format(block[1])
     return ours
 
 
 def invert(table: NameTable) -> NameTable:
-    """The table for writing a model under its family's published names; where several exist, the first."""
-    return {ours: theirs for theirs, ours in reversed(table.items()) if ours is not None}
+    """The table for writing a model under its family's published names; where several exist, the first. Not for families
+    that publish several of our tensors as one."""
+    return {ours: theirs for theirs, ours in reversed(table.items()) if isinstance(ours, str)}

@@ -11,6 +11,7 @@ from torch import nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.weights.loading import load_into, open_checkpoint
+from nanovlm.weights.names import Split, translate
 from nanovlm.weights.safetensors import save_file
 
 
@@ -251,3 +252,22 @@ def test_half_a_billion_parameters_load_quickly():
     print(f"{sum(p.numel() for p in module.parameters()):,} parameters mapped in {seconds:.3f} s")
     assert seconds < 5
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_tensor_may_hold_several_of_ours(tmp_path: Path, groups: int):
+    fused = torch.arange(48.0).view(12, 4)  # two heads of width 2, whose queries, keys and values follow each other
+    save_file({"fused": fused}, tmp_path / "model.safetensors")
+    module = nn.ModuleDict({name: nn.Linear(4, 4, bias=False, device="meta") for name in "qkv"})
+    load_into(module, open_checkpoint(tmp_path), translate({"fused": Split(("q.weight", "k.weight", "v.weight"), groups)}))
+    rows = {1: {"q": range(0, 4), "k": range(4, 8), "v": range(8, 12)},
+            2: {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]}}[groups]
+    for name, chosen in rows.items():
+        assert torch.equal(module[name].weight, fused[list(chosen)])
+
+
+def test_a_tensor_that_cannot_be_split_is_reported(tmp_path: Path):
+    save_file({"fused": torch.zeros(7, 4)}, tmp_path / "model.safetensors")
+    module = nn.ModuleDict({name: nn.Linear(4, 3, bias=False, device="meta") for name in "kv"})
+    with pytest.raises(NanoVLMError, match=r"fused → k.weight: file \(7, 4\), model \(3, 4\)"):
+        load_into(module, open_checkpoint(tmp_path), translate({"fused": Split(("k.weight", "v.weight"))}))
