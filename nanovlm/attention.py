@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.rotary import rotate
 
 WRITTEN_OUT_LIMIT = 2048 * 2048  # scores a head above which they are not worth holding
 SEGMENT = 2**16  # what the attention mask's numbers go up by from one packed sample to the next
@@ -57,6 +58,7 @@ class KVCache:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.max_length = max_length
         self.length = 0  # tokens held; the decoder advances it once all layers have appended
+        self.prompt_lengths: Tensor | None = None  # (B,) how long the rows were at the first pass (`Decoder.hidden_states`)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H_kv, T, D) after the tokens held and return views of everything up to and including them."""
@@ -86,21 +88,6 @@ def visibility(attention_mask: Tensor, queries: int) -> Tensor:
     same = index == index[-queries:, None]
     prefix = query // SEGMENT * SEGMENT + 1  # what the own segment's branches have in common
     return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
-
-
-def rotary_embedding(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (Su et al. 2021): (B, T) positions → two (B, 1, T, D) tables in fp32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
-    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) of (B, H, T, D) by its position's angle."""
-    cos, sin = (table.to(heads.dtype) for table in rotary)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -149,15 +136,19 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, hidden_states: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
-                is_causal: bool = False, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """(B, T, C) → (B, T, C). `mask` is (B, 1, T, S) bool, True where a query may look; S counts cached tokens too."""
+    def forward(self, hidden_states: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None,
+                query_scale: Tensor | None = None, mask: Tensor | None = None, is_causal: bool = False,
+                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """(B, T, C) → (B, T, C). `mask` is (B, 1, T, S) bool, True where a query may look; S counts cached tokens too.
+        `query_scale` (B, 1, T, 1) multiplies the queries."""
         batch, length, _ = hidden_states.shape
         queries = self.q_norm(self._heads(self.q_proj(hidden_states), self.num_heads))  # (B, H, T, D)
         keys = self.k_norm(self._heads(self.k_proj(hidden_states), self.num_kv_heads))  # (B, H_kv, T, D)
         values = self._heads(self.v_proj(hidden_states), self.num_kv_heads)
         if rotary is not None:
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+        if query_scale is not None:
+            queries = queries * query_scale
         if cache is not None:
             keys, values = cache.append(layer, keys, values)
         attended = attend(queries, keys, values, mask, is_causal)  # (B, H, T, D)

@@ -1,4 +1,4 @@
-"""The language model: token ids → logits. Qwen2, Qwen2.5 and Qwen3 (dense)."""
+"""The language model: token ids → logits. Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2, Mistral."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.attention import Attention, KVCache, RMSNorm, rotary_embedding, visibility
-from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require, unknown_key
+from nanovlm.attention import Attention, KVCache, RMSNorm, visibility
+from nanovlm.config import check_divides, check_numbers, from_dict
+from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json
+from nanovlm.rotary import frequencies, llama3_frequencies, logn_scale, ntk_theta, rotary_embedding
+from nanovlm.weights.names import QWEN, VOICES
 from nanovlm.weights.pretrained import load_pretrained
-from nanovlm.weights.names import QWEN
+from nanovlm.weights.text_configs import read_text_config
+
+ROPE_TYPES = ("default", "llama3", "dynamic_ntk")
 
 
 @dataclass(frozen=True)
@@ -30,41 +36,32 @@ class DecoderConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True  # the output head is the embedding table
+    output_bias: bool = False  # of the attention's last matrix
+    mlp_bias: bool = False
+    # How rotary positions are stretched (`rotary.py`) beyond the length first trained at, which is 0 where they are not.
+    rope_type: str = "default"
+    original_max_position_embeddings: int = 0
+    rope_factor: float = 1.0  # these three: of llama3 alone
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    logn_attention: bool = False  # beyond that length queries grow with the logarithm of the tokens they see
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.rope_type not in ROPE_TYPES:
+            raise NanoVLMError(f"DecoderConfig: rope_type {self.rope_type!r} is not known; take one of {', '.join(ROPE_TYPES)}")
+        if (self.rope_type != "default" or self.logn_attention) and self.original_max_position_embeddings < 2:
+            raise NanoVLMError(f"DecoderConfig: rope_type {self.rope_type!r} needs original_max_position_embeddings, "
+                               "the length the model was first trained at")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise NanoVLMError(f"DecoderConfig: rope_high_freq_factor = {self.rope_high_freq_factor} is not above "
+                               f"rope_low_freq_factor = {self.rope_low_freq_factor}")
         check_divides(self, "num_attention_heads", "num_key_value_heads")
 
     @classmethod
     def from_hf(cls, config: dict) -> "DecoderConfig":
-        """Read the `config.json` of a Qwen2, Qwen2.5 or Qwen3 folder; older and newer spellings of RoPE's settings."""
-        qwen3 = config.get("model_type") == "qwen3"
-        config = read_hf_config(config, ("qwen2", "qwen3"), defaults=dict(
-            vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_scaling=None,
-            rope_theta=None, max_position_embeddings=32768, tie_word_embeddings=False, attention_bias=False,
-            use_sliding_window=False, rope_parameters={}, layer_types=[],
-        ), ignored=("initializer_range", "use_cache", "attention_dropout", "sliding_window", "max_window_layers",
-                    "use_mrope"))
-        require(config, hidden_act="silu", use_sliding_window=False, rope_scaling=None)
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-        where = "config.json: rope_parameters"
-        require(config["rope_parameters"], where, rope_type="default", partial_rotary_factor=1.0)
-        for key in config["rope_parameters"]:
-            if key not in rope:
-                raise unknown_key(key, rope, where)
-        rope |= config["rope_parameters"]
-        require({"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]}, layer_types=[])
-        if qwen3:
-            require(config, attention_bias=False)
-        heads = config["num_attention_heads"]
-        return from_dict(cls, dict(
-            qkv_bias=not qwen3, qk_norm=qwen3, num_key_value_heads=config["num_key_value_heads"] or heads,
-            head_dim=config["head_dim"] or (128 if qwen3 else config["hidden_size"] // max(heads, 1)),
-            rope_theta=config["rope_theta"] or rope["rope_theta"],
-            **{name: config[name] for name in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")}), where="config.json")
+        """Read the `config.json` of a folder of any family in VOICES; older and newer spellings of RoPE's settings."""
+        return from_dict(cls, read_text_config(config), where="config.json")
 
     @classmethod
     def from_dict(cls, config: dict) -> "DecoderConfig":
@@ -90,9 +87,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, value = self.gate_proj(hidden_states), self.up_proj(hidden_states)
@@ -109,7 +106,8 @@ class DecoderBlock(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            qkv_bias=config.qkv_bias, output_bias=False, qk_norm_eps=config.rms_norm_eps if config.qk_norm else None)
+            qkv_bias=config.qkv_bias, output_bias=config.output_bias,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
@@ -122,7 +120,8 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal transformer with rotary positions (Yang et al. 2024, 2025: Qwen2, Qwen2.5, Qwen3)."""
+    """A causal transformer with rotary positions (Touvron et al. 2023: LLaMA; Bai et al. 2023: Qwen; Yang et al. 2024,
+    2025: Qwen2, Qwen2.5, Qwen3)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -144,7 +143,8 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Decoder":
         """Load a hub folder, one file or sharded; any missing, unexpected or mis-shaped tensor is an error."""
-        return load_pretrained(cls, DecoderConfig, folder, QWEN, dtype)
+        table = VOICES.get(read_json(Path(folder) / "config.json").get("model_type"), QWEN)  # an unknown one is refused below
+        return load_pretrained(cls, DecoderConfig, folder, table, dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -160,12 +160,14 @@ class Decoder(nn.Module):
         return F.linear(hidden_states, self.head_weight)
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None,
-                      positions: Tensor | None = None) -> Tensor:
+                      positions: Tensor | None = None, prompt_lengths: Tensor | None = None) -> Tensor:
         """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
 
         `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more for
         branches and packed samples (`visibility`). Without one, every row is a full sequence. A token's position is the
         number of tokens it sees before it, which is right for padding on either side, branches and packed samples alike.
+        `prompt_lengths` (B,) is for dynamic NTK alone: how long the rows were when generation began, where neither this
+        pass nor the cache's first one tells.
         """
         batch, length, _ = embeddings.shape
         start = cache.length if cache is not None else 0
@@ -176,16 +178,39 @@ class Decoder(nn.Module):
         else:
             visible = visibility(attention_mask, length)  # (B, T, S)
             position_ids, mask = visible.sum(dim=-1) - 1, visible[:, None]
-        cos, sin = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta)
-        rotary = cos.to(embeddings.dtype), sin.to(embeddings.dtype)  # cast here, not once more in every layer
+        if prompt_lengths is None:
+            prompt_lengths = cache.prompt_lengths if start > 0 else position_ids.amax(dim=1) + 1
+        if cache is not None:
+            cache.prompt_lengths = prompt_lengths
+        rotary, query_scale = self._rotary(position_ids, prompt_lengths, embeddings.dtype)
         hidden_states = embeddings
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1  # nobody looks at the other positions after its attention
-            hidden_states = block(hidden_states, positions if last else None, rotary=rotary, mask=mask,
-                                  is_causal=mask is None and length > 1, cache=cache, layer=layer)
+            hidden_states = block(hidden_states, positions if last else None, rotary=rotary, query_scale=query_scale,
+                                  mask=mask, is_causal=mask is None and length > 1, cache=cache, layer=layer)
         if cache is not None:
             cache.length += length
         return self.norm(hidden_states)
+
+    def _rotary(self, position_ids: Tensor, prompt_lengths: Tensor,
+                dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """What all layers turn queries and keys by, and multiply queries with: cast here, not once more in each of them.
+
+        The first Qwen is trained with neither dynamic NTK nor log-n scaling. When it writes, its base stays that of the
+        prompt, as long as the answer gets: the keys in the cache have been turned by it.
+        """
+        config, trained_length = self.config, self.config.original_max_position_embeddings
+        theta, query_scale = config.rope_theta, None
+        if config.rope_type == "dynamic_ntk" and not self.training:
+            theta = ntk_theta(theta, config.head_dim, prompt_lengths, trained_length)
+        turns = frequencies(config.head_dim, theta, position_ids.device)
+        if config.rope_type == "llama3":
+            turns = llama3_frequencies(turns, config.rope_factor, config.rope_low_freq_factor,
+                                       config.rope_high_freq_factor, trained_length)
+        if config.logn_attention and not self.training:
+            query_scale = logn_scale(position_ids, trained_length).to(dtype)
+        cos, sin = rotary_embedding(position_ids, turns)
+        return (cos.to(dtype), sin.to(dtype)), query_scale
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and on their device."""

@@ -69,12 +69,13 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
     ended = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
     last, seen, inputs = _last_token(attention_mask, length, batch, embeddings.device), input_ids, embeddings
+    lengths = torch.full_like(last, length) if attention_mask is None else (attention_mask > 0).sum(dim=1)
     if attention_mask is not None:  # padding has been seen by nobody: a token that is there stands in for it
         seen = torch.where(attention_mask > 0, input_ids, input_ids.gather(1, last[:, None]))
     for step in range(max_new_tokens):
         wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
         with _products_for(inputs):
-            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted)).float()  # (B, V)
+            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted, lengths)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
         yield torch.where(ended, -1, token).tolist()

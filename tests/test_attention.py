@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from nanovlm import attention
-from nanovlm.attention import KVCache, RMSNorm, attend, rotary_embedding, rotate, visibility
+from nanovlm.attention import KVCache, RMSNorm, attend, visibility
 from nanovlm.errors import NanoVLMError
+from nanovlm.rotary import frequencies, rotary_embedding, rotate
 
 # (query heads, key heads, queries, keys)
 SHAPES = [(4, 4, 7, 7), (4, 2, 7, 7), (6, 1, 5, 5), (4, 2, 1, 9), (4, 1, 1, 1), (6, 3, 3, 11)]
@@ -85,7 +86,8 @@ def test_rotary_scores_depend_on_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double()
 
     def score(query_position: int, key_position: int) -> float:
-        at_query, at_key = (rotary_embedding(torch.tensor([[at]]), 8, 100.0) for at in (query_position, key_position))
+        at_query, at_key = (rotary_embedding(torch.tensor([[at]]), frequencies(8, 100.0))
+                            for at in (query_position, key_position))
         return float((rotate(query, at_query) * rotate(key, at_key)).sum())
 
     assert score(0, 0) == pytest.approx(float((query * key).sum()))  # position 0 turns nothing

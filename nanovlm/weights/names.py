@@ -78,6 +78,32 @@ QWEN: NameTable = {
     "lm_head.weight": "lm_head.weight",
 }
 
+LLAMA: NameTable = {  # QWEN's names, which were its own first, and biases that some have
+    **QWEN,
+    "model.layers.{}.self_attn.o_proj.bias": "blocks.{}.attention.out_proj.bias",
+    **{f"model.layers.{{}}.mlp.{name}.bias": f"blocks.{{}}.mlp.{name}.bias" for name in ("gate_proj", "up_proj", "down_proj")},
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,  # older files hold the frequencies, which are computed here
+}
+
+QWEN1: NameTable = {  # the first generation: queries, keys and values in one, and of the MLP's matrices the gate second
+    "transformer.wte.weight": "embed_tokens.weight",
+    "transformer.h.{}.ln_1.weight": "blocks.{}.attention_norm.weight",
+    **{f"transformer.h.{{}}.attn.c_attn.{kind}": Split(tuple(
+        f"blocks.{{}}.attention.{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj"))) for kind in ("weight", "bias")},
+    "transformer.h.{}.attn.c_proj.weight": "blocks.{}.attention.out_proj.weight",
+    "transformer.h.{}.ln_2.weight": "blocks.{}.mlp_norm.weight",
+    "transformer.h.{}.mlp.w1.weight": "blocks.{}.mlp.up_proj.weight",
+    "transformer.h.{}.mlp.w2.weight": "blocks.{}.mlp.gate_proj.weight",
+    "transformer.h.{}.mlp.c_proj.weight": "blocks.{}.mlp.down_proj.weight",
+    "transformer.ln_f.weight": "norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "transformer.rotary_emb.inv_freq": None,
+    "transformer.h.{}.attn.rotary_emb.inv_freq": None,
+}
+
+# By the `model_type` of a decoder's config.json.
+VOICES: dict[str, NameTable] = {"qwen2": QWEN, "qwen3": QWEN, "llama": LLAMA, "mistral": LLAMA, "qwen": QWEN1}
+
 
 def translate(table: NameTable) -> Callable[[str], Target]:
     """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
