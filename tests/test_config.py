@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
-from transformers import Dinov2Config, Dinov2WithRegistersConfig, Qwen2Config, Qwen3Config
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from nanovlm.config import from_dict
 from nanovlm.decoder import DecoderConfig
@@ -49,6 +49,9 @@ def test_where_names_the_file():
 
 
 QWEN2, QWEN3, DINOV2 = {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"model_type": "dinov2"}
+LLAMA, MISTRAL = {"model_type": "llama"}, {"model_type": "mistral", "sliding_window": None}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
 
 
 @pytest.mark.parametrize("config, message", [
@@ -73,6 +76,17 @@ QWEN2, QWEN3, DINOV2 = {"model_type": "qwen2"}, {"model_type": "qwen3"}, {"model
     (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding_attention"),
     (QWEN2 | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented, only 'silu'"),
     (QWEN3 | {"attention_bias": True}, "attention_bias = True is not implemented"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+     "rope_scaling: rope_type = 'linear' is not implemented, only 'default' and 'llama3'"),
+    (LLAMA | {"rope_scaling": LLAMA3 | {"atention_factor": 1.0}}, "rope_scaling: unknown key 'atention_factor'"),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: key 'low_freq_factor' is missing"),
+    (LLAMA | {"rope_scaling": LLAMA3 | {"factor": "8"}}, "rope_factor is '8', expected float"),
+    (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "rope_high_freq_factor = 1.0 is not above"),
+    (LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "needs original_max_position_embeddings"),
+    (LLAMA | {"rope_interleaved": True}, "rope_interleaved = True is not implemented"),
+    (MISTRAL | {"sliding_window": 4096}, "sliding_window = 4096 is not implemented, only null"),
+    ({"model_type": "mistral"}, "sliding_window = 4096 is not implemented, only null"),
+    (MISTRAL | {"attention_bias": True}, "attention_bias = True is not implemented"),
     (QWEN2 | {"num_hiden_layers": 3}, "unknown key 'num_hiden_layers'; did you mean 'num_hidden_layers'?"),
     ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; implemented are qwen2, qwen3"),
     ({}, "model_type is None"),
@@ -104,8 +118,9 @@ def test_null_counts_as_left_out():
 
 
 def test_what_hub_files_leave_out_is_the_reference_default():
-    for config in (Qwen2Config(), Qwen3Config()):
+    for config in (Qwen2Config(), Qwen3Config(), LlamaConfig()):
         assert DecoderConfig.from_hf({"model_type": config.model_type}) == DecoderConfig.from_hf(config.to_dict())
+    assert DecoderConfig.from_hf(MISTRAL) == DecoderConfig.from_hf(MistralConfig(sliding_window=None).to_dict())
     for config in (Dinov2Config(), Dinov2WithRegistersConfig()):
         assert VisionConfig.from_hf({"model_type": config.model_type}) == VisionConfig.from_hf(config.to_dict())
 
@@ -125,3 +140,21 @@ def test_our_own_configs_survive_a_round_trip(part):
     assert type(part).from_dict(written) == part
     with pytest.raises(NanoVLMError, match="unknown key 'hidden_sise'; did you mean 'hidden_size'?"):
         type(part).from_dict(written | {"hidden_sise": 1})
+
+
+def test_a_model_folder_with_unknown_rotary_scaling_is_refused():
+    with pytest.raises(NanoVLMError, match="rope_type 'yarn' is not known; take one of default, llama3, dynamic_ntk"):
+        DecoderConfig.from_dict({"rope_type": "yarn"})
+
+
+def test_the_published_smollm2():
+    config = DecoderConfig.from_hf({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": "float16"},
+        "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 49152})
+    assert config == DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, qkv_bias=False, rms_norm_eps=1e-5, rope_theta=100000,
+                                   max_position_embeddings=8192)

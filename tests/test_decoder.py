@@ -1,4 +1,5 @@
-"""The decoder against `transformers`' Qwen2 and Qwen3, every variant, with padding, with a cache, and in branches."""
+"""The decoder against `transformers`' Qwen2, Qwen3, LLaMA and Mistral, every variant, with padding, with a cache, and in
+branches; and against what the published code of Qwen's first generation answered."""
 
 import json
 from pathlib import Path
@@ -8,8 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from nanovlm.decoder import Decoder, DecoderConfig
-from tests.reference.models import qwen
+from nanovlm.errors import NanoVLMError
+from nanovlm.generate import Sampling, decode
+from tests.reference.models import qwen, qwen1
 
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}  # so that fast, blended and slow pairs are among the few there are
 VARIANTS = {
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
@@ -18,6 +23,11 @@ VARIANTS = {
     "a key head each": {"num_key_value_heads": 4},
     "qwen3": {"family": "qwen3", "head_dim": 16},
     "qwen3 tied": {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "llama": {"family": "llama"},
+    "llama tied": {"family": "llama", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama with biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "llama 3.1": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "head_dim": 16},
+    "mistral": {"family": "mistral", "sliding_window": None},
     "sharded": {"max_shard_size": "20KB"},
 }
 TOLERANCE = dict(atol=2e-5, rtol=0)  # of logits whose standard deviation is about 1
@@ -168,3 +178,111 @@ def test_config_of_a_folder_equals_what_was_asked_for(tmp_path: Path):
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, qkv_bias=False, qk_norm=True, rms_norm_eps=1e-5, rope_theta=1e5,
         max_position_embeddings=256, tie_word_embeddings=False)
+
+
+@torch.inference_mode()
+def test_far_positions_equal_the_reference(pair):
+    """Where rotary scaling shows."""
+    ours, reference = pair
+    ids = random_ids(1, 200)
+    torch.testing.assert_close(ours(ids), reference(ids).logits, **TOLERANCE)
+
+
+def test_llama3_scaling_is_read_in_both_spellings(tmp_path):
+    qwen(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    newer = DecoderConfig.from_hf(config)
+    scaling = config.pop("rope_parameters")
+    older = config | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    assert DecoderConfig.from_hf(older) == newer
+    assert (newer.rope_type, newer.rope_factor, newer.original_max_position_embeddings) == ("llama3", 8.0, 32)
+
+
+@pytest.fixture(scope="module")
+def first_qwen(tmp_path_factory) -> tuple[Decoder, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("qwen1")
+    recorded = qwen1(folder)
+    return Decoder.from_pretrained(folder), recorded
+
+
+@torch.inference_mode()
+def test_the_first_qwen_equals_its_published_code(first_qwen):
+    ours, recorded = first_qwen
+    torch.testing.assert_close(ours(recorded["ids"]), recorded["logits"], **TOLERANCE)
+    torch.testing.assert_close(ours(recorded["ids_long"]), recorded["logits_long"], **TOLERANCE)
+    assert recorded["ids_long"].shape[1] > ours.config.original_max_position_embeddings
+
+
+@torch.inference_mode()
+def test_the_first_qwen_stretches_by_each_rows_own_length(first_qwen):
+    """A short row keeps its base beside a long one, and padding does not count."""
+    ours, recorded = first_qwen
+    ids = torch.cat((recorded["ids_long"], torch.nn.functional.pad(recorded["ids"][:1], (24, 0))))
+    logits = ours(ids, padding([48, 24], 48, left=True))
+    torch.testing.assert_close(logits[0], recorded["logits_long"][0], **TOLERANCE)
+    torch.testing.assert_close(logits[1, 24:], recorded["logits"][0], **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_the_first_qwen_is_trained_without_stretching(tmp_path):
+    recorded = qwen1(tmp_path)
+    ours = Decoder.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_dynamic_ntk": False, "use_logn_attn": False}))
+    plain = Decoder.from_pretrained(tmp_path)
+    ids = recorded["ids_long"]
+    assert torch.equal(ours.train()(ids), plain(ids))
+    assert (ours.eval()(ids) - plain(ids)).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_the_first_qwen_in_bfloat16(tmp_path):
+    recorded = qwen1(tmp_path)
+    half = Decoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    error = (half(recorded["ids_long"]) - recorded["logits_long"]).abs()
+    assert error.mean() < 0.015 and error.max() < 0.15  # of logits whose standard deviation is about 0.8
+
+
+@pytest.mark.parametrize("length", [9, 30, 40], ids=["short", "crosses the trained length while it writes", "long"])
+def test_the_first_qwen_writes_the_same_with_and_without_a_cache(first_qwen, length):
+    ours, recorded = first_qwen
+    short = torch.nn.functional.pad(recorded["ids"][:1, :5], (length - 5, 0))
+    ids, mask = torch.cat((recorded["ids_long"][:, :length], short)), padding([length, 5], length, left=True)
+    with torch.inference_mode():
+        cached, uncached = (list(decode(ours, ours.embed_tokens(ids), ids, mask, 20, (), Sampling(1.0), use_cache))
+                            for use_cache in (True, False))
+    assert cached == uncached and len(set(next(zip(*cached)))) > 10
+
+
+HUB_QWEN_7B_CHAT = {
+    "architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}, "attn_dropout_prob": 0.0,
+    "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096, "intermediate_size": 22016,
+    "initializer_range": 0.02, "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 32768,
+    "model_type": "qwen", "no_bias": True, "num_attention_heads": 32, "num_hidden_layers": 32, "onnx_safe": None,
+    "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "softmax_in_fp32": False,
+    "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer", "transformers_version": "4.32.0", "use_cache": True,
+    "use_cache_kernel": False, "use_cache_quantization": False, "use_dynamic_ntk": True, "use_flash_attn": "auto",
+    "use_logn_attn": True, "vocab_size": 151936}
+
+
+def test_the_published_qwen_7b_chat():
+    config = DecoderConfig.from_hf(HUB_QWEN_7B_CHAT)
+    assert config == DecoderConfig(
+        151936, 4096, 11008, 32, 32, 32, 128, qkv_bias=True, rms_norm_eps=1e-6, rope_theta=10000, max_position_embeddings=32768,
+        tie_word_embeddings=False, rope_type="dynamic_ntk", original_max_position_embeddings=8192, logn_attention=True)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 7_721_324_544  # as its card says, 7.7 billion
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"no_bias": False}, "no_bias = False is not implemented, only True"),
+    ({"rotary_pct": 0.25}, "rotary_pct = 0.25 is not implemented"),
+    ({"scale_attn_weights": False}, "scale_attn_weights = False is not implemented"),
+    ({"seq_length": None}, "key 'seq_length' is missing"),
+    ({"intermediate_size": 22017}, "intermediate_size = 22017 has to be even"),
+    ({"seq_lenght": 8192}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
+])
+def test_a_first_qwen_that_is_not_implemented_is_refused(change, message):
+    with pytest.raises(NanoVLMError, match=message):
+        DecoderConfig.from_hf(HUB_QWEN_7B_CHAT | change)

@@ -14,7 +14,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of the reference implementation, wher
     "qwen2": SHARED | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768),
     "qwen3": SHARED | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768, head_dim=128),
     "llama": SHARED | dict(vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048),
-    "mistral": SHARED | dict(vocab_size=32000, intermediate_size=14336, max_position_embeddings=131072, num_key_value_heads=8),
+    "mistral": SHARED | dict(vocab_size=32000, intermediate_size=14336, max_position_embeddings=131072,
+                             num_key_value_heads=8),
 }
 IGNORED = ("attention_dropout", "sliding_window", "max_window_layers", "use_mrope", "pretraining_tp", "is_llama_config",
            "max_sequence_length", "transformers.js_config")
@@ -24,8 +25,8 @@ QWEN1_DEFAULTS = dict(
     layer_norm_epsilon=1e-6, max_position_embeddings=8192, seq_length=None, rotary_emb_base=10000, rotary_pct=1.0,
     use_dynamic_ntk=True, use_logn_attn=True, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
 # Dropouts are 0 in every published file and off when it is used; the rest is about kernels, number formats and exports.
-QWEN1_IGNORED = ("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32", "use_flash_attn",
-                 "use_cache_quantization", "use_cache_kernel", "tokenizer_class", "tokenizer_type")
+QWEN1_IGNORED = ("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32",
+                 "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "tokenizer_class", "tokenizer_type")
 SAME_NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
               "tie_word_embeddings")
 
@@ -43,7 +44,8 @@ def _read_llama(config: dict) -> dict[str, Any]:
     """LLaMA and the families that descend from it."""
     family = config.get("model_type")
     if family == "mistral" and config.get("sliding_window", 4096) is not None:
-        raise NanoVLMError(f"config.json: sliding_window = {config.get('sliding_window', 4096)!r} is not implemented, only null")
+        window = config.get("sliding_window", 4096)
+        raise NanoVLMError(f"config.json: sliding_window = {window!r} is not implemented, only null")
     config = read_hf_config(config, tuple(VOICES), DEFAULTS.get(family, SHARED), IGNORED)
     require(config, hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
     require({"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]}, layer_types=[])
@@ -85,8 +87,8 @@ def _read_rope(config: dict) -> dict[str, Any]:
 
 
 def _read_qwen1(config: dict) -> dict[str, Any]:
-    """Qwen's first generation, such as Qwen-7B-Chat. `seq_length`, the length first trained at, is not `max_position_embeddings`;
-    `intermediate_size` is that of gate and values together."""
+    """Qwen's first generation, such as Qwen-7B-Chat. `seq_length` is the length first trained at, `intermediate_size` that of
+    gate and values together."""
     config = read_hf_config(config, tuple(VOICES), QWEN1_DEFAULTS, QWEN1_IGNORED)
     require(config, rotary_pct=1.0, no_bias=True, scale_attn_weights=True)
     stretched = config["use_dynamic_ntk"] or config["use_logn_attn"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -13,6 +14,10 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -26,6 +31,7 @@ from nanovlm.projector import ProjectorConfig
 from nanovlm.tokenizer.pretokenize import QWEN_PATTERN
 from nanovlm.vlm import VisionLanguageModel
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
 CORPUS = (
     "system\nuser\nassistant\n图中有几个红色的圆形？有三个红色的圆形。左边的蓝色三角形比右边的绿色正方形大。",
@@ -64,13 +70,24 @@ def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int 
 
 def qwen(folder: Path, family: str = "qwen2", *, seed: int = 0, max_shard_size: str = "1GB",
          **settings: Any) -> PreTrainedModel:
-    """A Qwen2 or Qwen3 of three blocks, saved to `folder`; `settings` are those of its config."""
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    """A Qwen2, Qwen3, LLaMA or Mistral of three blocks, saved to `folder`; `settings` are those of its config."""
+    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+               "llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
     config_class, model_class = classes[family]
     shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=256,
                  rope_parameters={"rope_type": "default", "rope_theta": 1e5})
     return save(model_class(config_class(**(shape | settings))), folder, seed, max_shard_size=max_shard_size)
+
+
+def qwen1(folder: Path) -> dict[str, torch.Tensor]:
+    """The recorded model of Qwen's first generation as a hub folder; returns what it was given and what it answered."""
+    stored = load_file(FIXTURES / "qwen1_text.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith("fixture.")}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text((FIXTURES / "qwen1_text.json").read_text())
+    return {name.removeprefix("fixture."): tensor for name, tensor in stored.items() if name.startswith("fixture.")}
 
 
 def byte_pair(folder: Path, chat_template: str = "") -> PreTrainedTokenizerFast:
