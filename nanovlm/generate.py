@@ -131,10 +131,14 @@ class TextStreamer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._put_space = tokenizer.puts_space  # before the first word, where nobody wrote one
 
     def put(self, token: int) -> str:
         """The characters that `token` completes; often one word, sometimes nothing yet."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        text = self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        if self._put_space and text:
+            text, self._put_space = text.removeprefix(" "), False
+        return text
 
     def end(self) -> str:
         """What is left when the answer stops in the middle of a character."""

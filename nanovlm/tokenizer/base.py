@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 class Tokenizer(ABC):
-    """What every tokenizer offers. `vocab_size` is the highest id + 1; `special_tokens` maps text to id."""
+    """What every tokenizer offers. `vocab_size` is the highest id + 1; `special_tokens` maps text to id; `puts_space` is
+    whether each text that is encoded gets a space before it, as LLaMA's does."""
 
     vocab_size: int
     special_tokens: dict[str, int]
+    puts_space: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -135,7 +135,8 @@ class BytePairTokenizer(Tokenizer):
             )  # fmt: skip
             decoder = document.get("decoder")
             if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-                raise NanoVLMError(f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel")
+                raise NanoVLMError(f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel, or put the "
+                                   "tokenizer.model that this was made from beside it")
             merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             return cls(model.get("vocab"), merges, added_tokens, document, model.get("ignore_merges", False))
 
@@ -162,10 +163,11 @@ class BytePairTokenizer(Tokenizer):
         added_tokens: Iterable[AddedToken] | dict[str, int] = (),
         pattern: str = QWEN_PATTERN,
         use_nfc: bool = True,
+        special_tokens: Iterable[str] = (),
     ) -> "BytePairTokenizer":
         """Read a tiktoken file: on each line a token's bytes in base64 and its id, which is also its rank.
 
-        It names neither special tokens nor a pattern, which is taken to be Qwen's. A token's merge is the pair that the
+        It names neither special tokens nor a pattern, which is taken to be Qwen's. `special_tokens` follow its last id. A token's merge is the pair that the
         earlier merges make of its bytes, the only pair that can ever come together to form it.
         """
         path = Path(path)
@@ -188,7 +190,9 @@ class BytePairTokenizer(Tokenizer):
                         ranks[tuple(pair)] = len(merged)
                         merged.append(id)
                         merges.append((tokens[pair[0]], tokens[pair[1]]))
-            return cls(vocab, merges, _as_added(added_tokens), _pipeline(pattern, use_nfc), ignore_merges=True)
+            following = enumerate(special_tokens, max(vocab.values(), default=-1) + 1)
+            added_tokens = [*_as_added(added_tokens), *(AddedToken(id, content) for id, content in following)]
+            return cls(vocab, merges, added_tokens, _pipeline(pattern, use_nfc), ignore_merges=True)
 
     def _normalize(self, text: str) -> str:
         return nfc(text) if self._nfc else text

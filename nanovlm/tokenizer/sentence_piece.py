@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None):
         self._model = model
         try:
-            self._pieces, self._puts_space, patched = _read_model(model)
+            self._pieces, self.puts_space, patched = _read_model(model)
             self._processor = SentencePieceProcessor(model_proto=patched)
         except (ValueError, IndexError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
@@ -99,17 +99,19 @@ class SentencePieceTokenizer(Tokenizer):
         self._texts = {id: text for text, id in self.special_tokens.items()}
         self._spellings = spelling_pattern(self.special_tokens)
         self.vocab_size = len(self._pieces)
+        self._ordinary = {piece for piece, kind in self._pieces} - self.special_tokens.keys()
         self._added: dict[str, int] = {}
         for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
             if (next_id := self.add_special_token(text)) != id:
                 raise NanoVLMError(f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; of another model?")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "SentencePieceTokenizer":
-        """Read a model file, and the `added_tokens.json` beside it if there is one."""
+    def from_file(cls, path: str | Path, added_tokens: dict[str, int] | None = None) -> "SentencePieceTokenizer":
+        """Read a model file, and the `added_tokens.json` beside it if there is one; `added_tokens` are those that another
+        file tells of, which may name the model's own once more."""
         path = Path(path)
         added_path = path.with_name(ADDED_TOKENS_FILE)
-        added_tokens = read_json(added_path) if added_path.exists() else {}
+        added_tokens = (added_tokens or {}) | (read_json(added_path) if added_path.exists() else {})
         if not all(type(id) is int for id in added_tokens.values()):
             raise NanoVLMError(f"{added_path}: expected an object of texts and whole numbers; damaged file?")
         try:
@@ -144,12 +146,14 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of ids, without the space that the model puts before every text."""
         text = super().decode(ids, skip_special)
-        return text.removeprefix(" ") if self._puts_space else text
+        return text.removeprefix(" ") if self.puts_space else text
 
     def add_special_token(self, text: str) -> int:
         if text not in self.special_tokens:
             if not text:
                 raise NanoVLMError("special token '': is empty; give it a text")
+            if text in self._ordinary:
+                raise NanoVLMError(f"special token {text!r}: ordinary text gives that piece too; choose another text")
             self.special_tokens[text] = self._added[text] = self.vocab_size
             self._texts[self.vocab_size] = text
             self._spellings = spelling_pattern(self.special_tokens)
