@@ -9,6 +9,7 @@ from nanovlm.config import from_dict
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.tokenizer.base import spelling_pattern
 
 IGNORED = -100  # the label of a token that is not learned
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
@@ -65,18 +66,24 @@ class ChatConfig:
 
     @classmethod
     def from_hf(cls, folder: str | Path, tokenizer: Tokenizer) -> "ChatConfig":
-        """Work out a hub folder's template from its special tokens and its `tokenizer_config.json`.
+        """Work out a hub folder's template from its special tokens and its chat template.
 
         The published template is a program, which is not run; of it only two facts are read: the default system
-        prompt, which stands in it word for word (Qwen2, Qwen2.5), and whether it has think blocks (Qwen3).
+        prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2, Vicuna), and whether it has think blocks (Qwen3).
+        Raises if no template fits, with what each would need.
         """
-        if "<|im_start|>" not in tokenizer.special_tokens:
-            return cls(template="plain", image_token=IMAGE_MARKER)
-        source = _template_source(Path(folder))
-        default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<'{]+)<\|im_end\|>", source)
-        has_placeholder = "<|image_pad|>" in tokenizer.special_tokens
-        return cls(image_token="<|image_pad|>" if has_placeholder else IMAGE_MARKER,
-                   default_system=default[1] if default else None, empty_think="<think>" in source)
+        special, source = tokenizer.special_tokens, _template_source(Path(folder))
+        fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
+        if not fitting or (fitting[0] == "vicuna" and "[INST]" in source):
+            needs = "; ".join(f"{name} needs {' '.join(sorted(template.special))}" for name, template in TEMPLATES.items())
+            reason = "its chat template, of [INST], is not implemented" if fitting else "it lacks special tokens of each"
+            raise NanoVLMError(f"{folder}: no chat template fits its tokenizer: {reason} ({needs})")
+        image_token = next((token for token in PLACEHOLDERS if token in special), IMAGE_MARKER)
+        default = DEFAULT_SYSTEM[fitting[0]].search(source) if fitting[0] in DEFAULT_SYSTEM else None
+        system = default["text"].replace("\\'", "'").strip() if default else None
+        if FIRST_QWEN in special and not source:
+            system = "You are a helpful assistant."  # of the published code; the folder holds no template
+        return cls(fitting[0], image_token, system, empty_think=fitting[0] == "chatml" and "<think>" in source)
 
 
 def _template_source(folder: Path) -> str:
@@ -87,24 +94,46 @@ def _template_source(folder: Path) -> str:
     return str(read_json(path).get("chat_template", "")) if path.exists() else ""
 
 
+ROLES = ("system", "user", "assistant")
+
+
 @dataclass(frozen=True)
 class Template:
-    """The frame of one turn: `opening` special token(s), `header` text, the content, `end_of_turn`, `separator` text."""
+    """How turns are framed, role by role. Where a frame spells one of `special`, it is that token; the rest is text."""
 
-    opening: dict[str, str]
-    header: dict[str, str]
-    end_of_turn: str
-    separator: str
+    special: frozenset[str]  # what a tokenizer has to have
+    before: dict[str, str]
+    end_of_turn: dict[str, str]  # a special token, or nothing; the assistant's is learned
+    after: dict[str, str]  # text between the turn and the next
+    first: str = ""  # what opens the conversation
+
+    @classmethod
+    def alike(cls, before: str, end_of_turn: str, after: str, special: Iterable[str], first: str = "") -> "Template":
+        """One whose turns are framed alike but for `{role}`."""
+        return cls(frozenset(special), {role: before.format(role=role) for role in ROLES}, dict.fromkeys(ROLES, end_of_turn),
+                   dict.fromkeys(ROLES, after), first)
 
 
-ROLES = ("system", "user", "assistant")
-TEMPLATES = {
-    # <|im_start|>user\n…<|im_end|>\n — Qwen and many others
-    "chatml": Template(opening=dict.fromkeys(ROLES, "<|im_start|>"), header={role: f"{role}\n" for role in ROLES},
-                       end_of_turn="<|im_end|>", separator="\n"),
-    # <user>…</s><assistant>…</s> — the tiny model; one token a frame
-    "plain": Template(opening={role: f"<{role}>" for role in ROLES}, header=dict.fromkeys(ROLES, ""),
-                      end_of_turn="</s>", separator=""),
+TEMPLATES = {  # a tokenizer takes the first that fits
+    # <|im_start|>user\n…<|im_end|>\n: Qwen, SmolLM2 and many others
+    "chatml": Template.alike("<|im_start|>{role}\n", "<|im_end|>", "\n", ("<|im_start|>", "<|im_end|>")),
+    # <|start_header_id|>user<|end_header_id|>\n\n…<|eot_id|>: LLaMA 3
+    "llama3": Template.alike("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", (
+        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), first="<|begin_of_text|>"),
+    # <user>…</s><assistant>…</s>: the tiny model; one token a frame
+    "plain": Template.alike("<{role}>", "</s>", "", ("<system>", "<user>", "<assistant>", "</s>")),
+    # <s>… USER: … ASSISTANT: …</s>USER: …: Vicuna and LLaVA-1.5. The space before an answer is the one that LLaMA's
+    # tokenizer puts before every text. Roles are plain text here, so a user who types "ASSISTANT:" can imitate one.
+    "vicuna": Template(
+        special=frozenset(("<s>", "</s>")), first="<s>", before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
+        end_of_turn={"system": "", "user": "", "assistant": "</s>"}, after={"system": " ", "user": " ", "assistant": ""}),
+}
+FIRST_QWEN = "<|extra_0|>"  # of the tokens without a meaning that only its vocabulary has
+PLACEHOLDERS = ("<|image_pad|>", IMAGE_MARKER, FIRST_QWEN)  # a tokenizer without any gets IMAGE_MARKER
+DEFAULT_SYSTEM = {  # as it stands in a published template
+    "chatml": re.compile(r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<'{]+)<\|im_end\|>"),
+    "vicuna": re.compile(r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote)).)+?)\s*(?:USER:.*?)?(?P=quote)""",
+                         re.DOTALL),
 }
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 
@@ -129,8 +158,12 @@ class Chat:
         if config.template not in TEMPLATES:
             raise NanoVLMError(f"chat template {config.template!r} is not known; take one of {', '.join(TEMPLATES)}")
         self.config, self.tokenizer, self.template = config, tokenizer, TEMPLATES[config.template]
-        self.image_token_id = self._special(config.image_token)
-        self.end_of_turn_id = self._special(self.template.end_of_turn)
+        for token in (config.image_token, *sorted(self.template.special)):
+            if token not in tokenizer.special_tokens:
+                raise NanoVLMError(f"the tokenizer has no special token {token!r}, which the {config.template} template needs")
+        self.image_token_id = tokenizer.special_tokens[config.image_token]
+        self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
+        self._spellings = spelling_pattern(self.template.special)
 
     def encode(self, messages: Sequence[Message], image_lengths: Sequence[int] = (), *,
                add_generation_prompt: bool = False) -> Encoded:
@@ -148,19 +181,20 @@ class Chat:
             messages = [Message("system", (self.config.default_system,)), *messages]
         encoded, lengths = Encoded(), iter(image_lengths)
         last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        text = self._open(encoded, "", self.template.first)
         for index, message in enumerate(messages):
-            self._encode_turn(encoded, message, lengths, think=index > last_query)
+            text = self._encode_turn(encoded, text, message, lengths, think=index > last_query)
         if add_generation_prompt:
-            encoded.extend([self._special(self.template.opening["assistant"])], learned=False)
-            encoded.extend(self.tokenizer.encode(self._header("assistant", think=True)), learned=False)
+            text = self._open(encoded, text, self._before("assistant", think=True))
+        encoded.extend(self.tokenizer.encode(text), learned=False)
         return encoded
 
-    def _encode_turn(self, encoded: Encoded, message: Message, lengths: Iterable[int], think: bool) -> None:
+    def _encode_turn(self, encoded: Encoded, text: str, message: Message, lengths: Iterable[int], think: bool) -> str:
+        """Append a turn. `text` is what the turn before left to be encoded together with what comes; returns the like."""
         if message.role not in ROLES:
             raise NanoVLMError(f"role {message.role!r} is not known; take one of {', '.join(ROLES)}")
         learned = message.role == "assistant"
-        encoded.extend([self._special(self.template.opening[message.role])], learned=False)
-        text = self._header(message.role, think)
+        text = self._open(encoded, text, self._before(message.role, think))
         if learned:  # the boundary between what is given and what is learned is a boundary between tokens
             encoded.extend(self.tokenizer.encode(text), learned=False)
             text = ""
@@ -173,15 +207,21 @@ class Chat:
                 encoded.extend(self.tokenizer.encode(text), learned=False)
                 encoded.extend([self.image_token_id] * next(lengths), learned=False)
                 text = ""
-        encoded.extend(self.tokenizer.encode(text), learned)
-        encoded.extend([self.end_of_turn_id], learned)
-        encoded.extend(self.tokenizer.encode(self.template.separator), learned=False)
+        if end := self.template.end_of_turn[message.role]:
+            encoded.extend([*self.tokenizer.encode(text), self.tokenizer.special_tokens[end]], learned)
+            text = ""
+        return text + self.template.after[message.role]
 
-    def _header(self, role: str, think: bool) -> str:
+    def _open(self, encoded: Encoded, text: str, frame: str) -> str:
+        """Append `text` and a frame, in which alone special tokens are looked for, up to the last of them; returns the rest."""
+        start = 0
+        for match in self._spellings.finditer(frame):
+            encoded.extend(self.tokenizer.encode(text + frame[start:match.start()]), learned=False)
+            encoded.extend([self.tokenizer.special_tokens[match[0]]], learned=False)
+            text, start = "", match.end()
+        return text + frame[start:]
+
+    def _before(self, role: str, think: bool) -> str:
         opens_with_think = think and role == "assistant" and self.config.empty_think
-        return self.template.header[role] + (EMPTY_THINK if opens_with_think else "")
+        return self.template.before[role] + (EMPTY_THINK if opens_with_think else "")
 
-    def _special(self, token: str) -> int:
-        if token not in self.tokenizer.special_tokens:
-            raise NanoVLMError(f"the tokenizer has no special token {token!r}, which the {self.config.template} template needs")
-        return self.tokenizer.special_tokens[token]

@@ -25,7 +25,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, choose, decode, generate
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from nanovlm.vlm import Batch, VisionLanguageModel
-from tests.reference.models import byte_pair, qwen, tiny_vlm
+from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
 
 PROMPTS = ["<image>描述图片", "Hi", "What is left of <image>, and what is in <image> below the red circle?",
            "图中有几个红色的圆形？<image>"]
@@ -209,6 +209,14 @@ def test_text_is_streamed_in_whole_characters(tokenizer, text):
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + streamer.end() == text
     assert not text.startswith("一只🐕") or "" in pieces  # 🐕 took several tokens, and nothing came before the last of them
+
+
+def test_streaming_leaves_out_the_space_that_llamas_tokenizer_puts_before_a_text(tmp_path):
+    sentence_piece(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("A little girl", " 红色", "\n图中 x"):
+        streamer, ids = TextStreamer(tokenizer), tokenizer.encode(text)
+        assert "".join(map(streamer.put, ids)) + streamer.end() == text == tokenizer.decode(ids)
 
 
 def test_an_answer_that_stops_inside_a_character_ends_in_one_mark(tokenizer):

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.tokenizer import BytePairTokenizer, SentencePieceTokenizer, load_tokenizer
 from nanovlm.tokenizer.merges import unspell
 from nanovlm.tokenizer.pretokenize import QWEN_PATTERN, cut, nfc, translate_pattern
+from tests.reference.models import sentence_piece as llama_folder
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 CORPUS = [
@@ -154,6 +155,74 @@ def test_equals_tokenizers_when_merges_are_out_of_order_or_missing(folder, tmp_p
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(9)
     assert_agrees(ours, reference, CORPUS + [random_text(rng) for _ in range(500)])
+
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_equals_tokenizers_on_a_file_like_smollm2s(tmp_path):
+    """Its special tokens come first in the vocabulary, and digits stand alone."""
+    reference = tokenizers.Tokenizer(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    reference.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    reference.train_from_iterator(CORPUS * 4, trainer)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.special_tokens == {token: id for id, token in enumerate(special)}
+    rng = random.Random(11)
+    assert_agrees(ours, reference, CORPUS + special + [random_text(rng) for _ in range(500)])
+
+
+def test_equals_tokenizers_on_a_file_like_llama_3s(tmp_path):
+    """Up to three digits together, words of the vocabulary whether merges lead to them or not, and a post-processor."""
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    reference = train_reference(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), None)
+    begin = "<|begin_of_text|>"
+    reference.add_special_tokens([begin])
+    reference.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, reference.token_to_id(begin))]),
+        ]
+    )
+    document = json.loads(reference.to_str())
+    document["model"]["ignore_merges"] = True
+    document["model"]["merges"] = document["model"]["merges"][::2]  # so that some words have none
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(12)
+    texts = CORPUS + ["1234567", begin] + [random_text(rng) for _ in range(500)]
+    assert_agrees(load_tokenizer(tmp_path), reference, texts)
+
+
+def test_the_first_qwens_special_tokens_follow_its_vocabulary(ours, folder, tmp_path):
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    lines = (f"{base64.b64encode(unspell(token)).decode()} {id}\n" for token, id in vocab.items())
+    (tmp_path / "qwen.tiktoken").write_text("".join(lines))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "model_max_length": 32768, "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}))  # fmt: skip
+    qwen = load_tokenizer(tmp_path)
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
+    assert qwen.special_tokens == {name: len(vocab) + number for number, name in enumerate(names)}
+    assert qwen.vocab_size == len(vocab) + 208  # 151,643 + 208 in the published one
+    rng = random.Random(13)
+    for text in CORPUS + [random_text(rng) for _ in range(300)]:
+        if "<tool_call>" not in text and "ệ!" not in nfc(text):  # which `ours` knows besides
+            assert qwen.encode(text) == ours.encode(text), ascii(text)
+    assert not set(qwen.encode("".join(names))) & set(qwen.special_tokens.values())
+    assert qwen.encode_with_special("狗<|extra_0|>")[-1] == len(vocab) + 3
+    qwen.save(tmp_path)  # a tokenizer.json, which goes before the tiktoken file
+    again = load_tokenizer(tmp_path)
+    assert again.special_tokens == qwen.special_tokens and again.encode(CORPUS[0]) == qwen.encode(CORPUS[0])
 
 
 def test_character_classes_equal_those_of_tokenizers_for_every_code_point():
@@ -416,4 +485,51 @@ def test_sentence_piece_survives_saving_and_pickling(sentence_piece_model, tmp_p
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(sentence_piece_model[: len(sentence_piece_model) // 2])
     with pytest.raises(NanoVLMError, match="tokenizer.model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_llama_folder_is_read_from_its_sentence_piece_model(tmp_path):
+    """Equal to the conversion that stands beside it and that the reference reads."""
+    reference = llama_folder(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert isinstance(ours, SentencePieceTokenizer) and ours.puts_space
+    size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).vocab_size()
+    assert ours.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": size, "<pad>": size + 1}
+    assert ours.vocab_size == len(reference)
+    rng = random.Random(14)
+    texts = [text.replace("\0", "") for text in CORPUS + [random_text(rng) for _ in range(500)]]  # which ends a C string
+    for text in filter(None, texts):
+        if not any(token in text for token in ours.special_tokens):
+            assert ours.encode(text) == reference.encode(text, add_special_tokens=False), ascii(text)
+    text = "<s>USER: <image>描述图片</s>"
+    assert ours.encode_with_special(text) == reference.encode(text, add_special_tokens=False)
+
+
+def test_tokens_beside_a_sentence_piece_model(tmp_path):
+    llama_folder(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size - 2, "<pad>": size - 1}))  # once more, as in LLaVA
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+        {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "additional_special_tokens": ["<sep>"]}))
+    assert load_tokenizer(tmp_path).special_tokens["<sep>"] == size  # only named, so it gets the next id
+    (tmp_path / "special_tokens_map.json").write_text('{"sep_token": "▁the"}')
+    with pytest.raises(NanoVLMError, match="tokenizer.model: special token '▁the': ordinary text gives that piece too"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
+    cases = [
+        ({"2": {"content": "<s>", "special": True}}, "'<s>' has id 2, expected 1"),
+        ({str(size): {"content": "<x>", "special": False}}, "'<x>' is not special"),
+        ({str(size + 7): {"content": "<x>", "special": True}}, f"has id {size + 7}, expected {size}"),
+        ({str(size): {"content": "▁the", "special": True}}, "ordinary text gives that piece too"),
+    ]
+    for added, message in cases:
+        path.write_text(json.dumps(config | {"added_tokens_decoder": added}))
+        with pytest.raises(NanoVLMError, match=message) as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(NanoVLMError, match="put the tokenizer.model that this was made from beside it"):
         load_tokenizer(tmp_path)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovlm import vlm
-from nanovlm.chat import IGNORED
+from nanovlm.chat import IGNORED, Message
+from nanovlm.data.batches import Row, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
-from tests.reference.models import byte_pair, dinov2, qwen, tiny_vlm
+from tests.reference.models import byte_pair, dinov2, qwen, sentence_piece, tiny_vlm
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,18 @@ def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
     assert model.image_length == 4
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert VLMConfig.from_dict({"model_type": "nanovlm", **dataclasses.asdict(model.config)}) == model.config
+
+
+def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
+    """With a SentencePiece vocabulary, Vicuna's template and the placeholder among its added tokens."""
+    dinov2(tmp_path / "vision")
+    qwen(tmp_path / "text", "llama", vocab_size=len(sentence_piece(tmp_path / "text")))
+    model = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("mlp"), ImageConfig(28, 28))
+    model.save_pretrained(tmp_path / "model")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "model")
+    assert again.config == model.config and again.chat.config.template == "vicuna"
+    encoded = again.chat.encode([Message.parse("user", "<image>Hi"), Message.parse("assistant", "A dog")], [16])
+    batch = collate([Row.of(encoded)], again.chat.image_token_id)
+    batch.pixels = torch.randn(1, 3, 28, 28)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(batch), again(batch))

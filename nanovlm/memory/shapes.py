@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanovlm.chat import ChatConfig
+from nanovlm.chat import TEMPLATES, ChatConfig
 from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
@@ -96,7 +96,8 @@ def model_config(settings: Settings) -> VLMConfig:
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
     """The model on the meta device: every shape and no weight. No words either, since no shape depends on them."""
-    words = SimpleNamespace(vocab_size=0, special_tokens={config.chat.image_token: 0, "<|im_end|>": 0, "</s>": 0})
+    special = {token for template in TEMPLATES.values() for token in template.special}
+    words = SimpleNamespace(vocab_size=0, special_tokens=dict.fromkeys((config.chat.image_token, *special), 0))
     with torch.device("meta"):
         return VisionLanguageModel(config, words)
 

@@ -56,14 +56,23 @@ def _read_sentence_piece(path: Path) -> SentencePieceTokenizer:
             raise NanoVLMError(f"{path.parent / 'tokenizer_config.json'}: added token {token.content!r} is not special, which "
                                "is not implemented for SentencePiece; use a tokenizer without it")
     tokenizer = SentencePieceTokenizer.from_file(path, {token.content: token.id for token in added_tokens})
-    names = path.with_name("special_tokens_map.json")
-    for source in (read_json(names) if names.exists() else {}, config):
-        more = source.get("additional_special_tokens") or []
-        for token in (*map(source.get, NAMED_SPECIAL), *(more if isinstance(more, list) else [])):
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                tokenizer.add_special_token(text)
+    for text in _named_special(path.parent, config):
+        try:
+            tokenizer.add_special_token(text)
+        except NanoVLMError as error:
+            raise NanoVLMError(f"{path}: {error}") from None
     return tokenizer
+
+
+def _named_special(folder: Path, config: dict) -> list[str]:
+    """The special tokens that `special_tokens_map.json` and `tokenizer_config.json` give a part to, without an id."""
+    path = folder / "special_tokens_map.json"
+    tokens = []
+    for source in (read_json(path) if path.exists() else {}, config):
+        more = source.get("additional_special_tokens")
+        tokens += [*map(source.get, NAMED_SPECIAL), *(more if isinstance(more, list) else [])]
+    texts = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _is_converted(folder: Path) -> bool:

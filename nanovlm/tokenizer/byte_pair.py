@@ -167,8 +167,9 @@ class BytePairTokenizer(Tokenizer):
     ) -> "BytePairTokenizer":
         """Read a tiktoken file: on each line a token's bytes in base64 and its id, which is also its rank.
 
-        It names neither special tokens nor a pattern, which is taken to be Qwen's. `special_tokens` follow its last id. A token's merge is the pair that the
-        earlier merges make of its bytes, the only pair that can ever come together to form it.
+        It names neither special tokens nor a pattern, which is taken to be Qwen's; `special_tokens` follow its last id. A
+        token's merge is the pair that the earlier merges make of its bytes, the only pair that can ever come together to
+        form it.
         """
         path = Path(path)
         vocab: dict[str, int] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -90,8 +91,8 @@ def qwen1(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("fixture."): tensor for name, tensor in stored.items() if name.startswith("fixture.")}
 
 
-def byte_pair(folder: Path, chat_template: str = "") -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer made like Qwen's, of 320 tokens and SPECIAL_TOKENS, saved to `folder`."""
+def byte_pair(folder: Path, chat_template: str = "", special: tuple[str, ...] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer made like Qwen's, of 320 tokens and `special` ones, saved to `folder`."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -100,12 +101,41 @@ def byte_pair(folder: Path, chat_template: str = "") -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens(["<think>", "</think>"])  # as in Qwen3: found in text, not special
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, bos_token=special[0])
+
+
+def sentence_piece(folder: Path, chat_template: str = "",
+                   added: tuple[str, ...] = ("<image>", "<pad>")) -> PreTrainedTokenizerFast:
+    """A folder like LLaVA's: a SentencePiece model made like LLaMA's, and its conversion for `tokenizers`, which is what the
+    reference reads; `added` follow the model's own pieces in `tokenizer_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "tokenizer.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS * 9), model_writer=file, model_type="bpe", vocab_size=420, byte_fallback=True,
+            split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, num_threads=1)
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = {model.id_to_piece(id): id for id in range(len(model))}
+    pairs = [(ids[piece], ids[piece[:at]], ids[piece[at:]], piece[:at], piece[at:]) for piece in ids
+             for at in range(1, len(piece)) if not model.is_byte(ids[piece]) and piece[:at] in ids and piece[at:] in ids]
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        ids, [pair[3:] for pair in sorted(pairs)], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    numbered = {str(tokenizer.token_to_id(text)): {"content": text, **flags} for text in ("<unk>", "<s>", "</s>", *added)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": numbered, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "legacy": True, "chat_template": chat_template}), encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, bos_token="<s>", eos_token="</s>")
 
 
 def tiny_vlm(folder: Path, projector: ProjectorConfig = ProjectorConfig("pixel_shuffle"), family: str = "qwen2",
