@@ -75,7 +75,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     for step in range(max_new_tokens):
         wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
         with _products_for(inputs):
-            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted, lengths)).float()  # (B, V)
+            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted,
+                                                           prompt_lengths=lengths)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
         yield torch.where(ended, -1, token).tolist()

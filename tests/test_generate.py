@@ -90,9 +90,9 @@ def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
     batch.pixels = None if batch.pixels is None else batch.pixels.bfloat16()
     seen, hidden_states = [], half.decoder.hidden_states
 
-    def watched(embeddings: Tensor, *rest) -> Tensor:
+    def watched(embeddings: Tensor, *rest, **options) -> Tensor:
         seen.append((embeddings.shape[1] == 1, torch.backends.mkldnn.enabled))
-        return hidden_states(embeddings, *rest)
+        return hidden_states(embeddings, *rest, **options)
 
     monkeypatch.setattr(half.decoder, "hidden_states", watched)
     answer = write(half, batch)
