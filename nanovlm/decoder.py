@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from nanovlm.attention import Attention, KVCache, RMSNorm, rotary_embedding, visibility
 from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require, unknown_key
-from nanovlm.weights.pretrained import load_pretrained
-from nanovlm.weights.names import QWEN
+from nanovlm.weights.pretrained import TEXT_FAMILIES, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Decoder":
         """Load a hub folder, one file or sharded; any missing, unexpected or mis-shaped tensor is an error."""
-        return load_pretrained(cls, DecoderConfig, folder, QWEN, dtype)
+        return load_pretrained(cls, DecoderConfig, folder, TEXT_FAMILIES, dtype)
 
     @property
     def head_weight(self) -> Tensor:
