@@ -17,6 +17,14 @@ HUB_BOOKKEEPING = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "chunk_size_feed_forward",
     "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
     "is_encoder_decoder", "_attn_implementation", "_attn_implementation_autoset",
+    # What older files repeat of the library's defaults, in the table of each part: generation, tasks, other frameworks.
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "is_decoder", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torchscript", "typical_p", "use_bfloat16",
 })
 
 

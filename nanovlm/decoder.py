@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from nanovlm.attention import Attention, KVCache, RMSNorm, visibility
 from nanovlm.config import check_divides, check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json
 from nanovlm.rotary import frequencies, llama3_frequencies, logn_scale, ntk_theta, rotary_embedding
-from nanovlm.weights.names import QWEN, VOICES
-from nanovlm.weights.pretrained import load_pretrained
+from nanovlm.weights.pretrained import TEXT_FAMILIES, load_pretrained
 from nanovlm.weights.text_configs import read_text_config
 
 ROPE_TYPES = ("default", "llama3", "dynamic_ntk")
@@ -60,7 +58,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: dict) -> "DecoderConfig":
-        """Read the `config.json` of a folder of any family in VOICES; older and newer spellings of RoPE's settings."""
+        """Read the `config.json` of a folder of any family in TEXT_FAMILIES; older and newer spellings of RoPE's settings."""
         return from_dict(cls, read_text_config(config), where="config.json")
 
     @classmethod
@@ -143,8 +141,7 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Decoder":
         """Load a hub folder, one file or sharded; any missing, unexpected or mis-shaped tensor is an error."""
-        table = VOICES.get(read_json(Path(folder) / "config.json").get("model_type"), QWEN)  # an unknown one is refused below
-        return load_pretrained(cls, DecoderConfig, folder, table, dtype)
+        return load_pretrained(cls, DecoderConfig, folder, TEXT_FAMILIES, dtype)
 
     @property
     def head_weight(self) -> Tensor:

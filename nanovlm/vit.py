@@ -1,8 +1,10 @@
-"""The vision transformer: pixels → one vector a patch. DINOv2 small, base, large and giant, with and without registers."""
+"""The vision transformer: pixels → one vector a patch. DINOv2, SigLIP and SigLIP 2, CLIP, SmolVLM2's and Qwen-VL's towers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,41 @@ from torch import Tensor, nn
 from nanovlm.attention import Attention
 from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require
 from nanovlm.errors import NanoVLMError
-from nanovlm.weights.pretrained import load_pretrained
-from nanovlm.weights.names import DINOV2
+from nanovlm.positions import resize_positions
+from nanovlm.resampler import Resampler
+from nanovlm.weights.pretrained import VISION_FAMILIES, load_pretrained
+
+ACTIVATIONS = {  # under the hub's names
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda hidden_states: F.gelu(hidden_states, approximate="tanh"),
+    "quick_gelu": lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states),
+}
+RESIZES = ("bicubic", "nearest")
+
+# What the hub files of a family leave out (the reference's defaults), then what all of its models have in common.
+_VIT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3, image_size=224)
+_SIGLIP = _VIT | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+_CLIP = _VIT | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+_SMOLVLM = _SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
+_PATCHES_ONLY = dict(class_token=False, layer_scale=False)
+_TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "siglip_vision_model": (_SIGLIP, _PATCHES_ONLY),
+    "clip_vision_model": (_CLIP, dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False)),
+    "smolvlm_vision": (_SMOLVLM, _PATCHES_ONLY | dict(position_resize="nearest")),
+    "idefics3_vision": (_SMOLVLM, _PATCHES_ONLY | dict(position_resize="nearest")),
+}
+# Whole models, in whose file the tower's settings are a table, `vision_config`; its own model_type is often the model's.
+_WHOLE = {"siglip": "siglip_vision_model", "clip": "clip_vision_model", "smolvlm": "smolvlm_vision",
+          "idefics3": "idefics3_vision"}
+# Of the training, of the parts behind the tower, and of how images are cut into tiles.
+_UNUSED = ("attention_dropout", "dropout", "initializer_factor", "projection_dim", "vision_use_head", "vocab_size",
+           "use_base_siglip", "max_image_size", "size", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The shape of a vision transformer. `image_size` is the side, in pixels, its position table was made for."""
+    """The shape of a vision transformer; the defaults are DINOv2's. `image_size` is the side, in pixels, its position table
+    was made for; images may be larger or smaller."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -29,14 +59,49 @@ class VisionConfig:
     swiglu: bool = False  # gated MLP, as in the giant
     position_antialias: bool = False  # how a resized position table is filtered; the models with registers use it
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"  # one of ACTIVATIONS
+    class_token: bool = True
+    layer_scale: bool = True
+    patch_bias: bool = True
+    embedding_norm: bool = False  # before the first block
+    final_norm: bool = True  # after the last one
+    position_resize: str = "bicubic"  # or "nearest"
+    num_queries: int = 0  # of a resampler after the blocks; 0 for none
+    output_size: int = 0  # its width
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_divides(self, "hidden_size", "num_attention_heads")
+        for name, known in (("hidden_act", ACTIVATIONS), ("position_resize", RESIZES)):
+            if getattr(self, name) not in known:
+                raise NanoVLMError(f"VisionConfig: {name} is {getattr(self, name)!r}; implemented are {', '.join(known)}")
+        if math.isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise NanoVLMError(f"VisionConfig: num_queries is {self.num_queries}; it has to be a square number such as 256")
+        if bool(self.num_queries) != bool(self.output_size) or self.output_size % 4:
+            raise NanoVLMError(f"VisionConfig: num_queries = {self.num_queries} with output_size = {self.output_size}; "
+                               "a resampler has both, and its width is a multiple of 4")
 
     @classmethod
     def from_hf(cls, config: dict) -> "VisionConfig":
-        """Read the `config.json` of a DINOv2 folder; hub files leave out what equals the reference's defaults."""
+        """Read the `config.json` of a hub folder: of a tower, or of a whole SigLIP, CLIP, SmolVLM or Idefics3. Hub files
+        leave out what equals the reference's defaults. "qwen_vl_vision" is what `extract_vision.py` calls Qwen-VL's tower."""
+        model_type = config.get("model_type")
+        if model_type in ("dinov2", "dinov2_with_registers"):
+            return cls._from_dinov2(config)
+        if model_type == "qwen_vl_vision":
+            return cls._from_qwen_vl(config)
+        if model_type in ("siglip2", "siglip2_vision_model"):
+            raise NanoVLMError(f"config.json: model_type is {model_type!r}, which reads images of any shape (NaFlex) and is not "
+                               "implemented; take a SigLIP 2 of a fixed size, such as siglip2-base-patch16-256")
+        if model_type in _WHOLE:
+            config = _vision_part(config, _WHOLE[model_type])
+        defaults, common = _TOWERS.get(config.get("model_type"), ({}, {}))
+        config = read_hf_config(config, tuple(VISION_FAMILIES), defaults, ignored=_UNUSED)
+        require(config, num_channels=3)
+        return from_dict(cls, {key: config[key] for key in defaults if key != "num_channels"} | common, where="config.json")
+
+    @classmethod
+    def _from_dinov2(cls, config: dict) -> "VisionConfig":
         registers = config.get("model_type") == "dinov2_with_registers"
         config = read_hf_config(config, ("dinov2", "dinov2_with_registers"), defaults=dict(
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
@@ -58,28 +123,66 @@ class VisionConfig:
             layer_norm_eps=config["layer_norm_eps"]), where="config.json")
 
     @classmethod
+    def _from_qwen_vl(cls, config: dict) -> "VisionConfig":
+        """The keys of the hub file's `visual`. Its `image_size` is that of the images; the table has `patch_positions`."""
+        config = read_hf_config(config, ("qwen_vl_vision",), defaults=dict(
+            width=1664, layers=48, heads=16, mlp_ratio=4.9231, patch_size=14, output_dim=4096, n_queries=256,
+            patch_positions=256), ignored=("image_size", "image_start_id"))
+        return from_dict(cls, dict(
+            hidden_size=config["width"], intermediate_size=int(config["width"] * config["mlp_ratio"]),
+            num_hidden_layers=config["layers"], num_attention_heads=config["heads"], patch_size=config["patch_size"],
+            image_size=math.isqrt(config["patch_positions"]) * config["patch_size"], class_token=False, layer_scale=False,
+            patch_bias=False, embedding_norm=True, final_norm=False, num_queries=config["n_queries"],
+            output_size=config["output_dim"]), where="config.json")
+
+    @classmethod
     def from_dict(cls, config: dict) -> "VisionConfig":
         return from_dict(cls, config)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Those before the patches: CLS and registers."""
+        return self.class_token + self.num_register_tokens
 
     def num_patches(self, height: int, width: int) -> int:
         """Of an image of so many pixels."""
         return (height // self.patch_size) * (width // self.patch_size)
 
+    def num_tokens(self, height: int, width: int) -> int:
+        """What goes through the blocks for an image of so many pixels: CLS, registers and patches."""
+        return self.num_prefix_tokens + self.num_patches(height, width)
+
+    def num_features(self, height: int, width: int, layer: int = -1) -> int:
+        """How many vectors `VisionTransformer.patches` gives for an image of so many pixels."""
+        return self.num_queries if self._resampled(layer) else self.num_patches(height, width)
+
     def feature_size(self, layer: int = -1) -> int:
         """The width of the vectors that `VisionTransformer.patches` gives."""
-        return self.hidden_size
+        return self.output_size if self._resampled(layer) else self.hidden_size
 
     def blocks_below(self, layer: int) -> int:
         """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
         return layer % (self.num_hidden_layers + 1)
 
+    def _resampled(self, layer: int) -> bool:
+        return bool(self.num_queries) and layer == -1
+
+
+def _vision_part(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """The tower's settings in the `config.json` of a whole model, with the tower's model_type."""
+    part = config.get("vision_config")
+    if not isinstance(part, Mapping):
+        raise NanoVLMError("config.json: key 'vision_config' is missing or no table; the tower's settings belong there")
+    newer = config.get("vision_config_dict") or {}  # older CLIP files repeat the settings that count
+    return {**part, **newer, "model_type": tower}
+
 
 class VisionMLP(nn.Module):
-    """Linear, GELU, linear; or SwiGLU (Shazeer 2020) when `swiglu`, its gate and value in one matrix as published."""
+    """Linear, activation, linear; or SwiGLU (Shazeer 2020) when `swiglu`, its gate and value in one matrix as published."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.swiglu = config.swiglu
+        self.swiglu, self.activation = config.swiglu, ACTIVATIONS[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.swiglu else 1))
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -88,84 +191,95 @@ class VisionMLP(nn.Module):
         if self.swiglu:
             gate, value = hidden_states.chunk(2, dim=-1)
             return self.down_proj(F.silu(gate) * value)
-        return self.down_proj(F.gelu(hidden_states))
+        return self.down_proj(self.activation(hidden_states))
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP, each scaled per channel before it joins the residual (Touvron et al. 2021)."""
+    """Pre-norm attention and MLP, with `layer_scale` each scaled per channel before it joins the residual (Touvron et al. 2021)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = Attention(config.hidden_size, config.num_attention_heads, qkv_bias=True, output_bias=True)
-        self.attention_scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.attention_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
-        self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.attention_scale * self.attention(self.attention_norm(hidden_states))
-        return hidden_states + self.mlp_scale * self.mlp(self.mlp_norm(hidden_states))
+        hidden_states = hidden_states + _scaled(self.attention(self.attention_norm(hidden_states)), self.attention_scale)
+        return hidden_states + _scaled(self.mlp(self.mlp_norm(hidden_states)), self.mlp_scale)
+
+
+def _scaled(hidden_states: Tensor, scale: Tensor | None) -> Tensor:
+    return hidden_states if scale is None else scale * hidden_states
 
 
 class VisionTransformer(nn.Module):
-    """DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2023)."""
+    """A vision transformer (Dosovitskiy et al. 2020) as DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2023), SigLIP
+    (Zhai et al. 2023), CLIP (Radford et al. 2021) or Qwen-VL (Bai et al. 2023) has it."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        width, grid = config.hidden_size, config.image_size // config.patch_size
-        self.patch_embedding = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.resize_mode = "bicubic_antialias" if config.position_antialias else config.position_resize
+        width, eps, self.side = config.hidden_size, config.layer_norm_eps, config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
-        self.position_embedding = nn.Parameter(torch.randn(1, 1 + grid * grid, width) * 0.02)  # CLS first
+        self.position_embedding = nn.Parameter(torch.randn(1, config.class_token + self.side**2, width) * 0.02)  # CLS first
+        self.embedding_norm = nn.LayerNorm(width, eps=eps) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
+        if config.num_queries:
+            self.resampler = Resampler(width, config.num_queries, config.output_size, eps)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "VisionTransformer":
-        """Load a hub folder (`config.json`, `model.safetensors`); any missing, unexpected or mis-shaped tensor is an error."""
-        return load_pretrained(cls, VisionConfig, folder, DINOV2, dtype)
+        """Load a hub folder (`config.json`, `model.safetensors`); any missing, unexpected or mis-shaped tensor is an error.
+        Of a whole model's folder, only the tower is read."""
+        return load_pretrained(cls, VisionConfig, folder, VISION_FAMILIES, dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised pixels → (N, 1 + registers + patches, C) after the final norm: CLS, registers, patches."""
-        return self.norm(self._run_blocks(pixels, len(self.blocks)))
+        """(N, 3, H, W) normalised pixels → (N, tokens, C) after the final norm, if there is one: CLS, registers, patches.
+        With a resampler, the vectors it gives: (N, num_queries, output_size)."""
+        tokens = self.norm(self._run_blocks(pixels, len(self.blocks)))
+        return self.resampler(tokens, *self._grid(pixels)) if self.config.num_queries else tokens
 
     def patches(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """The patch vectors alone, (N, P, C), row by row from the top left.
 
-        `layer=-1` is after the final norm. Any other index counts as the reference's `hidden_states` do (0 is before
-        the first block, -2 before the last one) and is not normalised.
+        `layer=-1` is after the final norm, and after the resampler where there is one. Any other index counts as the
+        reference's `hidden_states` do (0 is before the first block, -2 before the last one) and is not normalised.
         """
         depth = len(self.blocks)
         if not -depth - 1 <= layer <= depth:
             raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; take one from {-depth - 1} to {depth}")
+        if layer == -1 and self.config.num_queries:
+            return self(pixels)
         tokens = self(pixels) if layer == -1 else self._run_blocks(pixels, self.config.blocks_below(layer))
-        return tokens[:, 1 + self.config.num_register_tokens:]
+        return tokens[:, self.config.num_prefix_tokens:]
+
+    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches. What `image_size` has beyond whole patches is cut off, as the reference does."""
+        size, patch_size = pixels.shape[-2:], self.config.patch_size
+        if any(pixel % patch_size and pixel != self.config.image_size for pixel in size):
+            raise NanoVLMError(f"an image of {size[0]}×{size[1]} pixels is not made of {patch_size}-pixel patches; "
+                               f"resize it to multiples of {patch_size}")
+        return size[0] // patch_size, size[1] // patch_size
 
     def _run_blocks(self, pixels: Tensor, count: int) -> Tensor:
-        patch_size = self.config.patch_size
-        batch, _, height, width = pixels.shape
-        if height % patch_size or width % patch_size:
-            raise NanoVLMError(f"an image of {height}×{width} pixels is not made of {patch_size}-pixel patches; "
-                               f"resize it to multiples of {patch_size}")
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, P, C)
-        positions = self._positions(height // patch_size, width // patch_size)
-        tokens = [(self.cls_token + positions[:, :1]).expand(batch, -1, -1), patches + positions[:, 1:]]
+        rows, columns = self._grid(pixels)
+        cls_position, positions = self.position_embedding[:, :-self.side**2], self.position_embedding[:, -self.side**2:]
+        positions = resize_positions(positions, self.side, rows, columns, self.resize_mode)
+        tokens = [self.patch_embedding(pixels).flatten(2).transpose(1, 2) + positions]  # (N, P, C)
         if self.config.num_register_tokens:
-            tokens.insert(1, self.register_tokens.expand(batch, -1, -1))
-        hidden_states = torch.cat(tokens, dim=1)
+            tokens.insert(0, self.register_tokens.expand(len(pixels), -1, -1))
+        if self.config.class_token:
+            tokens.insert(0, (self.cls_token + cls_position).expand(len(pixels), -1, -1))
+        hidden_states = self.embedding_norm(torch.cat(tokens, dim=1))
         for block in self.blocks[:count]:
             hidden_states = block(hidden_states)
         return hidden_states
-
-    def _positions(self, rows: int, columns: int) -> Tensor:
-        """The position table for a grid of rows × columns patches: (1, 1 + rows·columns, C)."""
-        side = math.isqrt(self.position_embedding.shape[1] - 1)
-        if (rows, columns) == (side, side):
-            return self.position_embedding
-        cls_position, grid = self.position_embedding[:, :1], self.position_embedding[:, 1:]
-        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # bicubic in half precision shifts the table
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=self.config.position_antialias)
-        return torch.cat((cls_position, grid.flatten(2).transpose(1, 2).to(cls_position.dtype)), dim=1)

@@ -97,7 +97,7 @@ class VisionLanguageModel(nn.Module):
         self.projector = build_projector(config.projector, config.vision.feature_size(config.vision_layer), config.text.hidden_size)
         self.decoder = Decoder(config.text)
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens an image takes
-            config.vision.num_patches(config.image.height, config.image.width))
+            config.vision.num_features(config.image.height, config.image.width, config.vision_layer))
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,

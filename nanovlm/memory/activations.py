@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanovlm.decoder import DecoderBlock, DecoderConfig
+from nanovlm.resampler import Resampler
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import AT_ONCE, QuantizedLinear
 from nanovlm.vit import VisionBlock, VisionConfig
@@ -80,23 +81,43 @@ def vision_block(block: VisionBlock, config: VisionConfig, images: int, tokens: 
     vector = count * config.hidden_size
     scores = images * config.num_attention_heads * tokens * tokens * size
     # In the stream's dtype: the inputs of two norms. In the computing one: two normed inputs, queries, keys, values, what
-    # attention gives before and after its last matrix, and what the MLP gives. A norm's output in fp32 is cast three
-    # times, for queries, keys and values.
-    kept = (8 if size == stream_size else 10) * vector * size + 2 * (vector * stream_size + 2 * count * FP32)
-    kept += count * config.intermediate_size * size * (4 if config.swiglu else 2)
+    # attention gives before its last matrix and, where they are scaled, what it gives after it and what the MLP gives. A
+    # norm's output in fp32 is cast three times, for queries, keys and values.
+    kept = (6 + 2 * config.layer_scale + 2 * (size != stream_size)) * vector * size
+    kept += 2 * (vector * stream_size + 2 * count * FP32)
+    kept += count * config.intermediate_size * size * _inner_vectors(config)
     kept += scores if computing.written_out else count * config.num_attention_heads * FP32
     working = max(2 * scores * computing.written_out, 2 * count * config.intermediate_size * size)
     working += 2 * vector * stream_size + _matrix_bytes(block, size)
     return Kept(vector * stream_size, kept, cast_bytes(block, computing), working)
 
 
+def resampling(resampler: Resampler, images: int, patches: int, computing: Computing) -> float:
+    """What a resampler that learns keeps for `patches` an image, and its cast weights."""
+    size, (queries, width) = computing.size, resampler.queries.shape
+    seen, given = images * patches, images * queries
+    # Of each patch: what comes in, the norm's input, what keys and values are made of, and both. Of each query: what
+    # attention gives, the norm's input and its result.
+    kept = seen * (resampler.kv_proj.in_features * size + width * (FP32 + 4 * size))
+    kept += given * width * (FP32 + 2 * size) + 2 * queries * width * FP32
+    heads = resampler.attention.num_heads
+    kept += given * (heads * patches + width) * size if computing.written_out else given * heads * FP32
+    return kept + cast_bytes(resampler, computing)
+
+
 def looking(config: VisionConfig, images: int, tokens: int, computing: Computing) -> float:
     """What a frozen pair of eyes needs at most at a time, in one of its blocks: the stream, the normed stream, and either
-    attention or the MLP."""
+    attention or the MLP; or in their resampler: its two vectors a patch, and the keys and values made of them."""
     vector = images * tokens * config.hidden_size
     scores = images * config.num_attention_heads * tokens * tokens * computing.written_out
-    inner = images * tokens * config.intermediate_size * (3 if config.swiglu else 2)
-    return (2 * vector + max(4 * vector + 2 * scores, inner)) * computing.size
+    inner = images * tokens * config.intermediate_size * min(3, _inner_vectors(config))
+    block = (2 * vector + max(4 * vector + 2 * scores, inner)) * computing.size
+    return max(block, images * tokens * config.output_size * 2 * (FP32 + computing.size))
+
+
+def _inner_vectors(config: VisionConfig) -> int:
+    """How many vectors of the MLP's width it keeps: the activation's input, its result, and what else its formula needs."""
+    return 4 if config.swiglu else 3 if config.hidden_act == "quick_gelu" else 2
 
 
 def _any_learns(*layers: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from nanovlm.attention import WRITTEN_OUT_LIMIT
 from nanovlm.loss import CHUNK
-from nanovlm.memory.activations import FP32, Computing, Kept, cast_bytes, decoder_block, looking, vision_block
+from nanovlm.memory.activations import FP32, Computing, Kept, cast_bytes, decoder_block, looking, resampling, vision_block
 from nanovlm.memory.shapes import Work, feature_shape, prepared
 from nanovlm.training.adamw import SLICE
 from nanovlm.training.freezing import learns
@@ -124,8 +124,11 @@ def _around_blocks(model: VisionLanguageModel, work: Work, computing: Computing)
     if work.images and learns(model.vision.patch_embedding):
         kept += work.images * 3 * config.image.height * config.image.width * (size if size < FP32 else 0)
         kept += cast_bytes(model.vision.patch_embedding, computing)
-    if work.images and learns(model.vision.norm):
-        kept += seen * FP32
+    if work.images:
+        kept += seen * FP32 * (learns(model.vision.embedding_norm) + learns(model.vision.norm))
+        if config.vision.num_queries and config.vision_layer == -1 and learns(model.vision.resampler):
+            patches = config.vision.num_patches(config.image.height, config.image.width)
+            kept += resampling(model.vision.resampler, work.images, patches, computing)
     projector_learns, tokens = learns(model.projector), work.images * model.image_length
     if projector_learns:
         first = next(layer for layer in model.projector.modules() if isinstance(layer, torch.nn.Linear))
@@ -144,4 +147,4 @@ def _looking(model: VisionLanguageModel, work: Work, computing: Computing, setti
 
 def _image_tokens(model: VisionLanguageModel) -> int:
     """Tokens of an image in the eyes: patches, CLS and registers."""
-    return 1 + model.config.vision.num_register_tokens + feature_shape(model.config, images=1)[1]
+    return model.config.vision.num_tokens(model.config.image.height, model.config.image.width)

@@ -62,7 +62,8 @@ class Work:
 
 def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
     """(N, P, C_v) of the patch vectors that the eyes give."""
-    return images, config.vision.num_patches(config.image.height, config.image.width), config.vision.hidden_size
+    vision, image, layer = config.vision, config.image, config.vision_layer
+    return images, vision.num_features(image.height, image.width, layer), vision.feature_size(layer)
 
 
 def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nanovlm.attention import Attention
+from nanovlm.resampler import Resampler
 from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import QuantizedLinear
@@ -111,17 +112,34 @@ def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]
     """Of the eyes, up to the layer that is looked at; and whether a gradient flows out of them."""
     vision, image, layer = model.vision, model.config.image, model.config.vision_layer
     patches = vision.config.num_patches(image.height, image.width)
-    tokens = 1 + vision.config.num_register_tokens + patches
+    tokens = vision.config.num_tokens(image.height, image.width)
     embedding = vision.patch_embedding.weight
     flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
-    flows = learns(vision.patch_embedding) or vision.position_embedding.requires_grad or vision.cls_token.requires_grad
+    flows = any(parameter.requires_grad for name, parameter in vision.named_parameters()
+                if not name.startswith(("blocks.", "norm.", "resampler.")))
     for block in vision.blocks[:vision.config.blocks_below(layer)]:
         flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)
         flows = flows or learns(block)
         flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
         flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
-    return flops, flows or (layer == -1 and learns(vision.norm))
+    if layer == -1:
+        flows = flows or learns(vision.norm)
+        if vision.config.num_queries:
+            flops += _resampler_flops(vision.resampler, images, patches, flows)
+            flows = flows or learns(vision.resampler)
+    return flops, flows
+
+
+def _resampler_flops(resampler: Resampler, images: int, patches: int, flows: bool) -> float:
+    """Of its matrices, the scores and the sum over values. What learns is taken to be all of it or nothing."""
+    attention, queries, learning = resampler.attention, len(resampler.queries), learns(resampler)
+    inside = flows or learning  # of the queries' side a gradient is wanted only for what learns
+    flops = _matrix_flops(resampler.kv_proj, images * patches, flows) + _matrix_flops(attention.q_proj, queries, learning)
+    flops += sum(_matrix_flops(layer, images * patches, inside) for layer in (attention.k_proj, attention.v_proj))
+    flops += 4 * images * queries * patches * attention.num_heads * attention.head_dim * (1 + 2 * inside)
+    projection = 2.0 * images * queries * resampler.projection.numel() * (1 + inside + learning)
+    return flops + _matrix_flops(attention.out_proj, images * queries, inside) + projection
 
 
 def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:

@@ -14,7 +14,7 @@ from nanovlm.vlm import VisionLanguageModel
 def freeze(model: VisionLanguageModel, settings: Settings) -> None:
     """Let exactly what `settings` name learn.
 
-    The top blocks of a tower learn with the norm after them, and of the decoder with an output head of its own. With
+    The top blocks of a tower learn with the norm and the resampler after them, and of the decoder with an output head of its own. With
     LoRA the decoder's own tensors are frozen and adapters learn in their place (`lora.py`), at any depth given.
     """
     decoder, vision = model.decoder, model.vision
@@ -29,7 +29,8 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
             getattr(model, attribute).requires_grad_(True)
     for layers, tower in ((settings.text_layers, decoder), (settings.vision_layers, vision)):
         if layers:
-            above = [*tower.blocks[-layers:], tower.norm, *([tower.lm_head] if hasattr(tower, "lm_head") else [])]
+            last = [getattr(tower, name) for name in ("resampler", "lm_head") if hasattr(tower, name)]
+            above = [*tower.blocks[-layers:], tower.norm, *last]
             tower.requires_grad_(False)
             for module in above:
                 module.requires_grad_(True)

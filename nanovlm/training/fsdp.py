@@ -27,10 +27,11 @@ class Sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         self.model, self._whole = model, _without_weights(model)
         image, eyes = model.config.image, model.config.vision
-        patches = eyes.num_patches(image.height, image.width)
-        self._blank = ({"patches": torch.zeros(1, patches, eyes.hidden_size, dtype=precision.dtype)} if features else
+        layer = model.config.vision_layer
+        shape = (1, eyes.num_features(image.height, image.width, layer), eyes.feature_size(layer))
+        self._blank = ({"patches": torch.zeros(shape, dtype=precision.dtype)} if features else
                        {"pixels": torch.zeros(1, 3, image.height, image.width)})
-        blocks, running = model.vision.blocks, 0 if features else eyes.blocks_below(model.config.vision_layer)
+        blocks, running = model.vision.blocks, 0 if features else eyes.blocks_below(layer)
         idle = [model.vision] if features else blocks[running:]  # fully_shard expects what it shards to run
         ignored = {parameter for module in idle for parameter in module.parameters()}
         policy = MixedPrecisionPolicy(param_dtype=None if precision.dtype == torch.float32 else precision.dtype,

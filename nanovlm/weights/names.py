@@ -5,7 +5,7 @@ Read from left (the published name) to right (ours). `translate` applies a table
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,12 +28,34 @@ class Split:
         return (shape[0] // len(self.names), *shape[1:]) if shape and shape[0] % parts == 0 else None
 
 
+@dataclass(frozen=True)
+class Unsqueezed(Split):
+    """One of our tensors that is published without its first `ones` dimensions, which are 1."""
+
+    ones: int = 1
+
+    def piece(self, tensor: Tensor, index: int) -> Tensor:
+        """A view with the dimensions of 1 in front."""
+        return tensor.reshape(self.piece_shape(tuple(tensor.shape)))
+
+    def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * self.ones + shape
+
+
 Target = str | Split | None
 NameTable = Mapping[str, Target]
 
 
-def _with_bias(table: dict[str, str]) -> dict[str, str]:
-    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in table.items() for kind in ("weight", "bias")}
+def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
+    return {f"{theirs}{separator}{kind}": _renamed(ours, lambda name: f"{name}.{kind}")
+            for theirs, ours in table.items() for kind in ("weight", "bias")}
+
+
+def _renamed(target: Target, rename: Callable[[str], str]) -> Target:
+    """`target` with all its names changed."""
+    if isinstance(target, Split):
+        return replace(target, names=tuple(map(rename, target.names)))
+    return target if target is None else rename(target)
 
 
 DINOV2: NameTable = {
@@ -58,6 +80,61 @@ DINOV2: NameTable = {
         "layernorm": "norm",
     }),
 }
+
+SIGLIP: NameTable = {  # and SmolVLM2's tower
+    "embeddings.position_embedding.weight": Unsqueezed(("position_embedding",)),
+    "embeddings.position_ids": None,  # 0, 1, 2, …, in older files
+    **_with_bias({
+        "embeddings.patch_embedding": "patch_embedding",
+        "encoder.layers.{}.layer_norm1": "blocks.{}.attention_norm",
+        "encoder.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
+        "encoder.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
+        "encoder.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
+        "encoder.layers.{}.self_attn.out_proj": "blocks.{}.attention.out_proj",
+        "encoder.layers.{}.layer_norm2": "blocks.{}.mlp_norm",
+        "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
+        "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
+        "post_layernorm": "norm",
+    }),
+}
+
+CLIP: NameTable = SIGLIP | {
+    "embeddings.class_embedding": Unsqueezed(("cls_token",), ones=2),
+    **_with_bias({
+        "pre_layrnorm": "embedding_norm",  # so spelt in every published file
+        "post_layernorm": None,  # of the class token alone, for what is compared with a text
+    }),
+}
+
+
+def qwen_vl_vision(num_attention_heads: int) -> NameTable:
+    """Of Qwen-VL's tower. In its blocks, queries, keys and values are one matrix in which each head has its three together."""
+    def projections(path: str, groups: int = 1) -> Split:
+        return Split(tuple(f"{path}.{letter}_proj" for letter in "qkv"), groups)
+
+    return {
+        "positional_embedding": Unsqueezed(("position_embedding",)),
+        "conv1.weight": "patch_embedding.weight",
+        **_with_bias({
+            "ln_pre": "embedding_norm",
+            "transformer.resblocks.{}.ln_1": "blocks.{}.attention_norm",
+            "transformer.resblocks.{}.attn.in_proj": projections("blocks.{}.attention", num_attention_heads),
+            "transformer.resblocks.{}.attn.out_proj": "blocks.{}.attention.out_proj",
+            "transformer.resblocks.{}.ln_2": "blocks.{}.mlp_norm",
+            "transformer.resblocks.{}.mlp.c_fc": "blocks.{}.mlp.up_proj",
+            "transformer.resblocks.{}.mlp.c_proj": "blocks.{}.mlp.down_proj",
+            "attn_pool.ln_q": "resampler.query_norm",
+            "attn_pool.ln_kv": "resampler.kv_norm",
+            "attn_pool.attn.out_proj": "resampler.attention.out_proj",
+            "ln_post": "resampler.norm",
+        }),
+        **_with_bias({"attn_pool.attn.in_proj": projections("resampler.attention")}, separator="_"),
+        "attn_pool.query": "resampler.queries",
+        "attn_pool.pos_embed": None,  # sines and cosines, which are computed
+        "attn_pool.kv_proj.weight": "resampler.kv_proj.weight",
+        "proj": "resampler.projection",
+    }
+
 
 QWEN: NameTable = {
     "model.embed_tokens.weight": "embed_tokens.weight",
@@ -101,9 +178,6 @@ QWEN1: NameTable = {  # the first generation: queries, keys and values in one, a
     "transformer.h.{}.attn.rotary_emb.inv_freq": None,
 }
 
-# By the `model_type` of a decoder's config.json.
-VOICES: dict[str, NameTable] = {"qwen2": QWEN, "qwen3": QWEN, "llama": LLAMA, "mistral": LLAMA, "qwen": QWEN1}
-
 
 def translate(table: NameTable) -> Callable[[str], Target]:
     """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
@@ -113,11 +187,7 @@ def translate(table: NameTable) -> Callable[[str], Target]:
         if pattern not in table:
             return name
         target = table[pattern]
-        if target is None or block is None:
-            return target
-        if isinstance(target, Split):
-            return Split(tuple(piece.format(block[1]) for piece in target.names), target.groups)
-        return target.format(block[1])
+        return target if block is None else _renamed(target, lambda name: name.format(block[1]))
     return ours
 
 

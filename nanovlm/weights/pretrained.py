@@ -1,5 +1,9 @@
-"""From a hub folder to a model whose weights are held once."""
+"""From a hub folder to a model whose weights are held once: which names a family's files use, and how they are read."""
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,51 @@ from torch import nn
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
 from nanovlm.weights.loading import load_into, open_checkpoint
-from nanovlm.weights.names import NameTable, translate
+from nanovlm.weights.names import CLIP, DINOV2, LLAMA, QWEN, QWEN1, SIGLIP, NameTable, Target, qwen_vl_vision, translate
 
 
-def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str | Path, table: NameTable,
+@dataclass(frozen=True)
+class Family:
+    """How the files of a family name our tensors.
+
+    table: from their names to ours, or a function that makes it of the model's config.
+    prefix: a pattern of what may stand before a name; it depends on which class of the reference the file was saved from.
+    unused: shell-style patterns of names, without prefix, that belong to other parts of the published model.
+    """
+
+    table: NameTable | Callable[[Any], NameTable]
+    prefix: str = ""
+    unused: tuple[str, ...] = ()
+
+    def names(self, config: Any) -> Callable[[str], Target]:
+        """The function from a published name to ours."""
+        ours = translate(self.table(config) if callable(self.table) else self.table)
+        prefix = re.compile(self.prefix)
+
+        def name_map(name: str) -> Target:
+            name = name[prefix.match(name).end():]
+            return None if any(fnmatchcase(name, pattern) for pattern in self.unused) else ours(name)
+        return name_map
+
+
+_SIGLIP = Family(SIGLIP, r"(vision_model\.)?", ("head.*", "text_model.*", "logit_scale", "logit_bias"))
+_CLIP = Family(CLIP, r"(vision_model\.)?", ("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"))
+_SMOLVLM = Family(SIGLIP, r"(model\.vision_model\.)?", ("model.text_model.*", "model.connector.*", "lm_head.*"))
+
+# By the model_type of `config.json`.
+VISION_FAMILIES = {
+    "dinov2": Family(DINOV2), "dinov2_with_registers": Family(DINOV2),
+    "siglip": _SIGLIP, "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP, "clip_vision_model": _CLIP,
+    "smolvlm": _SMOLVLM, "smolvlm_vision": _SMOLVLM, "idefics3": _SMOLVLM, "idefics3_vision": _SMOLVLM,
+    "qwen_vl_vision": Family(lambda config: qwen_vl_vision(config.num_attention_heads), r"(transformer\.visual\.)?"),
+}
+TEXT_FAMILIES = {
+    "qwen": Family(QWEN1), "qwen2": Family(QWEN), "qwen3": Family(QWEN), "llama": Family(LLAMA), "mistral": Family(LLAMA),
+}
+
+
+def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str | Path, families: Mapping[str, Family],
                     dtype: torch.dtype | None = None) -> Any:
     """Build `model_class` from `folder`'s `config.json` and fill it with its tensors under the family's names.
 
@@ -20,11 +65,12 @@ def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str
     differs: the weights are never held twice.
     """
     folder = Path(folder)
+    published = read_json(folder / "config.json")
     try:
-        config = config_class.from_hf(read_json(folder / "config.json"))
+        config = config_class.from_hf(published)
     except NanoVLMError as error:
         raise NanoVLMError(f"{folder}: {error}") from None
     with torch.device("meta"):
         model = model_class(config)
-    load_into(model, open_checkpoint(folder), translate(table), dtype=dtype)
+    load_into(model, open_checkpoint(folder), families[published["model_type"]].names(config), dtype=dtype)
     return model.eval()

@@ -4,7 +4,7 @@ from typing import Any
 
 from nanovlm.config import read_hf_config, require, unknown_key
 from nanovlm.errors import NanoVLMError
-from nanovlm.weights.names import VOICES
+from nanovlm.weights.pretrained import TEXT_FAMILIES
 
 SHARED = dict(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None, hidden_act="silu",
@@ -46,7 +46,7 @@ def _read_llama(config: dict) -> dict[str, Any]:
     if family == "mistral" and config.get("sliding_window", 4096) is not None:
         window = config.get("sliding_window", 4096)
         raise NanoVLMError(f"config.json: sliding_window = {window!r} is not implemented, only null")
-    config = read_hf_config(config, tuple(VOICES), DEFAULTS.get(family, SHARED), IGNORED)
+    config = read_hf_config(config, tuple(TEXT_FAMILIES), DEFAULTS.get(family, SHARED), IGNORED)
     require(config, hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
     require({"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]}, layer_types=[])
     if family != "llama":
@@ -89,7 +89,7 @@ def _read_rope(config: dict) -> dict[str, Any]:
 def _read_qwen1(config: dict) -> dict[str, Any]:
     """Qwen's first generation, such as Qwen-7B-Chat. `seq_length` is the length first trained at, `intermediate_size` that of
     gate and values together."""
-    config = read_hf_config(config, tuple(VOICES), QWEN1_DEFAULTS, QWEN1_IGNORED)
+    config = read_hf_config(config, tuple(TEXT_FAMILIES), QWEN1_DEFAULTS, QWEN1_IGNORED)
     require(config, rotary_pct=1.0, no_bias=True, scale_attn_weights=True)
     stretched = config["use_dynamic_ntk"] or config["use_logn_attn"]
     if stretched and config["seq_length"] is None:

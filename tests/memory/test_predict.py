@@ -1,5 +1,7 @@
 """The prediction against what PyTorch really holds: counts exactly, activations to the last tensors of a few bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,27 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
         if head.requires_grad:  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
             predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
         assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.02), model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("changes", [{"train": "projector"}, {"train": "vision", "vision_layers": 1},
+                                     {"train": "projector,text,vision"}], ids=str)
+@pytest.mark.parametrize("eyes", [
+    dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
+    dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False, hidden_act="quick_gelu"),
+    dict(class_token=False, layer_scale=False, embedding_norm=True, final_norm=False, num_queries=16, output_size=128),
+], ids=["no class token", "no final norm", "resampler"])
+def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.dtype):
+    model = replace(config(), vision=replace(config().vision, **eyes))
+    settings, precision = Settings(**changes), Precision(dtype, CPU)
+    backward = prediction(model, settings, precision).moments["backward"]
+    predicted = backward["activations"] + backward["casts"] + backward["output head"]
+    if "vision" in settings.trained_parts and dtype == torch.float32 and not settings.vision_layers:
+        predicted += backward["images"]
+    head = prepared(model, settings, precision).decoder.head_weight
+    if head.requires_grad:
+        predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
+    assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.03)
 
 
 @pytest.mark.parametrize("changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str)

@@ -11,12 +11,20 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -25,7 +33,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionTransformer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionTransformer
 
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
@@ -67,6 +83,40 @@ def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int 
     else:
         model = Dinov2Model(Dinov2Config(**shape))
     return save(model, folder, seed)
+
+
+# By the tower's name and by that of the whole model it is published in.
+TOWERS = {
+    "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel), "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
+    "smolvlm_vision": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
+    "idefics3_vision": (Idefics3VisionConfig, Idefics3VisionTransformer),
+}
+WHOLE_MODELS = {
+    "siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel),
+    "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
+    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration), "llava": (LlavaConfig, LlavaForConditionalGeneration),
+}
+TOWER_SHAPE = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7)
+
+
+def tower(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A vision tower of three blocks for a 4 × 4 grid of 7-pixel patches, saved to `folder`."""
+    config_class, model_class = TOWERS[model_type]
+    return save(model_class(config_class(**(TOWER_SHAPE | settings))), folder, seed)
+
+
+def whole_model(folder: Path, model_type: str, *, seed: int = 0, max_shard_size: str = "1GB",
+                **settings: Any) -> PreTrainedModel:
+    """The tower as a part of a whole model, saved to `folder`. Returns the tower."""
+    config_class, model_class = WHOLE_MODELS[model_type]
+    text = dict(vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    if model_type not in ("siglip", "clip"):
+        text |= dict(model_type="llama", num_key_value_heads=2)
+    vision = TOWER_SHAPE | settings | ({"model_type": "clip_vision_model"} if model_type == "llava" else {})
+    model = save(model_class(config_class(vision_config=vision, text_config=text)), folder, seed, max_shard_size=max_shard_size)
+    names = {"vision_model", "model.vision_model", "model.vision_tower"}
+    return next(module for name, module in model.named_modules() if name in names)
 
 
 def qwen(folder: Path, family: str = "qwen2", *, seed: int = 0, max_shard_size: str = "1GB",

@@ -1,5 +1,7 @@
 """The arithmetic of a step against PyTorch's own count of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +22,11 @@ CPU = torch.device("cpu")
 CONFIG = VLMConfig(VisionConfig(48, 96, 2, 2, patch_size=8, image_size=32), DecoderConfig(300, 64, 128, 3, 4, 2, 16),
                    ProjectorConfig("mlp"), ImageConfig(32, 32), ChatConfig())
 WORK = Work(rows=2, length=40, images=2, targets=20)
+EYES = {  # as SigLIP's, CLIP's and Qwen-VL's
+    "no class token": dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
+    "no final norm": dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False, hidden_act="quick_gelu"),
+    "resampler": dict(class_token=False, layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False,
+                      num_queries=4, output_size=64)}
 
 
 @pytest.mark.parametrize("changes", [
@@ -32,6 +39,19 @@ def test_the_count_is_pytorchs(changes: dict):
     settings, precision = Settings(**changes), Precision(torch.bfloat16, CPU)
     model = random_model(CONFIG, settings, precision)
     batch = WORK.batch(CONFIG, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"train": "projector"}, {"train": "vision"}, {"train": "vision", "vision_layers": 1},
+                                     {"train": "projector,text,vision"}], ids=str)
+@pytest.mark.parametrize("eyes", EYES.values(), ids=EYES)
+def test_the_count_is_pytorchs_with_every_kind_of_eyes(eyes: dict, changes: dict):
+    config = replace(CONFIG, vision=replace(CONFIG.vision, **eyes))
+    model = random_model(config, Settings(**changes), precision := Precision(torch.bfloat16, CPU))
+    batch = WORK.batch(config, model.image_length)
     with FlopCounterMode(display=False) as counter, precision.autocast():
         model(batch).backward()
     counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)

@@ -1,0 +1,185 @@
+"""Towers taken out of tiny checkpoints of every layout, and compared with what they were before."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from data_tools import extract_vision
+from nanovlm.files import read_json
+from nanovlm.image import ImageConfig
+from nanovlm.vit import VisionTransformer
+from nanovlm.weights import SafetensorsFile, save_file
+from tests.reference.models import whole_model
+
+REPOSITORY = Path(__file__).parents[2]
+FIXTURE = REPOSITORY / "tests" / "fixtures" / "qwen_vl_vision.safetensors"
+PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def command(monkeypatch, *arguments: object) -> int:
+    """The exit status of the command."""
+    monkeypatch.setattr(sys, "argv", ["extract_vision.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        extract_vision.run(extract_vision.main)
+    return ended.value.code
+
+
+def fails(monkeypatch, capsys, source: Path, message: str) -> None:
+    out = source / "eyes"
+    assert command(monkeypatch, source, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (out / "model.safetensors").exists()
+
+
+def rename(folder: Path, change) -> None:
+    """Give the tensors of a folder other names, as other versions of the library wrote them."""
+    file = SafetensorsFile(folder / "model.safetensors")
+    save_file({change(name): file.tensor(name) for name in file.keys()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type, text", [
+    ("siglip", "logit_bias, logit_scale, text_model"), ("clip", "logit_scale, text_model"), ("llava", "language_model"),
+    ("smolvlm", "lm_head, model.connector, model.text_model"), ("idefics3", "lm_head, model.connector, model.text_model")])
+@torch.inference_mode()
+def test_the_tower_of_a_whole_model(model_type, text, tmp_path, monkeypatch, capsys):
+    reference = whole_model(tmp_path, model_type)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    capsys.readouterr()
+    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    taken, left = capsys.readouterr().err.splitlines()
+    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
+    assert read_json(tmp_path / "eyes" / "preprocessor_config.json") == {"image_processor_type": "ViTImageProcessor"}
+    tensors = SafetensorsFile(tmp_path / "eyes" / "model.safetensors").keys()
+    assert f"{len(tensors)} tensors, 0.1 MB" in taken and text in left
+    for name, model_class in (("siglip", SiglipVisionModel), ("clip", CLIPVisionModel), ("llava", CLIPVisionModel)):
+        if name == model_type:  # what comes out is a hub folder for others too
+            theirs = model_class.from_pretrained(tmp_path / "eyes")
+            torch.testing.assert_close(ours(PIXELS), theirs(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."])
+@torch.inference_mode()
+def test_every_name_that_llavas_tower_has_had(prefix, tmp_path, monkeypatch):
+    reference = whole_model(tmp_path, "llava")
+    rename(tmp_path, lambda name: prefix + name.removeprefix("vision_tower.") if name.startswith("vision_tower.") else name)
+    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    torch.testing.assert_close(ours.patches(PIXELS, -2), reference(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:],
+                               atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_of_shards_only_those_with_a_part_of_the_tower_have_to_be_there(tmp_path, monkeypatch, capsys):
+    reference = whole_model(tmp_path, "smolvlm", max_shard_size="10KB")
+    places = read_json(tmp_path / "model.safetensors.index.json")["weight_map"]
+    needed = {shard for name, shard in places.items() if name.startswith("model.vision_model.")}
+    assert len(needed) > 1 and needed != set(places.values())
+    for shard in set(places.values()) - needed:
+        (tmp_path / shard).unlink()
+    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
+    assert "no preprocessor_config.json" in capsys.readouterr().err
+    absent = tmp_path / sorted(needed)[0]
+    absent.unlink()
+    (tmp_path / "eyes" / "model.safetensors").unlink()
+    fails(monkeypatch, capsys, tmp_path, f"{absent}: is missing, and the index places")
+
+
+def qwen_vl(folder: Path) -> dict[str, Tensor]:
+    """A Qwen-VL in three shards of pickled tensors, as published, of which the first, of text, is not there."""
+    file = SafetensorsFile(FIXTURE)
+    tensors = {name: file.tensor(name) for name in file.keys()}
+    eyes = [name for name in tensors if name.startswith("transformer.visual.")]
+    visual = {**read_json(FIXTURE.with_suffix(".json"))["visual"], "image_start_id": 151857}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "hidden_size": 8, "visual": visual}))
+    places = {"transformer.wte.weight": 1}
+    for number, names in ((2, eyes[::2]), (3, eyes[1::2])):
+        places |= dict.fromkeys(names, number)
+        torch.save({name: tensors[name] for name in names}, folder / f"pytorch_model-0000{number}-of-00003.bin")
+    weight_map = {name: f"pytorch_model-0000{number}-of-00003.bin" for name, number in places.items()}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+@torch.inference_mode()
+def test_qwen_vl(tmp_path, monkeypatch, capsys):
+    tensors = qwen_vl(tmp_path)
+    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    torch.testing.assert_close(ours(tensors["fixture.pixels_112"]), tensors["fixture.pooled_112"], atol=2e-5, rtol=0)
+    image = ImageConfig.from_hf(read_json(tmp_path / "eyes" / "preprocessor_config.json"))
+    assert (image.height, image.fit, image.resample) == (56, "squash", "bicubic")  # the release: 448
+    assert image.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert "1 tensors (transformer.wte)" in capsys.readouterr().err
+
+
+def test_a_pickle_that_is_not_plain_tensors_is_not_run(tmp_path, monkeypatch, capsys):
+    qwen_vl(tmp_path)
+    shard = tmp_path / "pytorch_model-00002-of-00003.bin"
+
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harmed",)
+
+    torch.save({"transformer.visual.proj": Harm()}, shard)
+    fails(monkeypatch, capsys, tmp_path, "holds more than plain tensors")
+    torch.save({"transformer.visual.proj": [1, 2]}, shard)
+    fails(monkeypatch, capsys, tmp_path, "holds more than plain tensors")
+    shard.write_bytes(pickle.dumps({"transformer.visual.proj": 1}))
+    fails(monkeypatch, capsys, tmp_path, f"{shard}: ")
+    shard.write_bytes(b"")
+    fails(monkeypatch, capsys, tmp_path, f"{shard}: cannot be read")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_what_has_no_tower_is_refused(tmp_path, monkeypatch, capsys):
+    def config(**settings) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+
+    fails(monkeypatch, capsys, tmp_path, "config.json: cannot be read")
+    config(model_type="qwen2")
+    fails(monkeypatch, capsys, tmp_path, "model_type is 'qwen2'; towers are taken out of siglip, clip")
+    config(model_type="qwen")  # without eyes
+    fails(monkeypatch, capsys, tmp_path, "has no table 'visual', so there is no vision tower")
+    config(model_type="llava", vision_config={"model_type": "pixtral"})
+    fails(monkeypatch, capsys, tmp_path, "model_type is 'pixtral'; implemented are")
+    config(model_type="siglip", vision_config={})
+    fails(monkeypatch, capsys, tmp_path, "holds none of model.safetensors")
+    save_file({"text_model.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    fails(monkeypatch, capsys, tmp_path, "none of its 1 tensors belongs to a vision tower")
+
+
+def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, monkeypatch, capsys):
+    whole_model(tmp_path, "clip")
+    assert command(monkeypatch, tmp_path, "--out", tmp_path) == 2
+    assert "holds a model already" in capsys.readouterr().err
+    rename(tmp_path, lambda name: name.replace("layers.2.", "layers.7."))
+    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 2
+    assert not (tmp_path / "eyes" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
+    """What a process that takes 3 MB of eyes from 1.3 GB of pickles needs at most."""
+    qwen_vl(tmp_path)
+    index = read_json(tmp_path / "pytorch_model.bin.index.json")
+    shard = tmp_path / "pytorch_model-00002-of-00003.bin"
+    torch.save(torch.load(shard, weights_only=True) | {"transformer.wte.weight": torch.zeros(320, 2**20)}, shard)
+    index["weight_map"]["transformer.wte.weight"] = shard.name
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    code = ("import resource, sys; from data_tools import extract_vision as tool; from pathlib import Path; "
+            "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            "tool.extract(Path(sys.argv[1]), Path(sys.argv[1]) / 'eyes'); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert int(result.stdout) * 1024 < 200e6
