@@ -100,7 +100,7 @@ class VisionLanguageModel(nn.Module):
         self.decoder = Decoder(config.text)
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens that each picture of an image takes
             config.vision.num_patches(config.image.height, config.image.width))
-        self.max_image_length = self.image_length * config.image.max_pictures
+        self.max_image_length = self.image_length * config.image.max_pictures  # of the image that is cut into most tiles
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,

@@ -148,7 +148,7 @@ class Batches(Dataset):
         return Sample(encoded, record.images, record.where), truncated
 
     def _image_tokens(self, path: Path) -> ImageTokens:
-        """An image's placeholders: of its size, if it is cut into tiles, only the header is read."""
+        """An image's placeholders. Where it is cut into tiles they depend on its size, which its header says."""
         if self.image.fit != "tiles":
             return ImageTokens(self.image_length)
         return ImageTokens(self.image_length, *tile_grid(*image_size(path), self.image))
