@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.chat import IMAGE, IMAGE_MARKER, Message
+from nanovlm.chat import IMAGE, IMAGE_MARKER, ImageTokens, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.generate import Sampling, TextStreamer, generate
-from nanovlm.image import open_image, preprocess
+from nanovlm.image import image_pixels, open_image
 from nanovlm.training.lora import load_adapter, merge_adapters
 from nanovlm.vlm import VisionLanguageModel
 
@@ -40,7 +40,8 @@ def main() -> None:
     if prompt is not None:
         _check_prompt(prompt, model)
 
-    pixels = [preprocess(image, model.config.image) for image in images]
+    tokens = [model.image_tokens(*image.size) for image in images]
+    pixels = torch.cat([image_pixels(image, model.config.image) for image in images]) if images else None
     messages: list[Message] = []
     new_images = len(images)
     while True:
@@ -52,20 +53,20 @@ def main() -> None:
         # Each image opens the turn it came with, on a line of its own, as in the training records.
         content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
         messages.append(Message("user", (*content, prompt)))
-        messages.append(Message("assistant", (_answer(model, messages, pixels, arguments, sampling),)))
+        messages.append(Message("assistant", (_answer(model, messages, tokens, pixels, arguments, sampling),)))
         if not arguments.chat:
             return
         prompt, new_images = None, 0
 
 
-def _answer(model: VisionLanguageModel, messages: list[Message], pixels: list[torch.Tensor], arguments: argparse.Namespace,
-            sampling: Sampling) -> str:
+def _answer(model: VisionLanguageModel, messages: list[Message], images: list[ImageTokens], pixels: torch.Tensor | None,
+            arguments: argparse.Namespace, sampling: Sampling) -> str:
     """Stream the answer to stdout and return it."""
     start = time.perf_counter()
-    encoded = model.chat.encode(messages, [model.image_length] * len(pixels), add_generation_prompt=True)
+    encoded = model.chat.encode(messages, images, add_generation_prompt=True)
     batch = collate([Row.of(encoded)], model.chat.image_token_id)
     batch.attention_mask = None  # one row, nothing to mask
-    batch.pixels = torch.stack(pixels) if pixels else None
+    batch.pixels = pixels
     device = next(model.parameters()).device
     streamer, answer, first = TextStreamer(model.tokenizer), [], None
 

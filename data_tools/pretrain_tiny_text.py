@@ -26,7 +26,7 @@ from data_tools.scenes_text import RELATIONS, Question, questions
 from data_tools.scenes_world import (
     COLOURS, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, SceneObject, random_scene,
 )  # fmt: skip
-from nanovlm.chat import IMAGE, Chat, ChatConfig, Message
+from nanovlm.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
 from nanovlm.data.batches import Sample, chunks, collate, share_prefix
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.files import write_atomically
@@ -133,7 +133,7 @@ class Corpus:
         self.chat, encode = chat, lru_cache(chat.tokenizer.encode)
         self.rows, self.notes = [], []
         for text in texts:
-            samples = [Sample(chat.encode(messages, [len(text.notes)]), ()) for messages in text.conversations]
+            samples = [Sample(chat.encode(messages, [ImageTokens(len(text.notes))]), ()) for messages in text.conversations]
             rows = [row for chunk in chunks(samples, BRANCHES) for row in share_prefix(chunk, chat.image_token_id)]
             self.rows += rows
             self.notes += [[[id for word in note for id in encode(word)] for note in text.notes]] * len(rows)

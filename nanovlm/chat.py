@@ -1,7 +1,7 @@
 """A conversation → token ids and labels. What is a special token is decided here, never by what a user typed."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from nanovlm.tokenizer.base import spelling_pattern
 
 IGNORED = -100  # the label of a token that is not learned
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
+# What stands before each picture of a cut image, and what after the last: the first pair that the tokenizer knows.
+PICTURE_FRAMES = (("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
+                  ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
+                  ("", ""))
 
 
 class ImageSlot:
@@ -26,6 +30,19 @@ class ImageSlot:
 
 
 IMAGE = ImageSlot()
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The placeholders of one image: `length` for each of its pictures, which are the tiles of a grid and the whole."""
+
+    length: int
+    rows: int = 0  # of tiles; 0 where the image is not cut
+    columns: int = 0
+
+    @property
+    def pictures(self) -> int:
+        return self.rows * self.columns + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,32 +181,34 @@ class Chat:
         self.image_token_id = tokenizer.special_tokens[config.image_token]
         self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
         self._spellings = spelling_pattern(self.template.special)
+        self._picture_frame = next(pair for pair in PICTURE_FRAMES if all(not token or token in tokenizer.special_tokens
+                                                                          for token in pair))
 
-    def encode(self, messages: Sequence[Message], image_lengths: Sequence[int] = (), *,
+    def encode(self, messages: Sequence[Message], images: Sequence[ImageTokens] = (), *,
                add_generation_prompt: bool = False) -> Encoded:
-        """Ids and labels of a conversation whose i-th image takes `image_lengths[i]` placeholder tokens.
+        """Ids and labels of a conversation whose i-th image takes the placeholder tokens `images[i]`.
 
         Labels are the words of every assistant turn and its end-of-turn token. `add_generation_prompt` ends with the
         opening of an assistant turn, for the model to go on. An answer is tokenized apart from its header, as it
         will be when generated. Raises if the images and their places differ in number.
         """
         places = sum(message.num_images for message in messages)
-        if places != len(image_lengths):
-            raise NanoVLMError(f"the conversation has places for {places} images, and {len(image_lengths)} are given; "
+        if places != len(images):
+            raise NanoVLMError(f"the conversation has places for {places} images, and {len(images)} are given; "
                                f"write one {IMAGE_MARKER} for each image")
         if self.config.default_system and (not messages or messages[0].role != "system"):
             messages = [Message("system", (self.config.default_system,)), *messages]
-        encoded, lengths = Encoded(), iter(image_lengths)
+        encoded, remaining = Encoded(), iter(images)
         last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
         text = self._open(encoded, "", self.template.first)
         for index, message in enumerate(messages):
-            text = self._encode_turn(encoded, text, message, lengths, think=index > last_query)
+            text = self._encode_turn(encoded, text, message, remaining, think=index > last_query)
         if add_generation_prompt:
             text = self._open(encoded, text, self._before("assistant", think=True))
         encoded.extend(self.tokenizer.encode(text), learned=False)
         return encoded
 
-    def _encode_turn(self, encoded: Encoded, text: str, message: Message, lengths: Iterable[int], think: bool) -> str:
+    def _encode_turn(self, encoded: Encoded, text: str, message: Message, images: Iterator[ImageTokens], think: bool) -> str:
         """Append a turn. `text` is what the turn before left to be encoded together with what comes; returns the like."""
         if message.role not in ROLES:
             raise NanoVLMError(f"role {message.role!r} is not known; take one of {', '.join(ROLES)}")
@@ -205,12 +224,23 @@ class Chat:
                 raise NanoVLMError(f"an image in a {message.role} turn; images belong to user turns")
             else:
                 encoded.extend(self.tokenizer.encode(text), learned=False)
-                encoded.extend([self.image_token_id] * next(lengths), learned=False)
+                encoded.extend(self._image_ids(next(images)), learned=False)
                 text = ""
         if end := self.template.end_of_turn[message.role]:
             encoded.extend([*self.tokenizer.encode(text), self.tokenizer.special_tokens[end]], learned)
             text = ""
         return text + self.template.after[message.role]
+
+    def _image_ids(self, image: ImageTokens) -> list[int]:
+        """An image's placeholders; where it is cut, in a text that says which tile is which, as Idefics3's processor
+        writes it. Its names of tiles are special tokens where the tokenizer has them, else plain text."""
+        if not image.rows:
+            return [self.image_token_id] * image.length
+        before, after = self._picture_frame
+        picture = self.config.image_token * image.length
+        rows = ["".join(f"{before}<row_{row}_col_{column}>{picture}" for column in range(1, image.columns + 1)) + "\n"
+                for row in range(1, image.rows + 1)]
+        return self.tokenizer.encode_with_special("".join(rows) + f"\n{before}<global-img>{picture}{after}")
 
     def _open(self, encoded: Encoded, text: str, frame: str) -> str:
         """Append `text` and a frame, in which alone special tokens are looked for, up to the last of them; returns the rest."""

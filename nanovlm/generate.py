@@ -68,10 +68,13 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     cache = decoder.new_cache(batch, length + max_new_tokens) if use_cache else None
     generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
     ended = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
-    last, seen, inputs = _last_token(attention_mask, length, batch, embeddings.device), input_ids, embeddings
+    last, inputs = _last_token(attention_mask, length, batch, embeddings.device), embeddings
     lengths = torch.full_like(last, length) if attention_mask is None else (attention_mask > 0).sum(dim=1)
-    if attention_mask is not None:  # padding has been seen by nobody: a token that is there stands in for it
-        seen = torch.where(attention_mask > 0, input_ids, input_ids.gather(1, last[:, None]))
+    # Padding has been seen by nobody, and no logit belongs to a placeholder: a token that is there stands in for them.
+    is_seen = input_ids < decoder.config.vocab_size
+    if attention_mask is not None:
+        is_seen &= attention_mask > 0
+    seen = torch.where(is_seen, input_ids, input_ids.gather(1, last[:, None]))
     for step in range(max_new_tokens):
         wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
         with _products_for(inputs):

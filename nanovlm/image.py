@@ -1,115 +1,34 @@
-"""From a picture on disk to the pixels a vision tower reads: open safely, orient, resize, crop, normalise."""
+"""From a picture on disk to the pixels a vision tower reads: open safely, orient, resize, crop or tile, normalise."""
 
 import io
 import math
+import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
 from nanovlm import archive
-from nanovlm import config as configs
 from nanovlm.errors import NanoVLMError
+from nanovlm.image_config import FILTERS, ImageConfig
+
+T = TypeVar("T")
 
 # 8192 × 8192: above any 50-megapixel photo, and 256 MiB once decoded (pillow keeps four bytes a pixel).
 MAX_PIXELS = 2**26
 # Formats decoded inside this process. EPS is absent because pillow starts ghostscript to read it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-_FILTERS = {filter.name.lower(): filter for filter in (
-    Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST)}
 # EXIF orientation 2 to 8: what makes the picture upright.
 _TRANSPOSES = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
-
-# Hub settings with one implemented value, which is also the default; then what each processor leaves out of its file.
-_HUB_FIXED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-              "do_convert_rgb": True, "do_pad": False}
-_HUB_DEFAULTS = {
-    "BitImageProcessor": {
-        "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "crop_size": 224,
-        "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)},
-    "ViTImageProcessor": {
-        "size": {"height": 224, "width": 224}, "resample": 2, "do_center_crop": False, "crop_size": 224,
-        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
-}
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """How a picture becomes pixels. `height` and `width` are the result's; `mean` and `std` are for values in [0, 1].
-
-    `fit="squash"` resizes the whole picture to height × width, whatever its shape. `fit="crop"` resizes it until its
-    shorter side is `shortest_edge`, then cuts height × width out of the middle.
-    """
-
-    height: int = 224
-    width: int = 224
-    fit: str = "squash"
-    shortest_edge: int | None = None
-    resample: str = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        _require(self.fit in ("squash", "crop"), f"fit must be squash or crop, not {self.fit!r}")
-        _require(self.resample in list(_FILTERS), f"resample must be one of {list(_FILTERS)}, not {self.resample!r}")
-        _require(self.fit == "crop" or self.shortest_edge is None, "shortest_edge is only for fit = crop")
-        for name in ("height", "width") if self.fit == "squash" else ("height", "width", "shortest_edge"):
-            size = getattr(self, name)
-            _require(type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0")
-        _require(self.fit == "squash" or self.shortest_edge >= max(self.height, self.width),
-                 f"shortest_edge = {self.shortest_edge} is smaller than the {self.height} x {self.width} crop")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            _require(isinstance(values, (list, tuple)) and len(values) == 3
-                     and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-                     and (name == "mean" or min(values) > 0), f"{name} = {values!r} is not three usable numbers")
-            object.__setattr__(self, name, tuple(map(float, values)))  # JSON gives lists; equality wants tuples
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "ImageConfig":
-        """The inverse of `dataclasses.asdict`, also after a trip through JSON. An unknown key is an error."""
-        return configs.from_dict(cls, config, "image config")
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ImageConfig":
-        """Read a hub `preprocessor_config.json` of a BitImageProcessor (DINOv2) or a ViTImageProcessor.
-
-        Missing settings take that processor's documented defaults. A setting that is not implemented and an unknown
-        key are errors.
-        """
-        where = "preprocessor_config.json"
-        _require(isinstance(config, dict), f"expected a table of settings, found {type(config).__name__}", where)
-        known = ["image_processor_type", "feature_extractor_type", *_HUB_FIXED, *_HUB_DEFAULTS["BitImageProcessor"]]
-        for key in config:
-            if key not in known:
-                raise configs.unknown_key(key, known, where)
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))  # the older name
-        kind = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-        _require(kind in _HUB_DEFAULTS, f"image_processor_type is {kind}; can read {list(_HUB_DEFAULTS)}", where)
-        settings = _HUB_FIXED | _HUB_DEFAULTS[kind] | {k: value for k, value in config.items() if value is not None}
-
-        configs.require(settings, where, **_HUB_FIXED)
-        resample = next((name for name, number in _FILTERS.items() if number == settings["resample"]), None)
-        _require(resample is not None, f"resample = {settings['resample']} is not one of 0, 1, 2, 3", where)
-        size, crop, do_crop = settings["size"], settings["crop_size"], settings["do_center_crop"]
-        if isinstance(size, int):  # in older files: one number, whose meaning is the processor's
-            size = {"shortest_edge": size} if kind == "BitImageProcessor" else {"height": size, "width": size}
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        shape = [sorted(value) if isinstance(value, dict) else None for value in (size, crop)]
-        if shape[0] == ["height", "width"] and (not do_crop or crop == size):
-            fit = {"fit": "squash", **size}
-        else:
-            _require(do_crop and shape == [["shortest_edge"], ["height", "width"]],
-                     f"size {size} with do_center_crop {do_crop} and crop_size {crop} is not implemented", where)
-            fit = {"fit": "crop", **size, **crop}
-        return cls(resample=resample, mean=settings["image_mean"], std=settings["image_std"], **fit)
+_SIDEWAYS = [_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)]
 
 
 def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
@@ -121,17 +40,27 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     Raises NanoVLMError, one line naming the source, for anything that is not a complete picture in one of FORMATS of
     at most MAX_PIXELS. Nothing is decoded before the size is known.
     """
+    return _read(source, _decode)
+
+
+def image_size(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
+    """(width, height) of what `open_image` will give, read from the file's header: the rest may yet be damaged."""
+    return _read(source, _upright_size)
+
+
+def _read(source: str | Path | bytes | BinaryIO, read: Callable[[BinaryIO], T]) -> T:
+    """What `read` makes of a picture's file, or an error of one line."""
     is_path = isinstance(source, (str, Path))
     name = source if is_path else getattr(source, "name", "image in memory")
     try:
         if not is_path:
-            return _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return read(io.BytesIO(source) if isinstance(source, bytes) else source)
         if archive.is_member(source):
-            return _decode(io.BytesIO(archive.read_member(source)))
+            return read(io.BytesIO(archive.read_member(source)))
         if not Path(source).is_file():  # a device or a pipe could be read for ever
             raise NanoVLMError("not a file" if Path(source).exists() else "no such file")
         with Path(source).open("rb") as file:
-            return _decode(file)
+            return read(file)
     except NanoVLMError as error:
         reason = str(error)
     except Image.UnidentifiedImageError:
@@ -143,23 +72,59 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     raise NanoVLMError(f"{name}: {reason}")
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
+    """The picture with nothing decoded yet."""
     file.seek(0)
     if not file.read(1):
         raise NanoVLMError("the file is empty")
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise NanoVLMError(f"{image.width} x {image.height} is more pixels than the limit of {MAX_PIXELS:,}; "
+                           "make the image smaller first")
+    return image
+
+
+def _decode(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pillow warns about odd metadata, and about sizes, which are checked here
-        image = Image.open(file, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise NanoVLMError(f"{image.width} x {image.height} is more pixels than the limit of {MAX_PIXELS:,}; "
-                               "make the image smaller first")
+        image = _open(file)
         image.load()
-        try:
-            transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
-        except Exception:  # damaged EXIF beside a whole picture: viewers show it unturned, and so do we
-            transpose = None
+        transpose = _transpose(image.getexif)
         image = _to_rgb(image)
         return image if transpose is None else image.transpose(transpose)
+
+
+def _upright_size(file: BinaryIO) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(file)
+        size, getexif = image.size, image.getexif
+        if image.format == "TIFF":  # pillow turns it by itself, some versions this size already: these are the file's
+            size = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        elif image.format == "PNG" and not _png_tells_later(file):
+            getexif = partial(Image.Image.getexif, image)  # a PNG's own decodes the picture to look behind it
+        return size[::-1] if _transpose(getexif) in _SIDEWAYS else size
+
+
+def _png_tells_later(file: BinaryIO) -> bool:
+    """Whether a PNG has text or EXIF behind its pixels, where its orientation may stand."""
+    position, pixels_seen, found = file.tell(), False, False
+    file.seek(8)  # the signature; then each chunk's length, name, data and checksum
+    while not found and len(start := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", start)
+        pixels_seen |= name == b"IDAT"
+        found = pixels_seen and name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(position)
+    return found
+
+
+def _transpose(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
+    """What makes a picture upright."""
+    try:
+        return _TRANSPOSES.get(getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF beside a whole picture: viewers show it unturned, and so do we
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -189,22 +154,56 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
+def tile_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
+    """(rows, columns) of the tiles that an image of this size is cut into; (0, 0) where it is not cut."""
+    if config.fit != "tiles":
+        return 0, 0
+    width, height = _longest(width, height, config.max_tiles * config.width)
+    return math.ceil(height / config.height), math.ceil(width / config.width)
+
+
+def image_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
+    """All pictures that the eyes see of an RGB image: float32 (n, 3, height, width); n is 1 where it is not cut.
+
+    Tiles come row by row, and the whole image after them. It is resized in the steps of the reference (Idefics3), each
+    rounded to whole values, so that the pixels are the same.
+    """
+    rows, columns = tile_grid(*image.size, config)
+    pictures = []
+    if rows:
+        width, height = config.width, config.height
+        image = image.resize(_longest(*image.size, config.max_tiles * width), FILTERS[config.resample])
+        image = image.resize((columns * width, rows * height), FILTERS[config.resample])
+        pictures = [image.crop((left, top, left + width, top + height))
+                    for top in range(0, image.height, height) for left in range(0, image.width, width)]
+    return torch.stack([preprocess(picture, config) for picture in (*pictures, image)])
+
+
+def _longest(width: int, height: int, longest: int) -> tuple[int, int]:
+    """The size at which the longer side is `longest` pixels, and the shorter one an even number of them: in floating
+    point and in this order, since another could be 2 pixels off."""
+    if width >= height:
+        shorter = int(longest / (width / height))
+        return longest, max(1, shorter + shorter % 2)
+    shorter = int(longest * (width / height))
+    return max(1, shorter + shorter % 2), longest
+
+
 def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """Resize, crop and normalise an RGB picture: float32 (3, height, width), (value / 255 − mean) / std."""
-    box = (0.0, 0.0, float(image.width), float(image.height))
+    """Resize, crop and normalise one RGB picture: float32 (3, height, width), (value / 255 − mean) / std."""
+    resample = FILTERS[config.resample]
     if config.fit == "crop":
         width, height = (config.shortest_edge * side // min(image.size) for side in image.size)  # the resized picture
         left, top = (width - config.width) // 2, (height - config.height) // 2
-        # Resize only what the crop keeps: the same pixels for less work, and a 1 × 5000 picture needs no giant copy.
-        # (Only "nearest" can differ from resizing everything first: in a column or row exactly between two pixels.)
-        box = (left * image.width / width, top * image.height / height,
-               (left + config.width) * image.width / width, (top + config.height) * image.height / height)
-    resized = image.resize((config.width, config.height), _FILTERS[config.resample], box)
+        # Resize only what the crop keeps: the same pixels, but for a rounding here and there, for less work, and a 1 × 5000
+        # picture needs no giant copy. ("nearest" can differ in a column or row exactly between two pixels.)
+        columns = (left * image.width / width, 0, (left + config.width) * image.width / width, image.height)
+        rows = (0, top * image.height / height, config.width, (top + config.height) * image.height / height)
+        # Columns first, as pillow does with a whole picture; of a part it may turn the two passes round.
+        resized = image.resize((config.width, image.height), resample, columns)
+        resized = resized.resize((config.width, config.height), resample, rows)
+    else:
+        resized = image.resize((config.width, config.height), resample)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (3, height, width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
-
-
-def _require(condition: bool, problem: str, where: str = "image config") -> None:
-    if not condition:
-        raise NanoVLMError(f"{where}: {problem}")

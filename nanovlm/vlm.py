@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanovlm.chat import Chat, ChatConfig
+from nanovlm.chat import Chat, ChatConfig, ImageTokens
 from nanovlm.config import unknown_key
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json, write_atomically
-from nanovlm.image import ImageConfig
+from nanovlm.image import ImageConfig, tile_grid
 from nanovlm.loss import chunked_cross_entropy
 from nanovlm.projector import ProjectorConfig, build_projector
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
@@ -64,12 +64,12 @@ class Batch:
     """What one forward pass takes. Positions are flat indices into (B, T), made where the batch is made, so that
     nothing has to be counted on the accelerator."""
 
-    input_ids: Tensor  # (B, T); at `image_positions` the placeholder
+    input_ids: Tensor  # (B, T); at `image_positions` the placeholder, which needs no row of the embedding table
     attention_mask: Tensor  # (B, T): 0 padding, 1 a token, more for branches and packed samples (`visibility`)
-    image_positions: Tensor  # (N · K,) where the visual tokens go, in the images' order
+    image_positions: Tensor  # (N · K,) where the visual tokens go, in the pictures' order
     target_positions: Tensor  # (M,) the positions that predict a labelled token
     targets: Tensor  # (M,) the labelled tokens
-    pixels: Tensor | None = None  # (N, 3, H, W)
+    pixels: Tensor | None = None  # (N, 3, H, W): all pictures of all images (`image_pixels`)
     patches: Tensor | None = None  # (N, P, C_v) instead of pixels, where the features are kept
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -90,14 +90,17 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer, self.chat = config, tokenizer, Chat(config.chat, tokenizer)
-        if tokenizer.vocab_size > config.text.vocab_size:
+        # Nobody looks up the placeholder, so it may lie behind the decoder's last row (LLaVA's does).
+        placeholder_is_last = self.chat.image_token_id == tokenizer.vocab_size - 1
+        if tokenizer.vocab_size - placeholder_is_last > config.text.vocab_size:
             raise NanoVLMError(f"the tokenizer knows {tokenizer.vocab_size} tokens and the decoder {config.text.vocab_size}; "
                                "they do not belong together")
         self.vision = VisionTransformer(config.vision)
         self.projector = build_projector(config.projector, config.vision.feature_size(config.vision_layer), config.text.hidden_size)
         self.decoder = Decoder(config.text)
-        self.image_length = self.projector.num_tokens(  # K, placeholder tokens an image takes
+        self.image_length = self.projector.num_tokens(  # K, placeholder tokens that each picture of an image takes
             config.vision.num_features(config.image.height, config.image.width, config.vision_layer))
+        self.max_image_length = self.image_length * config.image.max_pictures  # of the image that is cut into most tiles
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,
@@ -145,13 +148,14 @@ class VisionLanguageModel(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
-        embeddings = self.decoder.embed_tokens(batch.input_ids)
+        words = batch.input_ids.flatten().index_fill(0, batch.image_positions, 0)  # a row there is, in place of the placeholder
+        embeddings = self.decoder.embed_tokens(words.view_as(batch.input_ids))
         if torch.is_autocast_enabled(embeddings.device.type):  # the residual stream runs in the precision of the products
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
         patches = self.look(batch.pixels) if batch.patches is None and batch.pixels is not None else batch.patches
         found = 0 if patches is None else len(patches)
         if len(batch.image_positions) != found * self.image_length:
-            raise NanoVLMError(f"the text has {len(batch.image_positions)} image placeholders and {found} images of "
+            raise NanoVLMError(f"the text has {len(batch.image_positions)} image placeholders and {found} pictures of "
                                f"{self.image_length} visual tokens fill {found * self.image_length}; they have to be equal")
         if patches is None:
             return embeddings
@@ -159,6 +163,10 @@ class VisionLanguageModel(nn.Module):
         spliced = embeddings.flatten(0, 1).index_copy(
             0, batch.image_positions, visual_tokens.flatten(0, 1).to(embeddings.dtype))
         return spliced.view_as(embeddings)
+
+    def image_tokens(self, width: int, height: int) -> ImageTokens:
+        """The placeholders of an image of this size, as `chat.encode` takes them."""
+        return ImageTokens(self.image_length, *tile_grid(width, height, self.config.image))
 
     def look(self, pixels: Tensor) -> Tensor:
         """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v)."""

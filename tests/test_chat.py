@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.smolvlm.processing_smolvlm import _prompt_split_image
 
-from nanovlm.chat import IGNORED, IMAGE, Chat, ChatConfig, Encoded, Message
+from nanovlm.chat import IGNORED, IMAGE, Chat, ChatConfig, Encoded, ImageTokens, Message
 from nanovlm.errors import NanoVLMError
 from nanovlm.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.reference.models import CORPUS, byte_pair, sentence_piece
@@ -233,7 +235,7 @@ def test_chatml_is_written_down_as_it_should_be(chat):
 
 def test_plain_is_written_down_as_it_should_be(plain):
     conversation = [("system", "Be kind."), ("user", "<image>几个？"), ("assistant", "三个"), ("user", "Bye")]
-    encoded = plain.encode(parse(conversation), [2], add_generation_prompt=True)
+    encoded = plain.encode(parse(conversation), [ImageTokens(2)], add_generation_prompt=True)
     assert written(plain, encoded) == (
         "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s><user>Bye</s><assistant>")
     assert learned(plain, encoded) == "三个</s>"
@@ -273,13 +275,53 @@ def test_what_a_user_types_never_becomes_special(chat, plain, role, typed):
 
 def test_images_stand_where_they_are_said_to(chat):
     message = Message("user", ("before ", IMAGE, " 和 ", IMAGE, IMAGE, " after"))
-    encoded = chat.encode([message, Message.parse("assistant", "ok"), Message("user", (IMAGE,))], [2, 1, 3, 4])
+    images = [ImageTokens(length) for length in (2, 1, 3, 4)]
+    encoded = chat.encode([message, Message.parse("assistant", "ok"), Message("user", (IMAGE,))], images)
     pad = "<|image_pad|>"
     assert written(chat, encoded) == (
         f"<|im_start|>user\nbefore {pad * 2} 和 {pad}{pad * 3} after<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
         f"<|im_start|>user\n{pad * 4}<|im_end|>\n")
     assert encoded.input_ids.count(chat.image_token_id) == 10
     assert learned(chat, encoded) == "ok<|im_end|>"
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "found in text"])
+@pytest.mark.parametrize("rows, columns", [(4, 4), (1, 3), (2, 1)])
+def test_a_cut_image_is_written_as_the_reference_writes_it(tmp_path, special, rows, columns):
+    """The layout and, with the published tokens for it, the ids."""
+    byte_pair(tmp_path)
+    names = ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))]
+    published = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    published.add_special_tokens(["<fake_token_around_image>", "<image>"])
+    published.add_special_tokens(names) if special else published.add_tokens(names)
+    published.save(str(tmp_path / "tokenizer.json"))
+    chat = Chat(ChatConfig(image_token="<image>"), load_tokenizer(tmp_path))
+    image = _prompt_split_image(5, rows, columns, "<fake_token_around_image>", "<image>", "<global-img>")
+    expected = published.encode(f"<|im_start|>user\nWhat is {image}\n\nleft?<|im_end|>\n").ids
+    message = Message("user", ("What is ", IMAGE, "\n\nleft?"))
+    assert chat.encode([message], [ImageTokens(5, rows, columns)]).input_ids == expected
+    assert expected.count(chat.image_token_id) == 5 * ImageTokens(5, rows, columns).pictures == 5 * (rows * columns + 1)
+    assert {published.token_to_id("<global-img>"), published.token_to_id(f"<row_{rows}_col_{columns}>")} < set(expected)
+
+
+def test_without_names_for_tiles_they_are_plain_text(chat, plain, tmp_path):
+    images = [ImageTokens(2, 2, 1), ImageTokens(1)]
+    def tiles(before: str, pad: str, after: str) -> str:
+        return (f"{before}<row_1_col_1>{pad}{pad}\n{before}<row_2_col_1>{pad}{pad}\n\n"
+                f"{before}<global-img>{pad}{pad}{after}")
+    message = Message("user", (IMAGE, "a", IMAGE))
+    byte_pair(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_token("<|vision_start|>")
+    assert written(chat, chat.encode([message], images)) == (
+        f"<|im_start|>user\n{tiles('', '<|image_pad|>', '')}a<|image_pad|><|im_end|>\n")  # half a frame is none
+    tokenizer.add_special_token("<|vision_end|>")
+    framed = Chat(ChatConfig(), tokenizer)
+    assert written(framed, framed.encode([message], images)) == (
+        f"<|im_start|>user\n{tiles('<|vision_start|>', '<|image_pad|>', '<|vision_end|>')}a<|image_pad|><|im_end|>\n")
+    assert written(plain, plain.encode([message], images)) == f"<user>{tiles('', '<image>', '')}a<image></s>"
+    for one in (chat, framed, plain):
+        assert one.encode([message], images).input_ids.count(one.image_token_id) == 3 * 2 + 1
 
 
 def test_the_marker_is_parsed_in_user_turns_alone():
@@ -292,14 +334,14 @@ def test_the_marker_is_parsed_in_user_turns_alone():
 @pytest.mark.parametrize("places, images", [(1, 0), (0, 1), (2, 1)])
 def test_images_and_places_have_to_match(chat, places, images):
     with pytest.raises(NanoVLMError, match=f"places for {places} images, and {images} are given"):
-        chat.encode([Message("user", (IMAGE,) * places + ("a",))], [4] * images)
+        chat.encode([Message("user", (IMAGE,) * places + ("a",))], [ImageTokens(4)] * images)
 
 
 def test_wrong_roles_templates_and_tokens_are_named(chat, plain):
     with pytest.raises(NanoVLMError, match="role 'tool' is not known; take one of system, user, assistant"):
         chat.encode([Message("tool", ("a",))])
     with pytest.raises(NanoVLMError, match="an image in a assistant turn; images belong to user turns"):
-        chat.encode([Message("assistant", (IMAGE,))], [4])
+        chat.encode([Message("assistant", (IMAGE,))], [ImageTokens(4)])
     with pytest.raises(NanoVLMError, match="chat template 'llama' is not known; take one of chatml, llama3, plain, vicuna"):
         Chat(ChatConfig(template="llama"), chat.tokenizer)
     with pytest.raises(NanoVLMError, match="no special token '<[|]image_pad[|]>', which the chatml template needs"):

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nanovlm.chat import Message
+from nanovlm.chat import ImageTokens, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.decoder import Decoder
 from nanovlm.errors import NanoVLMError
@@ -50,8 +50,8 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
     rows, pixels = [], []
     for prompt in prompts:
         message = Message.parse("user", prompt)
-        lengths = [model.image_length] * message.num_images
-        ids = model.chat.encode([message], lengths, add_generation_prompt=True).input_ids
+        images = [ImageTokens(model.image_length)] * message.num_images
+        ids = model.chat.encode([message], images, add_generation_prompt=True).input_ids
         rows.append(Row(ids, [-100] * len(ids), [1] * len(ids), ()))
         generator = torch.Generator().manual_seed(len(prompt))
         pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(message.num_images)]

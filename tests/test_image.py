@@ -14,11 +14,15 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nanovlm import image as image_module
 from nanovlm.errors import NanoVLMError
-from nanovlm.image import ImageConfig, open_image, preprocess
+from nanovlm.image import ImageConfig, image_pixels, image_size, open_image, preprocess, tile_grid
 
 pytestmark = pytest.mark.filterwarnings("error")  # pillow's warnings must not reach a user
 
@@ -27,6 +31,13 @@ DINOV2 = {
     "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224},
     "do_rescale": True, "rescale_factor": 0.00392156862745098, "do_normalize": True,
     "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}
+SMOLVLM2 = {  # as published
+    "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
+    "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_processor_type": "SmolVLMImageProcessor",
+    "image_std": [0.5, 0.5, 0.5], "max_image_size": {"longest_edge": 512}, "processor_class": "SmolVLMProcessor",
+    "resample": 1, "rescale_factor": 0.00392156862745098, "size": {"longest_edge": 2048},
+    "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}},
 }
 
 
@@ -163,15 +174,47 @@ def test_exif_rotation_is_applied(format: str) -> None:
     for orientation, image in stored.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        opened = open_image(encode(image, format, exif=exif, **options))
-        assert opened.size == upright.size
+        data = encode(image, format, exif=exif, **options)
+        opened = open_image(data)
+        assert opened.size == upright.size == image_size(data)
         corners = np.array([opened.getpixel(at) for at in ((2, 2), (13, 2), (2, 29))])
         assert np.abs(corners - [(255, 255, 255), (255, 0, 0), (0, 0, 255)]).max() <= 3, orientation
 
 
 def test_damaged_exif_does_not_lose_the_picture() -> None:
     data = encode(picture(16, 8), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert open_image(data).size == (16, 8)
+    assert open_image(data).size == image_size(data) == (16, 8)
+
+
+def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        data = encode(picture(160, 80), format)
+        assert image_size(data) == (160, 80)
+        if format not in ("TIFF", "WEBP"):  # in which pillow needs the end, too
+            assert image_size(data[:len(data) * 2 // 3]) == (160, 80)
+            with pytest.raises(NanoVLMError):
+                open_image(data[:len(data) * 2 // 3])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(data[:2])
+    with pytest.raises(NanoVLMError, match="broken.png"):
+        image_size(broken)
+    with pytest.raises(NanoVLMError, match="no such file"):
+        image_size(tmp_path / "missing.png")
+    with pytest.raises(NanoVLMError, match="limit"):
+        image_size(png(9000, 9000, b""))
+
+
+def test_the_size_of_a_png_whose_exif_comes_last(monkeypatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture(16, 8), "PNG", exif=exif)
+    at = data.index(b"eXIf") - 4
+    chunk = data[at:at + 12 + struct.unpack(">I", data[at:at + 4])[0]]
+    late = data.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+    assert late.index(b"IDAT") < late.index(b"eXIf")
+    assert open_image(late).size == image_size(late) == image_size(data) == (8, 16)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the picture is decoded"))
+    assert image_size(data) == (8, 16) and image_size(encode(picture(16, 8), "PNG")) == (16, 8)
 
 
 def test_extreme_shapes() -> None:
@@ -291,6 +334,7 @@ def test_fuzz() -> None:
         try:
             image = open_image(bytes(data))
             assert image.mode == "RGB" and len(image.tobytes()) == image.width * image.height * 3
+            assert image_size(bytes(data)) == image.size
             opened += 1
         except NanoVLMError as error:
             assert "\n" not in str(error)
@@ -307,7 +351,10 @@ def test_the_callers_warning_filters_are_left_alone() -> None:
 # Preprocessing, against the reference
 
 
-@pytest.mark.parametrize("size", [(640, 480), (375, 500), (224, 224), (256, 300), (31, 47), (1, 1), (1000, 90)])
+SIZES = [(640, 480), (375, 500), (224, 224), (256, 300), (31, 47), (1, 1), (1000, 90)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resample, number", [("nearest", 0), ("lanczos", 1), ("bilinear", 2), ("bicubic", 3)])
 def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, number: int) -> None:
     image = picture(*size)
@@ -329,6 +376,79 @@ def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, numb
             assert different.any(dim=0).sum() <= 1 or different.any(dim=1).sum() <= 1
 
 
+@pytest.mark.parametrize("size", [*SIZES, (3, 700)])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("settings", [
+    {}, {"size": {"shortest_edge": 98}, "crop_size": {"height": 98, "width": 98}}, {"size": 98, "crop_size": 84}])
+def test_same_pixels_as_clips_processor(size: tuple[int, int], noise: bool, settings: dict) -> None:
+    image = noisy(*size) if noise else picture(*size)
+    processor = CLIPImageProcessorPil(**settings)
+    config = ImageConfig.from_hf(json.loads(json.dumps(processor.to_dict())))
+    assert config == ImageConfig.from_hf({"image_processor_type": "CLIPImageProcessorFast", **settings})
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    difference = (image_pixels(image, config) - expected).abs() * torch.tensor(config.std).view(3, 1, 1)
+    assert difference.max() < 1.01 / 255 and difference.mean() < 1e-5
+
+
+@pytest.mark.parametrize("size", [*SIZES, (3, 700)])
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"size": {"height": 98, "width": 98}, "do_convert_rgb": None},
+                                      {"size": {"height": 96, "width": 96}, "resample": 2}])
+def test_same_pixels_as_siglips_processor(size: tuple[int, int], noise: bool, settings: dict) -> None:
+    image = noisy(*size) if noise else picture(*size)
+    processor = SiglipImageProcessorPil(**settings)
+    config = ImageConfig.from_hf(json.loads(json.dumps(processor.to_dict())))
+    assert config == ImageConfig.from_hf({"image_processor_type": "SiglipImageProcessor", **settings})
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    assert (image_pixels(image, config) - expected).abs().max() < 1e-6
+
+
+def noisy(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 300), (1, 1), (2048, 1024), (31, 47), (1000, 90), (3, 700),
+                                  (1, 3000), (5000, 1), (257, 256), (256, 257), (129, 512)])
+@pytest.mark.parametrize("tile, most, resample", [(32, 4, 1), (64, 2, 3), (98, 3, 2), (84, 4, 1)])
+def test_same_tiles_as_the_reference(size: tuple[int, int], tile: int, most: int, resample: int) -> None:
+    image = noisy(*size) if tile == 32 else picture(*size)
+    settings = {"size": {"longest_edge": tile * most}, "max_image_size": {"longest_edge": tile}, "resample": resample}
+    processor = (SmolVLMImageProcessorPil if most == 4 else Idefics3ImageProcessorPil)(**settings)
+    config = ImageConfig.from_hf(json.loads(json.dumps(processor.to_dict())))
+    expected = processor(image, return_row_col_info=True, return_tensors="pt")
+    rows, columns = tile_grid(*size, config)
+    assert (rows, columns) == (expected["rows"][0][0], expected["cols"][0][0])
+    pixels = image_pixels(image, config)
+    assert pixels.shape == (rows * columns + 1, 3, tile, tile) and len(pixels) <= config.max_pictures
+    assert (pixels - expected["pixel_values"][0]).abs().max() < 1e-6
+
+
+def test_same_grid_as_the_reference_for_many_shapes() -> None:
+    generator = np.random.default_rng(0)
+    sizes = [*generator.integers(1, 3000, (1000, 2)).tolist(), *generator.integers(1, 40, (300, 2)).tolist()]
+    for tile, most in ((512, 4), (364, 4), (384, 5)):
+        processor = SmolVLMImageProcessorPil(size={"longest_edge": tile * most}, max_image_size={"longest_edge": tile})
+        config = ImageConfig.from_hf(json.loads(json.dumps(processor.to_dict())))
+        for width, height in sizes:
+            count, rows, columns = processor.get_number_of_image_patches(height, width)
+            assert tile_grid(width, height, config) == (rows, columns) and count == rows * columns + 1
+    assert tile_grid(100, 100, config) == (5, 5) and config.max_pictures == 26
+    assert tile_grid(640, 480, ImageConfig()) == (0, 0) and ImageConfig().max_pictures == 1
+
+
+def test_the_grid_of_a_square_a_wide_and_a_tall_picture() -> None:
+    config = ImageConfig.from_hf(SMOLVLM2)
+    assert [tile_grid(*size, config) for size in ((64, 64), (2000, 500), (30, 4000))] == [(4, 4), (1, 4), (4, 1)]
+    whole = image_pixels(Image.new("RGB", (80, 20), (255, 0, 0)), config)
+    assert whole.shape == (5, 3, 512, 512) and whole.is_contiguous() and whole[:, 0].min() == 1 and whole[:, 1:].max() == -1
+
+
+def test_without_tiles_an_image_is_one_picture() -> None:
+    image = picture(40, 30)
+    for config in (ImageConfig(28, 28), ImageConfig.from_hf(DINOV2)):
+        assert torch.equal(image_pixels(image, config), preprocess(image, config)[None])
+
+
 def test_normalisation_by_hand() -> None:
     config = ImageConfig(height=2, width=3, mean=(0.5, 0.0, 1.0), std=(0.5, 1.0, 2.0))
     pixels = preprocess(Image.new("RGB", (3, 2), (255, 51, 0)), config)
@@ -346,14 +466,34 @@ def test_from_hf_reads_dinov2() -> None:
     assert ImageConfig.from_hf(older) == ImageConfig(384, 384, resample="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
+def test_from_hf_reads_published_files() -> None:
+    half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    tiles = ImageConfig(512, 512, fit="tiles", max_tiles=4, resample="lanczos", **half)
+    assert ImageConfig.from_hf(SMOLVLM2) == tiles
+    assert ImageConfig.from_hf(SMOLVLM2 | {"image_processor_type": "Idefics3ImageProcessorFast"}) == tiles
+    assert ImageConfig.from_hf({"image_processor_type": "Idefics3ImageProcessor"}) == replace(tiles, height=364, width=364)
+    siglip = {"do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+              "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor", "resample": 3,
+              "rescale_factor": 0.00392156862745098, "size": {"height": 384, "width": 384}}
+    assert ImageConfig.from_hf(siglip) == ImageConfig(384, 384, resample="bicubic", **half)
+    clip = {"crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 336,
+            "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    assert ImageConfig.from_hf(clip) == ImageConfig(
+        336, 336, fit="crop", shortest_edge=336, mean=tuple(clip["image_mean"]), std=tuple(clip["image_std"]))
+
+
 def test_round_trip_through_json() -> None:
-    for config in (ImageConfig(), ImageConfig.from_hf(DINOV2), ImageConfig(64, 32, resample="nearest")):
+    for config in (ImageConfig(), ImageConfig.from_hf(DINOV2), ImageConfig.from_hf(SMOLVLM2),
+                   ImageConfig(64, 32, resample="nearest")):
         assert ImageConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize("change, words", [
     ({"do_center_corp": True}, ("do_center_corp", "do_center_crop")),
-    ({"image_processor_type": "CLIPImageProcessor"}, ("CLIPImageProcessor", "BitImageProcessor")),
+    ({"image_processor_type": "LlavaNextImageProcessor"}, ("LlavaNextImageProcessor", "BitImageProcessor")),
+    ({"image_processor_type": "SiglipImageProcessor", "size": 384, "do_center_crop": False}, ("size",)),
+    ({"do_image_splitting": True}, ("do_image_splitting",)),
     ({"image_processor_type": None}, ("image_processor_type",)),
     ({"do_resize": False}, ("do_resize",)),
     ({"do_rescale": False}, ("do_rescale",)),
@@ -377,7 +517,26 @@ def test_from_hf_refuses(change: dict, words: tuple[str, ...]) -> None:
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"do_image_splitting": False}, ("do_image_splitting",)),
+    ({"size": {"longest_edge": 512}}, ("longest_edge", "max_image_size")),
+    ({"size": {"longest_edge": 1000}}, ("longest_edge",)),
+    ({"size": {"longest_edge": 8192}}, ("4096",)),
+    ({"size": {"height": 512, "width": 512}}, ("height",)),
+    ({"max_image_size": 512}, ("max_image_size",)),
+    ({"max_image_size": {"longest_edge": 0}}, ("max_image_size",)),
+    ({"do_center_crop": True}, ("do_center_crop",)),
+    ({"do_resize": False}, ("do_resize",)),
+])
+def test_from_hf_refuses_of_tiles(change: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(NanoVLMError) as caught:
+        ImageConfig.from_hf(SMOLVLM2 | change)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
 @pytest.mark.parametrize("change", [
+    {"max_tiles": 4}, {"fit": "tiles"}, {"fit": "tiles", "max_tiles": 1}, {"fit": "tiles", "max_tiles": 2.0},
+    {"fit": "tiles", "max_tiles": 2, "width": 100}, {"fit": "tiles", "max_tiles": 2, "shortest_edge": 300},
     {"height": 0}, {"width": 2.5}, {"height": True}, {"fit": "pad"}, {"fit": "crop"}, {"shortest_edge": 256},
     {"resample": "box"}, {"resample": []}, {"mean": (0.1, 0.2)}, {"std": (1, 1, -1)}, {"std": ("a", "b", "c")},
     {"mean": (float("nan"),) * 3}, {"fit": "crop", "shortest_edge": 100},

@@ -13,8 +13,10 @@ from nanovlm import vlm
 from nanovlm.chat import IGNORED, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.errors import NanoVLMError
+from nanovlm.generate import Sampling, generate
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
+from nanovlm.tokenizer import load_tokenizer
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
 from tests.reference.models import byte_pair, dinov2, qwen, sentence_piece, tiny_vlm
 
@@ -105,6 +107,29 @@ def test_kept_features_stand_in_for_pixels(model):
 
 
 @torch.inference_mode()
+def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: config["chat"].update(image_token="<image>"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.add_special_token("<image>") == model.config.text.vocab_size
+    tokenizer.save(tmp_path)
+    other = VisionLanguageModel.from_pretrained(tmp_path)
+    batch, _ = make_batch(model)
+    moved = batch.input_ids.flatten().index_fill(0, batch.image_positions, other.chat.image_token_id).view_as(batch.input_ids)
+    moved = dataclasses.replace(batch, input_ids=moved)
+    assert other(moved) == model(batch)
+    for penalty in (1.0, 1.3):
+        sampling = Sampling(repetition_penalty=penalty)
+        assert generate(other, moved, 5, sampling) == generate(model, batch, 5, sampling)
+    masked = dataclasses.replace(moved, attention_mask=None)
+    assert generate(other, masked, 5, Sampling(repetition_penalty=1.3))
+    tokenizer.add_special_token("<another>")
+    tokenizer.save(tmp_path)
+    with pytest.raises(NanoVLMError, match="the tokenizer knows 328 tokens and the decoder 326"):
+        VisionLanguageModel.from_pretrained(tmp_path)
+
+
+@torch.inference_mode()
 def test_vision_layer_is_the_one_looked_at(tmp_path):
     model = tiny_vlm(tmp_path)
     deeper = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("linear"),
@@ -116,11 +141,11 @@ def test_vision_layer_is_the_one_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("images, message", [
-    (2, "the text has 12 image placeholders and 2 images of 4 visual tokens fill 8"),
-    (4, "the text has 12 image placeholders and 4 images of 4 visual tokens fill 16"),
-    (0, "the text has 12 image placeholders and 0 images of 4 visual tokens fill 0"),
+    (2, "the text has 12 image placeholders and 2 pictures of 4 visual tokens fill 8"),
+    (4, "the text has 12 image placeholders and 4 pictures of 4 visual tokens fill 16"),
+    (0, "the text has 12 image placeholders and 0 pictures of 4 visual tokens fill 0"),
 ])
-def test_placeholders_and_images_have_to_match(model, images, message):
+def test_placeholders_and_pictures_have_to_match(model, images, message):
     batch, _ = make_batch(model)
     pixels = torch.randn(images, 3, 28, 28) if images else None
     with pytest.raises(NanoVLMError, match=message):

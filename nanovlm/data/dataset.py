@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanovlm.chat import IGNORED, Chat
+from nanovlm.chat import IGNORED, Chat, ImageTokens
 from nanovlm.data.batches import Row, Sample, chunks, collate, share_prefix
 from nanovlm.data.order import Order
 from nanovlm.data.packing import Line, cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
-from nanovlm.image import ImageConfig, open_image, preprocess
+from nanovlm.image import ImageConfig, image_pixels, image_size, open_image, tile_grid
 from nanovlm.vlm import Batch
 
 
@@ -76,9 +76,9 @@ class Batches(Dataset):
     def __init__(self, records: Sequence[Record], chat: Chat, image: ImageConfig, image_length: int, *, batch_size: int,
                  share: int, max_length: int, seed: int, shuffle: bool = True, pack: int = 0, bucket: int = 1, rank: int = 0,
                  world: int = 1, features: "dict[Path, Tensor] | None" = None) -> None:
-        """`image_length` is the number of visual tokens an image takes. `batch_size` is the number of records that one
+        """`image_length` is the number of visual tokens a picture takes. `batch_size` is the number of records that one
         process takes. `share` is how many samples of one image may share a row. `features` are patch vectors to use in
-        place of pixels. This process is number `rank` of `world`."""
+        place of pixels, (n, P, C_v) an image. This process is number `rank` of `world`."""
         self.records, self.chat, self.image, self.image_length = records, chat, image, image_length
         self.batch_size, self.share, self.max_length = batch_size, share, max_length
         self.seed, self.shuffle, self.features = seed, shuffle, features
@@ -135,7 +135,7 @@ class Batches(Dataset):
         return samples, skipped, cut
 
     def _encode(self, record: Record) -> tuple[Sample, bool]:
-        encoded = self.chat.encode(record.messages, [self.image_length] * len(record.images))
+        encoded = self.chat.encode(record.messages, [self._image_tokens(path) for path in record.images])
         packed_tighter = 0 < self.pack < self.max_length
         limit, flag = (self.pack, "--pack") if packed_tighter else (self.max_length, "--max-length")
         truncated = len(encoded.input_ids) > limit
@@ -146,6 +146,12 @@ class Batches(Dataset):
         if all(label == IGNORED for label in encoded.labels):
             raise NanoVLMError(f"no word of an answer lies within {limit} tokens; raise {flag}")
         return Sample(encoded, record.images, record.where), truncated
+
+    def _image_tokens(self, path: Path) -> ImageTokens:
+        """An image's placeholders. Where it is cut into tiles they depend on its size, which its header says."""
+        if self.image.fit != "tiles":
+            return ImageTokens(self.image_length)
+        return ImageTokens(self.image_length, *tile_grid(*image_size(path), self.image))
 
     def _share(self, samples: Sequence[Sample], share: int) -> list[Row]:
         """Samples in order as rows; up to `share` that follow each other with the same images in one, if it fits `pack`."""
@@ -174,15 +180,16 @@ class Batches(Dataset):
             return Loaded(None, skipped=skipped)
         batch = collate(rows, self.chat.image_token_id)
         if images := [pixels[path] for row in rows for path in row.images]:
-            stacked = torch.stack(images)
-            batch.patches, batch.pixels = (stacked, None) if self.features is not None else (None, stacked)
+            pictures = torch.cat(images)
+            batch.patches, batch.pixels = (pictures, None) if self.features is not None else (None, pictures)
         records = [record for row in rows for record in row.records]
         cut = [record for record in cut if record in records]
         return Loaded(batch, records, sum(map(len, rows)), skipped, cut, batch.input_ids.numel(), len(images))
 
     def _look_up(self, path: Path) -> Tensor:
+        """An image's pictures, or what the eyes see in them."""
         if self.features is None:
-            return preprocess(open_image(path), self.image)
+            return image_pixels(open_image(path), self.image)
         if path not in self.features:
             raise NanoVLMError(f"image {path} could not be read")
         return self.features[path]

@@ -10,7 +10,7 @@ from nanovlm.data.batches import Row, collate
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
-from nanovlm.image import open_image, preprocess
+from nanovlm.image import image_pixels, open_image
 from nanovlm.vlm import VisionLanguageModel
 
 CONTROLS = ("none", "blind", "shuffled")
@@ -31,12 +31,13 @@ def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_ne
         rows, pixels = [], []
         for record in records[start:start + batch_size]:
             messages = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
-            prompt = model.chat.encode(messages, [model.image_length] * len(record.images), add_generation_prompt=True)
-            rows.append(Row.of(prompt, record.images))
-            pixels += [preprocess(open_image(others.get(path, path)), model.config.image) for path in record.images]
+            images = [open_image(others.get(path, path)) for path in record.images]
+            tokens = [model.image_tokens(*image.size) for image in images]
+            rows.append(Row.of(model.chat.encode(messages, tokens, add_generation_prompt=True), record.images))
+            pixels += [image_pixels(image, model.config.image) for image in images]
         batch = collate(rows, model.chat.image_token_id, pad_left=True)
         if pixels:
-            batch.pixels = torch.stack(pixels)
+            batch.pixels = torch.cat(pixels)
             if control == "blind":
                 batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
         for answer in generate(model, batch.to(device), max_new_tokens, Sampling()):

@@ -37,7 +37,8 @@ TEXT_TOKENS = 64  # of a sample, where nothing else is said
 
 @dataclass(frozen=True)
 class Work:
-    """The batch of one forward pass: `rows` of `length` tokens, `images` in all, `targets` labelled tokens in all."""
+    """The batch of one forward pass: `rows` of `length` tokens, `images` in all (where they are cut into tiles, pictures),
+    `targets` labelled tokens in all."""
 
     rows: int
     length: int
@@ -68,8 +69,9 @@ def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
 
 def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:
     """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples of TEXT_TOKENS words
-    beside their image, that share or pack rows as the settings say. Half of the words are labelled."""
-    image_length = skeleton(config).image_length
+    beside their image, that share or pack rows as the settings say. Half of the words are labelled. An image that is cut
+    into tiles is a square one, the largest there is."""
+    image_length = skeleton(config).max_image_length
     sample = image_length + TEXT_TOKENS
     if tokens:
         rows, length, images_a_row = settings.batch_size, tokens, 1
@@ -83,7 +85,7 @@ def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) ->
     if words < 2:
         raise NanoVLMError(f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
                            + ("--tokens" if tokens else "--pack"))
-    return Work(rows, length, rows * images_a_row, rows * max(1, words // 2))
+    return Work(rows, length, rows * images_a_row * config.image.max_pictures, rows * max(1, words // 2))
 
 
 def model_config(settings: Settings) -> VLMConfig:

@@ -30,9 +30,9 @@ def projector_and_image(settings: Settings) -> tuple[ProjectorConfig, ImageConfi
     """What joins eyes and voice, and how the eyes are shown an image: as their folder says, where it says so."""
     preprocessor = Path(settings.vision) / "preprocessor_config.json"
     image = ImageConfig.from_hf(read_json(preprocessor)) if settings.vision and preprocessor.exists() else ImageConfig()
-    # The whole picture is squashed into the square: a crop might cut off what is asked about.
-    image = dataclasses.replace(image, fit="squash", shortest_edge=None, height=settings.image_size or image.height,
-                                width=settings.image_size or image.width)
+    if image.fit == "crop":  # which might cut off what is asked about: the whole picture is squashed into the square
+        image = dataclasses.replace(image, fit="squash", shortest_edge=None)
+    image = dataclasses.replace(image, height=settings.image_size or image.height, width=settings.image_size or image.width)
     return ProjectorConfig(settings.projector, settings.grid, settings.scale), image
 
 

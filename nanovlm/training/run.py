@@ -18,7 +18,7 @@ from nanovlm.data.records import Record, read_records
 from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
 from nanovlm.errors import NanoVLMError, is_main, say
 from nanovlm.files import write_atomically
-from nanovlm.image import open_image, preprocess
+from nanovlm.image import image_pixels, open_image
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
 from nanovlm.training.freezing import describe, learns
@@ -31,7 +31,7 @@ from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import Tracker, build_tracker
 from nanovlm.vlm import VisionLanguageModel
 
-ENCODED_AT_ONCE = 8  # images, when features are cached: few enough that a block stays in the CPU cache
+ENCODED_AT_ONCE = 8  # pictures, when features are cached: few enough that a block stays in the CPU cache
 
 
 def run_stage(settings: Settings) -> Path:
@@ -97,7 +97,7 @@ def run_stage(settings: Settings) -> Path:
 
 @torch.no_grad()
 def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: Precision) -> dict[Path, Tensor]:
-    """The patch vectors of each image, once: path → (P, C_v) in the precision of the run, on the CPU.
+    """The patch vectors of each image's pictures, once: path → (n, P, C_v) in the precision of the run, on the CPU.
 
     Images that cannot be read are missing from the result, and their records will be skipped by name.
     """
@@ -108,12 +108,13 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
         pixels = {}
         for path in unique[start:start + ENCODED_AT_ONCE]:
             try:
-                pixels[path] = preprocess(open_image(path), model.config.image)
+                pixels[path] = image_pixels(open_image(path), model.config.image)
             except NanoVLMError:
                 continue
         if pixels:
-            patches = model.look(torch.stack(list(pixels.values())).to(precision.device))
-            features |= zip(pixels, patches.cpu())
+            parts = torch.cat(list(pixels.values())).split(ENCODED_AT_ONCE)
+            patches = torch.cat([model.look(part.to(precision.device)).cpu() for part in parts])
+            features |= zip(pixels, patches.split([len(pictures) for pictures in pixels.values()]))
     return features
 
 

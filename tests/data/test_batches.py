@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.chat import IGNORED, Encoded, Message
+from nanovlm.chat import IGNORED, Encoded, ImageTokens, Message
 from nanovlm.data.batches import Row, Sample, collate, share_prefix
 from nanovlm.vlm import VisionLanguageModel
 from tests.reference.models import tiny_vlm
@@ -27,7 +27,7 @@ def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> S
     if turns[0].startswith("system:"):
         messages, turns = [Message("system", (turns[0],))], turns[1:]
     messages += [Message.parse(("user", "assistant")[index % 2], text) for index, text in enumerate(turns)]
-    return Sample(model.chat.encode(messages, [model.image_length] * len(images)), tuple(images))
+    return Sample(model.chat.encode(messages, [ImageTokens(model.image_length)] * len(images)), tuple(images))
 
 
 def loss_and_gradients(model: VisionLanguageModel, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.chat import Chat, ChatConfig, Message
+from nanovlm.chat import Chat, ChatConfig, ImageTokens, Message
 from nanovlm.data.dataset import Batches, Loaded
 from nanovlm.data.records import Record
 from nanovlm.image import ImageConfig, open_image, preprocess
@@ -132,7 +132,7 @@ def test_pixels_are_those_of_the_rows_images_in_order(chat, images):
 
 
 def test_kept_features_take_the_place_of_pixels(chat, images):
-    features = {path: torch.full((16, 24), float(number)) for number, path in enumerate(images[:2])}
+    features = {path: torch.full((1, 16, 24), float(number)) for number, path in enumerate(images[:2])}
     records = [record(number, images[number:number + 1]) for number in range(3)]
     loaded = make(records, chat, shuffle=False, batch_size=3, features=features)[0]
     assert loaded.batch.pixels is None and loaded.samples == 2
@@ -152,7 +152,7 @@ def test_an_unreadable_image_is_skipped_and_named(chat, images, tmp_path):
 
 
 def test_text_is_cut_at_the_end_and_said_to_be(chat, images):
-    whole = chat.encode(record(0, images[:1], "word " * 30).messages, [IMAGE_LENGTH])
+    whole = chat.encode(record(0, images[:1], "word " * 30).messages, [ImageTokens(IMAGE_LENGTH)])
     loaded = make([record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=40)[0]
     assert loaded.batch.input_ids.tolist() == [whole.input_ids[:40]] and loaded.cut == ["data.jsonl:0"]
     assert loaded.batch.targets.tolist() == [label for label in whole.labels[:40] if label >= 0]
@@ -163,7 +163,7 @@ def test_text_is_cut_at_the_end_and_said_to_be(chat, images):
 def test_an_image_is_never_cut(chat, images):
     last = Record("data.jsonl:7", tuple(images[:1]), (Message.parse("user", "a"), Message.parse("assistant", "b"),
                   Message.parse("user", "c <image>"), Message.parse("assistant", "d")), (), {})
-    encoded = chat.encode(last.messages, [IMAGE_LENGTH])
+    encoded = chat.encode(last.messages, [ImageTokens(IMAGE_LENGTH)])
     end = len(encoded.input_ids) - encoded.input_ids[::-1].index(chat.image_token_id)  # right after the image
     for max_length in range(end - IMAGE_LENGTH, end):
         loaded = make([last], chat, batch_size=1, max_length=max_length)[0]

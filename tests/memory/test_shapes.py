@@ -1,5 +1,6 @@
 """Shapes come from config files and names alone, and a batch from the settings."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_a_config_alone_is_enough(tiny, tmp_path: Path):
     (tmp_path / "config.json").write_text((tiny.text / "config.json").read_text())
     assert model_config(Settings(text=str(tmp_path))).text.hidden_size == json.loads(
         (tiny.text / "config.json").read_text())["hidden_size"]
+
+
+def test_an_image_cut_into_tiles_is_as_many_pictures_as_a_square_one():
+    config = model_config(Settings(batch_size=3, share=1))
+    config = dataclasses.replace(config, image=dataclasses.replace(config.image, fit="tiles", max_tiles=2))
+    work = work_of(config, Settings(batch_size=3, share=1))
+    assert work == Work(3, 5 * 256 + 64, 15, 3 * 32)
+    batch = work.batch(config, image_length=256)
+    assert batch.pixels.shape == (15, 3, 224, 224) and len(batch.image_positions) == 15 * 256
 
 
 @pytest.mark.parametrize(("settings", "tokens", "expected"), [

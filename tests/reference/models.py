@@ -189,11 +189,11 @@ def sentence_piece(folder: Path, chat_template: str = "",
 
 
 def tiny_vlm(folder: Path, projector: ProjectorConfig = ProjectorConfig("pixel_shuffle"), family: str = "qwen2",
-             **settings: Any) -> VisionLanguageModel:
-    """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens by default."""
+             image: ImageConfig = ImageConfig(28, 28), **settings: Any) -> VisionLanguageModel:
+    """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens a picture by default."""
     torch.manual_seed(0)
     dinov2(folder / "vision")
     tokenizer = byte_pair(folder / "text")
     qwen(folder / "text", family, **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings))
-    model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, ImageConfig(28, 28))
+    model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, image)
     return model.eval()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
+from nanovlm.training.building import projector_and_image
 from nanovlm.training.run import _split, run_stage
 from nanovlm.training.settings import load_settings
 from nanovlm.vlm import VisionLanguageModel
@@ -71,6 +72,36 @@ def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
             assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5)
     with pytest.raises(NanoVLMError, match="frozen eyes"):
         tiny.train(tmp_path / "impossible", cache_features=True, train="vision")
+
+
+TILES = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+
+
+def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
+    vision = tmp_path / "vision"
+    shutil.copytree(tiny.vision, vision)
+    (vision / "preprocessor_config.json").write_text(json.dumps(TILES))
+    losses = []
+    for cached in (False, True):
+        run = tiny.train(tmp_path / f"run{cached}", vision=str(vision), cache_features=cached, max_steps=2)
+        losses.append([line["loss"] for line in metrics(run)])
+        model = VisionLanguageModel.from_pretrained(run / "model")
+        assert model.config.image.fit == "tiles" and model.image_tokens(100, 100).pictures == 5
+        answered = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        assert answered and all(line["answer"] is not None for line in answered)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
+    square = {"height": 48, "width": 48}
+    for written, changes, expected in (
+            (TILES, {}, {"fit": "tiles", "height": 32, "width": 32, "max_tiles": 2, "resample": "lanczos"}),
+            (TILES, {"image_size": 48}, {"fit": "tiles", "max_tiles": 2, **square}),
+            ({"image_processor_type": "SiglipImageProcessor", "size": square}, {}, {"fit": "squash", **square}),
+            ({"image_processor_type": "CLIPImageProcessor", "size": 48, "crop_size": 48}, {}, {"fit": "squash", **square})):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+        image = projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path), **changes))[1]
+        assert {name: getattr(image, name) for name in expected} == expected and image.shortest_edge is None
 
 
 def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_path):
