@@ -163,12 +163,13 @@ def test_ids_equal_vicunas_template(vicuna, conversation):
 
 def test_what_vicuna_learns_is_each_answer_and_its_end(vicuna):
     chat, _ = vicuna
-    encoded = chat.encode(parse([("user", "<image>Hi"), ("assistant", "A dog."), ("user", "More"), ("assistant", "No")]), [2])
+    conversation = parse([("user", "<image>Hi"), ("assistant", "A dog."), ("user", "More"), ("assistant", "No")])
+    encoded = chat.encode(conversation, [ImageTokens(2)])
     assert learned(chat, encoded) == "A dog.</s> No</s>"  # each text begins with a space, of which decoding drops the first
     assert written(chat, encoded).endswith("USER: <image><image> Hi ASSISTANT: A dog.</s> USER: More ASSISTANT: No</s>")
     assert encoded.input_ids[0] == chat.tokenizer.special_tokens["<s>"] and chat.image_token_id in encoded.input_ids
     question = parse([("user", "<image>Hi")])
-    prompt = chat.encode(question, [2], add_generation_prompt=True).input_ids
+    prompt = chat.encode(question, [ImageTokens(2)], add_generation_prompt=True).input_ids
     first = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
     assert encoded.input_ids[:first] == prompt
 
@@ -189,7 +190,7 @@ def test_the_first_qwens_folder_is_told_by_its_vocabulary(tmp_path):
     config = ChatConfig.from_hf(tmp_path, load_tokenizer(tmp_path))
     assert config == ChatConfig("chatml", "<|extra_0|>", "You are a helpful assistant.")
     chat = Chat(config, load_tokenizer(tmp_path))
-    assert written(chat, chat.encode(parse([("user", "<image>Hi")]), [2], add_generation_prompt=True)) == (
+    assert written(chat, chat.encode(parse([("user", "<image>Hi")]), [ImageTokens(2)], add_generation_prompt=True)) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|extra_0|><|extra_0|>Hi<|im_end|>\n"
         "<|im_start|>assistant\n")
 
