@@ -88,7 +88,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ({"model_type": "mistral"}, "sliding_window = 4096 is not implemented, only null"),
     (MISTRAL | {"attention_bias": True}, "attention_bias = True is not implemented"),
     (QWEN2 | {"num_hiden_layers": 3}, "unknown key 'num_hiden_layers'; did you mean 'num_hidden_layers'?"),
-    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; implemented are qwen2, qwen3"),
+    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; implemented are qwen, qwen2, qwen3, llama, mistral"),
     ({}, "model_type is None"),
 ])
 def test_a_decoder_that_is_not_implemented_is_refused(config, message):

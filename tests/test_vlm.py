@@ -232,7 +232,8 @@ def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = VisionLanguageModel.from_pretrained(tmp_path / "model")
     assert again.config == model.config and again.chat.config.template == "vicuna"
-    encoded = again.chat.encode([Message.parse("user", "<image>Hi"), Message.parse("assistant", "A dog")], [16])
+    messages = [Message.parse("user", "<image>Hi"), Message.parse("assistant", "A dog")]
+    encoded = again.chat.encode(messages, [again.image_tokens(28, 28)])
     batch = collate([Row.of(encoded)], again.chat.image_token_id)
     batch.pixels = torch.randn(1, 3, 28, 28)
     with torch.inference_mode():
