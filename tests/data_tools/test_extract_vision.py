@@ -181,5 +181,6 @@ def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
             "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
             "tool.extract(Path(sys.argv[1]), Path(sys.argv[1]) / 'eyes'); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)")
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True,
+                            check=True)
     assert int(result.stdout) * 1024 < 200e6
