@@ -60,7 +60,7 @@ QWEN_VL_PREPROCESSOR = {  # its code resizes and normalises; there is no file
 def extract(source: Path, out: Path) -> None:
     """Write the folder `out` and check it by loading it; say what was taken and what was left."""
     config = read_json(source / "config.json")
-    tower = TOWERS.get(config.get("model_type"))
+    tower = TOWERS.get(str(config.get("model_type")))
     if tower is None:
         raise NanoVLMError(f"{source}: model_type is {config.get('model_type')!r}; towers are taken out of {', '.join(TOWERS)}")
     settings = tower_settings(source, config, tower)
@@ -85,7 +85,7 @@ def tower_settings(source: Path, config: dict[str, Any], tower: Tower) -> dict[s
     """The `config.json` of the tower alone, which has been read once."""
     table = config.get(tower.settings)
     if not isinstance(table, dict):
-        raise NanoVLMError(f"{source}: its config.json has no table {tower.settings!r}, so there is no vision tower to take out")
+        raise NanoVLMError(f"{source}: its config.json has no table {tower.settings!r}, so there is no vision tower in it")
     settings = table | (config.get("vision_config_dict") or {})  # older CLIP files repeat the settings that count
     settings |= {"model_type": tower.model_type or settings.get("model_type")}
     try:
@@ -104,7 +104,7 @@ def read_tower(source: Path, prefix: re.Pattern) -> tuple[dict[str, Tensor], lis
     for name in wanted.keys() - set(left):
         files.setdefault(places[name], []).append(name)
     if not files:
-        raise NanoVLMError(f"{source}: none of its {len(places)} tensors belongs to a vision tower; is it another model's file?")
+        raise NanoVLMError(f"{source}: none of its {len(places)} tensors belongs to a vision tower; are they another model's?")
     taken = {}
     for path, names in sorted(files.items()):
         if not path.is_file():
@@ -167,7 +167,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
     parser = CommandParser(description="Take a vision tower out of a larger checkpoint, into a folder of its own.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a SmolVLM2, Idefics3, Qwen-VL, LLaVA, CLIP or SigLIP")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a SmolVLM2, Qwen-VL, LLaVA, CLIP or SigLIP")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     return parser.parse_args()
 

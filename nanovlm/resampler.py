@@ -1,4 +1,4 @@
-"""From as many patch vectors as an image has to a fixed number: learned queries look at the patches (Qwen-VL, Bai et al. 2023)."""
+"""From the patch vectors of an image to a fixed number of vectors: learned queries look at them (Qwen-VL, Bai et al. 2023)."""
 
 import math
 

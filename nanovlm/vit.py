@@ -25,7 +25,8 @@ ACTIVATIONS = {  # under the hub's names
 RESIZES = ("bicubic", "nearest")
 
 # What the hub files of a family leave out (the reference's defaults), then what all of its models have in common.
-_VIT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3, image_size=224)
+_VIT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
+            image_size=224)
 _SIGLIP = _VIT | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 _CLIP = _VIT | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 _SMOLVLM = _SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
@@ -85,17 +86,17 @@ class VisionConfig:
     def from_hf(cls, config: dict) -> "VisionConfig":
         """Read the `config.json` of a hub folder: of a tower, or of a whole SigLIP, CLIP, SmolVLM or Idefics3. Hub files
         leave out what equals the reference's defaults. "qwen_vl_vision" is what `extract_vision.py` calls Qwen-VL's tower."""
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
         if model_type in ("dinov2", "dinov2_with_registers"):
             return cls._from_dinov2(config)
         if model_type == "qwen_vl_vision":
             return cls._from_qwen_vl(config)
         if model_type in ("siglip2", "siglip2_vision_model"):
-            raise NanoVLMError(f"config.json: model_type is {model_type!r}, which reads images of any shape (NaFlex) and is not "
-                               "implemented; take a SigLIP 2 of a fixed size, such as siglip2-base-patch16-256")
+            raise NanoVLMError(f"config.json: model_type is {model_type!r}, which reads images of any shape (NaFlex) and is "
+                               "not implemented; take a SigLIP 2 of a fixed size, such as siglip2-base-patch16-256")
         if model_type in _WHOLE:
             config = _vision_part(config, _WHOLE[model_type])
-        defaults, common = _TOWERS.get(config.get("model_type"), ({}, {}))
+        defaults, common = _TOWERS.get(str(config.get("model_type")), ({}, {}))
         config = read_hf_config(config, tuple(VISION_FAMILIES), defaults, ignored=_UNUSED)
         require(config, num_channels=3)
         return from_dict(cls, {key: config[key] for key in defaults if key != "num_channels"} | common, where="config.json")
@@ -195,7 +196,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP, with `layer_scale` each scaled per channel before it joins the residual (Touvron et al. 2021)."""
+    """Pre-norm attention and MLP, with `layer_scale` each scaled per channel before it joins the residual
+    (Touvron et al. 2021)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

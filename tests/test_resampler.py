@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.positions import resize_positions, sine_cosine_positions
+from nanovlm.resampler import Resampler
 from nanovlm.vit import VisionConfig, VisionTransformer
 from nanovlm.weights import SafetensorsFile, save_file
 from nanovlm.weights.loading import load_into, open_checkpoint
@@ -87,7 +88,7 @@ def test_the_positions_are_those_of_the_checkpoint(fixture):
 
 def test_positions_go_to_keys_and_queries_and_not_to_values():
     """With keys that say nothing but their place and values all alike, what comes out does not depend on the place."""
-    resampler = VisionTransformer(VisionConfig(16, 32, 1, 2, patch_size=7, image_size=28, num_queries=4, output_size=32)).resampler
+    resampler = Resampler(hidden_size=16, num_queries=4, output_size=32, eps=1e-6)
     randomise(resampler, seed=0)
     patches = torch.randn(1, 1, 16).expand(1, 9, 16)
     first, *others = resampler(patches, 3, 3)[0]

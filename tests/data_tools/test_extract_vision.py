@@ -168,18 +168,24 @@ def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, monkeyp
     assert not (tmp_path / "eyes" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read as Linux tells it")
 def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
-    """What a process that takes 3 MB of eyes from 1.3 GB of pickles needs at most."""
+    """What a process needs at most that takes 3 MB of eyes from 250 MB of pickles."""
     qwen_vl(tmp_path)
     index = read_json(tmp_path / "pytorch_model.bin.index.json")
     shard = tmp_path / "pytorch_model-00002-of-00003.bin"
-    torch.save(torch.load(shard, weights_only=True) | {"transformer.wte.weight": torch.zeros(320, 2**20)}, shard)
+    torch.save(torch.load(shard, weights_only=True) | {"transformer.wte.weight": torch.ones(60, 2**20)}, shard)
     index["weight_map"]["transformer.wte.weight"] = shard.name
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    code = ("import resource, sys; from data_tools import extract_vision as tool; from pathlib import Path; "
-            "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-            "tool.extract(Path(sys.argv[1]), Path(sys.argv[1]) / 'eyes'); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)")
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert int(result.stdout) * 1024 < 200e6
+    code = """
+import re, sys
+from pathlib import Path
+from data_tools import extract_vision
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+extract_vision.extract(Path(sys.argv[1]), Path(sys.argv[1]) / "eyes")
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True,
+                            check=True)
+    assert 0 < int(result.stdout) * 1024 < 160e6  # 80 MB are what the first call imports

@@ -96,7 +96,8 @@ WHOLE_MODELS = {
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration), "llava": (LlavaConfig, LlavaForConditionalGeneration),
 }
-TOWER_SHAPE = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7)
+TOWER_SHAPE = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=28,
+                   patch_size=7)
 
 
 def tower(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
