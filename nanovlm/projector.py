@@ -4,26 +4,42 @@ To add one, write a class with this constructor and `num_tokens`, and add a line
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovlm.attention import attend
 from nanovlm.config import check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
     """`kind` is a name of PROJECTORS. `grid` is the side of the downsampled patch grid (bilinear), `scale` the
-    side of the square of patches merged into one token (pixel_shuffle)."""
+    side of the square of patches merged into one token (pixel_shuffle), `activation` what stands between two matrices
+    (a name of ACTIVATIONS), `bias` whether a single matrix has one (linear, pixel_shuffle). `num_queries` visual tokens
+    look at the patches with `num_heads` heads (resampler)."""
 
     kind: str = "mlp"
     grid: int = 8
     scale: int = 2
+    activation: str = "gelu"
+    bias: bool = True
+    num_queries: int = 32
+    num_heads: int = 8
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.activation not in ACTIVATIONS:
+            raise NanoVLMError(f"ProjectorConfig: activation {self.activation!r} is not known; take one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ProjectorConfig":
@@ -35,7 +51,7 @@ class LinearProjector(nn.Module):
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(vision_width, text_width)
+        self.linear = nn.Linear(vision_width, text_width, bias=config.bias)
 
     def num_tokens(self, num_patches: int) -> int:
         return num_patches
@@ -46,10 +62,11 @@ class LinearProjector(nn.Module):
 
 
 class MLPProjector(nn.Module):
-    """Two layers with a GELU between, one token a patch (LLaVA-1.5: Liu et al. 2024)."""
+    """Two layers with a GELU between, one token a patch (LLaVA-1.5: Liu et al. 2024), or with another activation."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(vision_width, text_width)
         self.down = nn.Linear(text_width, text_width)
 
@@ -58,7 +75,7 @@ class MLPProjector(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, P, C_text)."""
-        return self.down(F.gelu(self.up(patches)))
+        return self.down(self.activation(self.up(patches)))
 
 
 class PixelShuffleProjector(nn.Module):
@@ -67,7 +84,7 @@ class PixelShuffleProjector(nn.Module):
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
         self.scale = config.scale
-        self.linear = nn.Linear(vision_width * config.scale ** 2, text_width)
+        self.linear = nn.Linear(vision_width * config.scale ** 2, text_width, bias=config.bias)
 
     def num_tokens(self, num_patches: int) -> int:
         side = square_side(num_patches)
@@ -101,11 +118,51 @@ class BilinearProjector(MLPProjector):
         return super().forward(grid.flatten(2).transpose(1, 2).to(patches.dtype))
 
 
+class ResamplerProjector(nn.Module):
+    """Learned queries look at all patches, so that any number of them becomes `num_queries` visual tokens (Perceiver:
+    Jaegle et al. 2021; BLIP-2: Li et al. 2023). An MLP with a residual, four times as wide, then a two-layer head that
+    takes the tokens from the eyes' width to the voice's."""
+
+    def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
+        super().__init__()
+        if vision_width % config.num_heads:
+            raise NanoVLMError(f"patch vectors of {vision_width} numbers are not made of {config.num_heads} heads; "
+                               "change the resampler's num_heads")
+        self.num_heads, self.activation = config.num_heads, ACTIVATIONS[config.activation]
+        # As large as patch vectors are: small ones would begin with the same mean of all patches, 32 times.
+        self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))
+        self.q_proj = nn.Linear(vision_width, vision_width)
+        self.k_proj = nn.Linear(vision_width, vision_width)
+        self.v_proj = nn.Linear(vision_width, vision_width)
+        self.out_proj = nn.Linear(vision_width, vision_width)
+        self.mlp_norm = nn.LayerNorm(vision_width)
+        self.mlp_up = nn.Linear(vision_width, 4 * vision_width)
+        self.mlp_down = nn.Linear(4 * vision_width, vision_width)
+        self.head_norm = nn.LayerNorm(vision_width)
+        self.head_up = nn.Linear(vision_width, text_width)
+        self.head_down = nn.Linear(text_width, text_width)
+
+    def num_tokens(self, num_patches: int) -> int:
+        return len(self.queries)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, P, C_vision) → (N, num_queries, C_text)."""
+        queries = self._heads(self.q_proj(self.queries).expand(len(patches), -1, -1))  # (N, H, Q, D)
+        attended = attend(queries, self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches)))
+        tokens = self.out_proj(attended.transpose(1, 2).flatten(2))  # (N, Q, C_vision)
+        tokens = tokens + self.mlp_down(self.activation(self.mlp_up(self.mlp_norm(tokens))))
+        return self.head_down(self.activation(self.head_up(self.head_norm(tokens))))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
 PROJECTORS: dict[str, type[nn.Module]] = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
     "bilinear": BilinearProjector,
+    "resampler": ResamplerProjector,
 }
 
 

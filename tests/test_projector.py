@@ -1,19 +1,24 @@
 """The projectors against plain formulas, and how many tokens each makes of a grid."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Idefics3Config, LlamaConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.projector import PROJECTORS, ProjectorConfig, build_projector, pixel_shuffle
+from tests.reference.models import randomise
 
 
 def patches(side: int, width: int = 5) -> Tensor:
     return torch.randn(2, side * side, width, generator=torch.Generator().manual_seed(side))
 
 
-def build(kind: str, **settings: int) -> nn.Module:
+def build(kind: str, **settings: int | bool | str) -> nn.Module:
     torch.manual_seed(0)
     return build_projector(ProjectorConfig(kind, **settings), vision_width=5, text_width=7)
 
@@ -84,7 +89,7 @@ def test_bilinear_keeps_rows_and_columns_apart():
 
 @pytest.mark.parametrize("kind, settings", [
     ("linear", {}), ("mlp", {}), ("pixel_shuffle", {"scale": 2}), ("pixel_shuffle", {"scale": 3}),
-    ("bilinear", {"grid": 5})])
+    ("bilinear", {"grid": 5}), ("resampler", {"num_queries": 3, "num_heads": 5})])
 def test_num_tokens_is_what_forward_gives(kind, settings):
     projector = build(kind, **settings)
     tokens = projector(patches(6))
@@ -93,8 +98,8 @@ def test_num_tokens_is_what_forward_gives(kind, settings):
 
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_bfloat16_in_bfloat16_out(kind):
-    projector, x = build(kind, grid=3), patches(6)
-    half = build(kind, grid=3).bfloat16()(x.bfloat16())
+    projector, x = build(kind, grid=3, num_heads=1), patches(6)
+    half = build(kind, grid=3, num_heads=1).bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), projector(x), atol=0.03, rtol=0.03)
 
@@ -111,5 +116,73 @@ def test_a_grid_that_does_not_fit_is_refused(kind, settings, num_patches, messag
 
 
 def test_an_unknown_kind_lists_the_known_ones():
-    with pytest.raises(NanoVLMError, match="'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear"):
+    with pytest.raises(NanoVLMError, match="'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear, resampler"):
         build("mpl")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "bilinear", "resampler"])
+@pytest.mark.parametrize("activation, module", [("silu", nn.SiLU()), ("gelu", nn.GELU()), ("gelu_tanh", nn.GELU("tanh"))])
+def test_the_activation_is_the_one_named(kind, activation, module):
+    projector, x = build(kind, activation=activation, grid=4, num_heads=1), patches(4) * 4
+    plain = build(kind, grid=4, num_heads=1)
+    plain.activation = module
+    assert torch.equal(projector(x), plain(x))
+    assert torch.equal(projector(x), build(kind, grid=4, num_heads=1)(x)) == (activation == "gelu")
+
+
+@pytest.mark.parametrize("kind", ["linear", "pixel_shuffle"])
+def test_without_a_bias_nothing_gives_nothing(kind):
+    projector = build(kind, bias=False)
+    assert [name for name, _ in projector.named_parameters()] == ["linear.weight"]
+    assert not projector(torch.zeros(1, 16, 5)).any() and build(kind)(torch.zeros(1, 16, 5)).any()
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@torch.inference_mode()
+def test_pixel_shuffle_without_bias_is_the_connector_of_idefics3_and_smolvlm(scale):
+    text, vision = dict(hidden_size=7, num_attention_heads=1, num_key_value_heads=1, head_dim=8), dict(hidden_size=5, num_attention_heads=1)
+    reference = Idefics3Connector(Idefics3Config(text_config=LlamaConfig(**text), vision_config=vision, scale_factor=scale))
+    projector, x = build("pixel_shuffle", scale=scale, bias=False), patches(8)
+    projector.linear.weight.copy_(reference.modality_projection.proj.weight)
+    torch.testing.assert_close(projector(x), reference(x), atol=1e-6, rtol=0)
+
+
+def plain_resampler(ours: nn.Module, heads: int) -> Callable[[Tensor], Tensor]:
+    """The same tensors in PyTorch's own modules."""
+    attention = nn.MultiheadAttention(ours.queries.shape[1], heads, batch_first=True)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat((ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight)))
+        attention.in_proj_bias.copy_(torch.cat((ours.q_proj.bias, ours.k_proj.bias, ours.v_proj.bias)))
+    attention.out_proj = ours.out_proj
+    mlp = nn.Sequential(ours.mlp_norm, ours.mlp_up, nn.GELU(), ours.mlp_down)
+    head = nn.Sequential(ours.head_norm, ours.head_up, nn.GELU(), ours.head_down)
+
+    def forward(x: Tensor) -> Tensor:
+        tokens = torch.stack([attention(ours.queries[None], one[None], one[None])[0][0] for one in x])
+        return head(tokens + mlp(tokens))
+    return forward
+
+
+def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
+    torch.manual_seed(0)
+    projector = build_projector(ProjectorConfig("resampler", num_queries=6, num_heads=4), vision_width=24, text_width=10)
+    queries = projector.queries.data.clone()
+    randomise(projector, seed=1)  # as made, the scales of the norms are not seen
+    projector.queries.data = queries
+    reference, x = plain_resampler(projector, heads=4), patches(5, width=24)
+    tokens = projector(x)
+    torch.testing.assert_close(tokens, reference(x), atol=1e-5, rtol=1e-5)
+    assert tokens.shape == (2, 6, 10) and tokens.std(dim=1).mean() > 0.05  # the queries ask different things
+    assert projector.mlp_up.weight.shape == (96, 24) and projector.head_up.weight.shape == (10, 24)
+    shuffled = x[:, torch.randperm(25)]
+    torch.testing.assert_close(projector(shuffled), tokens, atol=1e-5, rtol=1e-5)  # it sees a set: positions are the eyes'
+    assert projector.num_tokens(25) == projector.num_tokens(12) == 6
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"activation": "relu"}, "activation 'relu' is not known; take one of gelu, gelu_tanh, silu"),
+    ({"num_heads": 2}, "patch vectors of 5 numbers are not made of 2 heads"),
+    ({"num_queries": 0}, "num_queries is 0; it has to be above 0")])
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(NanoVLMError, match=message):
+        build("resampler", **settings)
