@@ -48,6 +48,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016. What comes out has the dtype of what goes in, also under autocast, which would make it fp32."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+
+
 class KVCache:
     """Keys and values of the tokens read so far, (B, H_kv, S, D) a layer, allocated once for the whole generation."""
 
@@ -88,6 +97,16 @@ def visibility(attention_mask: Tensor, queries: int) -> Tensor:
     same = index == index[-queries:, None]
     prefix = query // SEGMENT * SEGMENT + 1  # what the own segment's branches have in common
     return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
+
+
+def mutual_visibility(groups: Tensor, queries: int) -> Tensor:
+    """Which of S tokens each of the last `queries` sees for being in its group: (B, S) integers → (B, queries, S) bool.
+
+    Tokens of a row with the same number above 0 see each other whatever their order; those with 0 are in no group. It
+    adds to what `visibility` lets a token see, as the prefix of a prefix LM does (Raffel et al. 2020).
+    """
+    query = groups[:, -queries:, None]
+    return (groups[:, None, :] == query) & (query > 0)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -1,19 +1,31 @@
-"""The language model: token ids → logits. Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2, Mistral."""
+"""The language model: token ids → logits. Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2, Mistral; and
+decoders of our own, made from scratch."""
 
+import dataclasses
+import json
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.attention import Attention, KVCache, RMSNorm, visibility
+from nanovlm.attention import Attention, KVCache, LayerNorm, RMSNorm, mutual_visibility, visibility
 from nanovlm.config import check_divides, check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
+from nanovlm.experts import Experts
+from nanovlm.files import write_atomically
+from nanovlm.mlp import MLPS
 from nanovlm.rotary import frequencies, llama3_frequencies, logn_scale, ntk_theta, rotary_embedding
 from nanovlm.weights.pretrained import TEXT_FAMILIES, load_pretrained
+from nanovlm.weights.safetensors import save_file
 from nanovlm.weights.text_configs import read_text_config
 
+OWN = "nanovlm_decoder"  # the model_type of a decoder made from scratch
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 ROPE_TYPES = ("default", "llama3", "dynamic_ntk")
 
 
@@ -43,6 +55,17 @@ class DecoderConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     logn_attention: bool = False  # beyond that length queries grow with the logarithm of the tokens they see
+    # What a decoder made from scratch may have besides.
+    norm: str = "rms"  # or "layer", as in GPT-2; `rms_norm_eps` is either's
+    positions: str = "rotary"  # or "learned": a table of `max_position_embeddings`, as in GPT-2
+    mlp: str = "gated"  # or "gelu": linear, GELU, linear, as in GPT-2
+    dropout: float = 0.0  # in training alone (`new_dropout`)
+    embedding_size: int = 0  # width of the word vectors where they pass a reducer (0: `hidden_size`, and none)
+    reducer_size: int = 384  # width between the reducer's two matrices
+    num_experts: int = 0  # MLPs a block chooses from for each token (0: one MLP, which all pass)
+    experts_per_token: int = 2
+    num_shared_experts: int = 0  # MLPs that all tokens pass besides
+    balance_loss: float = 0.0  # weight of the load-balance loss of each layer of experts (`experts.py`)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -55,10 +78,32 @@ class DecoderConfig:
             raise NanoVLMError(f"DecoderConfig: rope_high_freq_factor = {self.rope_high_freq_factor} is not above "
                                f"rope_low_freq_factor = {self.rope_low_freq_factor}")
         check_divides(self, "num_attention_heads", "num_key_value_heads")
+        self._check_what_is_from_scratch()
+
+    def _check_what_is_from_scratch(self) -> None:
+        for name, known in (("norm", NORMS), ("positions", ("rotary", "learned")), ("mlp", MLPS)):
+            if getattr(self, name) not in known:
+                raise NanoVLMError(f"DecoderConfig: {name} is {getattr(self, name)!r}; take one of {', '.join(known)}")
+        if self.dropout >= 1:
+            raise NanoVLMError(f"DecoderConfig: dropout is {self.dropout}; it has to be below 1")
+        if self.embedding_size and self.tie_word_embeddings:
+            raise NanoVLMError(f"DecoderConfig: a head of width {self.hidden_size} cannot be the table of "
+                               f"{self.embedding_size}-wide word vectors; set tie_word_embeddings to false, or embedding_size to 0")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise NanoVLMError(f"DecoderConfig: experts_per_token is {self.experts_per_token} and there are {self.num_experts} "
+                               "experts; lower it")
+
+    @property
+    def input_size(self) -> int:
+        """The width of the embeddings that the decoder takes, words' and visual tokens' alike."""
+        return self.embedding_size or self.hidden_size
 
     @classmethod
     def from_hf(cls, config: dict) -> "DecoderConfig":
-        """Read the `config.json` of a folder of any family in TEXT_FAMILIES; older and newer spellings of RoPE's settings."""
+        """Read the `config.json` of a folder of any family in TEXT_FAMILIES; older and newer spellings of RoPE's settings. A
+        decoder of our own (`Decoder.save_pretrained`) has the names of this class."""
+        if config.get("model_type") == OWN:
+            return from_dict(cls, {key: value for key, value in config.items() if key != "model_type"}, where="config.json")
         return from_dict(cls, read_text_config(config), where="config.json")
 
     @classmethod
@@ -66,70 +111,78 @@ class DecoderConfig:
         return from_dict(cls, config)
 
 
-class _GatedProduct(torch.autograd.Function):
-    """silu(gate) · value, of which only the two inputs are kept: silu(gate) is computed anew in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, value)
-        return F.silu(gate).mul_(value)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, value = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) · up(x))."""
+class Reducer(nn.Module):
+    """Wide embeddings → the model's width through a narrow middle, one for words and visual tokens."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.embedding_size, config.reducer_size)
+        self.up = nn.Linear(config.reducer_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, value = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if gate.requires_grad or value.requires_grad:
-            return self.down_proj(_GatedProduct.apply(gate, value))
-        return self.down_proj(F.silu(gate, inplace=True).mul_(value))  # nobody needs the gate again
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, T, C_embedding) → (B, T, C)."""
+        return self.norm(self.up(F.gelu(self.down(embeddings))))
+
+
+def new_dropout(config: DecoderConfig) -> nn.Module:
+    """Where GPT-2 has it but for the attention's weights, which no fused kernel shows: on what enters the first block and
+    on what each attention and MLP adds to the stream."""
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm causal attention, then the gated MLP."""
+    """Pre-norm causal attention, then the MLP or a choice of several (`experts.py`)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm, mlp = NORMS[config.norm], partial(MLPS[config.mlp], config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.attention_norm = norm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             qkv_bias=config.qkv_bias, output_bias=config.output_bias,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp_norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp() if not config.num_experts else Experts(
+            config.hidden_size, config.num_experts, config.experts_per_token, config.num_shared_experts, mlp)
+        self.has_experts, self.dropout = config.num_experts > 0, new_dropout(config)
 
-    def forward(self, hidden_states: Tensor, positions: Tensor | None = None, **attention) -> Tensor:
-        """(B, T, C) → (B, T, C); or, past the attention, only the flat `positions` (M,) of (B, T) → (M, C)."""
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **attention)
+    def forward(self, hidden_states: Tensor, positions: Tensor | None = None, present: Tensor | None = None,
+                **attention) -> Tensor | tuple[Tensor, Tensor | None]:
+        """(B, T, C) → (B, T, C); or, past the attention, only the flat `positions` (M,) of (B, T) → (M, C).
+
+        A block with experts gives their load-balance loss besides (`Experts`), over the tokens where `present` (B, T).
+        """
+        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states), **attention))
         if positions is not None:
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+            hidden_states, present = hidden_states.flatten(0, 1).index_select(0, positions), None
+        if not self.has_experts:
+            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        mixed, balance = self.mlp(self.mlp_norm(hidden_states), present)
+        return hidden_states + self.dropout(mixed), balance
 
 
 class Decoder(nn.Module):
-    """A causal transformer with rotary positions (Touvron et al. 2023: LLaMA; Bai et al. 2023: Qwen; Yang et al. 2024,
-    2025: Qwen2, Qwen2.5, Qwen3)."""
+    """A causal transformer (Touvron et al. 2023: LLaMA; Bai et al. 2023: Qwen; Yang et al. 2024, 2025: Qwen2, Qwen2.5,
+    Qwen3), or one made from scratch of GPT-2's kind."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
+        self.reducer = Reducer(config) if config.embedding_size else nn.Identity()
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = new_dropout(config)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialise)
+        if config.norm == "layer":  # as in GPT-2: what many blocks add to the stream begins smaller
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("out_proj.weight", "down_proj.weight")):
+                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -142,6 +195,14 @@ class Decoder(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Decoder":
         """Load a hub folder, one file or sharded; any missing, unexpected or mis-shaped tensor is an error."""
         return load_pretrained(cls, DecoderConfig, folder, TEXT_FAMILIES, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` under our own names, for `from_pretrained`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": OWN, **dataclasses.asdict(self.config)}
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     @property
     def head_weight(self) -> Tensor:
@@ -157,40 +218,62 @@ class Decoder(nn.Module):
         return F.linear(hidden_states, self.head_weight)
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None,
-                      positions: Tensor | None = None, prompt_lengths: Tensor | None = None) -> Tensor:
-        """(B, T, C) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
+                      positions: Tensor | None = None, prompt_lengths: Tensor | None = None, groups: Tensor | None = None,
+                      balance: list[Tensor] | None = None) -> Tensor:
+        """(B, T, C_input) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
 
         `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more for
         branches and packed samples (`visibility`). Without one, every row is a full sequence. A token's position is the
         number of tokens it sees before it, which is right for padding on either side, branches and packed samples alike.
         `prompt_lengths` (B,) is for dynamic NTK alone: how long the rows were when generation began, where neither this
         pass nor the cache's first one tells.
+        `groups` (B, S) numbers tokens that see each other both ways (`mutual_visibility`), which moves no position.
+        In training, the load-balance loss of each layer of experts that learns, a scalar, is appended to `balance`.
         """
         batch, length, _ = embeddings.shape
         start = cache.length if cache is not None else 0
+        if attention_mask is None and (groups is not None or start > 0 and length > 1):
+            attention_mask = torch.ones(batch, start + length, dtype=torch.int64, device=embeddings.device)
         if attention_mask is None:
             position_ids, mask = torch.arange(start, start + length, device=embeddings.device).expand(batch, -1), None
-            if start > 0 and length > 1:
-                mask = visibility(position_ids.new_ones(1, start + length), length)[:, None]
         else:
             visible = visibility(attention_mask, length)  # (B, T, S)
-            position_ids, mask = visible.sum(dim=-1) - 1, visible[:, None]
+            position_ids = visible.sum(dim=-1) - 1
+            mask = (visible if groups is None else visible | mutual_visibility(groups, length))[:, None]
+        options = dict(mask=mask, is_causal=mask is None and length > 1, cache=cache)
         if prompt_lengths is None:
             prompt_lengths = cache.prompt_lengths if start > 0 else position_ids.amax(dim=1) + 1
         if cache is not None:
             cache.prompt_lengths = prompt_lengths
-        rotary, query_scale = self._rotary(position_ids, prompt_lengths, embeddings.dtype)
-        hidden_states = embeddings
+        hidden_states = self.reducer(embeddings)
+        if self.config.positions == "learned":
+            hidden_states = hidden_states + self._learned(position_ids, start + length).to(hidden_states.dtype)
+        else:
+            options |= self._rotary(position_ids, prompt_lengths, hidden_states.dtype)
+        if self.config.num_experts and attention_mask is not None:
+            options["present"] = attention_mask[:, -length:] > 0
+        hidden_states = self.dropout(hidden_states)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1  # nobody looks at the other positions after its attention
-            hidden_states = block(hidden_states, positions if last else None, rotary=rotary, query_scale=query_scale,
-                                  mask=mask, is_causal=mask is None and length > 1, cache=cache, layer=layer)
+            hidden_states = block(hidden_states, positions if last else None, layer=layer, **options)
+            if self.config.num_experts:
+                hidden_states, loss = hidden_states
+                if balance is not None and loss is not None:
+                    balance.append(loss)
         if cache is not None:
             cache.length += length
         return self.norm(hidden_states)
 
-    def _rotary(self, position_ids: Tensor, prompt_lengths: Tensor,
-                dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def _learned(self, position_ids: Tensor, tokens: int) -> Tensor:
+        """(B, T) positions in rows of `tokens` tokens → (B, T, C). Only in a row longer than the table may one lie beyond
+        it, and only then is the device asked: packed rows are long, and their samples short."""
+        limit = self.config.max_position_embeddings
+        if tokens > limit and int(position_ids.max()) >= limit:
+            raise NanoVLMError(f"a text of {int(position_ids.max()) + 1} tokens exceeds the decoder's {limit} positions; "
+                               "shorten it, in training with --max-length")
+        return self.position_embedding(position_ids)
+
+    def _rotary(self, position_ids: Tensor, prompt_lengths: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """What all layers turn queries and keys by, and multiply queries with: cast here, not once more in each of them.
 
         The first Qwen is trained with neither dynamic NTK nor log-n scaling. When it writes, its base stays that of the
@@ -207,7 +290,7 @@ class Decoder(nn.Module):
         if config.logn_attention and not self.training:
             query_scale = logn_scale(position_ids, trained_length).to(dtype)
         cos, sin = rotary_embedding(position_ids, turns)
-        return (cos.to(dtype), sin.to(dtype)), query_scale
+        return {"rotary": (cos.to(dtype), sin.to(dtype)), "query_scale": query_scale}
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and on their device."""

@@ -44,7 +44,7 @@ def generate(model: VisionLanguageModel, batch: Batch, max_new_tokens: int = 128
         embeddings = model.embed(batch)
         answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
         for tokens in decode(model.decoder, embeddings, batch.input_ids, batch.attention_mask, max_new_tokens,
-                             {model.chat.end_of_turn_id}, sampling):
+                             {model.chat.end_of_turn_id}, sampling, groups=model.image_groups(batch)):
             for answer, token in zip(answers, tokens):
                 answer += [token] if token >= 0 else []
             if on_tokens is not None:
@@ -54,11 +54,13 @@ def generate(model: VisionLanguageModel, batch: Batch, max_new_tokens: int = 128
 
 @torch.inference_mode()
 def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int,
-           stop_ids: Collection[int], sampling: Sampling = Sampling(), use_cache: bool = True) -> Iterator[list[int]]:
+           stop_ids: Collection[int], sampling: Sampling = Sampling(), use_cache: bool = True,
+           groups: Tensor | None = None) -> Iterator[list[int]]:
     """Yield the next token of each row, -1 once a row has ended, until all have or `max_new_tokens` are written.
 
     `embeddings` (B, T, C) is the prompt as the decoder reads it and `input_ids` (B, T) its ids, for the repetition
-    penalty. `use_cache=False` reads everything again for every token; it is there to check the cache against.
+    penalty; `groups`: see `Decoder.hidden_states`. `use_cache=False` reads everything again for every token; it is there to
+    check the cache against.
     """
     batch, length, _ = embeddings.shape
     limit = decoder.config.max_position_embeddings
@@ -78,8 +80,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     for step in range(max_new_tokens):
         wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
         with _products_for(inputs):
-            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted,
-                                                           prompt_lengths=lengths)).float()  # (B, V)
+            logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted, prompt_lengths=lengths,
+                                                           groups=groups)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
         yield torch.where(ended, -1, token).tolist()
@@ -87,6 +89,8 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
             return
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
+        if groups is not None:
+            groups = torch.cat((groups, groups.new_zeros(batch, 1)), dim=1)
         seen = torch.cat((seen, token[:, None]), dim=1)
         new = decoder.embed_tokens(token[:, None])
         inputs = new if use_cache else torch.cat((inputs, new), dim=1)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.attention import attend
 from nanovlm.config import check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
+from nanovlm.resampler import CrossAttention
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,7 +39,8 @@ class ProjectorConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.activation not in ACTIVATIONS:
-            raise NanoVLMError(f"ProjectorConfig: activation {self.activation!r} is not known; take one of {', '.join(ACTIVATIONS)}")
+            raise NanoVLMError(f"ProjectorConfig: activation {self.activation!r} is not known; take one of "
+                               + ", ".join(ACTIVATIONS))
 
     @classmethod
     def from_dict(cls, config: dict) -> "ProjectorConfig":
@@ -128,13 +129,10 @@ class ResamplerProjector(nn.Module):
         if vision_width % config.num_heads:
             raise NanoVLMError(f"patch vectors of {vision_width} numbers are not made of {config.num_heads} heads; "
                                "change the resampler's num_heads")
-        self.num_heads, self.activation = config.num_heads, ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         # As large as patch vectors are: small ones would begin with the same mean of all patches, 32 times.
         self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))
-        self.q_proj = nn.Linear(vision_width, vision_width)
-        self.k_proj = nn.Linear(vision_width, vision_width)
-        self.v_proj = nn.Linear(vision_width, vision_width)
-        self.out_proj = nn.Linear(vision_width, vision_width)
+        self.attention = CrossAttention(vision_width, config.num_heads, qkv_bias=True, output_bias=True)
         self.mlp_norm = nn.LayerNorm(vision_width)
         self.mlp_up = nn.Linear(vision_width, 4 * vision_width)
         self.mlp_down = nn.Linear(4 * vision_width, vision_width)
@@ -147,14 +145,9 @@ class ResamplerProjector(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, num_queries, C_text)."""
-        queries = self._heads(self.q_proj(self.queries).expand(len(patches), -1, -1))  # (N, H, Q, D)
-        attended = attend(queries, self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches)))
-        tokens = self.out_proj(attended.transpose(1, 2).flatten(2))  # (N, Q, C_vision)
+        tokens = self.attention(self.queries[None], patches, patches)  # (N, num_queries, C_vision)
         tokens = tokens + self.mlp_down(self.activation(self.mlp_up(self.mlp_norm(tokens))))
         return self.head_down(self.activation(self.head_up(self.head_norm(tokens))))
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {

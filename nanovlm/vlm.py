@@ -37,6 +37,7 @@ class VLMConfig:
     image: ImageConfig
     chat: ChatConfig
     vision_layer: int = -1
+    bidirectional_images: bool = False  # visual tokens of one image see each other both ways; text is causal all the same
 
     @classmethod
     def from_dict(cls, config: dict) -> "VLMConfig":
@@ -55,7 +56,10 @@ class VLMConfig:
         vision_layer = config.get("vision_layer", -1)
         if type(vision_layer) is not int:
             raise NanoVLMError(f"config.json: vision_layer is {vision_layer!r}, expected a whole number such as -1")
-        return cls(vision_layer=vision_layer,
+        bidirectional = config.get("bidirectional_images", False)
+        if type(bidirectional) is not bool:
+            raise NanoVLMError(f"config.json: bidirectional_images is {bidirectional!r}, expected true or false")
+        return cls(vision_layer=vision_layer, bidirectional_images=bidirectional,
                    **{name: part.from_dict(config[name]) for name, part in parts.items()})
 
 
@@ -96,7 +100,8 @@ class VisionLanguageModel(nn.Module):
             raise NanoVLMError(f"the tokenizer knows {tokenizer.vocab_size} tokens and the decoder {config.text.vocab_size}; "
                                "they do not belong together")
         self.vision = VisionTransformer(config.vision)
-        self.projector = build_projector(config.projector, config.vision.feature_size(config.vision_layer), config.text.hidden_size)
+        self.projector = build_projector(config.projector, config.vision.feature_size(config.vision_layer),
+                                         config.text.input_size)
         self.decoder = Decoder(config.text)
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens that each picture of an image takes
             config.vision.num_features(config.image.height, config.image.width, config.vision_layer))
@@ -104,17 +109,17 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,
-                   vision_layer: int = -1) -> "VisionLanguageModel":
+                   vision_layer: int = -1, bidirectional_images: bool = False) -> "VisionLanguageModel":
         """Join pretrained eyes and a pretrained voice (two hub folders) with a new projector."""
         eyes, voice, tokenizer = VisionTransformer.from_pretrained(vision), Decoder.from_pretrained(text), load_tokenizer(text)
         # The voice's default system prompt introduces it by its maker's name; with eyes it is another model.
         chat = dataclasses.replace(ChatConfig.from_hf(text, tokenizer), default_system=None)
         tokenizer.add_special_token(chat.image_token)
-        config = VLMConfig(eyes.config, voice.config, projector, image, chat, vision_layer)
+        config = VLMConfig(eyes.config, voice.config, projector, image, chat, vision_layer, bidirectional_images)
         with torch.device("meta"):
             model = cls(config, tokenizer)
         model.vision, model.decoder = eyes, voice
-        model.projector = build_projector(projector, eyes.config.feature_size(vision_layer), voice.config.hidden_size)
+        model.projector = build_projector(projector, eyes.config.feature_size(vision_layer), voice.config.input_size)
         return model
 
     @classmethod
@@ -142,12 +147,31 @@ class VisionLanguageModel(nn.Module):
         save_file(self.state_dict() if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def forward(self, batch: Batch) -> Tensor:
-        """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head."""
-        hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask, positions=batch.target_positions)
-        return chunked_cross_entropy(hidden_states, self.decoder.head_weight, batch.targets)
+        """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head.
+
+        In training, the decoder's experts add their load-balance losses, times the number of targets: divided by all of
+        a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of the
+        loss is exactly the same and this term on average: how busy experts are is counted within a batch.
+        """
+        balance: list[Tensor] = []
+        hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask, positions=batch.target_positions,
+                                                   groups=self.image_groups(batch), balance=balance)
+        loss = chunked_cross_entropy(hidden_states, self.decoder.head_weight, batch.targets)
+        if balance:
+            loss = loss + self.config.text.balance_loss * len(batch.targets) * torch.stack(balance).sum()
+        return loss
+
+    def image_groups(self, batch: Batch) -> Tensor | None:
+        """Which tokens see each other both ways: (B, T), k + 1 for those of image k of the batch, 0 for words; or None,
+        where `bidirectional_images` is off. What `pixels` counts as an image is one, such as each tile of a picture."""
+        if not self.config.bidirectional_images or not len(batch.image_positions):
+            return None
+        numbers = torch.arange(len(batch.image_positions), device=batch.input_ids.device) // self.image_length + 1
+        groups = batch.input_ids.new_zeros(batch.input_ids.numel()).index_copy_(0, batch.image_positions, numbers)
+        return groups.view_as(batch.input_ids)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
+        """Word embeddings with the visual tokens in their places: (B, T, C_t), the decoder's `input_size` wide."""
         words = batch.input_ids.flatten().index_fill(0, batch.image_positions, 0)  # a row there is, in place of the placeholder
         embeddings = self.decoder.embed_tokens(words.view_as(batch.input_ids))
         if torch.is_autocast_enabled(embeddings.device.type):  # the residual stream runs in the precision of the products

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nanovlm import attention
-from nanovlm.attention import KVCache, RMSNorm, attend, visibility
+from nanovlm.attention import KVCache, LayerNorm, RMSNorm, attend, mutual_visibility, visibility
 from nanovlm.errors import NanoVLMError
 from nanovlm.rotary import frequencies, rotary_embedding, rotate
 
@@ -127,3 +127,22 @@ def test_a_full_cache_says_so():
     cache.length = 2
     with pytest.raises(NanoVLMError, match="holds 3 tokens and cannot take token 4"):
         cache.append(0, pair, pair)
+
+
+def test_mutual_visibility_is_within_a_group_of_the_same_row():
+    groups = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 1]])
+    seen = mutual_visibility(groups, 5)
+    expected = [[".....", ".11..", ".11..", ".....", "....1"], ["11..1", "11..1", ".....", ".....", "11..1"]]
+    assert [["".join(".1"[here] for here in row) for row in rows] for rows in seen.int().tolist()] == expected
+    assert torch.equal(mutual_visibility(groups, 2), seen[:, -2:])
+
+
+def test_layer_norm_keeps_the_dtype_of_its_input_also_under_autocast():
+    norm = LayerNorm(6, eps=0.5)
+    norm.weight.data, norm.bias.data = torch.arange(1.0, 7), torch.arange(6.0)
+    hidden_states = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.layer_norm(hidden_states, (6,), norm.weight, norm.bias, 0.5)
+    torch.testing.assert_close(norm(hidden_states), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(hidden_states).dtype == torch.float32 and norm(hidden_states.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(norm(hidden_states.bfloat16()).float(), expected, atol=0.1, rtol=0.02)

@@ -1,17 +1,20 @@
 """The decoder against `transformers`' Qwen2, Qwen3, LLaMA and Mistral, every variant, with padding, with a cache, and in
 branches; and against what the published code of Qwen's first generation answered."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from nanovlm.attention import SEGMENT
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, decode
-from tests.reference.models import qwen, qwen1
+from tests.reference.models import qwen, qwen1, randomise
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 32}  # so that fast, blended and slow pairs are among the few there are
@@ -286,3 +289,209 @@ def test_the_published_qwen_7b_chat():
 def test_a_first_qwen_that_is_not_implemented_is_refused(change, message):
     with pytest.raises(NanoVLMError, match=message):
         DecoderConfig.from_hf(HUB_QWEN_7B_CHAT | change)
+
+
+# ---- a decoder made from scratch
+
+GPT = DecoderConfig(97, 32, 48, 3, 4, 4, 8, norm="layer", rms_norm_eps=1e-5, positions="learned", mlp="gelu", output_bias=True, mlp_bias=True,
+                    max_position_embeddings=24)
+SCRATCH = dataclasses.replace(GPT, tie_word_embeddings=False, embedding_size=40, reducer_size=12, num_experts=4,
+                              num_shared_experts=1, balance_loss=0.01)
+
+
+@pytest.fixture(params=[SCRATCH, GPT, dataclasses.replace(SCRATCH, mlp="gated", norm="rms", positions="rotary")],
+                ids=["all of it", "dense", "gated experts, rotary"])
+def scratch(request: pytest.FixtureRequest) -> Decoder:
+    return from_scratch(request.param)
+
+
+def from_scratch(config: DecoderConfig) -> Decoder:
+    decoder = Decoder(config)
+    randomise(decoder, seed=0)
+    return decoder.eval()
+
+
+def gpt2() -> tuple[Decoder, PreTrainedModel]:
+    """The same random numbers in ours and in the reference, whose matrices are (in, out)."""
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=3, n_head=4, n_inner=48,
+                                           activation_function="gelu")).eval()
+    randomise(reference, seed=0)
+    theirs, state = reference.transformer, {}
+    for number, block in enumerate(theirs.h):
+        names = {"attention.out_proj": block.attn.c_proj, "mlp.up_proj": block.mlp.c_fc, "mlp.down_proj": block.mlp.c_proj}
+        pieces = {f"attention.{name}_proj.weight": piece for name, piece in zip("qkv", block.attn.c_attn.weight.T.chunk(3))}
+        pieces |= {f"attention.{name}_proj.bias": piece for name, piece in zip("qkv", block.attn.c_attn.bias.chunk(3))}
+        pieces |= {f"{name}.weight": layer.weight.T for name, layer in names.items()}
+        pieces |= {f"{name}.bias": layer.bias for name, layer in names.items()}
+        for name, norm in (("attention_norm", block.ln_1), ("mlp_norm", block.ln_2)):
+            pieces |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
+        state |= {f"blocks.{number}.{name}": piece for name, piece in pieces.items()}
+    state |= {"embed_tokens.weight": theirs.wte.weight, "position_embedding.weight": theirs.wpe.weight,
+              "norm.weight": theirs.ln_f.weight, "norm.bias": theirs.ln_f.bias}
+    decoder = Decoder(GPT).eval()
+    decoder.load_state_dict(state)
+    return decoder, reference
+
+
+@torch.inference_mode()
+def test_norm_positions_and_mlp_of_the_other_kind_are_gpt2():
+    ours, reference = gpt2()
+    ids = random_ids(3, 17)
+    expected = reference(ids).logits
+    assert 0.5 < expected.std() < 5
+    torch.testing.assert_close(ours(ids), expected, **TOLERANCE)
+    mask = padding([17, 6, 11], 17, left=True)
+    expected = reference(ids, attention_mask=mask, position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(ours(ids, mask)[mask > 0], expected[mask > 0], **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_the_reducer_is_two_matrices_a_gelu_and_a_norm_for_whatever_comes_in():
+    decoder, embeddings = from_scratch(SCRATCH), torch.randn(2, 5, 40)
+    seen = []
+    decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    decoder.hidden_states(embeddings)
+    hidden = embeddings @ decoder.reducer.down.weight.T + decoder.reducer.down.bias
+    hidden = torch.nn.functional.gelu(hidden) @ decoder.reducer.up.weight.T + decoder.reducer.up.bias
+    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    hidden = hidden * decoder.reducer.norm.weight + decoder.reducer.norm.bias
+    torch.testing.assert_close(seen[0], hidden + decoder.position_embedding.weight[:5])
+    assert decoder.embed_tokens.weight.shape == (97, 40) and decoder.head_weight.shape == (97, 32)
+    assert decoder.config.input_size == 40 and GPT.input_size == 32
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["no padding", "left padding"])
+@torch.inference_mode()
+def test_from_scratch_a_cache_equals_one_pass(scratch, left):
+    ids = random_ids(3, 16)
+    mask = padding([16, 7, 10], 16, left=True) if left else None
+    expected, cache, pieces, start = scratch(ids, mask), scratch.new_cache(3, 16), [], 0
+    for count in (5, 1, 6, 1, 3):
+        end = start + count
+        pieces.append(scratch(ids[:, start:end], None if mask is None else mask[:, :end], cache))
+        start = end
+    present = slice(None) if mask is None else mask > 0
+    torch.testing.assert_close(torch.cat(pieces, dim=1)[present], expected[present], **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_from_scratch_padding_packing_and_later_tokens_change_nothing(scratch):
+    one, two = random_ids(9, seed=1), random_ids(7, seed=2)
+    expected = scratch(one[None])[0]
+    for left in (False, True):
+        row, mask = torch.zeros(1, 14, dtype=torch.long), padding([9], 14, left)
+        row[mask > 0] = one
+        torch.testing.assert_close(scratch(row, mask)[mask > 0], expected, **TOLERANCE)
+    packed = scratch(torch.cat((two, one))[None], torch.tensor([[1] * 7 + [SEGMENT + 1] * 9]))[0]
+    torch.testing.assert_close(packed[7:], expected, **TOLERANCE)
+    later = scratch(torch.cat((one[:5], two[:4]))[None])[0]
+    torch.testing.assert_close(later[:5], expected[:5], **TOLERANCE)
+    assert (later[5:] - expected[5:]).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
+    """A picture at 3 to 6: its last token reaches its first, no token before; positions stay those of the order."""
+    ids, groups = random_ids(1, 10), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
+    embeddings = scratch.embed_tokens(ids)
+
+    def change(index: int, groups: Tensor | None) -> Tensor:
+        other = embeddings.clone()
+        other[0, index] += torch.randn(other.shape[2], generator=torch.Generator().manual_seed(1))
+        before, after = (scratch.hidden_states(one, groups=groups) for one in (embeddings, other))
+        return (before - after)[0].abs().amax(dim=-1) > 1e-3
+
+    assert change(6, groups).tolist() == [False] * 3 + [True] * 7
+    assert change(6, None).tolist() == [False] * 6 + [True] * 4
+    assert change(8, groups).tolist() == [False] * 8 + [True] * 2
+    assert change(2, groups).tolist() == [False] * 2 + [True] * 8
+    alone = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]])  # a picture of one token each adds nothing, not even a shift
+    torch.testing.assert_close(scratch.hidden_states(embeddings, groups=alone), scratch.hidden_states(embeddings), **TOLERANCE)
+    # Padding on the left moves groups and tokens alike; a cache that was fed the picture goes on as before.
+    padded = torch.cat((torch.zeros_like(embeddings[:, :2]), embeddings), dim=1)
+    mask = torch.tensor([[0, 0] + [1] * 10])
+    expected = scratch.hidden_states(embeddings, groups=groups)
+    shifted = scratch.hidden_states(padded, mask, groups=torch.cat((groups[:, :2], groups), dim=1))
+    torch.testing.assert_close(shifted[:, 2:], expected, **TOLERANCE)
+    cache = scratch.new_cache(1, 10)
+    pieces = [scratch.hidden_states(embeddings[:, :7], cache=cache, groups=groups[:, :7])]
+    pieces += [scratch.hidden_states(embeddings[:, [at]], cache=cache, groups=groups[:, :at + 1]) for at in (7, 8, 9)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
+
+
+def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
+    torch.manual_seed(0)
+    decoder, ids = from_scratch(dataclasses.replace(SCRATCH, dropout=0.25)), random_ids(2, 9)
+    plain = from_scratch(SCRATCH)
+    assert torch.equal(decoder(ids), plain(ids)) and torch.equal(plain.train()(ids), plain.eval()(ids))
+    shares = []
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda _, before, after: shares.append(((after == 0) & (before[0] != 0)).float().mean()))
+    decoder.train()
+    assert not torch.equal(decoder(ids), decoder(ids))
+    assert len(shares) == 2 * (1 + 2 * 3) and 0.2 < torch.stack(shares).mean() < 0.3
+
+
+def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router():
+    decoder, ids, mask = from_scratch(SCRATCH), random_ids(2, 9), padding([9, 4], 9, left=False)
+    balance: list[Tensor] = []
+    decoder.hidden_states(decoder.embed_tokens(ids), mask, balance=balance)
+    assert balance == []
+    decoder.train()
+    decoder.hidden_states(decoder.embed_tokens(ids), mask, balance=balance)
+    assert len(balance) == 3 and all(loss.item() >= 0.9 for loss in balance)
+    torch.stack(balance).sum().backward()
+    assert all(block.mlp.router.weight.grad.any() for block in decoder.blocks)
+    other = ids.clone()
+    other[1, 4:] = 0
+    again: list[Tensor] = []
+    decoder.hidden_states(decoder.embed_tokens(other), mask, balance=again)
+    torch.testing.assert_close(again, balance)  # what stands at padding does not count
+
+
+def test_a_text_beyond_the_table_of_positions_is_refused_and_a_long_row_of_short_ones_is_not():
+    decoder = from_scratch(GPT).train()
+    with pytest.raises(NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it, in training with"):
+        decoder(random_ids(1, 25))
+    with pytest.raises(NanoVLMError, match="a text of 25 tokens"):
+        decoder(random_ids(1, 30), padding([25], 30, left=True))
+    packed = torch.tensor([[1] * 20 + [SEGMENT + 1] * 20])
+    assert decoder(random_ids(1, 40), packed).shape == (1, 40, 97)
+
+
+def test_a_decoder_of_our_own_comes_back_from_its_folder(scratch, tmp_path):
+    scratch.save_pretrained(tmp_path)
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.config == scratch.config
+    assert loaded.state_dict().keys() == scratch.state_dict().keys()
+    assert torch.equal(loaded(random_ids(1, 9)), scratch(random_ids(1, 9)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_expert": 4}))
+    with pytest.raises(NanoVLMError, match="unknown key 'num_expert'; did you mean 'num_experts'"):
+        Decoder.from_pretrained(tmp_path)
+
+
+def test_as_made_it_begins_like_gpt2():
+    torch.manual_seed(0)
+    decoder = Decoder(dataclasses.replace(SCRATCH, hidden_size=128, num_attention_heads=16, num_key_value_heads=16))
+    blocks = decoder.blocks[0]
+    for parameter, expected in ((decoder.embed_tokens.weight, 0.02), (decoder.position_embedding.weight, 0.02),
+                                (blocks.attention.q_proj.weight, 0.02), (blocks.attention.out_proj.weight, 0.02 / 6**0.5),
+                                (blocks.mlp.experts[3].up_proj.weight, 0.02), (blocks.mlp.router.weight, 0.02),
+                                (blocks.mlp.experts[3].down_proj.weight, 0.02 / 6**0.5)):
+        assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1)
+    assert not blocks.mlp.experts[0].up_proj.bias.any() and not blocks.attention.out_proj.bias.any()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"norm": "batch"}, "norm is 'batch'; take one of rms, layer"),
+    ({"positions": "alibi"}, "positions is 'alibi'; take one of rotary, learned"),
+    ({"mlp": "relu"}, "mlp is 'relu'; take one of gated, gelu"),
+    ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
+    ({"tie_word_embeddings": True}, "a head of width 32 cannot be the table of 40-wide word vectors"),
+    ({"experts_per_token": 5}, "experts_per_token is 5 and there are 4 experts"),
+    ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0")])
+def test_a_shape_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(NanoVLMError, match=message):
+        dataclasses.replace(SCRATCH, **changes)

@@ -151,9 +151,10 @@ def plain_resampler(ours: nn.Module, heads: int) -> Callable[[Tensor], Tensor]:
     """The same tensors in PyTorch's own modules."""
     attention = nn.MultiheadAttention(ours.queries.shape[1], heads, batch_first=True)
     with torch.no_grad():
-        attention.in_proj_weight.copy_(torch.cat((ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight)))
-        attention.in_proj_bias.copy_(torch.cat((ours.q_proj.bias, ours.k_proj.bias, ours.v_proj.bias)))
-    attention.out_proj = ours.out_proj
+        layers = ours.attention.q_proj, ours.attention.k_proj, ours.attention.v_proj
+        attention.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
+        attention.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
+    attention.out_proj = ours.attention.out_proj
     mlp = nn.Sequential(ours.mlp_norm, ours.mlp_up, nn.GELU(), ours.mlp_down)
     head = nn.Sequential(ours.head_norm, ours.head_up, nn.GELU(), ours.head_down)
 

@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovlm import vlm
+from nanovlm.attention import SEGMENT
 from nanovlm.chat import IGNORED, Message
 from nanovlm.data.batches import Row, collate
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import Sampling, decode, generate
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
 from nanovlm.tokenizer import load_tokenizer
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
 from tests.reference.models import byte_pair, dinov2, qwen, sentence_piece, tiny_vlm
+from tests.reference.scratch import scratch_vlm
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,7 @@ def change_config(folder: Path, change) -> None:
     (lambda config: config.update(vision_layer="last"), "vision_layer is 'last', expected a whole number"),
     (lambda config: config.pop("image"), "key 'image' is missing"),
     (lambda config: config.update(model_type="llava"), "model_type is 'llava', expected 'nanovlm'"),
+    (lambda config: config.update(bidirectional_images=1), "bidirectional_images is 1, expected true or false"),
     (lambda config: config["vision"].update(hidden_size=48), "do not fit VisionLanguageModel"),
     (lambda config: config["text"].update(vocab_size=100), "the tokenizer knows 326 tokens and the decoder 100"),
 ])
@@ -238,3 +241,108 @@ def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
     batch.pixels = torch.randn(1, 3, 28, 28)
     with torch.inference_mode():
         assert torch.equal(model.eval()(batch), again(batch))
+
+
+# ---- a decoder made from scratch, and images that see each other both ways
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> VisionLanguageModel:
+    return scratch_vlm(tmp_path_factory.mktemp("scratch"))
+
+
+def hidden_states(model: VisionLanguageModel, batch: Batch) -> Tensor:
+    return model.decoder.hidden_states(model.embed(batch), batch.attention_mask, groups=model.image_groups(batch))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both ways"])
+@torch.inference_mode()
+def test_the_end_of_an_image_reaches_its_first_token_only_if_asked_for(scratch, bidirectional, monkeypatch):
+    monkeypatch.setattr(scratch, "config", dataclasses.replace(scratch.config, bidirectional_images=bidirectional))
+    batch, _ = make_batch(scratch)
+    embeddings = scratch.embed(batch)
+    other = embeddings.clone()
+    other[1, 10] += torch.randn(40, generator=torch.Generator().manual_seed(1))  # the last of the second image of row 1
+    before, after = (scratch.decoder.hidden_states(one, batch.attention_mask, groups=scratch.image_groups(batch))
+                     for one in (embeddings, other))
+    changed = (before - after).abs().amax(dim=-1) > 1e-3
+    assert not changed[[0, 2]].any()
+    assert changed[1].tolist() == [False] * (7 if bidirectional else 10) + [True] * (9 if bidirectional else 6)
+
+
+def test_images_are_numbered_through_the_batch_and_words_are_not(scratch, model):
+    batch, _ = make_batch(scratch)
+    groups = scratch.image_groups(batch)
+    assert groups[0].tolist() == [0] * 3 + [1] * 4 + [0] * 9
+    assert groups[1].tolist() == [2] * 4 + [0] * 3 + [3] * 4 + [0] * 5 and not groups[2].any()
+    assert model.image_groups(make_batch(model)[0]) is None
+
+
+@torch.inference_mode()
+def test_left_padding_packing_and_a_shared_beginning_leave_images_as_they_are(scratch):
+    """One sample alone; behind another in its row; and as the beginning of two branches, in a row that starts with padding."""
+    placeholder, pixels = scratch.chat.image_token_id, torch.randn(2, 3, 28, 28)
+    ids = torch.tensor([7, 8, *[placeholder] * 4, 9, 10, 11])
+    other = torch.tensor([*[placeholder] * 4, 12, 13])
+
+    def run(ids: Tensor, mask: list[int], pixels: Tensor) -> Tensor:
+        places = (ids == placeholder).nonzero()[:, 0]
+        none = torch.zeros(0, dtype=torch.long)
+        return hidden_states(scratch, Batch(ids[None], torch.tensor([mask]), places, none, none, pixels))[0]
+
+    expected = run(ids, [1] * 9, pixels[:1])
+    packed = run(torch.cat((other, ids)), [1] * 6 + [SEGMENT + 1] * 9, pixels.flip(0))
+    torch.testing.assert_close(packed[6:], expected, atol=2e-5, rtol=0)
+    shared = run(torch.cat((torch.zeros(2, dtype=torch.long), ids, ids[7:])), [0] * 2 + [1] * 7 + [2] * 2 + [3] * 2, pixels[:1])
+    torch.testing.assert_close(shared[2:], torch.cat((expected, expected[7:])), atol=2e-5, rtol=0)
+
+
+def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
+    batch, _ = make_batch(scratch)
+    plain = scratch(batch)
+    balance: list[Tensor] = []
+    scratch.train()
+    try:
+        scratch.decoder.hidden_states(scratch.embed(batch), batch.attention_mask, positions=batch.target_positions,
+                                      groups=scratch.image_groups(batch), balance=balance)
+        loss = scratch(batch)
+    finally:
+        scratch.eval()
+    assert len(balance) == 3
+    expected = plain + 0.01 * len(batch.targets) * sum(balance)
+    torch.testing.assert_close(loss, expected)
+    assert float((loss - plain).detach()) > 0.01 * len(batch.targets) * 2
+    scratch.zero_grad()
+    loss.backward()
+    assert all(block.mlp.router.weight.grad.any() for block in scratch.decoder.blocks)
+
+
+@torch.inference_mode()
+def test_a_saved_decoder_of_our_own_is_the_same_model(scratch, tmp_path):
+    scratch.save_pretrained(tmp_path)
+    loaded = VisionLanguageModel.from_pretrained(tmp_path)
+    assert loaded.config == scratch.config and loaded.config.bidirectional_images
+    assert loaded.state_dict().keys() == scratch.state_dict().keys()
+    batch, _ = make_batch(scratch)
+    assert torch.equal(loaded(batch), scratch(batch))
+
+
+@pytest.mark.parametrize("pad_left", [False, True], ids=["right", "left"])
+def test_from_scratch_cached_and_uncached_answers_agree(scratch, pad_left):
+    batch, _ = make_batch(scratch)
+    if pad_left:
+        shift = batch.attention_mask.eq(0).sum(dim=1)
+        index = (torch.arange(16) - shift[:, None]) % 16
+        ids, mask = batch.input_ids.gather(1, index), batch.attention_mask.gather(1, index)
+        places = ((ids == scratch.chat.image_token_id) & (mask > 0)).flatten().nonzero()[:, 0]
+        batch = dataclasses.replace(batch, input_ids=ids, attention_mask=mask, image_positions=places)
+    groups, answers = scratch.image_groups(batch), []
+    with torch.inference_mode():
+        embeddings = scratch.embed(batch)
+    for use_cache in (True, False):
+        answers.append(list(decode(scratch.decoder, embeddings, batch.input_ids, batch.attention_mask, 8, {-2},
+                                   use_cache=use_cache, groups=groups)))
+    assert answers[0] == answers[1]
+    assert [list(row) for row in zip(*answers[0])] == generate(scratch, batch, 8)
+    with pytest.raises(NanoVLMError, match="a prompt of 16 tokens and 60 new ones exceed the decoder's 64 positions"):
+        generate(scratch, batch, 60)

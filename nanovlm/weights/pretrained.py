@@ -54,6 +54,7 @@ VISION_FAMILIES = {
 }
 TEXT_FAMILIES = {
     "qwen": Family(QWEN1), "qwen2": Family(QWEN), "qwen3": Family(QWEN), "llama": Family(LLAMA), "mistral": Family(LLAMA),
+    "nanovlm_decoder": Family({}),  # one made from scratch, under our own names
 }
 
 
