@@ -427,7 +427,8 @@ def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
     shares = []
     for module in decoder.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda _, before, after: shares.append(((after == 0) & (before[0] != 0)).float().mean()))
+            module.register_forward_hook(
+                lambda _, before, after: shares.append(((after == 0) & (before[0] != 0)).float().mean()))
     decoder.train()
     assert not torch.equal(decoder(ids), decoder(ids))
     assert len(shares) == 2 * (1 + 2 * 3) and 0.2 < torch.stack(shares).mean() < 0.3
@@ -452,7 +453,7 @@ def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router(
 
 def test_a_text_beyond_the_table_of_positions_is_refused_and_a_long_row_of_short_ones_is_not():
     decoder = from_scratch(GPT).train()
-    with pytest.raises(NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it, in training with"):
+    with pytest.raises(NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it"):
         decoder(random_ids(1, 25))
     with pytest.raises(NanoVLMError, match="a text of 25 tokens"):
         decoder(random_ids(1, 30), padding([25], 30, left=True))

@@ -140,8 +140,9 @@ def test_without_a_bias_nothing_gives_nothing(kind):
 @pytest.mark.parametrize("scale", [2, 4])
 @torch.inference_mode()
 def test_pixel_shuffle_without_bias_is_the_connector_of_idefics3_and_smolvlm(scale):
-    text, vision = dict(hidden_size=7, num_attention_heads=1, num_key_value_heads=1, head_dim=8), dict(hidden_size=5, num_attention_heads=1)
-    reference = Idefics3Connector(Idefics3Config(text_config=LlamaConfig(**text), vision_config=vision, scale_factor=scale))
+    text = LlamaConfig(hidden_size=7, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    vision = dict(hidden_size=5, num_attention_heads=1)
+    reference = Idefics3Connector(Idefics3Config(text_config=text, vision_config=vision, scale_factor=scale))
     projector, x = build("pixel_shuffle", scale=scale, bias=False), patches(8)
     projector.linear.weight.copy_(reference.modality_projection.proj.weight)
     torch.testing.assert_close(projector(x), reference(x), atol=1e-6, rtol=0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanovlm.decoder import DecoderBlock, DecoderConfig
+from nanovlm.experts import Experts
 from nanovlm.resampler import Resampler
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import AT_ONCE, QuantizedLinear
@@ -63,14 +64,27 @@ def decoder_block(block: DecoderBlock, config: DecoderConfig, rows: int, length:
         kept += attended + tokens * heads * FP32 + rows * length * length * size
     gate = positions * config.intermediate_size * size
     kept += positions * (config.hidden_size * size + FP32)  # the second norm
-    kept += positions * config.hidden_size * size * _any_learns(mlp.gate_proj, mlp.up_proj)
-    kept += 2 * gate + gate * _any_learns(mlp.down_proj)
+    kept += _mlp(mlp, config, positions, size)
     kept += sum(_adapter_bytes(layer, positions if path.startswith("mlp") else tokens, size)
                 for path, layer in block.named_modules() if isinstance(layer, LoRALinear))
 
     in_attention = 2 * scores if computing.written_out else 2 * projected
     working = max(3 * gate, in_attention) + 2 * stream + _matrix_bytes(block, size)
     return Kept(stream, kept, cast_bytes(block, computing), working)
+
+
+def _mlp(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
+    """What an MLP keeps of `tokens` that pass it; of experts, as if they were equally busy."""
+    vector = tokens * config.hidden_size * size
+    if isinstance(mlp, Experts):
+        choices = tokens * mlp.per_token
+        each = [(expert, choices / len(mlp.experts)) for expert in mlp.experts]
+        each += [(expert, tokens) for expert in mlp.shared_experts]
+        chosen = choices * config.hidden_size * size  # what the chosen give, kept to weigh it
+        return vector + chosen + sum(_mlp(expert, config, passing, size) for expert, passing in each)
+    into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
+    inner = tokens * config.intermediate_size * size
+    return vector * _any_learns(*into) + len(into) * inner + inner * _any_learns(mlp.down_proj)
 
 
 def vision_block(block: VisionBlock, config: VisionConfig, images: int, tokens: int, computing: Computing,

@@ -30,7 +30,7 @@ def random_model(config: VLMConfig, settings: Settings, precision: Precision) ->
         for buffer in model.buffers():  # quantised matrices: any bits are a matrix
             buffer.zero_()
     if settings.checkpointing:
-        checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
+        checkpoint_blocks(model, dropout=settings.lora_dropout > 0 or config.text.dropout > 0)
     return model.train()
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanovlm.attention import KVCache
 from nanovlm.errors import NanoVLMError, first_line
+from nanovlm.experts import Experts
 from nanovlm.training.freezing import learns
 from nanovlm.training.quantization import hide_from_compiler
 from nanovlm.vlm import VisionLanguageModel
@@ -36,6 +37,9 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
         raise NanoVLMError(f"--compile: torch.compile does not work on {device} here ({first_line(error)}); install a C++ compiler, "
                            "on CUDA also Triton, or leave --compile out") from None
     hide_from_compiler(model)
+    for module in model.modules():
+        if isinstance(module, Experts):  # whose shapes are what the router says
+            module.mix = torch.compiler.disable(module.mix)
     for block in _blocks(model):
         block.forward = functools.partial(_without_cache, block.forward, torch.compile(block.forward, dynamic=True))
 

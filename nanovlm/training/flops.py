@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from nanovlm.attention import Attention
-from nanovlm.resampler import Resampler
+from nanovlm.experts import Experts
+from nanovlm.projector import ResamplerProjector
+from nanovlm.resampler import CrossAttention, Resampler
 from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import QuantizedLinear
@@ -88,20 +90,20 @@ def step_flops(model: VisionLanguageModel, *, rows: int, length: int, targets: i
     if images:
         if looked:
             flops, flows = _vision_flops(model, images)
-        layers = [layer for layer in model.projector.modules() if isinstance(layer, nn.Linear)]
-        for layer in layers:
-            flops += _matrix_flops(layer, images * model.image_length, flows)
-            flows = flows or learns(layer)
+        projector, flows = _projector_flops(model, images, flows)
+        flops += projector
     flows = flows or learns(model.decoder.embed_tokens)
     tokens = rows * length
+    for layer in model.decoder.reducer.children():
+        flops += _matrix_flops(layer, tokens, flows) if isinstance(layer, nn.Linear) else 0
+        flows = flows or learns(layer)
+    flows = flows or model.config.text.positions == "learned" and learns(model.decoder.position_embedding)
     for block in model.decoder.blocks:
         flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, rows, length, flows)
         flows = flows or learns(block.attention) or learns(block.mlp_norm)
         passing = targets if block is model.decoder.blocks[-1] else tokens
-        flops += _matrix_flops(block.mlp.gate_proj, passing, flows) + _matrix_flops(block.mlp.up_proj, passing, flows)
-        flows = flows or learns(block.mlp.gate_proj) or learns(block.mlp.up_proj)
-        flops += _matrix_flops(block.mlp.down_proj, passing, flows)
+        flops += _mlp_flops(block.mlp, passing, flows)
         flows = flows or learns(block.mlp)
     head = model.decoder.head_weight
     flows = flows or learns(model.decoder.norm)
@@ -135,11 +137,46 @@ def _resampler_flops(resampler: Resampler, images: int, patches: int, flows: boo
     """Of its matrices, the scores and the sum over values. What learns is taken to be all of it or nothing."""
     attention, queries, learning = resampler.attention, len(resampler.queries), learns(resampler)
     inside = flows or learning  # of the queries' side a gradient is wanted only for what learns
-    flops = _matrix_flops(resampler.kv_proj, images * patches, flows) + _matrix_flops(attention.q_proj, queries, learning)
-    flops += sum(_matrix_flops(layer, images * patches, inside) for layer in (attention.k_proj, attention.v_proj))
-    flops += 4 * images * queries * patches * attention.num_heads * attention.head_dim * (1 + 2 * inside)
-    projection = 2.0 * images * queries * resampler.projection.numel() * (1 + inside + learning)
-    return flops + _matrix_flops(attention.out_proj, images * queries, inside) + projection
+    flops = _matrix_flops(resampler.kv_proj, images * patches, flows)
+    flops += _cross_attention_flops(attention, images, queries, patches, learning, inside)
+    return flops + 2.0 * images * queries * resampler.projection.numel() * (1 + inside + learning)
+
+
+def _cross_attention_flops(attention: CrossAttention, images: int, queries: int, patches: int, asks: bool,
+                           flows: bool) -> float:
+    """Of `queries`, the same for all images, that look at `patches` of each. `asks` and `flows` say whether gradients of
+    the queries and of the patches are wanted."""
+    inside = flows or asks or learns(attention)
+    flops = _matrix_flops(attention.q_proj, queries, asks) + _matrix_flops(attention.out_proj, images * queries, inside)
+    flops += sum(_matrix_flops(layer, images * patches, flows) for layer in (attention.k_proj, attention.v_proj))
+    return flops + 4 * images * queries * patches * attention.num_heads * attention.head_dim * (1 + 2 * inside)
+
+
+def _projector_flops(model: VisionLanguageModel, images: int, flows: bool) -> tuple[float, bool]:
+    """Of the projector; and whether a gradient flows out of it."""
+    projector, flops, tokens = model.projector, 0.0, images * model.image_length
+    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
+    if isinstance(projector, ResamplerProjector):
+        image, asks = model.config.image, projector.queries.requires_grad
+        patches = model.config.vision.num_features(image.height, image.width, model.config.vision_layer)
+        flops += _cross_attention_flops(projector.attention, images, len(projector.queries), patches, asks, flows)
+        flows = flows or asks or learns(projector.attention)
+        layers = [projector.mlp_up, projector.mlp_down, projector.head_up, projector.head_down]
+    for layer in layers:
+        flops += _matrix_flops(layer, tokens, flows)
+        flows = flows or learns(layer)
+    return flops, flows
+
+
+def _mlp_flops(mlp: nn.Module, tokens: int, flows: bool) -> float:
+    """Of a decoder block's MLP; of experts, as if they were equally busy."""
+    if isinstance(mlp, Experts):
+        choices = tokens * mlp.per_token / len(mlp.experts)
+        return (_matrix_flops(mlp.router, tokens, flows) + sum(_mlp_flops(expert, choices, flows) for expert in mlp.experts)
+                + sum(_mlp_flops(expert, tokens, flows) for expert in mlp.shared_experts))
+    into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
+    inside = flows or any(map(learns, into))
+    return sum(_matrix_flops(layer, tokens, flows) for layer in into) + _matrix_flops(mlp.down_proj, tokens, inside)
 
 
 def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:

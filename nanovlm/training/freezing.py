@@ -14,8 +14,9 @@ from nanovlm.vlm import VisionLanguageModel
 def freeze(model: VisionLanguageModel, settings: Settings) -> None:
     """Let exactly what `settings` name learn.
 
-    The top blocks of a tower learn with the norm and the resampler after them, and of the decoder with an output head of its own. With
-    LoRA the decoder's own tensors are frozen and adapters learn in their place (`lora.py`), at any depth given.
+    The top blocks of a tower learn with the norm and the resampler after them, and of the decoder with an output head of
+    its own. With LoRA the decoder's own tensors are frozen and adapters learn in their place (`lora.py`), at any depth
+    given. With the word embeddings learns all between them and the first block: a reducer, a table of positions.
     """
     decoder, vision = model.decoder, model.vision
     for name, layers, blocks in (("text", settings.text_layers, decoder.blocks), ("vision", settings.vision_layers, vision.blocks)):
@@ -39,7 +40,9 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
         for parameter in adapter_parameters(decoder):
             parameter.requires_grad_(True)
     if settings.text_embedding:
-        decoder.embed_tokens.requires_grad_(True)
+        for name in ("embed_tokens", "reducer", "position_embedding"):  # the words' way in
+            if hasattr(decoder, name):
+                getattr(decoder, name).requires_grad_(True)
 
 
 def learns(module: nn.Module) -> bool:

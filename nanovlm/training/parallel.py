@@ -118,6 +118,9 @@ class Parallel:
 
     def place(self, model: VisionLanguageModel, precision: Precision) -> None:
         """Bring the model to its device and number format, as rank 0 has it."""
+        if self.world > 1 and self.settings.stochastic_rounding and model.config.text.dropout:
+            raise NanoVLMError("--stochastic-rounding needs the same random numbers in every process and the decoder's dropout "
+                               "other ones; leave it out")
         if self.settings.parallel == "fsdp" and self.world > 1:
             self._sharded = Sharded(model, precision, self.world, self.settings.cache_features)
             return

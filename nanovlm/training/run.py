@@ -63,7 +63,7 @@ def run_stage(settings: Settings) -> Path:
     if settings.compile:
         compile_blocks(model, device)
     if settings.checkpointing:
-        checkpoint_blocks(model, dropout=settings.lora_dropout > 0)
+        checkpoint_blocks(model, dropout=settings.lora_dropout > 0 or model.config.text.dropout > 0)
         if device.type == "cpu":
             give_back_freed_memory()
     say(describe(model, settings))

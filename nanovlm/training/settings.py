@@ -58,13 +58,13 @@ class Settings:
 
     train: str = _setting("projector", "what learns", "parts that learn, with commas: projector, text, vision")
     text_layers: int = _setting(0, "what learns", "top blocks of the decoder that learn (0: all of it, embeddings too)")
-    text_embedding: bool = _setting(False, "what learns", "the word embeddings learn, whatever else does")
+    text_embedding: bool = _setting(False, "what learns", "the word embeddings and a reducer of them learn, whatever else does")
     vision_layers: int = _setting(0, "what learns", "top blocks of the eyes that learn (0: all of the eyes)")
     layer_decay: float = _setting(1.0, "what learns", "factor on the learning rate for each block further from the output")
     lora_rank: int = _setting(0, "what learns", "rank of LoRA adapters that learn in the decoder's place (0: none)")
     lora_alpha: float = _setting(0.0, "what learns", "LoRA's scale times its rank (0: twice the rank)")
     lora_dropout: float = _setting(0.0, "what learns", "dropout on what LoRA adapters read")
-    lora_targets: str = _setting("q_proj,k_proj,v_proj,out_proj,gate_proj,up_proj,down_proj", "what learns",
+    lora_targets: str = _setting("*_proj", "what learns",
                                  "decoder layers that get adapters: ends or patterns (*) of names, with commas")
 
     epochs: float = _setting(1.0, "training", "times the data is seen")

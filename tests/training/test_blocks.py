@@ -15,6 +15,7 @@ from nanovlm.training.freezing import freeze
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import Batch, VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
+from tests.reference.scratch import scratch_vlm
 
 CPU = torch.device("cpu")
 
@@ -193,3 +194,42 @@ def test_without_a_compiler_there_is_one_line(load, monkeypatch):
     with pytest.raises(NanoVLMError, match=r"--compile: .* \(InvalidCxxCompiler: no working compiler\); install") as error:
         compile_blocks(load(), CPU)
     assert "\n" not in str(error.value)
+
+
+def scratch_loss(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """Loss and gradients of a batch under a seed, for dropout."""
+    batch = make_batch(model)
+    batch.pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(batch)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()
+                                      if parameter.grad is not None}}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_experts_and_dropout_checkpointed_give_the_same_bits(tmp_path, autocast):
+    model = scratch_vlm(tmp_path, dropout=0.2).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+        expected = scratch_loss(model)
+        assert expected["decoder.blocks.0.mlp.router.weight"].any()
+        checkpoint_blocks(model, dropout=True)
+        assert_same(scratch_loss(model), expected)
+
+
+def test_experts_are_left_alone_by_the_compiler_and_their_loads_make_no_new_code(tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    compiler, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=compiler, **options))
+    model = scratch_vlm(tmp_path, dropout=0.2).train()
+    expected = scratch_loss(model)
+    compile_blocks(model, CPU)
+    checkpoint_blocks(model, dropout=True)
+    assert_same(scratch_loss(model), expected)
+    captured = compiler.frame_count
+    for seed in range(4):  # every time other tokens go to other experts
+        with torch.no_grad():
+            model.decoder.embed_tokens.weight.normal_(generator=torch.Generator().manual_seed(seed))
+        scratch_loss(model)
+    assert compiler.frame_count == captured

@@ -21,6 +21,10 @@ from nanovlm.vlm import VLMConfig
 CPU = torch.device("cpu")
 CONFIG = VLMConfig(VisionConfig(48, 96, 2, 2, patch_size=8, image_size=32), DecoderConfig(300, 64, 128, 3, 4, 2, 16),
                    ProjectorConfig("mlp"), ImageConfig(32, 32), ChatConfig())
+SCRATCH = VLMConfig(
+    CONFIG.vision, DecoderConfig(300, 64, 128, 3, 4, 4, 16, tie_word_embeddings=False, norm="layer", positions="learned", mlp="gelu",
+                                 embedding_size=96, reducer_size=48, num_experts=4, num_shared_experts=1, balance_loss=0.01),
+    ProjectorConfig("resampler", num_queries=16, num_heads=4), ImageConfig(32, 32), ChatConfig(), bidirectional_images=True)
 WORK = Work(rows=2, length=40, images=2, targets=20)
 EYES = {  # as SigLIP's, CLIP's and Qwen-VL's
     "no class token": dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
@@ -52,6 +56,20 @@ def test_the_count_is_pytorchs_with_every_kind_of_eyes(eyes: dict, changes: dict
     config = replace(CONFIG, vision=replace(CONFIG.vision, **eyes))
     model = random_model(config, Settings(**changes), precision := Precision(torch.bfloat16, CPU))
     batch = WORK.batch(config, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [
+    {"train": "projector"}, {"train": "projector,text"}, {"train": "text", "text_layers": 2, "text_embedding": True},
+    {"train": "vision"}, {"train": "projector,text", "lora_rank": 4}, {"train": "projector,text", "lora_rank": 4,
+                                                                       "quantize": "nf4"}], ids=str)
+def test_of_experts_reducer_and_resampler_too(changes: dict):
+    precision = Precision(torch.bfloat16, CPU)
+    model = random_model(SCRATCH, Settings(**changes), precision).eval()
+    batch = WORK.batch(SCRATCH, model.image_length)
     with FlopCounterMode(display=False) as counter, precision.autocast():
         model(batch).backward()
     counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)

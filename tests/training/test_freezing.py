@@ -11,6 +11,7 @@ from nanovlm.training.optimizer import build_optimizer, learning_layers, set_lea
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
+from tests.reference.scratch import scratch_vlm
 
 COMBINATIONS = [
     {"train": ",".join(parts), "text_layers": text_layers, "vision_layers": vision_layers, "text_embedding": embedding}
@@ -80,3 +81,27 @@ def test_the_table_counts_parameters_and_bytes(model):
     learning = sum(size for name, size in sizes.items() if name.startswith(("decoder.blocks.1", "decoder.norm")))
     assert "2e-05" in text and "1e-03" in projector and "—" in vision
     assert text.split()[2] == f"{learning / 1e6:.2f}M" and together.split()[1] == f"{sum(sizes.values()) / 1e6:.2f}M"
+
+
+def test_of_a_decoder_made_from_scratch_stage_1_is_the_way_in_and_the_way_out(tmp_path):
+    """Resampler; word embeddings, reducer and positions; top blocks, norm and head. Nothing else gets a gradient."""
+    model = scratch_vlm(tmp_path)
+    freeze(model, Settings(train="projector,text", text_layers=2, text_embedding=True))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ways_in = ("decoder.embed_tokens.", "decoder.reducer.", "decoder.position_embedding.")
+    ways_out = ("decoder.blocks.1.", "decoder.blocks.2.", "decoder.norm.", "decoder.lm_head.")
+    assert learning == {name for name, _ in model.named_parameters() if name.startswith(("projector.", *ways_in, *ways_out))}
+    freeze(model, Settings(train="projector,text", text_layers=3))
+    assert not any(parameter.requires_grad for parameter in model.decoder.reducer.parameters())
+
+
+def test_of_a_decoder_made_from_scratch_every_depth_has_its_rate(tmp_path):
+    model = scratch_vlm(tmp_path)
+    settings = Settings(train="projector,text", lr=1e-3, layer_decay=0.5)
+    freeze(model, settings)
+    rates = {parameter: group["peak_lr"] for group in build_optimizer(model, settings).param_groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    for name, rate in (("decoder.lm_head.weight", 1e-3), ("decoder.blocks.2.mlp.experts.0.up_proj.weight", 1e-3),
+                       ("decoder.blocks.0.mlp.router.weight", 2.5e-4), ("decoder.reducer.up.weight", 1.25e-4),
+                       ("decoder.position_embedding.weight", 1.25e-4), ("projector.queries", 1e-3)):
+        assert rates[named[name]] == pytest.approx(rate), name

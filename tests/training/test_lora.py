@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.experts import Router
 from nanovlm.generate import generate
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.lora import (
@@ -20,9 +21,10 @@ from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import Batch, VisionLanguageModel
 from nanovlm.weights.safetensors import save_file
+from tests.reference.scratch import scratch_vlm
 from tests.training.test_loop import interrupt_at, metrics, tensors
 
-ALL = "q_proj,k_proj,v_proj,out_proj,gate_proj,up_proj,down_proj"
+ALL = "*_proj"
 TRAINED = dict(train="projector,text", lora_rank=4, lora_alpha=16.0, quantize="nf4", lr=0.02, max_steps=3, val_samples=1)
 EVERYTHING = dict(TRAINED, lora_dropout=0.1, text_embedding=True)
 
@@ -241,3 +243,15 @@ def test_an_interrupted_run_with_adapters_continues_to_the_same_bits(tiny, tmp_p
     for name in ("model/model.safetensors", "adapter/adapter.safetensors", "checkpoints/step_3/optimizer.safetensors",
                  "samples.jsonl"):
         assert (stopped / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_router_neither(tmp_path):
+    decoder = scratch_vlm(tmp_path).decoder
+    quantize_(decoder.blocks, "int8")
+    add_adapters(decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, text_layers=1)))
+    experts = decoder.blocks[2].mlp
+    assert isinstance(experts.experts[3].up_proj, LoRALinear) and isinstance(experts.shared_experts[0].down_proj, LoRALinear)
+    assert isinstance(experts.experts[3].up_proj.base, QuantizedLinear)
+    assert type(experts.router) is Router and type(decoder.blocks[1].mlp.experts[3].up_proj) is KINDS["int8"]
+    merge_adapters(decoder)
+    assert decoder(torch.arange(9)[None]).isfinite().all()
