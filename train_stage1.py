@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools.make_scenes import make_scenes
 from nanovlm.errors import is_main, run, say
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import load_settings
+from nanovlm.training.settings import load_settings, source_flags
 
 SCENES = Path("data/scenes")
 
@@ -21,7 +21,9 @@ def main() -> None:
     if Path(settings.data).parent == SCENES and not SCENES.exists():
         draw_scenes()
     model = run_stage(settings)
-    say("next:  python train_stage2.py" + ("" if settings.out == "runs/stage1" else f" --init {model}"))
+    source = source_flags()
+    started_from = load_settings("stage2", source).init
+    say(" ".join(["next:  python train_stage2.py", *source, *([] if started_from == str(model) else [f"--init {model}"])]))
 
 
 def draw_scenes() -> None:

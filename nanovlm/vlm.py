@@ -106,15 +106,27 @@ class VisionLanguageModel(nn.Module):
         self.image_length = self.projector.num_tokens(  # K, placeholder tokens that each picture of an image takes
             config.vision.num_features(config.image.height, config.image.width, config.vision_layer))
         self.max_image_length = self.image_length * config.image.max_pictures  # of the image that is cut into most tiles
+        if self.max_image_length >= config.text.max_position_embeddings:
+            raise NanoVLMError(f"an image takes up to {self.max_image_length} visual tokens, which leave no room for words among "
+                               f"the decoder's {config.text.max_position_embeddings} positions; take a projector that makes fewer, "
+                               "a smaller image or fewer tiles")
 
     @classmethod
     def from_parts(cls, vision: str | Path, text: str | Path, projector: ProjectorConfig, image: ImageConfig,
-                   vision_layer: int = -1, bidirectional_images: bool = False) -> "VisionLanguageModel":
-        """Join pretrained eyes and a pretrained voice (two hub folders) with a new projector."""
-        eyes, voice, tokenizer = VisionTransformer.from_pretrained(vision), Decoder.from_pretrained(text), load_tokenizer(text)
-        # The voice's default system prompt introduces it by its maker's name; with eyes it is another model.
-        chat = dataclasses.replace(ChatConfig.from_hf(text, tokenizer), default_system=None)
+                   vision_layer: int = -1, *, bidirectional_images: bool = False, text_config: DecoderConfig | None = None,
+                   system: str | None = None) -> "VisionLanguageModel":
+        """Join pretrained eyes and a pretrained voice (two hub folders) with a new projector.
+
+        With `text_config` the voice is new, too, and `text` gives its words only. `system` is the prompt of conversations
+        that bring none: the voice's own introduces it by its maker's name, and with eyes it is another model.
+        """
+        eyes, tokenizer = VisionTransformer.from_pretrained(vision), load_tokenizer(text)
+        chat = dataclasses.replace(ChatConfig.from_hf(text, tokenizer), default_system=system)
         tokenizer.add_special_token(chat.image_token)
+        if text_config is None:
+            voice = Decoder.from_pretrained(text)
+        else:
+            voice = Decoder(dataclasses.replace(text_config, vocab_size=max(text_config.vocab_size, tokenizer.vocab_size)))
         config = VLMConfig(eyes.config, voice.config, projector, image, chat, vision_layer, bidirectional_images)
         with torch.device("meta"):
             model = cls(config, tokenizer)

@@ -22,7 +22,8 @@ from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_
 from nanovlm.errors import CommandParser, NanoVLMError, run
 from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
-from nanovlm.memory.shapes import EYES, VOICES, Work, feature_shape, model_config, work_of
+from nanovlm.memory.shapes import Work, feature_shape, model_config, work_of
+from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings, load_settings
 from nanovlm.vlm import VLMConfig

@@ -1,36 +1,20 @@
 """The shapes that memory depends on, without weights or words: a model of `config.json` files, and a step's batch."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
-from nanovlm.chat import TEMPLATES, ChatConfig
-from nanovlm.decoder import DecoderConfig
+from nanovlm.chat import TEMPLATES
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
-from nanovlm.training.building import projector_and_image, set_up
+from nanovlm.training.building import planned_config, set_up
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vit import VisionConfig
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
-
-# Published shapes, so that a model can be planned before it is fetched; and two small decoders to measure.
-EYES = {
-    "dinov2-small": VisionConfig(384, 1536, 12, 6),
-    "dinov2-base": VisionConfig(768, 3072, 12, 12),
-    "dinov2-large": VisionConfig(1024, 4096, 24, 16),
-}
-VOICES = {
-    "decoder-0.1b": DecoderConfig(32000, 640, 2560, 12, 10, 2, 64),
-    "decoder-0.25b": DecoderConfig(64000, 896, 3584, 16, 14, 2, 64),
-    "qwen2.5-0.5b": DecoderConfig(151936, 896, 4864, 24, 14, 2, 64),
-    "qwen2.5-1.5b": DecoderConfig(151936, 1536, 8960, 28, 12, 2, 128),
-    "qwen1.5-7b": DecoderConfig(151936, 4096, 11008, 32, 32, 32, 128, tie_word_embeddings=False),
-}
 
 TEXT_TOKENS = 64  # of a sample, where nothing else is said
 
@@ -92,9 +76,8 @@ def model_config(settings: Settings) -> VLMConfig:
     """The shapes `settings` start from: those of --vision and --text, folders or names of published ones, or --init's."""
     if settings.init and not (settings.vision or settings.text) and Path(settings.init, "config.json").exists():
         return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
-    vision = _part(settings.vision or "dinov2-small", EYES, VisionConfig, "--vision")
-    text = _part(settings.text or "qwen2.5-0.5b", VOICES, DecoderConfig, "--text")
-    return VLMConfig(vision, text, *projector_and_image(settings), ChatConfig(), settings.vision_layer)
+    return planned_config(dataclasses.replace(
+        settings, vision=settings.vision or "dinov2-small", text=settings.text or "qwen2.5-0.5b"))
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
@@ -111,15 +94,3 @@ def prepared(config: VLMConfig, settings: Settings, precision: Precision) -> Vis
     set_up(model, settings, meta)
     Precision(precision.dtype, meta, settings.stochastic_rounding).place(model)
     return model
-
-
-def _part(source: str, published: dict[str, Any], config_class: Any, flag: str) -> Any:
-    if source in published:
-        return published[source]
-    path = Path(source) / "config.json"
-    if not path.exists():
-        raise NanoVLMError(f"{flag} {source}: is no folder with a config.json; give one, or one of {', '.join(published)}")
-    try:
-        return config_class.from_hf(read_json(path))
-    except NanoVLMError as error:
-        raise NanoVLMError(f"{source}: {error}") from None

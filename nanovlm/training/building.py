@@ -1,39 +1,81 @@
 """The model that a run starts from, and what a run makes of it before the first step."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from nanovlm.chat import ChatConfig
+from nanovlm.decoder import DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
+from nanovlm.shapes import EYES, VOICES, toy_model
 from nanovlm.training.freezing import freeze
 from nanovlm.training.lora import LoRAConfig, add_adapters
 from nanovlm.training.quantization import quantize_
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.vit import VisionConfig
+from nanovlm.vlm import VisionLanguageModel, VLMConfig
 
 
 def build_model(settings: Settings) -> VisionLanguageModel:
-    """The model a run starts from: a folder of ours, or eyes and voice joined by a new projector."""
+    """The model a run starts from: a folder of ours, eyes and voice joined by a new projector, or all of it at toy widths."""
     if settings.init:
         return VisionLanguageModel.from_pretrained(settings.init)
+    if settings.tiny:
+        return toy_model(planned_config(settings))
     if not settings.vision or not settings.text:
         raise NanoVLMError("nothing to start from; give --init, or --vision and --text")
-    projector, image = projector_and_image(settings)
-    return VisionLanguageModel.from_parts(settings.vision, settings.text, projector, image, settings.vision_layer)
+    config = planned_config(settings)
+    for flag, folder, shapes in (("--vision", settings.vision, EYES), ("--text", settings.text, VOICES)):
+        if folder in shapes and not Path(folder).exists():
+            raise NanoVLMError(f"{flag} {folder} is a published shape; fetch {shapes[folder].hub} and give its folder, or add --tiny")
+    return VisionLanguageModel.from_parts(
+        settings.vision, settings.text, config.projector, config.image, config.vision_layer,
+        text_config=config.text if settings.text_shape else None, system=settings.system or None,
+        bidirectional_images=config.bidirectional_images)
+
+
+def planned_config(settings: Settings) -> VLMConfig:
+    """All shapes of the model that `settings` join: of folders, of which only the `config.json` is read, or of published
+    shapes by name."""
+    vision = EYES[settings.vision].vision if settings.vision in EYES else _of_folder(
+        VisionConfig, settings.vision, "--vision", EYES)
+    name = settings.text_shape or settings.text
+    text = VOICES[name].text if name in VOICES else _of_folder(DecoderConfig, name, "--text", VOICES)
+    chat = VOICES[name].chat if name in VOICES else ChatConfig()  # of a folder, the tokenizer decides once it is read
+    return VLMConfig(vision, text, *projector_and_image(settings), chat, settings.vision_layer, settings.bidirectional_images)
 
 
 def projector_and_image(settings: Settings) -> tuple[ProjectorConfig, ImageConfig]:
     """What joins eyes and voice, and how the eyes are shown an image: as their folder says, where it says so."""
     preprocessor = Path(settings.vision) / "preprocessor_config.json"
-    image = ImageConfig.from_hf(read_json(preprocessor)) if settings.vision and preprocessor.exists() else ImageConfig()
+    if settings.vision and preprocessor.exists():
+        image = ImageConfig.from_hf(read_json(preprocessor))
+    else:
+        image = EYES[settings.vision].image if settings.vision in EYES else ImageConfig()
     if image.fit == "crop":  # which might cut off what is asked about: the whole picture is squashed into the square
         image = dataclasses.replace(image, fit="squash", shortest_edge=None)
     image = dataclasses.replace(image, height=settings.image_size or image.height, width=settings.image_size or image.width)
-    return ProjectorConfig(settings.projector, settings.grid, settings.scale), image
+    if settings.tiles:
+        cuts = settings.tiles > 1
+        image = dataclasses.replace(image, fit="tiles" if cuts else "squash", max_tiles=settings.tiles if cuts else None)
+    return ProjectorConfig(settings.projector, settings.grid, settings.scale, settings.projector_activation,
+                           settings.projector_bias, settings.num_queries), image
+
+
+def _of_folder(config_class: Any, folder: str, flag: str, shapes: Mapping[str, Any]) -> Any:
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise NanoVLMError(f"{flag} {folder}: is no folder with a config.json; give one, or one of {', '.join(shapes)}")
+    try:
+        return config_class.from_hf(read_json(path))
+    except NanoVLMError as error:
+        raise NanoVLMError(f"{folder}: {error}") from None
 
 
 def set_up(model: VisionLanguageModel, settings: Settings, device: torch.device) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 from nanovlm.config import from_dict, unknown_key
 from nanovlm.errors import CommandParser, NanoVLMError
+from nanovlm.shapes import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
 
 PRESETS = Path(__file__).parents[1] / "presets"
-ASSETS = Path(__file__).parents[1] / "assets"  # what {assets} stands for in a preset
+STAGES = ("stage1", "stage2")  # those that the two scripts train; a preset may have more
 # A setting that was chosen for another one's value falls away when that one is given anew.
 CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images", "val")}
 
@@ -48,13 +49,23 @@ class Settings:
     bucket: int = _setting(1, "data", "batches read together, so that they can be sorted by length or packed tighter")
 
     init: str = _setting("", "model", "model folder to start from, such as stage 1's")
-    vision: str = _setting("", "model", "pretrained eyes to start from: a DINOv2 folder")
-    text: str = _setting("", "model", "pretrained voice to start from: a Qwen2, Qwen2.5 or Qwen3 folder")
-    projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle or bilinear")
+    vision: str = _setting("", "model", "pretrained eyes to start from: a folder of DINOv2, SigLIP, CLIP, SmolVLM2 or Qwen-VL")
+    text: str = _setting("", "model", "pretrained voice to start from: a folder of Qwen, Qwen2, Qwen2.5, Qwen3 or LLaMA")
+    text_shape: str = _setting("", "model", "published shape of a decoder that starts from nothing; --text then gives its "
+                               "tokenizer only")
+    projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle, bilinear or resampler")
+    projector_activation: str = _setting("gelu", "model", "between the layers of the mlp and bilinear projectors: gelu or silu")
+    projector_bias: bool = _setting(True, "model", "the matrix of the linear and pixel_shuffle projectors has a bias")
     grid: int = _setting(8, "model", "side of the patch grid after the bilinear projector")
     scale: int = _setting(2, "model", "side of the squares that the pixel_shuffle projector merges")
-    image_size: int = _setting(0, "model", "side in pixels an image is resized to (default: the eyes' own)")
+    num_queries: int = _setting(32, "model", "visual tokens that the resampler projector makes of an image")
+    image_size: int = _setting(0, "model", "side in pixels an image, or a tile, is resized to (default: the eyes' own)")
+    tiles: int = _setting(0, "model", "tiles a side that an image is cut into at most, beside the whole (0: as the eyes' folder "
+                          "says, 1: not cut)")
     vision_layer: int = _setting(-1, "model", "layer of the eyes that is looked at; -1 is after the final norm")
+    bidirectional_images: bool = _setting(False, "model", "visual tokens of an image see each other both ways")
+    system: str = _setting("", "model", "system prompt of conversations that bring none")
+    tiny: bool = _setting(False, "model", "the preset at toy widths with random weights, on the toy world: to see it run")
 
     train: str = _setting("projector", "what learns", "parts that learn, with commas: projector, text, vision")
     text_layers: int = _setting(0, "what learns", "top blocks of the decoder that learn (0: all of it, embeddings too)")
@@ -105,10 +116,10 @@ class Settings:
     allow_changes: bool = _setting(False, "run", "resume although settings that change the result were changed")
 
     def __post_init__(self) -> None:
-        positive = ("val_samples", "share", "max_length", "grid", "scale", "epochs", "batch_size", "accumulate", "lr", "clip",
-                    "log_every", "save_every", "keep", "bucket", "layer_decay", "max_bad_steps")
+        positive = ("val_samples", "share", "max_length", "grid", "scale", "num_queries", "epochs", "batch_size", "accumulate",
+                    "lr", "clip", "log_every", "save_every", "keep", "bucket", "layer_decay", "max_bad_steps")
         not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "weight_decay", "val_every",
-                        "image_size", "seed", "pack", "text_layers", "vision_layers", "lora_rank", "lora_alpha")
+                        "image_size", "tiles", "seed", "pack", "text_layers", "vision_layers", "lora_rank", "lora_alpha")
         for names, fits, expected in (
             (positive, lambda value: 0 < value < math.inf, "a number above 0"),
             (not_negative, lambda value: 0 <= value < math.inf, "0 or more"),
@@ -145,14 +156,19 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     """Settings of `stage` ("stage1" or "stage2"): the preset's or file's, then the command line's."""
     parser = _parser(stage)
     flags = vars(parser.parse_args(arguments))
-    preset, config = flags.pop("preset", None), flags.pop("config", None)
+    preset, config, stage = flags.pop("preset"), flags.pop("config"), flags.pop("stage")
     path = Path(config) if config else PRESETS / f"{preset or 'tiny'}.toml"
+    if flags["tiny"] and not (preset or config):
+        raise NanoVLMError("--tiny shrinks a preset, and the default is as small already; name one with --preset")
+    layers = [_read_stage(path, stage)]
+    if flags["tiny"]:
+        layers.append(_at_toy_size(layers[0]))
     if flags["resume"]:  # a run goes on with its own settings
-        out = flags["out"] or _read_stage(path, stage).get("out", Settings.out)
-        path = Path(out) / "settings.toml"
+        path = Path(flags["out"] or layers[-1].get("out", Settings.out)) / "settings.toml"
         if not path.exists():
             raise NanoVLMError(f"{path}: is not there, so there is no run to continue; start it without --resume")
-    layers = [_read_stage(path, stage), {name: value for name, value in flags.items() if value is not None}]
+        layers = [_read_stage(path, stage)]
+    layers.append({name: value for name, value in flags.items() if value is not None})
     if flags["resume"] and not flags["allow_changes"]:
         _refuse_changes(*layers, path)
     values: dict[str, Any] = {}
@@ -162,6 +178,13 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
                 values = {name: value for name, value in values.items() if name not in chosen}
         values |= layer
     return from_dict(Settings, values, where=str(path))
+
+
+def source_flags(arguments: list[str] | None = None) -> list[str]:
+    """Of a command line, what says where its settings come from: what the next stage's command has to repeat."""
+    given = _parser("stage1").parse_args(arguments)
+    flags = [["--preset", given.preset] if given.preset else [], ["--config", given.config] if given.config else []]
+    return sum(flags, ["--tiny"] if given.tiny else [])
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -179,6 +202,16 @@ def to_toml(settings: Settings) -> str:
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in dataclasses.asdict(settings).items())
 
 
+def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
+    """What `--tiny` changes in a preset's stage besides the model's widths (`shapes.toy`): data that is there, in a folder of
+    its own, fewer and smaller steps, and at a rate at which random weights learn."""
+    toy = {"tiny": True, "data": "data/scenes/train.jsonl", "val": "data/scenes/val.jsonl", "val_samples": 64, "max_steps": 200,
+           "batch_size": 16, "accumulate": 1, "lr": 1e-3, "dtype": "fp32", "checkpointing": False}
+    for name, limit in (("text_layers", TOY_LAYERS // 2), ("vision_layers", TOY_LAYERS // 2), ("lora_rank", 8)):
+        toy[name] = min(values.get(name, 0), limit)
+    return toy | {name: values[name].replace("runs/", "runs/tiny-", 1) for name in ("out", "init") if name in values}
+
+
 def _read_stage(path: Path, stage: str) -> dict[str, Any]:
     """The stage's table of a preset, or a whole file that has no such tables (a run's `settings.toml`)."""
     try:
@@ -188,7 +221,10 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); presets are {available}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NanoVLMError(f"{path}: is not valid TOML ({error}); mend that line") from None
-    values = table.get(stage, {} if "stage1" in table or "stage2" in table else table)
+    stages = [name for name, values in table.items() if isinstance(values, dict)]
+    if stage not in table and stages and stage not in STAGES:
+        raise NanoVLMError(f"{path}: has no stage {stage!r}; its stages are {', '.join(stages)}")
+    values = table.get(stage, {} if stages else table)
     for key in values:
         if key not in Settings.__dataclass_fields__:
             raise unknown_key(key, Settings.__dataclass_fields__, f"{path}, [{stage}]")
@@ -198,9 +234,14 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
 def _parser(stage: str) -> CommandParser:
     parser = CommandParser(prog=f"train_{stage}.py",
                            description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
-    source = parser.add_argument_group("source of settings").add_mutually_exclusive_group()
+    named = parser.add_argument_group("source of settings")
+    source = named.add_mutually_exclusive_group()
     source.add_argument("--preset", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
     source.add_argument("--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run")
+    if stage == "stage1":
+        parser.set_defaults(stage=stage)
+    else:
+        named.add_argument("--stage", metavar="NAME", default=stage, help="a later stage of it, such as stage3 or dpo")
     groups: dict[str, Any] = {}
     for setting in dataclasses.fields(Settings):
         group = setting.metadata["group"]

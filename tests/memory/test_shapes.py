@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.memory.shapes import EYES, VOICES, Work, model_config, skeleton, work_of
+from nanovlm.memory.shapes import Work, model_config, skeleton, work_of
+from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
@@ -24,7 +25,7 @@ def test_a_skeleton_has_the_models_shapes_and_no_weights(tiny):
 
 def test_published_shapes_by_name():
     config = model_config(Settings(vision="dinov2-base", text="qwen2.5-0.5b"))
-    assert (config.vision, config.text) == (EYES["dinov2-base"], VOICES["qwen2.5-0.5b"])
+    assert (config.vision, config.text) == (EYES["dinov2-base"].vision, VOICES["qwen2.5-0.5b"].text)
     model = skeleton(config)  # as the model cards say: 86.6 and 494 million
     assert sum(parameter.numel() for parameter in model.vision.parameters()) == 86_579_712
     assert sum(parameter.numel() for parameter in model.decoder.parameters()) == 494_032_768

@@ -68,7 +68,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
 
 @pytest.mark.parametrize(("flags", "expected"), [
     ("--bogus 1", "unrecognized arguments: --bogus"), ("--batch 3", "unrecognized"), ("stray", "unrecognized arguments: stray"),
-    ("--batch-size x", "invalid int value: 'x'"), ("--lr", "expected one argument"), ("--preset nope", "presets are dinov2"),
+    ("--batch-size x", "invalid int value: 'x'"), ("--lr", "expected one argument"), ("--preset nope", "presets are basic-vlm, dinov2"),
     ("--config nope.toml", "nope.toml: cannot be read"), ("--preset tiny --config a", "not allowed with"),
     ("--lr -1", "--lr is -1.0"), ("--lr nan", "--lr is nan"), ("--epochs inf", "--epochs is inf"), ("--log-every 0", "--log-every"),
     ("--workers -1", "--workers is -1"), ("--val-fraction 1", "below 1"), ("--beta2 1", "below 1"), ("--warmup 2", "between 0 and 1"),
