@@ -183,8 +183,8 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
 def source_flags(arguments: list[str] | None = None) -> list[str]:
     """Of a command line, what says where its settings come from: what the next stage's command has to repeat."""
     given = _parser("stage1").parse_args(arguments)
-    flags = [["--preset", given.preset] if given.preset else [], ["--config", given.config] if given.config else []]
-    return sum(flags, ["--tiny"] if given.tiny else [])
+    flags = (("--preset", given.preset), ("--config", given.config), ("--tiny", "" if given.tiny else None))
+    return [part for flag, value in flags if value is not None for part in (flag, value) if part]
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

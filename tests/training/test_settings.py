@@ -6,7 +6,7 @@ import pytest
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training import settings as settings_module
-from nanovlm.training.settings import Settings, load_settings, to_toml
+from nanovlm.training.settings import Settings, load_settings, source_flags, to_toml
 
 
 def refusal(*arguments: str) -> str:
@@ -89,3 +89,24 @@ def test_what_is_refused_in_a_file(tmp_path, text, expected):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert expected in refusal("--config", str(path))
+
+
+def test_tiny_changes_what_a_toy_needs_and_nothing_of_the_recipe():
+    whole, toy = (load_settings("stage2", ["--preset", "basic-vlm", *flags]) for flags in ([], ["--tiny"]))
+    assert (toy.train, toy.lora_targets, toy.objective) == (whole.train, whole.lora_targets, whole.objective)
+    assert (whole.lora_rank, toy.lora_rank) == (128, 8) and toy.lr_text == 0 and toy.data == "data/scenes/train.jsonl"
+    assert (whole.out, toy.out) == ("runs/basic-vlm-stage2", "runs/tiny-basic-vlm-stage2")
+    assert toy.init == load_settings("stage1", ["--preset", "basic-vlm", "--tiny"]).out + "/model"
+    assert load_settings("stage2", ["--preset", "basic-vlm", "--tiny", "--lr", "1e-5", "--out", "x"]).lr == 1e-5
+    assert "name one with --preset" in refusal("--tiny")
+
+
+def test_a_later_stage_of_a_preset():
+    assert load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage3"]).init == "runs/zero-qwen-vl-stage2/model"
+    with pytest.raises(NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"):
+        load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage4"])
+
+
+def test_what_a_later_command_has_to_repeat():
+    assert source_flags(["--preset", "mary", "--tiny", "--lr", "1"]) == ["--preset", "mary", "--tiny"]
+    assert source_flags(["--no-tiny", "--config", "a.toml"]) == ["--config", "a.toml"] and source_flags([]) == []
