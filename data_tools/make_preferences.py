@@ -1,0 +1,144 @@
+"""Pairs of descriptions of the toy world, a right one and one with a wrong object, for `--objective dpo`.
+
+    python data_tools/make_preferences.py --model runs/stage2/model --out data/scenes/pairs.jsonl
+
+asks the model for descriptions of training scenes, several times each at random, and pairs every different one that names
+an object which is not there with the right description (kind "own"). A share of the scenes also gets a description that is
+spoiled on purpose (kind "spoiled"): one object takes another colour or shape, or one is added. The same model, data and
+seed give the same pairs. Without --model all pairs are spoiled ones.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+
+from data_tools.scenes_text import describe, parse_description  # noqa: E402
+from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
+from nanovlm.data.records import Record, read_records  # noqa: E402
+from nanovlm.device import choose_device  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
+from nanovlm.evaluation.answers import answer_records, references_of  # noqa: E402
+from nanovlm.files import write_atomically  # noqa: E402
+from nanovlm.generate import Sampling  # noqa: E402
+from nanovlm.vlm import VisionLanguageModel  # noqa: E402
+
+BATCH_SIZE = 128  # descriptions written at once
+MAX_NEW_TOKENS = 64
+DISTINCT = 0.5  # share of spoiled attributes taken from elsewhere in the scene, which is how a model confuses things
+
+
+def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, samples: int, temperature: float,
+               spoiled: float, seed: int) -> list[dict]:
+    """Pairs of all `records`, in their order; `samples` answers of the model to each, and `spoiled` of the scenes spoiled."""
+    own: list[list[str]] = [[] for _ in records]
+    for number in range(samples if model is not None else 0):
+        sampling = Sampling(temperature=temperature, seed=seed + number)
+        answers = answer_records(model, records, MAX_NEW_TOKENS, BATCH_SIZE, sampling=sampling)
+        for told, answer in zip(own, tqdm(answers, total=len(records), desc=f"describing, {number + 1} of {samples}",
+                                          unit="scene", dynamic_ncols=True)):
+            told += [answer] if answer not in told else []
+    return [pair for record, told in zip(records, own) for pair in _pairs_of(record, told, spoiled, seed)]
+
+
+def _pairs_of(record: Record, own: list[str], spoiled: float, seed: int) -> Iterator[dict]:
+    (right,), rng = references_of(record), Random(f"{seed}/{record.where.rpartition(':')[2]}")
+    wrong = [("own", answer) for answer in own if names_wrong_object(answer, right)]
+    if rng.random() < spoiled:
+        wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right.startswith("图") else "en")))
+    for kind, answer in wrong:
+        yield {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(), "chosen": right,
+               "rejected": answer, "kind": kind}
+
+
+def names_wrong_object(answer: str, right: str) -> bool:
+    """Whether a description names something that the right one does not. What is no description at all teaches nothing
+    about seeing, and does not count."""
+    named = parse_description(answer)
+    return named is not None and bool(named - parse_description(right))
+
+
+def scene_of(record: Record) -> Scene:
+    """The scene as far as a description needs it."""
+    return Scene(tuple(SceneObject(**thing, radius=0.0, angle=0.0, rgb=(0, 0, 0)) for thing in record.extra["objects"]), "", 0)
+
+
+def spoil(scene: Scene, rng: Random, language: str) -> str:
+    """A description in which one object has another colour or another shape, or one more is named than there is."""
+    objects = list(scene.objects)
+    named = parse_description(describe(scene, language))
+    while True:
+        place, what = rng.randrange(len(objects)), rng.choice(("colour", "shape", "extra"))
+        if what == "extra" and len(objects) < MAX_OBJECTS:
+            changed = [*objects[:place], _changed(objects[place], objects, rng, *rng.sample(("colour", "shape", "size"), 2)),
+                       *objects[place:]]
+        elif what != "extra":
+            changed = [*objects[:place], _changed(objects[place], objects, rng, what), *objects[place + 1:]]
+        else:
+            continue
+        text = describe(dataclasses.replace(scene, objects=tuple(changed)), language)
+        if parse_description(text) - named:
+            return text
+
+
+def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, *attributes: str) -> SceneObject:
+    """The object with other values, from another object of the scene or from the whole world."""
+    values = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES)}
+    for attribute in attributes:
+        choices = [getattr(other, attribute) for other in others] if rng.random() < DISTINCT else values[attribute]
+        thing = dataclasses.replace(thing, **{attribute: rng.choice(choices)})
+    return thing
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the flags."""
+    parser = CommandParser(description="Pairs of descriptions of the toy world, right and wrong, for --objective dpo.")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model whose own wrong descriptions are used")
+    parser.add_argument("--data", default="data/scenes/train.jsonl", metavar="FILE", help="scenes' records (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("data/scenes/pairs.jsonl"), metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="take the first N scenes only")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="descriptions of each by the model (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="at which it is sampled (%(default)s)")
+    parser.add_argument("--spoiled", type=float, default=0.25, metavar="SHARE",
+                        help="share of the scenes that also get a spoiled description (%(default)s; without --model all)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pairs (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read scenes, ask the model, write the pairs, say how many."""
+    arguments = parse_arguments()
+    if arguments.scenes < 0 or arguments.samples < 1 or not 0 <= arguments.spoiled <= 1:
+        raise NanoVLMError("--scenes starts at 0 (all), --samples at 1, and --spoiled is between 0 and 1")
+    records, skipped = read_records(arguments.data)
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    records = [record for record in records if record.extra.get("kind") == "describe"][:arguments.scenes or None]
+    if not records or any("objects" not in record.extra or len(record.images) != 1 for record in records):
+        raise NanoVLMError(f"{arguments.data}: holds no scenes (data_tools/make_scenes.py draws them)")
+    model = None
+    if arguments.model:
+        model = VisionLanguageModel.from_pretrained(arguments.model).to(choose_device(arguments.device))
+    pairs = make_pairs(records, model, arguments.samples, arguments.temperature, arguments.spoiled if model else 1.0,
+                       arguments.seed)
+    if not pairs:
+        raise NanoVLMError("the model describes all scenes rightly; raise --temperature, --samples or --spoiled")
+    for pair in pairs:  # paths are read relative to the file
+        pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
+    write_atomically(arguments.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    own = sum(pair["kind"] == "own" for pair in pairs)
+    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} scenes, {own:,} with the model's own wrong answers, "
+        f"{len(pairs) - own:,} spoiled")
+
+
+if __name__ == "__main__":
+    run(main)
