@@ -1,11 +1,11 @@
-"""Pairs of descriptions of the toy world, a right one and one with a wrong object, for `--objective dpo`.
+"""Pairs of descriptions of the toy world, a right one and a wrong one, for `--objective dpo`.
 
     python data_tools/make_preferences.py --model runs/stage2/model --out data/scenes/pairs.jsonl
 
 asks the model for descriptions of training scenes, several times each at random, and pairs every different one that names
 an object which is not there with the right description (kind "own"). A share of the scenes also gets a description that is
-spoiled on purpose (kind "spoiled"): one object takes another colour or shape, or one is added. The same model, data and
-seed give the same pairs. Without --model all pairs are spoiled ones.
+spoiled on purpose (kind "spoiled"): one object takes another colour or shape, one is added, or one is left out. The same
+model, data and seed give the same pairs. Without --model all pairs are spoiled ones.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from nanovlm.vlm import VisionLanguageModel  # noqa: E402
 
 BATCH_SIZE = 128  # descriptions written at once
 MAX_NEW_TOKENS = 64
-DISTINCT = 0.5  # share of spoiled attributes taken from elsewhere in the scene, which is how a model confuses things
+FROM_THE_SCENE = 0.5  # share of spoiled attributes taken from elsewhere in the scene, which is how a model confuses things
 
 
 def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, samples: int, temperature: float,
@@ -72,28 +72,28 @@ def scene_of(record: Record) -> Scene:
 
 
 def spoil(scene: Scene, rng: Random, language: str) -> str:
-    """A description in which one object has another colour or another shape, or one more is named than there is."""
-    objects = list(scene.objects)
-    named = parse_description(describe(scene, language))
+    """A description in which one object has another colour or another shape, is named beside one more, or is left out.
+
+    Of objects too many and too few there are equally many: else what is learned is to name fewer, or more.
+    """
+    right = describe(scene, language)
     while True:
-        place, what = rng.randrange(len(objects)), rng.choice(("colour", "shape", "extra"))
-        if what == "extra" and len(objects) < MAX_OBJECTS:
-            changed = [*objects[:place], _changed(objects[place], objects, rng, *rng.sample(("colour", "shape", "size"), 2)),
-                       *objects[place:]]
-        elif what != "extra":
-            changed = [*objects[:place], _changed(objects[place], objects, rng, what), *objects[place + 1:]]
-        else:
-            continue
-        text = describe(dataclasses.replace(scene, objects=tuple(changed)), language)
-        if parse_description(text) - named:
-            return text
+        place, what = rng.randrange(len(scene.objects)), rng.choice(("colour", "shape", "extra", "missing"))
+        before, thing, after = scene.objects[:place], scene.objects[place], scene.objects[place + 1:]
+        attributes = rng.sample(("colour", "shape", "size"), 2) if what == "extra" else (what,)
+        middle = () if what == "missing" else (_changed(thing, scene.objects, rng, attributes),)
+        objects = before + middle + ((thing,) if what == "extra" else ()) + after
+        if 1 <= len(objects) <= MAX_OBJECTS:
+            text = describe(dataclasses.replace(scene, objects=objects), language)
+            if parse_description(text) != parse_description(right):
+                return text
 
 
-def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, *attributes: str) -> SceneObject:
+def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, attributes: Sequence[str]) -> SceneObject:
     """The object with other values, from another object of the scene or from the whole world."""
     values = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES)}
     for attribute in attributes:
-        choices = [getattr(other, attribute) for other in others] if rng.random() < DISTINCT else values[attribute]
+        choices = [getattr(other, attribute) for other in others] if rng.random() < FROM_THE_SCENE else values[attribute]
         thing = dataclasses.replace(thing, **{attribute: rng.choice(choices)})
     return thing
 

@@ -28,8 +28,8 @@ class DPO:
     def __init__(self, settings: Settings) -> None:
         self.beta, self.label_smoothing, self.sft_weight = settings.beta, settings.label_smoothing, settings.sft_weight
 
-    def count(self, batch: PairBatch) -> int:
-        return len(batch.lengths) // 2
+    def count(self, batch: Batch) -> int:
+        return len(PairBatch.of(batch).lengths) // 2
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
         """Sums over the batch's pairs, (5,): loss, pairs of which the chosen answer has the larger reward, margins between

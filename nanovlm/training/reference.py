@@ -91,11 +91,12 @@ def fingerprint(settings: Settings) -> dict[str, str | int | float]:
 def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
     try:
         was, *lines = read_lines(path)
+        different = [f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]]
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise NanoVLMError(f"{path}: is missing or damaged, and the run has moved on from the model it was computed with; "
                            "start the run again in another folder") from None
-    if different := [f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]]:
+    if different:
         raise NanoVLMError(f"{path}: was computed with another {', '.join(different)} than the run has now; give it what it "
                            "had, or start it again in another folder")
     return reference

@@ -2,19 +2,25 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovlm.chat import IGNORED, Message
 from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.errors import NanoVLMError
 from nanovlm.report import read_run, summary
 from nanovlm.training import loop, reference
 from nanovlm.training.dpo import DPO
+from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
@@ -37,10 +43,17 @@ def pairs(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(tiny, pairs):
+def settings_of(tiny, pairs):
+    return lambda out, **changes: tiny.settings(out, **{
+        "init": str(tiny.model), "data": str(pairs), "images": str(tiny.data), "val": "", "val_fraction": 0.2,
+        "objective": "dpo", "train": "projector,text", "lr": 1e-4, **changes})
+
+
+@pytest.fixture
+def train(settings_of):
     def start(out: Path, **changes) -> Path:
-        return tiny.train(out, **{"init": str(tiny.model), "data": str(pairs), "images": str(tiny.data), "val": "",
-                                  "val_fraction": 0.2, "objective": "dpo", "train": "projector,text", "lr": 1e-4, **changes})
+        run_stage(settings_of(out, **changes))
+        return out
     return start
 
 
@@ -72,15 +85,14 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     batches = PairBatches(records, model.chat, model.config.image, model.image_length, batch_size=5, share=8, max_length=500,
                           seed=0, shuffle=False)
     chosen_lengths, sums, sums_then = [], [], []
-    for record in records:
+    for number, record in enumerate(records):
         texts = (record.messages[-1].content[0], record.rejected)
-        alone = [batches.chat.encode((*record.messages[:-1], record.messages[-1].parse("assistant", text)), [model.image_length])
-                 for text in texts]
-        pixels = batches[0].batch.pixels[[r.where for r in records].index(record.where)][None]
+        alone = [model.chat.encode((*record.messages[:-1], Message("assistant", (text,))), [model.image_length]) for text in texts]
+        pixels = batches[0].batch.pixels[number][None]
         for voice, into in ((model, sums), (other, sums_then)):
             into.append([_log_probability(voice, encoded, pixels) for encoded in alone])
-        chosen_lengths.append(sum(label != -100 for label in alone[0].labels))
-    batches.reference = {record.where: [float(value) for value in then] for record, then in zip(records, sums_then)}
+        chosen_lengths.append(sum(label != IGNORED for label in alone[0].labels))
+    batches.reference = {record.where: [value.item() for value in then] for record, then in zip(records, sums_then)}
     objective = DPO(Settings(beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight))
     batch = batches[0].batch
     ours = objective(model, batch)
@@ -117,11 +129,11 @@ def test_at_the_start_margins_are_zero_and_the_loss_is_log_two(train, tmp_path):
 
 
 def test_accuracy_and_margin_rise_and_what_is_told_is_consistent(train, tmp_path, pairs):
-    run = train(tmp_path / "run", max_steps=25, batch_size=12, lr=3e-3, val_every=25, val=str(pairs), val_samples=99)
+    run = train(tmp_path / "run", max_steps=50, batch_size=12, lr=1e-3, val=str(pairs), val_samples=99)
     first, *_, last = metrics(run)
-    assert first["accuracy"] < 0.7 and last["accuracy"] > 0.9 and last["margin"] > 0.5 and last["loss"] < 0.5
+    assert first["accuracy"] < 0.7 and last["accuracy"] > 0.9 and last["margin"] > 0.1 and last["loss"] < 0.65
     assert last["margin"] == pytest.approx(last["chosen_reward"] - last["rejected_reward"], abs=1e-4)
-    assert last["val_accuracy"] > 0.9 and last["val_margin"] > 0.5 and last["val_loss"] < 0.5 and "val_perplexity" not in last
+    assert last["val_accuracy"] > 0.9 and last["val_margin"] > 0.1 and last["val_loss"] < 0.65 and "val_perplexity" not in last
     table = summary([read_run(run, "run")])
     assert "held-out pairs right" in table and "held-out margin" in table
     answers = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -135,7 +147,8 @@ def test_accumulated_and_packed_batches_equal_one_large_batch(train, tmp_path, c
     whole = metrics(train(tmp_path / "whole", batch_size=12, **settings))
     others = metrics(train(tmp_path / "other", **settings, **changes))
     for line, other in zip(whole, others, strict=True):
-        for name in ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward"):
+        names = ["accuracy"] if line["step"] > 1 else []  # at first all margins are 0 but for rounding
+        for name in ("loss", "margin", "chosen_reward", "rejected_reward", *names):
             assert other[name] == pytest.approx(line[name], abs=2e-5), name
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], abs=1e-4) and other["samples"] == line["samples"]
 
@@ -158,9 +171,33 @@ def test_an_interrupted_run_continues_to_the_same_bits_and_computes_no_reference
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_two_processes_draw_the_curve_of_one(train, settings_of, tmp_path, pairs):
+    """Also with fsdp, and where a process is left without a pair; the pairs without an image make eyes run along there."""
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    spoken = [{"prompt": "你好", "chosen": line["chosen"], "rejected": line["rejected"]} for line in lines[:17]]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:20], *spoken]))
+    common = dict(data=str(data), max_steps=6, val_every=3, train=EVERYTHING, val_samples=5, lr=1e-3)
+    runs = [asdict(settings_of(tmp_path / kind, batch_size=2, parallel=kind, **common)) for kind in ("ddp", "fsdp")]
+    script = Path(__file__).parent / "torchrun_runs.py"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+                           json.dumps(runs), "{}"], capture_output=True, text=True, timeout=240, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    alone = train(tmp_path / "alone", batch_size=4, **common)
+    for kind in ("ddp", "fsdp"):
+        for line, expected in zip(metrics(tmp_path / kind), metrics(alone), strict=True):
+            assert line.keys() == expected.keys()
+            for name in ("loss", "margin", "val_loss", "val_margin", "grad_norm", "samples"):
+                assert line.get(name) == pytest.approx(expected.get(name), abs=1e-4), (kind, name)
+        parts = [(folder / "reference.jsonl").read_text().splitlines()[1:] for folder in (tmp_path / kind, alone)]
+        for ours, right in zip(*(map(json.loads, part) for part in parts), strict=True):
+            assert ours == pytest.approx(right, abs=1e-4)
+
+
 def test_the_reference_on_disk_is_the_starting_models_and_stays_with_lora(train, tmp_path, pairs):
-    run = train(tmp_path / "run", max_steps=1)
-    adapted = train(tmp_path / "adapted", max_steps=1, lora_rank=2, lora_dropout=0.5)
+    run = train(tmp_path / "run", max_steps=1, val_samples=99)
+    adapted = train(tmp_path / "adapted", max_steps=1, val_samples=99, lora_rank=2, lora_dropout=0.5)
     kept = (run / "reference.jsonl").read_text()
     made_from, *lines = map(json.loads, kept.splitlines())
     assert made_from["dtype"] == "fp32" and len(made_from["data"]) == len(made_from["init"]) == 64
@@ -212,7 +249,7 @@ def test_a_pair_whose_image_cannot_be_read_is_named_and_left_out(train, tiny, pa
     run = train(tmp_path / "run", data=str(data), max_steps=0, epochs=1, batch_size=12, val_fraction=0.0)
     assert f"skipped: {data}:{len(lines) * 4 + 1}: " in capsys.readouterr().err
     assert len((run / "reference.jsonl").read_text().splitlines()) == 1 + 4 * len(lines)
-    assert metrics(run)[-1]["samples"] == 13 * 12 - 1 - 11 or metrics(run)[-1]["samples"] > 4 * len(lines) - 1
+    assert metrics(run)[-1]["samples"] >= 4 * len(lines) and metrics(run)[-1]["loss"] > 0
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(train, tmp_path, monkeypatch):
