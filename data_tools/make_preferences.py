@@ -76,17 +76,19 @@ def spoil(scene: Scene, rng: Random, language: str) -> str:
 
     Of objects too many and too few there are equally many: else what is learned is to name fewer, or more.
     """
-    right = describe(scene, language)
+    right, number = describe(scene, language), len(scene.objects)
+    what = rng.choice(("colour", "shape", "extra", "missing"))
+    if what == ("extra" if number == MAX_OBJECTS else "missing" if number == 1 else ""):
+        what = "colour"
     while True:
-        place, what = rng.randrange(len(scene.objects)), rng.choice(("colour", "shape", "extra", "missing"))
-        before, thing, after = scene.objects[:place], scene.objects[place], scene.objects[place + 1:]
+        place = rng.randrange(number)
+        before, thing, after = scene.objects[:place], scene.objects[place:place + 1], scene.objects[place + 1:]
         attributes = rng.sample(("colour", "shape", "size"), 2) if what == "extra" else (what,)
-        middle = () if what == "missing" else (_changed(thing, scene.objects, rng, attributes),)
-        objects = before + middle + ((thing,) if what == "extra" else ()) + after
-        if 1 <= len(objects) <= MAX_OBJECTS:
-            text = describe(dataclasses.replace(scene, objects=objects), language)
-            if parse_description(text) != parse_description(right):
-                return text
+        middle = () if what == "missing" else (_changed(*thing, scene.objects, rng, attributes),)
+        objects = before + middle + (thing if what == "extra" else ()) + after
+        text = describe(dataclasses.replace(scene, objects=objects), language)
+        if parse_description(text) != parse_description(right):
+            return text
 
 
 def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, attributes: Sequence[str]) -> SceneObject:

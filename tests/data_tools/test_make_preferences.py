@@ -23,12 +23,12 @@ def records(tiny):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_a_spoiled_description_differs_in_one_object(language):
     more = Counter()
-    for seed in range(400):
+    for seed in range(600):
         scene = random_scene(Random(seed), TRAIN_PAIRS)
         right, wrong = (parse_description(text) for text in (describe(scene, language), spoil(scene, Random(seed), language)))
         assert max((wrong - right).total(), (right - wrong).total()) == 1
         more[wrong.total() - right.total()] += 1
-    assert more.keys() == {-1, 0, 1} and more[0] > 150 and 0.8 < more[1] / more[-1] < 1.25  # nothing to learn about how many
+    assert more.keys() == {-1, 0, 1} and more[0] > 250 and 0.8 < more[1] / more[-1] < 1.25  # nothing to learn about how many
 
 
 @pytest.mark.parametrize(("answer", "wrong"), [
