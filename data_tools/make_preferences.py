@@ -5,7 +5,10 @@
 asks the model for descriptions of training scenes, several times each at random, and pairs every different one that names
 an object which is not there with the right description (kind "own"). A share of the scenes also gets a description that is
 spoiled on purpose (kind "spoiled"): one object takes another colour or shape, one is added, or one is left out. The same
-model, data and seed give the same pairs. Without --model all pairs are spoiled ones.
+model, data and seed give the same pairs. Without --model all descriptions are spoiled ones.
+
+A share of the scenes' other questions comes along with the answer of another such question as the rejected one (kind
+"other"): without them, the model unlearns to count while it learns to describe.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -21,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
-from data_tools.scenes_text import describe, parse_description  # noqa: E402
+from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description  # noqa: E402
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
 from nanovlm.data.records import Record, read_records  # noqa: E402
 from nanovlm.device import choose_device  # noqa: E402
@@ -38,7 +42,7 @@ FROM_THE_SCENE = 0.5  # share of spoiled attributes taken from elsewhere in the 
 
 def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, samples: int, temperature: float,
                spoiled: float, seed: int) -> list[dict]:
-    """Pairs of all `records`, in their order; `samples` answers of the model to each, and `spoiled` of the scenes spoiled."""
+    """Pairs of descriptions; `samples` answers of the model to each of `records`, and the share `spoiled` of them spoiled."""
     own: list[list[str]] = [[] for _ in records]
     for number in range(samples if model is not None else 0):
         sampling = Sampling(temperature=temperature, seed=seed + number)
@@ -49,14 +53,43 @@ def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, sam
     return [pair for record, told in zip(records, own) for pair in _pairs_of(record, told, spoiled, seed)]
 
 
+def other_pairs(records: Sequence[Record], share: float, seed: int) -> list[dict]:
+    """A share of `records`, each with a wrong answer in the words of its kind: yes or no for the other, a number for a number."""
+    alike: dict[tuple, list[str]] = defaultdict(list)
+    for record in records:
+        alike[_form(record)] += references_of(record)
+    pairs = []
+    for record in records:
+        (right,), rng = references_of(record), _random(record, seed)
+        wrong = sorted(set(alike[_form(record)]) - {right})
+        if wrong and rng.random() < share:
+            pairs.append(_pair(record, rng.choice(wrong), "other"))
+    return pairs
+
+
+def _form(record: Record) -> tuple:
+    """What a question's right and wrong answers have in common: its kind, the language, and whether they are yes and no."""
+    (right,) = references_of(record)
+    verdict = next((words for table in (YES_NO, THERE_IS) for words in table.values() if right in words), ())
+    return record.extra["kind"], right.isascii(), verdict
+
+
+def _pair(record: Record, wrong: str, kind: str) -> dict:
+    return {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(),
+            "chosen": references_of(record)[0], "rejected": wrong, "kind": kind}
+
+
+def _random(record: Record, seed: int) -> Random:
+    """Random numbers of its own, whatever other records are there: by the line of its file."""
+    return Random(f"{seed}/{record.where.rpartition(':')[2]}")
+
+
 def _pairs_of(record: Record, own: list[str], spoiled: float, seed: int) -> Iterator[dict]:
-    (right,), rng = references_of(record), Random(f"{seed}/{record.where.rpartition(':')[2]}")
+    (right,), rng = references_of(record), _random(record, seed)
     wrong = [("own", answer) for answer in own if names_wrong_object(answer, right)]
     if rng.random() < spoiled:
         wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right.startswith("图") else "en")))
-    for kind, answer in wrong:
-        yield {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(), "chosen": right,
-               "rejected": answer, "kind": kind}
+    yield from (_pair(record, answer, kind) for kind, answer in wrong)
 
 
 def names_wrong_object(answer: str, right: str) -> bool:
@@ -111,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="at which it is sampled (%(default)s)")
     parser.add_argument("--spoiled", type=float, default=0.25, metavar="SHARE",
                         help="share of the scenes that also get a spoiled description (%(default)s; without --model all)")
+    parser.add_argument("--others", type=float, default=0.05, metavar="SHARE",
+                        help="share of the scenes' other questions that come along (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pairs (%(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser.parse_args()
@@ -119,12 +154,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read scenes, ask the model, write the pairs, say how many."""
     arguments = parse_arguments()
-    if arguments.scenes < 0 or arguments.samples < 1 or not 0 <= arguments.spoiled <= 1:
-        raise NanoVLMError("--scenes starts at 0 (all), --samples at 1, and --spoiled is between 0 and 1")
+    if arguments.scenes < 0 or arguments.samples < 1 or not all(
+            0 <= share <= 1 for share in (arguments.spoiled, arguments.others)):
+        raise NanoVLMError("--scenes starts at 0 (all), --samples at 1, and --spoiled and --others are between 0 and 1")
     records, skipped = read_records(arguments.data)
     for reason in skipped:
         say(f"skipped: {reason}")
-    records = [record for record in records if record.extra.get("kind") == "describe"][:arguments.scenes or None]
+    everything, records = records, [record for record in records if record.extra.get("kind") == "describe"]
+    records = records[:arguments.scenes or None]
     if not records or any("objects" not in record.extra or len(record.images) != 1 for record in records):
         raise NanoVLMError(f"{arguments.data}: holds no scenes (data_tools/make_scenes.py draws them)")
     model = None
@@ -132,14 +169,17 @@ def main() -> None:
         model = VisionLanguageModel.from_pretrained(arguments.model).to(choose_device(arguments.device))
     pairs = make_pairs(records, model, arguments.samples, arguments.temperature, arguments.spoiled if model else 1.0,
                        arguments.seed)
+    shown = {record.images for record in records}
+    others = [record for record in everything if record.images in shown and record.extra.get("kind") != "describe"]
+    pairs += other_pairs(others, arguments.others, arguments.seed)
     if not pairs:
         raise NanoVLMError("the model describes all scenes rightly; raise --temperature, --samples or --spoiled")
     for pair in pairs:  # paths are read relative to the file
         pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
     write_atomically(arguments.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    own = sum(pair["kind"] == "own" for pair in pairs)
-    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} scenes, {own:,} with the model's own wrong answers, "
-        f"{len(pairs) - own:,} spoiled")
+    kinds = Counter(pair["kind"] for pair in pairs)
+    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} scenes, {kinds['own']:,} with the model's own wrong "
+        f"descriptions, {kinds['spoiled']:,} with spoiled ones, {kinds['other']:,} of other questions")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from data_tools import make_preferences
-from data_tools.make_preferences import make_pairs, names_wrong_object, spoil
+from data_tools.make_preferences import make_pairs, names_wrong_object, other_pairs, spoil
 from data_tools.scenes_text import describe, parse_description
 from data_tools.scenes_world import TRAIN_PAIRS, random_scene
 from nanovlm.data.preferences import read_pairs
@@ -60,9 +60,21 @@ def test_the_models_own_wrong_answers_and_spoiled_ones(tiny, records, monkeypatc
     assert make_pairs(records, None, 3, 0.7, 1.0, seed=1) != make_pairs(records, None, 3, 0.7, 1.0, seed=2)
 
 
+def test_other_questions_get_another_answer_of_their_kind(tiny):
+    records = [record for record in read_records(tiny.data / "train.jsonl")[0] if record.extra["kind"] != "describe"]
+    pairs = other_pairs(records, 1.0, seed=0)
+    assert len(pairs) > 0.8 * len(records) and pairs == other_pairs(records, 1.0, seed=0)
+    assert 0.1 < len(other_pairs(records, 0.3, seed=0)) / len(pairs) < 0.6
+    verdicts = {"是。": "不是。", "不是。": "是。", "有。": "没有。", "没有。": "有。", "Yes.": "No.", "No.": "Yes."}
+    for pair in pairs:
+        assert pair["chosen"] != pair["rejected"] == verdicts.get(pair["chosen"], pair["rejected"])
+        assert pair["chosen"].isascii() == pair["rejected"].isascii()
+
+
 def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tmp_path):
     out = tmp_path / "pairs.jsonl"
-    process = command("data_tools/make_preferences.py", "--data", tiny.data / "train.jsonl", "--out", out, "--scenes", "5")
+    process = command("data_tools/make_preferences.py", "--data", tiny.data / "train.jsonl", "--out", out, "--scenes", "5",
+                      "--others", "0")
     told = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 0 and "5 pairs from 5 scenes" in told
     pairs, skipped = read_pairs(out)
@@ -73,7 +85,7 @@ def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tm
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    (("--spoiled", "2"), "--spoiled is between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"), (("--sample", "1"), "--help")])
+    (("--spoiled", "2"), "--spoiled and --others are between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"), (("--sample", "1"), "--help")])
 def test_what_is_refused(command, tmp_path, flags, expected):
     process = command("data_tools/make_preferences.py", "--out", tmp_path / "pairs.jsonl", *flags)
     told = process.communicate(timeout=60)[1].decode()
