@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from nanovlm.chat import IGNORED, Message
+from nanovlm.config import from_dict
 from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.errors import NanoVLMError
 from nanovlm.report import read_run, summary
 from nanovlm.training import loop, reference
 from nanovlm.training.dpo import DPO
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import Settings
+from nanovlm.training.settings import PRESETS, Settings, load_settings
 from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
 from tests.runs import metrics
@@ -267,6 +269,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(train, tmp_path, monkeypatch)
 def test_what_is_refused(changes, expected):
     with pytest.raises(NanoVLMError, match=expected):
         Settings(**{"init": "model", **changes})
+
+
+def test_the_tiny_preset_has_a_table_for_it():
+    settings = from_dict(Settings, tomllib.loads((PRESETS / "tiny.toml").read_text())["dpo"])
+    assert settings.objective == "dpo" and settings.init == load_settings("stage2", []).out + "/model"
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
