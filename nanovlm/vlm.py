@@ -162,9 +162,9 @@ class VisionLanguageModel(nn.Module):
         """The summed loss over `batch.targets`, a scalar in fp32; or what `of_targets` makes of the same three: hidden
         states (M, C), head (V, C) and targets (M,). Only positions with a label pass the output head.
 
-        In training, without `of_targets`, the decoder's experts add their load-balance losses, times the number of targets: divided by all of
-        a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of the
-        loss is exactly the same and this term on average: how busy experts are is counted within a batch.
+        In training, the decoder's experts add their load-balance losses to that loss, times the number of targets: divided
+        by all of a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of
+        the loss is exactly the same and this term on average: how busy experts are is counted within a batch.
         """
         balance: list[Tensor] = []
         hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask, positions=batch.target_positions,

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.chat import IGNORED, Message
+from nanovlm.chat import IGNORED, ImageTokens, Message
 from nanovlm.config import from_dict
 from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.errors import NanoVLMError
@@ -89,7 +89,8 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     chosen_lengths, sums, sums_then = [], [], []
     for number, record in enumerate(records):
         texts = (record.messages[-1].content[0], record.rejected)
-        alone = [model.chat.encode((*record.messages[:-1], Message("assistant", (text,))), [model.image_length]) for text in texts]
+        alone = [model.chat.encode((*record.messages[:-1], Message("assistant", (text,))), [ImageTokens(model.image_length)])
+                 for text in texts]
         pixels = batches[0].batch.pixels[number][None]
         for voice, into in ((model, sums), (other, sums_then)):
             into.append([_log_probability(voice, encoded, pixels) for encoded in alone])
