@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary without ever holding all logits."""
+"""Cross entropy and log-probabilities over a large vocabulary without ever holding all logits."""
 
 import torch
 from torch import Tensor
@@ -62,3 +62,50 @@ def chunked_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor
     gradients' memory.
     """
     return _ChunkedCrossEntropy.apply(hidden_states, weight, targets, torch.is_grad_enabled())
+
+
+class _TokenLogProbabilities(torch.autograd.Function):
+    """Keeps no logits: what each token's gradient is multiplied by is known only once the forward pass is over, so the
+    backward pass makes them anew."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden_states.device
+        ctx.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype
+        ctx.save_for_backward(hidden_states, weight, targets)
+        rows, matrix = hidden_states.to(ctx.dtype), weight.to(ctx.dtype)
+        log_probabilities = torch.empty(len(targets), dtype=torch.float32, device=device)
+        for start in range(0, len(targets), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = torch.mm(rows[chunk], matrix.T).float()
+            log_probabilities[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(dim=-1)
+        return log_probabilities
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden_states, weight, targets = ctx.saved_tensors
+        rows, matrix = hidden_states.to(ctx.dtype), weight.to(ctx.dtype)
+        learn_hidden, learn_weight, _ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if learn_hidden else None
+        grad_matrix = torch.zeros_like(matrix) if learn_weight else None
+        for start in range(0, len(targets), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            factor = grad[chunk, None]
+            # d log p / d logits = one-hot − softmax
+            probabilities = torch.mm(rows[chunk], matrix.T).float().softmax(dim=-1)
+            gradient = probabilities.mul_(-factor).scatter_add_(1, targets[chunk, None], factor).to(ctx.dtype)
+            if learn_hidden:
+                torch.mm(gradient, matrix, out=grad_rows[chunk])
+            if learn_weight:
+                grad_matrix.addmm_(gradient.T, rows[chunk])
+        return (grad_rows.to(hidden_states.dtype) if learn_hidden else None,
+                grad_matrix.to(weight.dtype) if learn_weight else None, None)
+
+
+def token_log_probabilities(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability, in nats, of each of `targets` under `softmax(hidden_states @ weight.T)`: (M,) in fp32.
+
+    Arguments and number formats as in `chunked_cross_entropy`, of which this is the negative before the sum. A backward
+    pass takes the output head's products once more, and no logits are kept between the two.
+    """
+    return _TokenLogProbabilities.apply(hidden_states, weight, targets)

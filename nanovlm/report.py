@@ -24,6 +24,7 @@ from nanovlm.training.settings import Settings
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 FINAL_LINES = 5  # whose mean is the final loss: that of one line is noisy
 SHARES = {"data_wait": "waiting for data", "fill": "rows filled", "mfu": "of peak arithmetic"}  # means over a run's lines
+HELD_OUT = {"accuracy": ("held-out pairs right", ".1%"), "margin": ("held-out margin", ".2f")}  # of preference training
 PANELS = (("loss", "training loss per labelled token"), ("val_loss", "validation loss per labelled token"),
           ("lr", "learning rate"), ("tokens_per_second", "tokens per second"))
 
@@ -158,6 +159,7 @@ def _row(run: Run) -> dict[str, str]:
         "samples/s": show(samples / seconds if samples and seconds else None, ",.1f"),
         f"loss, last {FINAL_LINES} lines": show(mean(values("loss")[-FINAL_LINES:]), ".4f"),
         "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}" if best else "–",
+        **{title: show(last(f"val_{key}"), form) for key, (title, form) in HELD_OUT.items()},
         "peak memory, GB": show(max(values("peak_memory_gb"), default=None), ".2f"),
         **{title: show(mean(values(key)), ".1%") for key, title in SHARES.items()},
     }

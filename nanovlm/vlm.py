@@ -85,7 +85,7 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: tensor if tensor is None else function(tensor) for name, tensor in tensors.items()})
+        return type(self)(**{name: tensor if tensor is None else function(tensor) for name, tensor in tensors.items()})
 
 
 class VisionLanguageModel(nn.Module):
@@ -158,16 +158,19 @@ class VisionLanguageModel(nn.Module):
         self.tokenizer.save(folder)
         save_file(self.state_dict() if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The summed loss over `batch.targets`, a scalar in fp32. Only positions with a label pass the output head.
+    def forward(self, batch: Batch, of_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """The summed loss over `batch.targets`, a scalar in fp32; or what `of_targets` makes of the same three: hidden
+        states (M, C), head (V, C) and targets (M,). Only positions with a label pass the output head.
 
-        In training, the decoder's experts add their load-balance losses, times the number of targets: divided by all of
-        a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of the
-        loss is exactly the same and this term on average: how busy experts are is counted within a batch.
+        In training, the decoder's experts add their load-balance losses to that loss, times the number of targets: divided
+        by all of a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of
+        the loss is exactly the same and this term on average: how busy experts are is counted within a batch.
         """
         balance: list[Tensor] = []
         hidden_states = self.decoder.hidden_states(self.embed(batch), batch.attention_mask, positions=batch.target_positions,
                                                    groups=self.image_groups(batch), balance=balance)
+        if of_targets is not None:
+            return of_targets(hidden_states, self.decoder.head_weight, batch.targets)
         loss = chunked_cross_entropy(hidden_states, self.decoder.head_weight, batch.targets)
         if balance:
             loss = loss + self.config.text.balance_loss * len(batch.targets) * torch.stack(balance).sum()

@@ -1,4 +1,4 @@
-"""The chunked cross entropy against PyTorch's, loss and gradients."""
+"""The chunked cross entropy and token log-probabilities against PyTorch's, values and gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.loss import CHUNK, chunked_cross_entropy
+from nanovlm.loss import CHUNK, chunked_cross_entropy, token_log_probabilities
 
 VOCABULARY, WIDTH = 61, 12
 
@@ -154,3 +154,40 @@ def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained)
     assert max(shape.numel() for shape in made.shapes) == CHUNK * vocabulary
     assert made.shapes.count((CHUNK, vocabulary)) and not made.shapes.count((rows, vocabulary))
     assert any(shape.numel() == vocabulary * width for shape in made.shapes) == trained  # a frozen head has no gradient
+
+
+@pytest.mark.parametrize("rows", [0, 1, CHUNK, 2 * CHUNK + 77])
+def test_token_log_probabilities_and_gradients_equal_pytorch(rows):
+    """Each token's gradient is multiplied by another number, as preference training does."""
+    hidden_states, weight, targets = inputs(rows)
+    factors = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    expected = (hidden_states @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = token_log_probabilities(hidden_states, weight, targets)
+    assert ours.shape == (rows,) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    gradients, expected_gradients = (torch.autograd.grad((values * factors).sum(), (hidden_states, weight))
+                                     for values in (ours, expected))
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
+    for learned in (hidden_states, weight):  # alone, it gets the same gradient
+        other = weight if learned is hidden_states else hidden_states
+        values = token_log_probabilities(*(one.detach() if one is other else one for one in (hidden_states, weight)), targets)
+        torch.testing.assert_close(torch.autograd.grad(values @ factors, learned)[0],
+                                   expected_gradients[0 if learned is hidden_states else 1], atol=1e-5, rtol=1e-5)
+
+
+def test_token_log_probabilities_keep_no_logits():
+    hidden_states, weight, targets = inputs(3 * CHUNK, 501)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        token_log_probabilities(hidden_states, weight, targets)
+    assert max(kept) == 501 * WIDTH  # the head itself; one chunk of logits has 501 · CHUNK numbers
+
+
+def test_token_log_probabilities_under_autocast():
+    hidden_states, weight, targets = inputs(200)
+    expected = (hidden_states @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_log_probabilities(hidden_states, weight, targets)
+    torch.testing.assert_close(ours, expected, atol=0.1, rtol=0.02)
+    for gradient, right in zip(*(torch.autograd.grad(values.sum(), (hidden_states, weight)) for values in (ours, expected))):
+        assert gradient.dtype == torch.float32 and float((gradient - right).norm() / right.norm()) < 0.02

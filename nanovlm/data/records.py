@@ -11,7 +11,7 @@ with `references` ends with its question, which any of the references answers; i
 import codecs
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ class Record:
     messages: tuple[Message, ...]
     references: tuple[str, ...]
     extra: dict[str, Any]  # its other keys, which only some readers need
+    rejected: str = ""  # of a pair (`preferences`), the answer that is worse than the closing one
 
 
-def read_records(data: str | Path, images: str | Path | None = None) -> tuple[list[Record], list[str]]:
+def read_records(data: str | Path, images: str | Path | None = None,
+                 parse: "Callable[[Any, str, Path], Record] | None" = None) -> tuple[list[Record], list[str]]:
     """All usable records of the `record_files` that `data` names, and a line for each one skipped.
 
     Image paths are relative to `images`, by default the file's own folder. An empty file is an error, and so are more
-    unusable records than `check_skipped` lets pass.
+    unusable records than `check_skipped` lets pass. `parse` reads records of another form than `parse_record` does.
     """
     records, skipped = [], []
     for path in record_files(data):
@@ -50,7 +52,7 @@ def read_records(data: str | Path, images: str | Path | None = None) -> tuple[li
             raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
         for where, entry in read_entries(path):
             try:
-                records.append(parse_record(entry, where, folder))
+                records.append((parse or parse_record)(entry, where, folder))
             except NanoVLMError as error:
                 skipped.append(str(error))
         if len(records) + len(skipped) == before:

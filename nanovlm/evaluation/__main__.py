@@ -3,7 +3,7 @@
     python -m nanovlm.evaluation --model runs/stage2/model --data data/scenes/val.jsonl [--control blind|shuffled]
 
 prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. Progress and the share of exact answers for each
-`kind` of record go to stderr.
+`kind` of record go to stderr. Records of kind "describe" add the rates of wrong objects, {"chair_i": …, "chair_s": …}.
 """
 
 import json
@@ -16,7 +16,7 @@ from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
-from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize
+from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize, wrong_objects
 from nanovlm.files import write_atomically
 from nanovlm.vlm import VisionLanguageModel
 
@@ -54,16 +54,26 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
     exact: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers):
         kind = str(record.extra.get("kind", ""))
-        right = same_items if kind == "describe" else exact_match
+        right = same_items if _is_description(record) else exact_match
         exact[kind].append(right(answer, references_of(record)))
     for kind, outcomes in sorted(exact.items()):
         if kind:
             say(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}")
+    described = [(answer, references_of(record)) for record, answer in zip(records, answers) if _is_description(record)]
+    chair = wrong_objects(*map(list, zip(*described))) if described else {}
+    if chair:
+        say(f"of the objects named in descriptions {chair['chair_i']:.2%} are wrong; {chair['chair_s']:.2%} of descriptions "
+            "name a wrong one")
     tokens, reference_tokens = [tokenize(answer) for answer in answers], [[tokenize(text) for text in references_of(record)]
                                                                          for record in records]
     outcomes = [outcome for group in exact.values() for outcome in group]
     return {"exact": round(sum(outcomes) / len(outcomes), 6), "cider_d": round(cider_d(tokens, reference_tokens), 6),
-            "bleu_4": round(bleu(tokens, reference_tokens), 6), "n": len(records)}
+            "bleu_4": round(bleu(tokens, reference_tokens), 6), **{name: round(rate, 6) for name, rate in chair.items()},
+            "n": len(records)}
+
+
+def _is_description(record: Record) -> bool:
+    return record.extra.get("kind") == "describe"
 
 
 def _parser() -> CommandParser:

@@ -17,11 +17,11 @@ CONTROLS = ("none", "blind", "shuffled")
 
 
 def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_new_tokens: int = 64, batch_size: int = 32,
-                   control: str = "none") -> Iterator[str]:
+                   control: str = "none", sampling: Sampling = Sampling()) -> Iterator[str]:
     """Answer each record's last question, in order. A closing assistant turn is left out of the prompt.
 
     `control="blind"` blanks every image to the mean colour; `"shuffled"` gives each question another image of the
-    same file. What a model still gets right then, it did not see.
+    same file. What a model still gets right then, it did not see. Without `sampling`, answers are greedy.
     """
     if control not in CONTROLS:
         raise NanoVLMError(f"control {control!r} is not known; take one of {', '.join(CONTROLS)}")
@@ -40,7 +40,7 @@ def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_ne
             batch.pixels = torch.cat(pixels)
             if control == "blind":
                 batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
-        for answer in generate(model, batch.to(device), max_new_tokens, Sampling()):
+        for answer in generate(model, batch.to(device), max_new_tokens, sampling):
             yield model.tokenizer.decode(answer, skip_special=True).strip()
 
 

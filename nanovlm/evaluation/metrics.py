@@ -46,6 +46,23 @@ def same_items(answer: str, references: list[str]) -> bool:
     return _items(answer) in [_items(reference) for reference in references]
 
 
+def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, float]:
+    """How much of what descriptions name is not in the picture, as CHAIR counts it (Rohrbach et al. 2018).
+
+    `chair_i` is the share of named objects that are wrong, `chair_s` the share of descriptions with a wrong one. An object
+    is an item listed after the colon, as in `same_items`: with another colour, shape or size it is another object, and
+    said once more than it is there, it is wrong once. Of several references the one counts that leaves fewest wrong.
+    """
+    named = wrong = descriptions = 0
+    for answer, group in zip(answers, references, strict=True):
+        objects = _objects(answer)
+        fewest = min((objects - _objects(reference)).total() for reference in group)
+        named += objects.total()
+        wrong += fewest
+        descriptions += fewest > 0
+    return {"chair_i": wrong / max(named, 1), "chair_s": descriptions / max(len(answers), 1)}
+
+
 def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> float:
     """Corpus CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) of tokenised answers, as `pycocoevalcap.cider` gives it.
 
@@ -115,6 +132,10 @@ def _normalize(text: str) -> str:
 def _items(text: str) -> tuple[str, list[str]]:
     head, _, listed = _normalize(text).partition(":")
     return head, sorted(item.strip() for item in re.split("[、,]", listed))
+
+
+def _objects(text: str) -> Counter[str]:
+    return Counter(item for item in _items(text)[1] if item)
 
 
 def _check(answers: list[list[str]], references: list[list[list[str]]]) -> None:

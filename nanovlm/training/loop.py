@@ -3,7 +3,7 @@
 import math
 import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from nanovlm.training.badsteps import BadSteps
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
 from nanovlm.training.flops import Utilisation
 from nanovlm.training.interruption import Interruption
+from nanovlm.training.objective import Objective
 from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
@@ -30,8 +31,8 @@ from nanovlm.vlm import VisionLanguageModel
 
 @dataclass
 class Progress:
-    """How far a run is, all processes together; a checkpoint keeps all of it. `loss_sum` and `target_count` belong to the
-    log line being gathered."""
+    """How far a run is, all processes together; a checkpoint keeps all of it. `loss_sum`, `target_count` and `measures`
+    belong to the log line being gathered."""
 
     step: int = 0
     samples: int = 0
@@ -39,7 +40,8 @@ class Progress:
     images: int = 0
     slots: int = 0  # places for tokens in the batches, padding included
     loss_sum: float = 0.0
-    target_count: int = 0
+    target_count: int = 0  # labelled tokens, or what else the objective counts
+    measures: list[float] = field(default_factory=list)  # sums of what the objective tells beside the loss
     bad_in_a_row: int = 0
     best_val_loss: float | None = None
 
@@ -50,17 +52,17 @@ class Taken:
     so that no step waits for them."""
 
     step: int
-    numbers: Tensor  # summed loss and gradient norm, (2,)
-    targets: int  # labelled tokens
+    numbers: Tensor  # gradient norm, summed loss and the objective's other sums, (2 + measures,)
+    targets: int  # what the sums are over: labelled tokens, or what else the objective counts
     records: list[str]
 
 
-def train(model: VisionLanguageModel, batches: Batches, validation: Batches | None, settings: Settings,
+def train(model: VisionLanguageModel, objective: Objective, batches: Batches, validation: Batches | None, settings: Settings,
           precision: Precision, total_steps: int, run: Path, parallel: Parallel, tracker: Tracker) -> None:
     """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
 
-    A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens and divided by the
-    number of labelled tokens of the whole step, so that k batches make the same step as one k times as large.
+    A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens (or what else `objective`
+    counts) and divided by their number in the whole step, so that k batches make the same step as one k times as large.
     A step whose loss or gradient is not finite changes nothing; its records are named in `bad_steps.jsonl`.
     Ctrl-C and SIGTERM finish the step, save a checkpoint and exit with 130 and 143.
     """
@@ -83,31 +85,31 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
         while progress.step < total_steps:
             with log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
-            step_targets = _count(loaded, progress, skipped)
+            step_targets = _count(loaded, objective, progress, skipped)
             utilisation.add(item.batch for item in loaded)
 
             parallel.seed(progress.step)
-            loss_sum = torch.zeros((), device=precision.device)
+            sums = torch.zeros(1 + len(objective.measures), device=precision.device)
             for batch in parallel.passes(loaded):
                 with precision.autocast():
-                    loss = model(batch.to(precision.device))  # summed over the batch's labelled tokens
-                if loss.requires_grad:  # without images, a projector that learns alone has nothing to learn
-                    precision.scaled(loss / max(step_targets, 1)).backward()
-                loss_sum += loss.detach()
+                    batch_sums = objective(model, batch.to(precision.device))  # over the batch's labelled tokens
+                if batch_sums.requires_grad:  # without images, a projector that learns alone has nothing to learn
+                    precision.scaled(batch_sums[0] / max(step_targets, 1)).backward()
+                sums += batch_sums.detach()
 
             parallel.reduce_gradients(learning)
-            loss_sum = parallel.sum(loss_sum)
+            sums = parallel.sum(sums)
             fits = precision.unscale(learning, parallel.largest)
-            grad_norm = parallel.clip(learning, settings.clip).to(loss_sum)
+            grad_norm = parallel.clip(learning, settings.clip).to(sums)
             set_learning_rates(optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr))
             # Where it is 1, the step changes nothing. It stays on the device, as all else here, so that no step waits.
-            optimizer.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()
+            optimizer.found_inf = (~torch.isfinite(sums[0] + grad_norm)).float()
             if fits and step_targets:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
-            taken.append(Taken(progress.step, torch.stack((loss_sum, grad_norm)), step_targets,
+            taken.append(Taken(progress.step, torch.cat((grad_norm[None], sums)), step_targets,
                                [where for item in loaded for where in item.records]))
             bar.update()
             last = progress.step == total_steps
@@ -118,9 +120,9 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
             if logs or saves:
                 grad_norm = _settle(taken, progress, bad_steps, precision, parallel)  # waits until the device is done
             with log.clock_stopped():
-                val = validate(model, validation, precision, parallel) if validates else {}
+                val = validate(model, objective, validation, precision, parallel) if validates else {}
                 if logs:
-                    _log(log, progress, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
+                    _log(log, progress, objective, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
                     tracker.log(log.lines[-1])
                 if validates and (whole := parallel.whole(model)) is not None:
                     samples.answer(whole, progress.step, precision)
@@ -138,31 +140,35 @@ def train(model: VisionLanguageModel, batches: Batches, validation: Batches | No
 
 
 @torch.no_grad()
-def validate(model: VisionLanguageModel, batches: Batches, precision: Precision, parallel: Parallel) -> dict[str, float | None]:
-    """The mean loss per labelled token over all of `batches`, which several processes take in turn, and its exponential,
-    the perplexity."""
+def validate(model: VisionLanguageModel, objective: Objective, batches: Batches, precision: Precision,
+             parallel: Parallel) -> dict[str, float | None]:
+    """The mean loss per labelled token over all of `batches`, which several processes take in turn, and what else the
+    objective tells: of cross entropy its exponential, the perplexity."""
     model.eval()
-    loss_sum, count = 0.0, 0
+    sums, count = [0.0] * (1 + len(objective.measures)), 0
     for first in range(0, len(batches), parallel.world):
         number = first + parallel.rank
         batch = parallel.complete(batches[number].batch if number < len(batches) else None)
         if batch is not None:
             with precision.autocast():
-                loss_sum += float(model(batch.to(precision.device)))
-            count += len(batch.targets)
+                sums = [had + more for had, more in zip(sums, objective(model, batch.to(precision.device)).tolist())]
+            count += objective.count(batch)
     parallel.reshard()
     model.train()
-    loss_sum, count = total(loss_sum, count)
-    loss = loss_sum / max(count, 1)
-    if not math.isfinite(loss):  # JSON has no word for it
-        return {"val_loss": None, "val_perplexity": None}
-    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}  # beyond that a float has no room
+    *sums, count = total(*sums, count)
+    told = {"val_loss": sums[0] / max(count, 1)} | {f"val_{name}": value / max(count, 1)
+                                                    for name, value in zip(objective.measures, sums[1:])}
+    if not objective.measures:
+        told["val_perplexity"] = math.exp(min(told["val_loss"], 700.0))  # beyond that a float has no room
+    finite = all(map(math.isfinite, told.values()))  # for what is not, JSON has no word
+    return told if finite else dict.fromkeys(told)
 
 
-def _count(loaded: list[Loaded], progress: Progress, skipped: Skipped) -> int:
-    """Add what a step reads in all processes to `progress`, and note what they could not read; returns its labelled tokens."""
+def _count(loaded: list[Loaded], objective: Objective, progress: Progress, skipped: Skipped) -> int:
+    """Add what a step reads in all processes to `progress`, and note what they could not read; returns its labelled tokens,
+    or what else the objective counts."""
     targets, samples, tokens, images, slots, lost = total(
-        sum(len(item.batch.targets) for item in loaded if item.batch is not None),
+        sum(objective.count(item.batch) for item in loaded if item.batch is not None),
         *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")),
         sum(len(item.skipped) + len(item.cut) for item in loaded))
     progress.samples += samples
@@ -188,32 +194,34 @@ def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precisi
 
     Under a loss scaler gradients may overflow now and then: it drops the step by itself.
     """
-    losses, norms = zip(*torch.stack([one.numbers for one in taken]).tolist())
-    for one, loss, norm in zip(taken, losses, norms):
+    for one, (norm, loss, *measures) in zip(taken, torch.stack([one.numbers for one in taken]).tolist()):
         if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
             progress.loss_sum += loss
+            progress.measures = [had + more for had, more in zip(progress.measures or [0.0] * len(measures), measures)]
             progress.target_count += one.targets
             progress.bad_in_a_row = 0
         else:
             progress.bad_in_a_row += 1
             bad_steps.note(one.step, loss, norm, parallel.all_lines(one.records), progress.bad_in_a_row)
     taken.clear()
-    return norms[-1]
+    return norm
 
 
-def _log(log: RunLog, progress: Progress, optimizer: torch.optim.Optimizer, grad_norm: float, more: dict[str, float | None],
-         bar: tqdm) -> None:
+def _log(log: RunLog, progress: Progress, objective: Objective, optimizer: torch.optim.Optimizer, grad_norm: float,
+         more: dict[str, float | None], bar: tqdm) -> None:
     loss = progress.loss_sum / progress.target_count if progress.target_count else None
+    told = dict(zip(objective.measures, (value / max(progress.target_count, 1) for value in progress.measures)))
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
-    line = {"step": progress.step, "loss": loss, "lr": max(rates.values()), **rates,
+    line = {"step": progress.step, "loss": loss, **told, "lr": max(rates.values()), **rates,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
             "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
             "slots": progress.slots, **more}
     speed = log.write(line)
-    progress.loss_sum, progress.target_count = 0.0, 0
+    progress.loss_sum, progress.target_count, progress.measures = 0.0, 0, []
     shown = "—" if loss is None else f"{loss:.3f}"
+    shown += "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in told.items())
     bar.set_postfix_str(f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
 
 

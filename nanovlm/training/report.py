@@ -82,7 +82,8 @@ class RunLog:
         norm.plot(*series(self.lines, "grad_norm"))
         speed.plot(*series(self.lines, "tokens_per_second"))
         speed.set_ylim(bottom=0)
-        for axes, title in ((loss, "loss per labelled token"), (rate, "learning rate"),
+        what = "pair" if "margin" in self._last else "labelled token"
+        for axes, title in ((loss, f"loss per {what}"), (rate, "learning rate"),
                             (norm, "gradient norm before clipping"), (speed, "tokens per second")):
             axes.set(title=title, xlabel="optimizer step")
             axes.grid(alpha=0.3)

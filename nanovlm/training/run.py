@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanovlm.data.dataset import Batches
+from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.data.records import Record, read_records
 from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
 from nanovlm.errors import NanoVLMError, is_main, say
@@ -21,11 +22,14 @@ from nanovlm.files import write_atomically
 from nanovlm.image import image_pixels, open_image
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
+from nanovlm.training.dpo import DPO
 from nanovlm.training.freezing import describe, learns
 from nanovlm.training.loop import train
 from nanovlm.training.lora import LoRAConfig, merged_tensors, save_adapter
+from nanovlm.training.objective import CrossEntropy
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
+from nanovlm.training.reference import reference_of
 from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import Tracker, build_tracker
@@ -70,10 +74,11 @@ def run_stage(settings: Settings) -> Path:
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
                    batch_size=settings.batch_size, seed=settings.seed, features=features)
-    held_out = _usable(held_out, options)
-    batches = Batches(records, **options, pack=settings.pack, bucket=settings.bucket, rank=parallel.rank,
-                      world=parallel.world)
-    validation = Batches(held_out, **options, shuffle=False) if held_out else None
+    objective, kind = (DPO(settings), PairBatches) if settings.objective == "dpo" else (CrossEntropy(), Batches)
+    held_out = _usable(held_out, kind, options)
+    batches = kind(records, **options, pack=settings.pack, bucket=settings.bucket, rank=parallel.rank,
+                   world=parallel.world)
+    validation = kind(held_out, **options, shuffle=False) if held_out else None
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
@@ -82,7 +87,12 @@ def run_stage(settings: Settings) -> Path:
     if is_main():
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
-    train(model, batches, validation, settings, precision, total_steps, run, parallel, tracker)
+    if settings.objective == "dpo":
+        parts = [part for part in (batches, validation) if part is not None]
+        reference = reference_of(model, parts, settings, precision, parallel)
+        for part in parts:
+            part.reference = reference
+    train(model, objective, batches, validation, settings, precision, total_steps, run, parallel, tracker)
     whole = parallel.whole(model)
     parallel.end()
     if whole is not None:
@@ -129,7 +139,8 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     """Records to learn from and records held out; of a split, no image is on both sides."""
     if not settings.data:
         raise NanoVLMError("no records to learn from; give them with --data FILE.jsonl")
-    records, skipped = read_records(settings.data, settings.images or None)
+    read = read_pairs if settings.objective == "dpo" else read_records
+    records, skipped = read(settings.data, settings.images or None)
     for record in records:
         if record.references:
             raise NanoVLMError(f"{record.where}: has references and no answer; it is for evaluation, not for training")
@@ -137,7 +148,7 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
         say(f"skipped: {reason}")
     generator = random.Random(settings.seed)
     if settings.val:
-        held_out, skipped = read_records(settings.val, settings.images or None)
+        held_out, skipped = read(settings.val, settings.images or None)
         for reason in skipped:
             say(f"skipped: {reason}")
     else:
@@ -170,11 +181,11 @@ def _split(records: list[Record], fraction: float, generator: random.Random) -> 
             [record for record in records if group(first_image(record)) in chosen])
 
 
-def _usable(records: list[Record], options: dict[str, Any]) -> list[Record]:
+def _usable(records: list[Record], kind: type[Batches], options: dict[str, Any]) -> list[Record]:
     """The held-out records that make a sample; the others are named here, and not again at each validation."""
     usable = []
     for record in records:
-        skipped = Batches([record], **options | {"batch_size": 1}, shuffle=False)[0].skipped
+        skipped = kind([record], **options | {"batch_size": 1}, shuffle=False)[0].skipped
         usable += [] if skipped else [record]
         for reason in skipped:
             say(f"skipped: {reason}")

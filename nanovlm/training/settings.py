@@ -21,7 +21,7 @@ CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images",
 CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "bf16", "fp16", "fp32"), "parallel": ("ddp", "fsdp"),
     "optimizer": ("adamw", "adamw8bit"), "quantize": ("", "nf4", "int8"), "full_disk": ("stop", "go-on"),
-    "track": ("", "tensorboard", "wandb", "swanlab"),
+    "track": ("", "tensorboard", "wandb", "swanlab"), "objective": ("sft", "dpo"),
 }
 # Settings that may differ when a run is resumed, besides those of the group "run": they do not change what is learned. Of
 # the batch, the loop checks that processes × batch size × accumulate stay what they were.
@@ -93,6 +93,11 @@ class Settings:
     clip: float = _setting(1.0, "training", "largest gradient norm")
     max_bad_steps: int = _setting(5, "training", "steps in a row without a finite loss and gradient after which the run stops")
 
+    objective: str = _setting("sft", "preference", "sft: the answers of the records; dpo: of two answers the preferred one")
+    beta: float = _setting(0.1, "preference", "dpo: how much the model is held to what it was at the start")
+    label_smoothing: float = _setting(0.0, "preference", "dpo: probability that a pair's answers are the wrong way round")
+    sft_weight: float = _setting(0.0, "preference", "dpo: weight of the chosen answer's cross entropy per token, added")
+
     optimizer: str = _setting("adamw", "memory", "adamw, or adamw8bit: moments in 8 bits")
     stochastic_rounding: bool = _setting(False, "memory", "keep what learns in bf16, rounded at random, without an fp32 copy")
     quantize: str = _setting("", "memory", "hold the frozen decoder's matrices as nf4 (4 bits) or int8; the model is saved with "
@@ -117,14 +122,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = ("val_samples", "share", "max_length", "grid", "scale", "num_queries", "epochs", "batch_size", "accumulate",
-                    "lr", "clip", "log_every", "save_every", "keep", "bucket", "layer_decay", "max_bad_steps")
+                    "lr", "clip", "log_every", "save_every", "keep", "bucket", "layer_decay", "max_bad_steps", "beta")
         not_negative = ("workers", "max_steps", "lr_projector", "lr_text", "lr_vision", "weight_decay", "val_every",
-                        "image_size", "tiles", "seed", "pack", "text_layers", "vision_layers", "lora_rank", "lora_alpha")
+                        "image_size", "tiles", "seed", "pack", "text_layers", "vision_layers", "lora_rank", "lora_alpha",
+                        "sft_weight")
         for names, fits, expected in (
             (positive, lambda value: 0 < value < math.inf, "a number above 0"),
             (not_negative, lambda value: 0 <= value < math.inf, "0 or more"),
             (("warmup", "min_lr"), lambda value: 0 <= value <= 1, "between 0 and 1"),
             (("val_fraction", "beta2", "lora_dropout"), lambda value: 0 <= value < 1, "0 or more and below 1"),
+            (("label_smoothing",), lambda value: 0 <= value < 0.5, "0 or more and below 0.5"),
             (("seed",), lambda value: value < 2**63, "below 2 to the power of 63"),
         ):
             for name in names:
@@ -142,6 +149,9 @@ class Settings:
         if self.quantize and "text" in self.trained_parts and not self.lora_rank:
             raise NanoVLMError(f"--quantize {self.quantize} freezes the decoder, and --train names text; add --lora-rank, or "
                                "take text out")
+
+        if self.objective == "dpo" and not self.init:
+            raise NanoVLMError("--objective dpo makes a trained model better and needs one to start from; give --init")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:

@@ -68,4 +68,8 @@ def test_score_counts_a_description_in_any_order_and_tells_each_kind(records, ca
     told = capsys.readouterr().err
     assert all(kind in told for kind in {record.extra["kind"] for record in records})
     wrong = score(records, ["？"] * len(records))
-    assert wrong["exact"] == 0 and wrong["cider_d"] == 0 and wrong.keys() == {"exact", "cider_d", "bleu_4", "n"}
+    assert wrong["exact"] == 0 and wrong["cider_d"] == 0
+    assert wrong.keys() == result.keys() == {"exact", "cider_d", "bleu_4", "chair_i", "chair_s", "n"}
+    assert result["chair_i"] == wrong["chair_i"] == 0  # an answer that names nothing names nothing wrong
+    questions = [record for record in records if record.extra["kind"] == "count"]
+    assert "chair_i" not in score(questions, [references_of(record)[0] for record in questions])

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, tokenize
+from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, tokenize, wrong_objects
 
 # pycocoevalcap 1.2, `Cider().compute_score` and `Bleu(4).compute_score` on `make_corpus(seed, photos)`. The package is
 # not in requirements-dev.txt (100 MB of Java archives); `test_scores_equal_live_pycocoevalcap` runs where it is there.
@@ -114,3 +114,25 @@ def test_missing_references_are_named(score) -> None:
         score([["a"], ["b"]], [[["a"]]])
     with pytest.raises(NanoVLMError, match="0 answers"):
         score([], [])
+
+
+@pytest.mark.parametrize(("answers", "chair_i", "chair_s"), [
+    (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色圆环。"], 0.0, 0.0),
+    (["图中有两个物体，从左到右是：小的蓝色圆环、大的红色圆形"], 0.0, 0.0),  # order does not count
+    (["图中有一个物体：大的红色圆形。"], 0.0, 0.0),  # leaving one out names nothing wrong
+    (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色心形。"], 0.5, 1.0),
+    (["图中有两个物体，从左到右是：大的红色圆形、大的红色圆形。"], 0.5, 1.0),  # said twice, there once
+    (["There are two objects, from left to right: a big red circle, a small blue ring."], 1.0, 1.0),  # another language
+    (["有。"], 0.0, 0.0), ([""], 0.0, 0.0),  # no object is named
+])
+def test_wrong_objects_by_hand(answers, chair_i, chair_s):
+    references = [["图中有两个物体，从左到右是：大的红色圆形、小的蓝色圆环。"]]
+    assert wrong_objects(answers, references) == {"chair_i": chair_i, "chair_s": chair_s}
+
+
+def test_wrong_objects_over_several_descriptions_and_references():
+    answers = ["There is one object: a big red circle.", "There are three objects: a big red circle, a small star, a ring.",
+               "：大的圆"]
+    references = [["There is one object: a small red circle.", "There is one object: a big red circle."],
+                  ["There are two objects, from left to right: a ring, a small star."], ["：大的圆、小的圆"]]
+    assert wrong_objects(answers, references) == {"chair_i": pytest.approx(1 / 5), "chair_s": pytest.approx(1 / 3)}

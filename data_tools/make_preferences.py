@@ -1,0 +1,186 @@
+"""Pairs of descriptions of the toy world, a right one and a wrong one, for `--objective dpo`.
+
+    python data_tools/make_preferences.py --model runs/stage2/model --out data/scenes/pairs.jsonl
+
+asks the model for descriptions of training scenes, several times each at random, and pairs every different one that names
+an object which is not there with the right description (kind "own"). A share of the scenes also gets a description that is
+spoiled on purpose (kind "spoiled"): one object takes another colour or shape, one is added, or one is left out. The same
+model, data and seed give the same pairs. Without --model all descriptions are spoiled ones.
+
+A share of the scenes' other questions comes along with the answer of another such question as the rejected one (kind
+"other"): without them, the model unlearns to count while it learns to describe.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+
+from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description  # noqa: E402
+from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
+from nanovlm.data.records import Record, read_records  # noqa: E402
+from nanovlm.device import choose_device  # noqa: E402
+from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
+from nanovlm.evaluation.answers import answer_records, references_of  # noqa: E402
+from nanovlm.files import write_atomically  # noqa: E402
+from nanovlm.generate import Sampling  # noqa: E402
+from nanovlm.vlm import VisionLanguageModel  # noqa: E402
+
+BATCH_SIZE = 128  # descriptions written at once
+MAX_NEW_TOKENS = 64
+FROM_THE_SCENE = 0.5  # share of spoiled attributes taken from elsewhere in the scene, which is how a model confuses things
+
+
+def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, samples: int, temperature: float,
+               spoiled: float, seed: int) -> list[dict]:
+    """Pairs of descriptions; `samples` answers of the model to each of `records`, and the share `spoiled` of them spoiled."""
+    own: list[list[str]] = [[] for _ in records]
+    for number in range(samples if model is not None else 0):
+        sampling = Sampling(temperature=temperature, seed=seed + number)
+        answers = answer_records(model, records, MAX_NEW_TOKENS, BATCH_SIZE, sampling=sampling)
+        for told, answer in zip(own, tqdm(answers, total=len(records), desc=f"describing, {number + 1} of {samples}",
+                                          unit="scene", dynamic_ncols=True)):
+            told += [answer] if answer not in told else []
+    return [pair for record, told in zip(records, own) for pair in _pairs_of(record, told, spoiled, seed)]
+
+
+def other_pairs(records: Sequence[Record], share: float, seed: int) -> list[dict]:
+    """A share of `records`, each with a wrong answer in the words of its kind: yes or no for the other, a number for a number."""
+    alike: dict[tuple, list[str]] = defaultdict(list)
+    for record in records:
+        alike[_form(record)] += references_of(record)
+    pairs = []
+    for record in records:
+        (right,), rng = references_of(record), _random(record, seed)
+        wrong = sorted(set(alike[_form(record)]) - {right})
+        if wrong and rng.random() < share:
+            pairs.append(_pair(record, rng.choice(wrong), "other"))
+    return pairs
+
+
+def _form(record: Record) -> tuple:
+    """What a question's right and wrong answers have in common: its kind, the language, and whether they are yes and no."""
+    (right,) = references_of(record)
+    verdict = next((words for table in (YES_NO, THERE_IS) for words in table.values() if right in words), ())
+    return record.extra["kind"], right.isascii(), verdict
+
+
+def _pair(record: Record, wrong: str, kind: str) -> dict:
+    return {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(),
+            "chosen": references_of(record)[0], "rejected": wrong, "kind": kind}
+
+
+def _random(record: Record, seed: int) -> Random:
+    """Random numbers of its own, whatever other records are there: by the line of its file."""
+    return Random(f"{seed}/{record.where.rpartition(':')[2]}")
+
+
+def _pairs_of(record: Record, own: list[str], spoiled: float, seed: int) -> Iterator[dict]:
+    (right,), rng = references_of(record), _random(record, seed)
+    wrong = [("own", answer) for answer in own if names_wrong_object(answer, right)]
+    if rng.random() < spoiled:
+        wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right.startswith("图") else "en")))
+    yield from (_pair(record, answer, kind) for kind, answer in wrong)
+
+
+def names_wrong_object(answer: str, right: str) -> bool:
+    """Whether a description names something that the right one does not. What is no description at all teaches nothing
+    about seeing, and does not count."""
+    named = parse_description(answer)
+    return named is not None and bool(named - parse_description(right))
+
+
+def scene_of(record: Record) -> Scene:
+    """The scene as far as a description needs it."""
+    return Scene(tuple(SceneObject(**thing, radius=0.0, angle=0.0, rgb=(0, 0, 0)) for thing in record.extra["objects"]), "", 0)
+
+
+def spoil(scene: Scene, rng: Random, language: str) -> str:
+    """A description in which one object has another colour or another shape, is named beside one more, or is left out.
+
+    Of objects too many and too few there are equally many: else what is learned is to name fewer, or more.
+    """
+    right, number = describe(scene, language), len(scene.objects)
+    what = rng.choice(("colour", "shape", "extra", "missing"))
+    if what == ("extra" if number == MAX_OBJECTS else "missing" if number == 1 else ""):
+        what = "colour"
+    while True:
+        place = rng.randrange(number)
+        before, thing, after = scene.objects[:place], scene.objects[place:place + 1], scene.objects[place + 1:]
+        attributes = rng.sample(("colour", "shape", "size"), 2) if what == "extra" else (what,)
+        middle = () if what == "missing" else (_changed(*thing, scene.objects, rng, attributes),)
+        objects = before + middle + (thing if what == "extra" else ()) + after
+        text = describe(dataclasses.replace(scene, objects=objects), language)
+        if parse_description(text) != parse_description(right):
+            return text
+
+
+def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, attributes: Sequence[str]) -> SceneObject:
+    """The object with other values, from another object of the scene or from the whole world."""
+    values = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES)}
+    for attribute in attributes:
+        choices = [getattr(other, attribute) for other in others] if rng.random() < FROM_THE_SCENE else values[attribute]
+        thing = dataclasses.replace(thing, **{attribute: rng.choice(choices)})
+    return thing
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the flags."""
+    parser = CommandParser(description="Pairs of descriptions of the toy world, right and wrong, for --objective dpo.")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model whose own wrong descriptions are used")
+    parser.add_argument("--data", default="data/scenes/train.jsonl", metavar="FILE", help="scenes' records (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("data/scenes/pairs.jsonl"), metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="take the first N scenes only")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="descriptions of each by the model (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="at which it is sampled (%(default)s)")
+    parser.add_argument("--spoiled", type=float, default=0.25, metavar="SHARE",
+                        help="share of the scenes that also get a spoiled description (%(default)s; without --model all)")
+    parser.add_argument("--others", type=float, default=0.05, metavar="SHARE",
+                        help="share of the scenes' other questions that come along (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pairs (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read scenes, ask the model, write the pairs, say how many."""
+    arguments = parse_arguments()
+    if arguments.scenes < 0 or arguments.samples < 1 or not all(
+            0 <= share <= 1 for share in (arguments.spoiled, arguments.others)):
+        raise NanoVLMError("--scenes starts at 0 (all), --samples at 1, and --spoiled and --others are between 0 and 1")
+    records, skipped = read_records(arguments.data)
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    everything, records = records, [record for record in records if record.extra.get("kind") == "describe"]
+    records = records[:arguments.scenes or None]
+    if not records or any("objects" not in record.extra or len(record.images) != 1 for record in records):
+        raise NanoVLMError(f"{arguments.data}: holds no scenes (data_tools/make_scenes.py draws them)")
+    model = None
+    if arguments.model:
+        model = VisionLanguageModel.from_pretrained(arguments.model).to(choose_device(arguments.device))
+    pairs = make_pairs(records, model, arguments.samples, arguments.temperature, arguments.spoiled if model else 1.0,
+                       arguments.seed)
+    shown = {record.images for record in records}
+    others = [record for record in everything if record.images in shown and record.extra.get("kind") != "describe"]
+    pairs += other_pairs(others, arguments.others, arguments.seed)
+    if not pairs:
+        raise NanoVLMError("the model describes all scenes rightly; raise --temperature, --samples or --spoiled")
+    for pair in pairs:  # paths are read relative to the file
+        pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
+    write_atomically(arguments.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    kinds = Counter(pair["kind"] for pair in pairs)
+    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} scenes, {kinds['own']:,} with the model's own wrong "
+        f"descriptions, {kinds['spoiled']:,} with spoiled ones, {kinds['other']:,} of other questions")
+
+
+if __name__ == "__main__":
+    run(main)

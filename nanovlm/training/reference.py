@@ -1,0 +1,111 @@
+"""The log-probabilities that preference training starts from, computed once and kept in the run folder.
+
+    run/reference.jsonl   a line that says what they were computed from, then one a pair: where, chosen, rejected
+
+The reference is the model that the run starts as, so no second model is ever held. A resumed run, whose model has moved
+on, reads them again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanovlm.data.preferences import PairBatch, PairBatches
+from nanovlm.data.records import record_files
+from nanovlm.errors import NanoVLMError, is_main
+from nanovlm.files import write_atomically
+from nanovlm.training.checkpoint import list_checkpoints
+from nanovlm.training.dpo import answer_log_probabilities
+from nanovlm.training.parallel import Parallel
+from nanovlm.training.precision import Precision
+from nanovlm.training.report import read_lines, to_jsonl
+from nanovlm.training.settings import Settings
+from nanovlm.vlm import VisionLanguageModel
+
+FILE = "reference.jsonl"
+MATTERS = ("val_fraction", "val_samples", "seed", "max_length", "pack", "dtype", "quantize")  # settings, beside the files
+
+Reference = dict[str, tuple[float, float]]  # a record's name → log-probabilities of its chosen and its rejected answer
+
+
+def reference_of(model: VisionLanguageModel, parts: Sequence[PairBatches], settings: Settings, precision: Precision,
+                 parallel: Parallel) -> Reference:
+    """The log-probabilities of all pairs of `parts` under `model`, which has not learned yet; those of a resumed run are read.
+
+    Pairs that cannot be read are missing. Raises where the file was made from other data, another model or other settings.
+    """
+    path, made_from = Path(settings.out) / FILE, fingerprint(settings)
+    if settings.resume and (path.exists() or list_checkpoints(path.parent)):
+        return _read(path, made_from)
+    reference: Reference = {}
+    for batches in parts:
+        reference |= compute(model, batches, settings, precision, parallel)
+    if is_main():
+        lines = [{"where": where, "chosen": chosen, "rejected": rejected} for where, (chosen, rejected) in reference.items()]
+        write_atomically(path, to_jsonl([made_from, *lines]))
+    return reference
+
+
+@torch.no_grad()
+def compute(model: VisionLanguageModel, batches: PairBatches, settings: Settings, precision: Precision,
+            parallel: Parallel) -> Reference:
+    """The same for one set of pairs, of which each process takes its part."""
+    place = {record.where: number for number, record in enumerate(batches.records)}
+    found = torch.zeros(len(place), 3, device=precision.device)  # both answers', and 1 where there are any
+    in_order = PairBatches(batches.records, batches.chat, batches.image, batches.image_length, batch_size=batches.batch_size,
+                           share=1, max_length=batches.max_length, seed=0, shuffle=False, rank=parallel.rank,
+                           world=parallel.world, features=batches.features)
+    in_order.pack = 0
+    model.eval()
+    loader = in_order.loader(0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda")
+    for loaded in tqdm(loader, total=len(in_order), desc="reference", unit="batch", dynamic_ncols=True, disable=not is_main()):
+        if (batch := parallel.complete(loaded.batch)) is None:
+            continue
+        with precision.autocast():
+            values = answer_log_probabilities(model, PairBatch.of(batch).to(precision.device))
+        lines = [place[where] for where in loaded.records]
+        found[lines, :2], found[lines, 2] = values, 1.0
+    parallel.reshard()
+    model.train()
+    values = parallel.sum(found).tolist()
+    for where, numbers in zip(place, values):
+        if not all(map(math.isfinite, numbers)):
+            raise NanoVLMError(f"{where}: the starting model gives this pair no finite log-probability; take --dtype fp32 to "
+                               "see whether the number format is at fault")
+    return {where: (chosen, rejected) for where, (chosen, rejected, there) in zip(place, values) if there}
+
+
+def fingerprint(settings: Settings) -> dict[str, str | int | float]:
+    """What the log-probabilities depend on: digests of the records and of the model folder, and settings."""
+    data, val = (_digest(record_files(name)) if name else "" for name in (settings.data, settings.val))
+    model = _digest([path for path in sorted(Path(settings.init).iterdir()) if path.is_file()])
+    return {"data": data, "val": val, "images": settings.images, "init": model,
+            **{name: getattr(settings, name) for name in MATTERS}}
+
+
+def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
+    try:
+        was, *lines = read_lines(path)
+        different = [f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]]
+        reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise NanoVLMError(f"{path}: is missing or damaged, and the run has moved on from the model it was computed with; "
+                           "start the run again in another folder") from None
+    if different:
+        raise NanoVLMError(f"{path}: was computed with another {', '.join(different)} than the run has now; give it what it "
+                           "had, or start it again in another folder")
+    return reference
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of the bytes of all files in order."""
+    sums = []
+    for path in files:
+        with open(path, "rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""Pairs on scenes: each has a right description and one with a wrong object, and the same seed gives the same pairs."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from data_tools import make_preferences
+from data_tools.make_preferences import make_pairs, names_wrong_object, other_pairs, spoil
+from data_tools.scenes_text import describe, parse_description
+from data_tools.scenes_world import TRAIN_PAIRS, random_scene
+from nanovlm.data.preferences import read_pairs
+from nanovlm.data.records import read_records
+
+
+@pytest.fixture(scope="module")
+def records(tiny):
+    return [record for record in read_records(tiny.data / "train.jsonl")[0] if record.extra["kind"] == "describe"]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_spoiled_description_differs_in_one_object(language):
+    more = Counter()
+    for seed in range(600):
+        scene = random_scene(Random(seed), TRAIN_PAIRS)
+        right, wrong = (parse_description(text) for text in (describe(scene, language), spoil(scene, Random(seed), language)))
+        assert max((wrong - right).total(), (right - wrong).total()) == 1
+        more[wrong.total() - right.total()] += 1
+    assert more.keys() == {-1, 0, 1} and more[0] > 250 and 0.8 < more[1] / more[-1] < 1.25  # nothing to learn about how many
+
+
+@pytest.mark.parametrize(("answer", "wrong"), [
+    ("图中有一个物体：大的红色圆形。", False),  # left out, but nothing wrong is named
+    ("图中有两个物体，从左到右是：小的蓝色心形、大的红色圆形。", False),
+    ("图中有两个物体，从左到右是：大的红色圆形、大的蓝色心形。", True),
+    ("图中有三个物体，从左到右是：大的红色圆形、小的蓝色心形、小的蓝色心形。", True),
+    ("There are two objects, from left to right: a big red circle, a small blue ring.", True),
+    ("图中有三个物体，从左到右是：大的红色圆形、小的蓝色圆环。", False),  # counts wrongly: no description
+    ("是。", False)])
+def test_what_counts_as_a_wrong_object(answer, wrong):
+    assert names_wrong_object(answer, "图中有两个物体，从左到右是：大的红色圆形、小的蓝色心形。") is wrong
+
+
+def test_the_models_own_wrong_answers_and_spoiled_ones(tiny, records, monkeypatch):
+    wrong = "There is one object: a big red star."
+    sampled = []
+
+    def answers(model, asked, *_, sampling):
+        sampled.append(sampling)
+        return iter([wrong if number % 2 else "?" for number in range(len(asked))])
+    monkeypatch.setattr(make_preferences, "answer_records", answers)
+    pairs = make_pairs(records, model=tiny, samples=3, temperature=0.7, spoiled=0.5, seed=4)
+    assert [one.seed for one in sampled] == [4, 5, 6] and {one.temperature for one in sampled} == {0.7}
+    kinds = Counter(pair["kind"] for pair in pairs)
+    assert kinds["own"] == len(records) // 2 and 0 < kinds["spoiled"] < len(records)  # the same answer counts once
+    assert all(pair["rejected"] == wrong for pair in pairs if pair["kind"] == "own")
+    assert pairs == make_pairs(records, model=tiny, samples=3, temperature=0.7, spoiled=0.5, seed=4)
+    assert make_pairs(records, None, 3, 0.7, 1.0, seed=1) != make_pairs(records, None, 3, 0.7, 1.0, seed=2)
+
+
+def test_other_questions_get_another_answer_of_their_kind(tiny):
+    records = [record for record in read_records(tiny.data / "train.jsonl")[0] if record.extra["kind"] != "describe"]
+    pairs = other_pairs(records, 1.0, seed=0)
+    assert len(pairs) > 0.8 * len(records) and pairs == other_pairs(records, 1.0, seed=0)
+    assert 0.1 < len(other_pairs(records, 0.3, seed=0)) / len(pairs) < 0.6
+    verdicts = {"是。": "不是。", "不是。": "是。", "有。": "没有。", "没有。": "有。", "Yes.": "No.", "No.": "Yes."}
+    for pair in pairs:
+        assert pair["chosen"] != pair["rejected"] == verdicts.get(pair["chosen"], pair["rejected"])
+        assert pair["chosen"].isascii() == pair["rejected"].isascii()
+
+
+def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tmp_path):
+    out = tmp_path / "pairs.jsonl"
+    process = command("data_tools/make_preferences.py", "--data", tiny.data / "train.jsonl", "--out", out, "--scenes", "5",
+                      "--others", "0")
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 0 and "5 pairs from 5 scenes" in told
+    pairs, skipped = read_pairs(out)
+    assert len(pairs) == 5 and not skipped
+    for pair, record, line in zip(pairs, records, out.read_text().splitlines()):
+        assert pair.messages == record.messages and pair.rejected != record.messages[1].content[0]
+        assert Path(pair.images[0]).resolve() == record.images[0].resolve() and not Path(json.loads(line)["image"]).is_absolute()
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (("--spoiled", "2"), "--spoiled and --others are between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"), (("--sample", "1"), "--help")])
+def test_what_is_refused(command, tmp_path, flags, expected):
+    process = command("data_tools/make_preferences.py", "--out", tmp_path / "pairs.jsonl", *flags)
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 2 and expected in told and len(told.splitlines()) == 1
