@@ -1,8 +1,9 @@
 """Predict the peak memory of each training stage by term, without allocating it, and what would make it fit.
 
-    python -m nanovlm.memory --preset tiny
+    python -m nanovlm.memory --preset mary
     python -m nanovlm.memory --preset dinov2-qwen2.5 --gpu 8 --stage 2 --tokens 512 --batch-size 4
     python -m nanovlm.memory --stage 2 --vision dinov2-base --text qwen2.5-0.5b --checkpointing --measure
+    python -m nanovlm.memory --preset svlm --forward
 
 All flags of train_stage1.py and train_stage2.py are taken. --vision and --text need a folder's config.json alone, or are
 names of published shapes. GB are 10⁹ bytes. On a GPU its context comes on top, about half a GB outside the allocator; on a
@@ -12,23 +13,26 @@ CPU what the tokenizer and the records hold; there a run also keeps holes betwee
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory, peak_memory
+from nanovlm.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.memory.advice import advice, on_gpu
+from nanovlm.memory.forward import forward_report, take_forward
 from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
-from nanovlm.memory.shapes import Work, feature_shape, model_config, work_of
+from nanovlm.memory.shapes import feature_shape, model_config, work_of
+from nanovlm.memory.summary import Stage, summary
 from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings, load_settings
-from nanovlm.vlm import VLMConfig
+from nanovlm.training.settings import Settings, load_settings, stage_names
 
-STAGES = ("stage1", "stage2")
+MODEL = [field.name for field in dataclasses.fields(Settings) if field.metadata["group"] == "model" and field.name != "init"]
 
 
 def main() -> None:
@@ -39,48 +43,74 @@ def main() -> None:
             raise NanoVLMError(f"--{name} is {getattr(own, name):g}; it has to be above 0")
     if own.gpu and own.measure and not torch.cuda.is_available():
         raise NanoVLMError("--measure with --gpu needs a GPU, and there is none here; leave one of them out")
-    for stage in STAGES if own.stage == "both" else (f"stage{own.stage}",):
-        settings, config = _stage(stage, flags)
-        precision = _precision(settings, on_gpu=bool(own.gpu))
-        work = work_of(config, settings, own.tokens)
-        if own.take_steps:  # the process that is measured
-            give_back_freed_memory()  # holes between blocks are the allocator's doing and no need of the training
-            take_steps(random_model(config, settings, precision), work, settings, precision)
-            print(peak_memory(precision.device))
-            continue
-        prediction = predict(config, settings, work, precision, program_bytes(precision))
-        print(f"{stage}: training {settings.train}; {work.rows} rows of "
-              f"{work.length} tokens, {work.images} images of {config.image.height}×{config.image.width}; "
-              f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}")
-        print(_table(prediction))
-        if settings.cache_features:
-            patches = feature_shape(config, images=1000)
-            print(f"besides, on the CPU, {math.prod(patches) * precision.dtype.itemsize / 1e9:.2f} GB for each 1000 images "
-                  "whose features are kept (--cache-features)")
-        if own.gpu:
-            print(_advice(config, settings, work, prediction, own.gpu))
-        if own.measure:
-            measured = measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage[-1]])
-            print(f"predicted {prediction.peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: "
-                  f"{prediction.peak / measured - 1:+.1%}")
-        print()
+    if own.forward and (own.gpu or own.measure):
+        raise NanoVLMError("--forward trains nothing and runs on this machine; leave --gpu and --measure out")
+    names = _names(own.stage, flags)
+    if own.forward or own.take_forward:
+        settings = _settings(names[0], flags)
+        numbers = take_forward if own.take_forward else forward_report
+        print(numbers(model_config(settings), settings, _precision(settings)))
+        return
+    if own.take_steps:  # the process that is measured
+        settings = _settings(names[0], flags)
+        config, precision = model_config(settings), _precision(settings, bool(own.gpu))
+        give_back_freed_memory()  # holes between blocks are the allocator's doing and no need of the training
+        take_steps(random_model(config, settings, precision), work_of(config, settings, own.tokens), settings, precision)
+        print(json.dumps(peak_memory(precision.device)))
+        return
+    stages = [_stage(name, _settings(name, flags), own) for name in names]
+    print(summary(stages), end="\n\n")
+    for stage in stages:
+        print(_report(stage, own), end="\n\n")
 
 
-def _stage(stage: str, flags: list[str]) -> tuple[Settings, VLMConfig]:
-    """The settings of a stage and the shapes it starts from: where there is no model yet, those of stage 1."""
-    settings = load_settings(stage, flags)
-    if not (settings.vision or settings.text or Path(settings.init, "config.json").exists()):
-        first = dataclasses.asdict(load_settings("stage1", [*flags, "--train", "projector", "--lora-rank", "0"]))
-        model = ("vision", "text", "projector", "grid", "scale", "image_size", "vision_layer")
-        settings = dataclasses.replace(settings, **{name: first[name] for name in model})
-    return settings, model_config(settings)
+def _names(asked: str, flags: list[str]) -> list[str]:
+    """The stages that --stage asks for; of a file without stages, such as a run's settings.toml, the one that it is."""
+    if asked == "all":
+        return stage_names(flags) or ["run"]
+    return ["stage1", "stage2"] if asked == "both" else [f"stage{asked}" if asked.isdigit() else asked]
 
 
-def _precision(settings: Settings, on_gpu: bool) -> Precision:
-    if on_gpu:  # of whatever machine: there may be none here
-        return Precision(DTYPES.get(settings.dtype, torch.bfloat16), torch.device("cuda"), settings.stochastic_rounding)
+def _settings(name: str, flags: list[str]) -> Settings:
+    """Of a stage; where there is no model yet to start from, with the shapes that stage 1 would have left there."""
+    settings = load_settings("stage2", [*flags, "--stage", name])
+    if settings.init and not Path(settings.init, "config.json").exists():
+        first = load_settings("stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init])
+        unsaid = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
+        settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unsaid})
+    return settings
+
+
+def _precision(settings: Settings, gpu: bool = False) -> Precision:
+    if gpu:
+        return on_gpu(settings)
     device = choose_device(settings.device)
     return Precision(choose_dtype(settings.dtype, device)[0], device, settings.stochastic_rounding)
+
+
+def _stage(name: str, settings: Settings, own: argparse.Namespace) -> Stage:
+    config, precision = model_config(settings), _precision(settings, bool(own.gpu))
+    work = work_of(config, settings, own.tokens)
+    return Stage(name, settings, config, work, precision,
+                 predict(config, settings, work, precision, program_bytes(precision)))
+
+
+def _report(stage: Stage, own: argparse.Namespace) -> str:
+    """What a stage is, its table, and whatever else is asked for."""
+    settings, config, work, precision = stage.settings, stage.config, stage.work, stage.precision
+    lines = [f"{stage.name}: training {settings.train}; {work.rows} rows of {work.length} tokens"
+             + f"{', each with a pair of answers' * (work.pairs > 0)}, {work.images} "
+             f"{'pictures' if config.image.max_pictures > 1 else 'images'} of {config.image.height}×{config.image.width}; "
+             f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}", _table(stage.prediction)]
+    if settings.cache_features:
+        kept = math.prod(feature_shape(config, images=1000 * config.image.max_pictures)) * precision.dtype.itemsize
+        lines.append(f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept (--cache-features)")
+    if own.gpu:
+        lines.append(advice(config, settings, own.tokens, stage.prediction, own.gpu))
+    if own.measure:
+        measured, peak = measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name]), stage.prediction.peak
+        lines.append(f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {peak / measured - 1:+.1%}")
+    return "\n".join(lines)
 
 
 def _table(prediction: Prediction) -> str:
@@ -94,43 +124,6 @@ def _table(prediction: Prediction) -> str:
     return "\n".join([*lines, f"peak {prediction.peak / 1e9:.3f} GB"])
 
 
-def _advice(config: VLMConfig, settings: Settings, work: Work, prediction: Prediction, gigabytes: float) -> str:
-    """Whether it fits and, if not, what to change, the least costly first, each on top of those before it."""
-    if prediction.peak <= gigabytes * 1e9:
-        return f"fits {gigabytes:g} GB"
-    peak, fits = prediction.peak, False
-    lines = [f"does not fit {gigabytes:g} GB; with, one after the other:"]
-    for flags, changes, fewer_rows in _changes(settings):
-        if all(getattr(settings, name) == value for name, value in changes.items()):
-            continue
-        changed = dataclasses.replace(settings, **changes)
-        smaller = Work(1, work.length, work.images // work.rows, work.targets // work.rows) if fewer_rows else work
-        if (lower := predict(config, changed, smaller, _precision(changed, on_gpu=True), 0).peak) >= peak:
-            continue  # several batches a step need room for the sum of their gradients
-        settings, work, peak = changed, smaller, lower
-        mark = "  ← the first that fits" if peak <= gigabytes * 1e9 and not fits else ""
-        fits = fits or bool(mark)
-        lines.append(f"  {flags:58}{peak / 1e9:8.2f} GB{mark}")
-    return "\n".join(lines if fits else [*lines, "  nothing of this fits; take a smaller model or shorter rows"])
-
-
-def _changes(settings: Settings) -> list[tuple[str, dict, bool]]:
-    """Flags to say, the settings they are, and whether a batch is one row; by what they cost in time, then in exactness."""
-    text = "text" in settings.trained_parts
-    accumulate = settings.accumulate * settings.batch_size
-    rounding = {} if settings.dtype == "fp16" else {"stochastic_rounding": True, "dtype": "bf16"}
-    rank = {"lora_rank": settings.lora_rank or 64} if text else {}
-    return [
-        ("--dtype bf16", {"dtype": "bf16"} if settings.dtype == "fp32" else {}, False),
-        ("--checkpointing", {"checkpointing": True}, False),
-        (f"--batch-size 1 --accumulate {accumulate}", {"batch_size": 1, "accumulate": accumulate}, True),
-        ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}, False),
-        ("--stochastic-rounding", rounding, False),
-        ("--lora-rank 64", rank, False),
-        ("--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank), {"quantize": "nf4", **rank}, False),
-    ]
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m nanovlm.memory", description=__doc__,
                            formatter_class=argparse.RawTextHelpFormatter)
@@ -139,9 +132,13 @@ def _parser() -> CommandParser:
     parser.add_argument("--tokens", type=int, default=0, metavar="N",
                         help="tokens of each of --batch-size rows, images included\n"
                              "(default: rows shared or packed as set, 64 words a sample)")
-    parser.add_argument("--stage", choices=["1", "2", "both"], default="both", help="stage to predict (default both)")
+    parser.add_argument("--stage", metavar="NAME", default="all",
+                        help="stage to predict: 1, 2, both of them, or a name such as dpo (default: all of the preset)")
     parser.add_argument("--measure", action="store_true", help="also take two steps with random weights, and compare")
+    parser.add_argument("--forward", action="store_true",
+                        help="build the model at full size with random weights, read an image and a question, and compare")
     parser.add_argument("--take-steps", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--take-forward", action="store_true", help=argparse.SUPPRESS)
     parser.epilog = f"published shapes: --vision {', '.join(EYES)}; --text {', '.join(VOICES)}"
     return parser
 

@@ -2,7 +2,7 @@
 
 The rules are the code's (`attention.py`, `decoder.py`, `vit.py`). A matrix that learns keeps its input and, where it is
 held in fp32, a copy of itself in the computing dtype; a frozen one keeps neither. A norm keeps its input and one or two
-numbers a vector. The gated product keeps its two inputs.
+numbers a vector. A GELU keeps its input, the gated product its two. Dropout keeps what it multiplied with.
 """
 
 from dataclasses import dataclass
@@ -10,27 +10,38 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovlm.decoder import DecoderBlock, DecoderConfig
+from nanovlm.attention import WRITTEN_OUT_LIMIT
+from nanovlm.decoder import Decoder, DecoderBlock, DecoderConfig, Reducer
 from nanovlm.experts import Experts
+from nanovlm.projector import ResamplerProjector
 from nanovlm.resampler import Resampler
+from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
 from nanovlm.training.quantization import AT_ONCE, QuantizedLinear
 from nanovlm.vit import VisionBlock, VisionConfig
 
-FP32 = 4  # bytes
+FP32, INT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
 class Computing:
-    """How products are computed. Attention written out (`attend`) keeps every score, a fused kernel one number a query."""
+    """In which dtype, and on which type of device, products are computed."""
 
     dtype: torch.dtype
-    written_out: bool
+    device: str
 
     @property
     def size(self) -> int:
         """Bytes of a number."""
         return self.dtype.itemsize
+
+    def writes_out(self, queries: int, keys: int) -> bool:
+        """Whether attention is written out (`attend`), which keeps every score; a fused kernel keeps one number a query."""
+        return self.device == "cpu" and self.dtype != torch.float32 and queries * keys <= WRITTEN_OUT_LIMIT
+
+    def dropout(self, numbers: float, rate: float) -> float:
+        """What dropout keeps: a factor a number, of which CUDA's kernel says in a byte whether it is 0."""
+        return numbers * (1 if self.device == "cuda" else self.size) * (rate > 0)
 
 
 @dataclass(frozen=True)
@@ -52,39 +63,60 @@ def decoder_block(block: DecoderBlock, config: DecoderConfig, rows: int, length:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     projected = tokens * (heads + 2 * kv_heads) * config.head_dim * size  # queries, keys and values
     stream, scores = tokens * config.hidden_size * size, rows * heads * length * length * size
+    stats = FP32 * (2 if config.norm == "layer" else 1)
 
-    kept = stream + tokens * FP32  # the first norm
+    kept = stream + tokens * stats  # the first norm
     kept += projected + stream * _any_learns(attention.q_proj, attention.k_proj, attention.v_proj)
     if config.qk_norm:
         kept += tokens * (heads + kv_heads) * (config.head_dim * size + FP32)
     attended = tokens * heads * config.head_dim * size
-    if computing.written_out:
+    written_out = computing.writes_out(length, length)
+    if written_out:
         kept += scores + attended * _any_learns(attention.out_proj)
     else:  # the kernel keeps its output, one number a query, and the mask in the dtype of the scores
         kept += attended + tokens * heads * FP32 + rows * length * length * size
     gate = positions * config.intermediate_size * size
-    kept += positions * (config.hidden_size * size + FP32)  # the second norm
-    kept += _mlp(mlp, config, positions, size)
+    kept += positions * (config.hidden_size * size + stats)  # the second norm
+    kept += _mlp(mlp, config, positions, size) + computing.dropout((tokens + positions) * config.hidden_size, config.dropout)
     kept += sum(_adapter_bytes(layer, positions if path.startswith("mlp") else tokens, size)
                 for path, layer in block.named_modules() if isinstance(layer, LoRALinear))
 
-    in_attention = 2 * scores if computing.written_out else 2 * projected
+    in_attention = 2 * scores if written_out else 2 * projected
     working = max(3 * gate, in_attention) + 2 * stream + _matrix_bytes(block, size)
     return Kept(stream, kept, cast_bytes(block, computing), working)
 
 
 def _mlp(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
-    """What an MLP keeps of `tokens` that pass it; of experts, as if they were equally busy."""
-    vector = tokens * config.hidden_size * size
+    """What an MLP keeps of `tokens` that pass it."""
     if isinstance(mlp, Experts):
-        choices = tokens * mlp.per_token
-        each = [(expert, choices / len(mlp.experts)) for expert in mlp.experts]
-        each += [(expert, tokens) for expert in mlp.shared_experts]
-        chosen = choices * config.hidden_size * size  # what the chosen give, kept to weigh it
-        return vector + chosen + sum(_mlp(expert, config, passing, size) for expert, passing in each)
+        return _experts(mlp, config, tokens, size)
     into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
+    return tokens * config.hidden_size * size * _any_learns(*into) + _inside(mlp, config, tokens, size)
+
+
+def _inside(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
+    """The same without the MLP's input: what its first matrices give, and what its last one reads."""
     inner = tokens * config.intermediate_size * size
-    return vector * _any_learns(*into) + len(into) * inner + inner * _any_learns(mlp.down_proj)
+    return inner * (2 if hasattr(mlp, "gate_proj") else 1) + inner * _any_learns(mlp.down_proj)
+
+
+def _experts(experts: Experts, config: DecoderConfig, tokens: float, size: int) -> float:
+    """How busy each expert is does not matter, as long as there is one matrix of inputs for all that are chosen."""
+    learned, chosen, vector = learns(experts), tokens * experts.per_token, config.hidden_size * size
+    # All tokens, and once more in the order of the experts; what these give, kept to weigh it. Of each choice three
+    # numbers of its place; of each token the router's probabilities and their part in the loss.
+    kept = (tokens + chosen) * vector * learned + chosen * vector + 3 * chosen * INT64
+    kept += tokens * len(experts.experts) * FP32 * (1 + learned)
+    kept += _inside(experts.experts[0], config, chosen, size)
+    return kept + sum(_inside(expert, config, tokens, size) for expert in experts.shared_experts)
+
+
+def reducing(reducer: Reducer, tokens: int, computing: Computing) -> float:
+    """What the reducer of wide embeddings keeps, and its cast weights."""
+    size, learned = computing.size, learns(reducer)
+    wide, narrow, width = reducer.down.in_features, reducer.down.out_features, reducer.up.out_features
+    kept = tokens * (wide * learned + narrow * (1 + learned) + width) * size + 2 * tokens * FP32
+    return kept + cast_bytes(reducer, computing)
 
 
 def vision_block(block: VisionBlock, config: VisionConfig, images: int, tokens: int, computing: Computing,
@@ -100,8 +132,9 @@ def vision_block(block: VisionBlock, config: VisionConfig, images: int, tokens: 
     kept = (6 + 2 * config.layer_scale + 2 * (size != stream_size)) * vector * size
     kept += 2 * (vector * stream_size + 2 * count * FP32)
     kept += count * config.intermediate_size * size * _inner_vectors(config)
-    kept += scores if computing.written_out else count * config.num_attention_heads * FP32
-    working = max(2 * scores * computing.written_out, 2 * count * config.intermediate_size * size)
+    written_out = computing.writes_out(tokens, tokens)
+    kept += scores if written_out else count * config.num_attention_heads * FP32
+    working = max(2 * scores * written_out, 2 * count * config.intermediate_size * size)
     working += 2 * vector * stream_size + _matrix_bytes(block, size)
     return Kept(vector * stream_size, kept, cast_bytes(block, computing), working)
 
@@ -110,23 +143,60 @@ def resampling(resampler: Resampler, images: int, patches: int, computing: Compu
     """What a resampler that learns keeps for `patches` an image, and its cast weights."""
     size, (queries, width) = computing.size, resampler.queries.shape
     seen, given = images * patches, images * queries
-    # Of each patch: what comes in, the norm's input, what keys and values are made of, and both. Of each query: what
-    # attention gives, the norm's input and its result.
-    kept = seen * (resampler.kv_proj.in_features * size + width * (FP32 + 4 * size))
-    kept += given * width * (FP32 + 2 * size) + 2 * queries * width * FP32
-    heads = resampler.attention.num_heads
-    kept += given * (heads * patches + width) * size if computing.written_out else given * heads * FP32
-    return kept + cast_bytes(resampler, computing)
+    # Of each patch: what comes in, the norm's input, what keys and values are made of. Of each query: the norm's input
+    # and its result.
+    kept = seen * (resampler.kv_proj.in_features * size + width * (FP32 + 2 * size))
+    kept += given * width * (FP32 + size) + 2 * queries * width * FP32
+    return kept + _cross_attention(resampler.attention.num_heads, width, images, queries, patches, computing) + cast_bytes(
+        resampler, computing)
+
+
+def _cross_attention(heads: int, width: int, images: int, queries: int, patches: int, computing: Computing) -> float:
+    """Keys and values, the scores or one number a query, and what attention gives before its last matrix."""
+    scores = patches * computing.size if computing.writes_out(queries, patches) else FP32
+    return images * (2 * patches * width * computing.size + queries * (heads * scores + width * computing.size))
+
+
+def projecting(projector: nn.Module, images: int, patches: int, tokens: int, eyes_learn: bool, computing: Computing) -> float:
+    """What a projector that a gradient flows through keeps, and its cast weights: of `patches` an image it makes `tokens`.
+    The weights that read patches are not needed again unless the eyes learn."""
+    size, learned, given = computing.size, learns(projector), images * tokens
+    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
+    wide = layers[-1].out_features
+    readers = [projector.attention.k_proj, projector.attention.v_proj] if hasattr(projector, "attention") else layers[:1]
+    kept = given * wide * size + cast_bytes(projector, computing)  # the visual tokens
+    kept -= 0 if eyes_learn else sum(cast_bytes(layer, computing) for layer in readers)
+    if not isinstance(projector, ResamplerProjector):  # before them the activation's input, its result, the first matrix's input
+        return kept + given * size * (layers[0].in_features * learned + wide * (1 + learned) * (len(layers) > 1))
+    width = projector.queries.shape[1]
+    kept += images * patches * width * size * learned
+    kept += _cross_attention(projector.attention.num_heads, width, images, tokens, patches, computing)
+    # Two norms in fp32 and what they give, the activations of two MLPs and what they give.
+    return kept + given * (2 * width * (FP32 + size * learned) + (4 * width + wide) * size * (1 + learned))
 
 
 def looking(config: VisionConfig, images: int, tokens: int, computing: Computing) -> float:
     """What a frozen pair of eyes needs at most at a time, in one of its blocks: the stream, the normed stream, and either
     attention or the MLP; or in their resampler: its two vectors a patch, and the keys and values made of them."""
     vector = images * tokens * config.hidden_size
-    scores = images * config.num_attention_heads * tokens * tokens * computing.written_out
+    scores = images * config.num_attention_heads * tokens * tokens * computing.writes_out(tokens, tokens)
     inner = images * tokens * config.intermediate_size * min(3, _inner_vectors(config))
     block = (2 * vector + max(4 * vector + 2 * scores, inner)) * computing.size
     return max(block, images * tokens * config.output_size * 2 * (FP32 + computing.size))
+
+
+def reading(decoder: Decoder, tokens: int, computing: Computing) -> float:
+    """What a decoder from which nothing learns needs at most at a time to read a row of `tokens` and tell the next one: the
+    embeddings, the stream and the normed stream, and either attention or the MLP of one block, one matrix decoded if
+    quantised; or the logits."""
+    config, size = decoder.config, computing.size
+    projected = tokens * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim * size
+    scores = config.num_attention_heads * tokens * tokens * size * computing.writes_out(tokens, tokens)
+    passing = config.experts_per_token + 1 if config.num_experts else 1  # a token's experts, or all it gives to a shared one
+    inner = tokens * passing * (2 * config.intermediate_size + config.hidden_size) * size
+    block = max(2 * projected + 2 * scores, inner) + _matrix_bytes(decoder, size)
+    stream = tokens * (config.input_size * (config.embedding_size > 0) + 3 * config.hidden_size) * size
+    return stream + tokens * tokens * (1 + size) + max(block, config.vocab_size * (size + FP32))
 
 
 def _inner_vectors(config: VisionConfig) -> int:

@@ -1,7 +1,9 @@
 """The memory that training steps of given shapes really take, in a process of their own."""
 
+import json
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from nanovlm.image import ImageConfig
 from nanovlm.memory.shapes import Work, prepared
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.blocks import checkpoint_blocks
+from nanovlm.training.dpo import DPO
+from nanovlm.training.objective import CrossEntropy
 from nanovlm.training.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -21,29 +25,45 @@ from nanovlm.vit import VisionConfig
 from nanovlm.vlm import VisionLanguageModel, VLMConfig
 
 
+PATTERN = 1_000_003  # random numbers that weights repeat; a prime, so that no two rows of a matrix are the same
+
+
 def random_model(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
     """A model with random weights, each made in the number format and on the device where a run holds it."""
-    model = prepared(config, settings, precision).to_empty(device=precision.device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-        for buffer in model.buffers():  # quantised matrices: any bits are a matrix
-            buffer.zero_()
+    model = filled(prepared(config, settings, precision), precision.device)
     if settings.checkpointing:
         checkpoint_blocks(model, dropout=settings.lora_dropout > 0 or config.text.dropout > 0)
     return model.train()
 
 
+@torch.no_grad()
+def filled(model: VisionLanguageModel, device: torch.device) -> VisionLanguageModel:
+    """`model`, laid out without memory, with random weights on `device`: a million numbers over and over, which takes
+    seconds where a billion of them would take minutes. Nothing is left unwritten, so all of it is in memory."""
+    model.to_empty(device=device)
+    pattern = torch.randn(PATTERN) * 0.02
+    for parameter in model.parameters():
+        pattern = pattern.to(device, parameter.dtype)
+        flat = parameter.view(-1)
+        for start in range(0, len(flat), PATTERN):
+            part = flat[start:start + PATTERN]
+            part.copy_(pattern[:len(part)])
+    for buffer in model.buffers():  # quantised matrices: any bits are a matrix
+        buffer.zero_()
+    return model
+
+
 def take_steps(model: VisionLanguageModel, work: Work, settings: Settings, precision: Precision, steps: int = 2) -> None:
     """Steps as the training loop takes them, each of `settings.accumulate` batches."""
+    objective = DPO(settings) if settings.objective == "dpo" else CrossEntropy()
     optimizer = build_optimizer(model, settings)
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for _ in range(steps):
         for _ in range(settings.accumulate):
             batch = work.batch(model.config, model.image_length, precision.dtype if settings.cache_features else None)
             with precision.autocast():
-                loss = model(batch.to(precision.device))
-            precision.scaled(loss / work.targets).backward()
+                loss = objective(model, batch.to(precision.device))[0]
+            precision.scaled(loss / objective.count(batch)).backward()
         nn.utils.clip_grad_norm_(learning, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -62,9 +82,9 @@ def program_bytes(precision: Precision) -> int:
     return peak_memory(precision.device)
 
 
-def measured_apart(arguments: list[str]) -> int:
-    """The peak of this command run once more with `arguments`, in a process of its own."""
+def measured_apart(arguments: list[str]) -> Any:
+    """What this command prints when it is run once more with `arguments`, in a process of its own."""
     child = subprocess.run([sys.executable, "-m", "nanovlm.memory", *arguments], stdout=subprocess.PIPE, text=True)
     if child.returncode:
         raise NanoVLMError(f"the process that measures ended with code {child.returncode}; see above")
-    return int(child.stdout)
+    return json.loads(child.stdout)

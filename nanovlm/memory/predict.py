@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovlm.attention import WRITTEN_OUT_LIMIT
 from nanovlm.loss import CHUNK
-from nanovlm.memory.activations import FP32, Computing, Kept, cast_bytes, decoder_block, looking, resampling, vision_block
+from nanovlm.memory.activations import (
+    FP32, Computing, Kept, cast_bytes, decoder_block, looking, projecting, reducing, resampling, vision_block)
 from nanovlm.memory.shapes import Work, feature_shape, prepared
 from nanovlm.training.adamw import SLICE
 from nanovlm.training.freezing import learns
@@ -41,8 +41,7 @@ def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precis
     on a GPU, whose context is not the allocator's.
     """
     model = prepared(config, settings, precision)
-    computing = Computing(precision.dtype, written_out=precision.device.type == "cpu" and precision.dtype != torch.float32
-                          and work.length ** 2 <= WRITTEN_OUT_LIMIT)
+    computing = Computing(precision.dtype, precision.device.type)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     always = {
         "program": program,
@@ -52,7 +51,7 @@ def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precis
     }
     gradients = sum(parameter.nbytes for parameter in learning)
     earlier = gradients if settings.accumulate > 1 else 0  # those of the batches before are there all along
-    blocks, head = _blocks(model, work, computing), _head(model, work, computing)
+    blocks, head = _blocks(model, work, computing), _head(model, work, computing, earlier > 0)
     largest = max(blocks, key=lambda block: block.activations + block.working, default=Kept(0, 0, 0, 0))
     activations = _around_blocks(model, work, computing) + sum(
         block.input if settings.checkpointing else block.activations for block in blocks)
@@ -63,8 +62,8 @@ def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precis
         "head": {**always, "gradients": earlier, "activations": activations,
                  "casts": 0 if settings.checkpointing else casts, "output head": head.forward},
         "backward": {**always, "gradients": earlier, "activations": activations, "casts": casts,
-                     "output head": head.gradient, "working set": max(largest.working + again, head.converted)},
-        "its end": {**always, "gradients": gradients, "output head": head.gradient if earlier else 0,
+                     "output head": head.gradient, "working set": max(largest.working + again, head.backward)},
+        "its end": {**always, "gradients": gradients, "output head": head.waiting,
                     "working set": max(largest.activations + largest.working, head.embedding_gradient)},
         "update": {**always, "gradients": gradients,
                    "working set": 0 if settings.optimizer == "adamw" and not settings.stochastic_rounding
@@ -74,25 +73,31 @@ def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precis
 
 @dataclass(frozen=True)
 class _Head:
-    """Bytes of the output head (`loss.py`) in the forward pass, of the gradients it leaves, and what joins them for a
-    moment: the copy that is cast, and, of a tied head, the gradient that comes through the embedding."""
+    """Bytes of the output head (`loss.py`) in the forward pass, and of its gradient; what its backward pass takes for a
+    moment. At the end of the whole one: its gradient that is `waiting` to be added to another, and that of the embedding."""
 
     forward: float
     gradient: float
-    converted: float
+    backward: float
+    waiting: float
     embedding_gradient: float
 
 
-def _head(model: VisionLanguageModel, work: Work, computing: Computing) -> _Head:
-    weight, size = model.decoder.head_weight, computing.size
-    buffers = min(CHUNK, work.targets) * len(weight) * (FP32 + (0 if size == FP32 else size))
+def _head(model: VisionLanguageModel, work: Work, computing: Computing, added: bool) -> _Head:
+    """`added` says whether gradients are added to those of batches before."""
+    weight, size, embedding = model.decoder.head_weight, computing.size, model.decoder.embed_tokens.weight
+    learned, tied = weight.requires_grad, embedding is weight
+    logits = min(CHUNK, work.targets) * len(weight)
     hidden = work.targets * weight.shape[1] * size
     cast = weight.numel() * size if weight.dtype != computing.dtype else 0
-    learned = weight.requires_grad
-    embedding = model.decoder.embed_tokens.weight
-    return _Head(forward=buffers + 2 * hidden + cast + learned * weight.numel() * size,
-                 gradient=hidden + learned * weight.nbytes, converted=learned * cast,
-                 embedding_gradient=embedding.nbytes if embedding is weight and learned else 0)
+    if work.pairs:  # the backward pass makes logits anew, in two copies beside the softmax, and the gradient with them
+        forward = logits * (2 * FP32 + size) + 2 * hidden + cast
+        backward = logits * (2 * FP32 + size) + cast + (learned * weight.numel() * size if cast else 0)
+    else:  # the gradient is made with the logits
+        forward = logits * (FP32 + (0 if size == FP32 else size)) + 2 * hidden + cast + learned * weight.numel() * size
+        backward = learned * cast
+    return _Head(forward, hidden + learned * weight.nbytes, backward, waiting=learned * weight.nbytes * (tied and added),
+                 embedding_gradient=embedding.nbytes * embedding.requires_grad * (tied or added))
 
 
 def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> list[Kept]:
@@ -105,8 +110,8 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
         flows = flows or learns(block)
         if flows:
             stream = FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
-            kept.append(vision_block(block, vision, work.images, _image_tokens(model), computing, stream))
-    flows = sees and (flows or learns(model.projector)) or learns(model.decoder.embed_tokens)
+            kept.append(vision_block(block, vision, work.images, image_tokens(model), computing, stream))
+    flows = _flows_into_decoder(model, work)
     for block in model.decoder.blocks:
         flows = flows or learns(block)
         if flows:
@@ -115,36 +120,50 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
     return kept
 
 
+def _flows_into_decoder(model: VisionLanguageModel, work: Work) -> bool:
+    """Whether a gradient is wanted of what enters the decoder's first block."""
+    below = [getattr(model.decoder, name) for name in ("embed_tokens", "reducer", "position_embedding")
+             if hasattr(model.decoder, name)]
+    return any(map(learns, [*below, *[model.vision, model.projector] * (work.images > 0)]))
+
+
 def _around_blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> float:
-    """Kept before, between and after the blocks: the pixels and the last norm of eyes that learn, the projector's vectors
-    and casts, rotary tables, and the input of the decoder's last norm."""
-    config, size, width = model.config, computing.size, model.config.text.hidden_size
-    kept = 2 * work.rows * work.length * config.text.head_dim * size + work.targets * (width * size + FP32)
-    seen = work.images * _image_tokens(model) * config.vision.hidden_size
-    if work.images and learns(model.vision.patch_embedding):
-        kept += work.images * 3 * config.image.height * config.image.width * (size if size < FP32 else 0)
-        kept += cast_bytes(model.vision.patch_embedding, computing)
-    if work.images:
-        kept += seen * FP32 * (learns(model.vision.embedding_norm) + learns(model.vision.norm))
-        if config.vision.num_queries and config.vision_layer == -1 and learns(model.vision.resampler):
-            patches = config.vision.num_patches(config.image.height, config.image.width)
-            kept += resampling(model.vision.resampler, work.images, patches, computing)
-    projector_learns, tokens = learns(model.projector), work.images * model.image_length
-    if projector_learns:
-        first = next(layer for layer in model.projector.modules() if isinstance(layer, torch.nn.Linear))
-        kept += tokens * first.in_features * size + cast_bytes(model.projector, computing)
-    if projector_learns or learns(model.vision):
-        # The visual tokens; before them a GELU keeps its input, its matrix its own.
-        kept += tokens * width * size * (1 + (1 + projector_learns) * hasattr(model.projector, "up"))
+    """Kept before, between and after the blocks: the pixels and the last norm of eyes that learn, what the projector and
+    the reducer keep, rotary tables, and the input of the decoder's last norm."""
+    config, size, tokens = model.config, computing.size, work.rows * work.length
+    kept = work.targets * (config.text.hidden_size * size + FP32)
+    if config.text.positions == "rotary":
+        kept += 2 * tokens * config.text.head_dim * size
+    if _flows_into_decoder(model, work):
+        kept += computing.dropout(tokens * config.text.hidden_size, config.text.dropout)
+        if config.text.embedding_size:
+            kept += reducing(model.decoder.reducer, tokens, computing)
+    return kept + _around_eyes(model, work, computing) if work.images else kept
+
+
+def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -> float:
+    """Of that, what images need."""
+    config, size, vision = model.config, computing.size, model.vision
+    height, width = config.image.height, config.image.width
+    kept = work.images * image_tokens(model) * config.vision.hidden_size * FP32 * (
+        learns(vision.embedding_norm) + learns(vision.norm))
+    if learns(vision.patch_embedding):
+        kept += work.images * 3 * height * width * (size if size < FP32 else 0)
+        kept += cast_bytes(vision.patch_embedding, computing)
+    if config.vision.num_queries and config.vision_layer == -1 and learns(vision.resampler):
+        kept += resampling(vision.resampler, work.images, config.vision.num_patches(height, width), computing)
+    if learns(model.projector) or learns(vision):
+        features = config.vision.num_features(height, width, config.vision_layer)
+        kept += projecting(model.projector, work.images, features, model.image_length, learns(vision), computing)
     return kept
 
 
 def _looking(model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings) -> float:
     if settings.cache_features or learns(model.vision):
         return 0
-    return looking(model.config.vision, work.images, _image_tokens(model), computing)
+    return looking(model.config.vision, work.images, image_tokens(model), computing)
 
 
-def _image_tokens(model: VisionLanguageModel) -> int:
+def image_tokens(model: VisionLanguageModel) -> int:
     """Tokens of an image in the eyes: patches, CLS and registers."""
     return model.config.vision.num_tokens(model.config.image.height, model.config.image.width)

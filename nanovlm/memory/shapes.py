@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import torch
 
 from nanovlm.chat import TEMPLATES
+from nanovlm.data.preferences import PairBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
+from nanovlm.shapes import toy_model
 from nanovlm.training.building import planned_config, set_up
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -22,12 +24,13 @@ TEXT_TOKENS = 64  # of a sample, where nothing else is said
 @dataclass(frozen=True)
 class Work:
     """The batch of one forward pass: `rows` of `length` tokens, `images` in all (where they are cut into tiles, pictures),
-    `targets` labelled tokens in all."""
+    `targets` labelled tokens in all, of `pairs` of answers where one of two is preferred."""
 
     rows: int
     length: int
     images: int
     targets: int
+    pairs: int = 0
 
     def batch(self, config: VLMConfig, image_length: int, features: torch.dtype | None = None) -> Batch:
         """Random words and pixels of this shape, or in place of pixels patch vectors of the dtype `features`. The images'
@@ -38,6 +41,9 @@ class Work:
         image_positions, target_positions = positions[:, :pictured].flatten(), positions[:, -labelled - 1:-1].flatten()
         batch = Batch(ids, torch.ones_like(ids), image_positions, target_positions,
                       torch.randint(config.text.vocab_size, (self.targets,)))
+        if self.pairs:
+            batch = PairBatch(**vars(batch), lengths=torch.full((2 * self.pairs,), self.targets // self.pairs // 2),
+                              reference=torch.zeros(self.pairs, 2))
         if features:
             batch.patches = torch.randn(feature_shape(config, self.images), dtype=features)
         else:
@@ -53,31 +59,37 @@ def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
 
 def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:
     """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples of TEXT_TOKENS words
-    beside their image, that share or pack rows as the settings say. Half of the words are labelled. An image that is cut
-    into tiles is a square one, the largest there is."""
-    image_length = skeleton(config).max_image_length
-    sample = image_length + TEXT_TOKENS
+    beside their image, that share or pack rows as the settings say. Half of the words are labelled. In a pair of answers
+    they are two thirds of its words: both answers share a row with their image and prompt, and with no other pair. An image
+    that is cut into tiles is a square one, the largest there is."""
+    image_length, pairs = skeleton(config).max_image_length, settings.objective == "dpo"
+    text = TEXT_TOKENS // 2 * 3 if pairs else TEXT_TOKENS
+    images_a_row = 1
     if tokens:
-        rows, length, images_a_row = settings.batch_size, tokens, 1
+        rows, length = settings.batch_size, tokens
     elif settings.pack:
-        images_a_row = max(1, settings.pack // sample)
+        images_a_row = max(1, settings.pack // (image_length + text))
         rows, length = math.ceil(settings.batch_size / images_a_row), settings.pack
     else:
-        share = min(settings.share, settings.batch_size)
-        rows, length, images_a_row = math.ceil(settings.batch_size / share), image_length + share * TEXT_TOKENS, 1
+        share = 1 if pairs else min(settings.share, settings.batch_size)
+        rows, length = math.ceil(settings.batch_size / share), image_length + share * text
     words = length - images_a_row * image_length
-    if words < 2:
+    if words < (3 * images_a_row if pairs else 2):
         raise NanoVLMError(f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
                            + ("--tokens" if tokens else "--pack"))
-    return Work(rows, length, rows * images_a_row * config.image.max_pictures, rows * max(1, words // 2))
+    images = rows * images_a_row
+    if pairs:
+        return Work(rows, length, images * config.image.max_pictures, images * 2 * (words // images_a_row // 3), images)
+    return Work(rows, length, images * config.image.max_pictures, rows * max(1, words // 2))
 
 
 def model_config(settings: Settings) -> VLMConfig:
     """The shapes `settings` start from: those of --vision and --text, folders or names of published ones, or --init's."""
     if settings.init and not (settings.vision or settings.text) and Path(settings.init, "config.json").exists():
         return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
-    return planned_config(dataclasses.replace(
+    config = planned_config(dataclasses.replace(
         settings, vision=settings.vision or "dinov2-small", text=settings.text or "qwen2.5-0.5b"))
+    return toy_model(config).config if settings.tiny else config
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:

@@ -167,7 +167,7 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     parser = _parser(stage)
     flags = vars(parser.parse_args(arguments))
     preset, config, stage = flags.pop("preset"), flags.pop("config"), flags.pop("stage")
-    path = Path(config) if config else PRESETS / f"{preset or 'tiny'}.toml"
+    path = _source(preset, config)
     if flags["tiny"] and not (preset or config):
         raise NanoVLMError("--tiny shrinks a preset, and the default is as small already; name one with --preset")
     layers = [_read_stage(path, stage)]
@@ -197,6 +197,16 @@ def source_flags(arguments: list[str] | None = None) -> list[str]:
     return [part for flag, value in flags if value is not None for part in (flag, value) if part]
 
 
+def stage_names(arguments: list[str] | None = None) -> list[str]:
+    """The stages of the preset or file that a command line names; none of a run's `settings.toml`, which is one stage."""
+    given = _parser("stage1").parse_args(arguments)
+    return [name for name, values in _read_tables(_source(given.preset, given.config)).items() if isinstance(values, dict)]
+
+
+def _source(preset: str | None, config: str | None) -> Path:
+    return Path(config) if config else PRESETS / f"{preset or 'tiny'}.toml"
+
+
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """A run goes on as it began, or its result is neither the one nor the other."""
     changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})" for name in now if name in before
@@ -222,15 +232,19 @@ def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
     return toy | {name: values[name].replace("runs/", "runs/tiny-", 1) for name in ("out", "init") if name in values}
 
 
-def _read_stage(path: Path, stage: str) -> dict[str, Any]:
-    """The stage's table of a preset, or a whole file that has no such tables (a run's `settings.toml`)."""
+def _read_tables(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         available = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); presets are {available}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NanoVLMError(f"{path}: is not valid TOML ({error}); mend that line") from None
+
+
+def _read_stage(path: Path, stage: str) -> dict[str, Any]:
+    """The stage's table of a preset, or a whole file that has no such tables (a run's `settings.toml`)."""
+    table = _read_tables(path)
     stages = [name for name, values in table.items() if isinstance(values, dict)]
     if stage not in table and stages and stage not in STAGES:
         raise NanoVLMError(f"{path}: has no stage {stage!r}; its stages are {', '.join(stages)}")
