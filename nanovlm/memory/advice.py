@@ -11,7 +11,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VLMConfig
 
-LOW_RANK = 32  # of adapters, as a last resort
+LOW_RANKS = (64, 16)  # of adapters, as a last resort
 
 
 def on_gpu(settings: Settings) -> Precision:
@@ -52,5 +52,5 @@ def _changes(settings: Settings) -> list[tuple[str, dict]]:
         ("--stochastic-rounding", rounding),
         ("--lora-rank 64", rank),
         ("--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank), {"quantize": "nf4", **rank}),
-        (f"--lora-rank {LOW_RANK}", {"lora_rank": min(settings.lora_rank or 64, LOW_RANK)} if text else {}),
+        *((f"--lora-rank {low}", {"lora_rank": min(settings.lora_rank or 64, low)} if text else {}) for low in LOW_RANKS),
     ]

@@ -17,7 +17,7 @@ from nanovlm.memory.shapes import Work, prepared
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.blocks import checkpoint_blocks
 from nanovlm.training.dpo import DPO
-from nanovlm.training.objective import CrossEntropy
+from nanovlm.training.objective import CrossEntropy, Objective
 from nanovlm.training.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -53,9 +53,13 @@ def filled(model: VisionLanguageModel, device: torch.device) -> VisionLanguageMo
     return model
 
 
+def objective_of(settings: Settings) -> Objective:
+    return DPO(settings) if settings.objective == "dpo" else CrossEntropy()
+
+
 def take_steps(model: VisionLanguageModel, work: Work, settings: Settings, precision: Precision, steps: int = 2) -> None:
     """Steps as the training loop takes them, each of `settings.accumulate` batches."""
-    objective = DPO(settings) if settings.objective == "dpo" else CrossEntropy()
+    objective = objective_of(settings)
     optimizer = build_optimizer(model, settings)
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for _ in range(steps):

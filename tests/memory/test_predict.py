@@ -9,13 +9,15 @@ from torch import Tensor
 from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
 from nanovlm.image import ImageConfig
-from nanovlm.memory.measure import random_model, take_steps
+from nanovlm.memory.measure import objective_of, random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
-from nanovlm.memory.shapes import Work, prepared
+from nanovlm.memory.shapes import Work, prepared, work_of
 from nanovlm.projector import ProjectorConfig
+from nanovlm.shapes import toy_config
 from nanovlm.training import optimizer
+from nanovlm.training.building import planned_config
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings
+from nanovlm.training.settings import Settings, load_settings
 from nanovlm.vit import VisionConfig
 from nanovlm.vlm import VLMConfig
 
@@ -26,6 +28,8 @@ CHANGES = [
     {"train": "projector,text,vision"}, {"train": "projector,text", "stochastic_rounding": True},
     {"train": "projector,text", "lora_rank": 8}, {"train": "projector,text", "lora_rank": 8, "quantize": "nf4"},
 ]
+PRESETS = {"svlm": ("stage1", "stage2"), "smolvlm-qwen3": ("stage1", "stage2", "stage3"), "mary": ("stage1", "stage2", "dpo"),
+           "basic-vlm": ("stage1", "stage2"), "zero-qwen-vl": ("stage1", "stage2")}
 
 
 def config(projector: str = "mlp", qk_norm: bool = False, tied: bool = True) -> VLMConfig:
@@ -38,10 +42,10 @@ def prediction(model: VLMConfig, settings: Settings, precision: Precision) -> Pr
     return predict(model, settings, WORK, precision, program=0)
 
 
-def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision) -> int:
+def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision, work: Work = WORK) -> int:
     """Bytes that a real forward pass leaves for the backward pass, weights not counted."""
     real = random_model(model, settings, precision)
-    batch = WORK.batch(model, real.image_length)
+    batch = work.batch(model, real.image_length)
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -51,7 +55,7 @@ def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
-        real(batch)
+        objective_of(settings)(real, batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -92,6 +96,24 @@ def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.d
     if head.requires_grad:
         predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
     assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("preset", "stage"), [(preset, stage) for preset, stages in PRESETS.items() for stage in stages])
+def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
+    """At toy widths: experts, reducers, resamplers, tiles, pairs of answers and all else that they are made of."""
+    model = toy_config(planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=1000)
+    settings = load_settings("stage2", ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"])
+    settings = replace(settings, text_layers=min(settings.text_layers, 2), lora_rank=min(settings.lora_rank, 8))
+    work, precision = work_of(model, settings), Precision(dtype, CPU)
+    backward = predict(model, settings, work, precision, program=0).moments["backward"]
+    predicted = backward["activations"] + backward["casts"] + backward["output head"]
+    if "vision" in settings.trained_parts and dtype == torch.float32:
+        predicted += backward["images"]
+    head = prepared(model, settings, precision).decoder.head_weight
+    if head.requires_grad:  # as above; of pairs all of the head's gradient is made in the backward pass
+        predicted -= head.nbytes if work.pairs else head.numel() * (head.dtype.itemsize - dtype.itemsize)
+    assert predicted == pytest.approx(kept_bytes(model, settings, precision, work), rel=0.02)
 
 
 @pytest.mark.parametrize("changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str)

@@ -10,11 +10,13 @@ from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
 from nanovlm.image import ImageConfig
 from nanovlm.memory.measure import random_model
-from nanovlm.memory.shapes import Work
+from nanovlm.memory.shapes import Work, work_of
 from nanovlm.projector import ProjectorConfig
+from nanovlm.shapes import toy_config
 from nanovlm.training import flops
+from nanovlm.training.building import planned_config
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings
+from nanovlm.training.settings import Settings, load_settings
 from nanovlm.vit import VisionConfig
 from nanovlm.vlm import VLMConfig
 
@@ -74,6 +76,23 @@ def test_of_experts_reducer_and_resampler_too(changes: dict):
         model(batch).backward()
     counted = flops.step_flops(model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(("preset", "stages"), [
+    ("svlm", ("stage1", "stage2")), ("smolvlm-qwen3", ("stage1", "stage2", "stage3")), ("mary", ("stage1", "stage2")),
+    ("basic-vlm", ("stage1", "stage2")), ("zero-qwen-vl", ("stage1", "stage2"))])
+def test_of_every_presets_stages(preset: str, stages: tuple[str, ...]):
+    """At toy widths: also of images in tiles, of merged and averaged patches, and of eyes with a resampler."""
+    config = toy_config(planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=300)
+    for stage in stages:
+        settings = load_settings("stage2", ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"])
+        settings = replace(settings, text_layers=min(settings.text_layers, 2), lora_rank=min(settings.lora_rank, 8))
+        model, work = random_model(config, settings, precision := Precision(torch.bfloat16, CPU)), work_of(config, settings)
+        batch = work.batch(config, model.image_length)
+        with FlopCounterMode(display=False) as counter, precision.autocast():
+            model(batch).backward()
+        counted = flops.step_flops(model, rows=work.rows, length=work.length, targets=work.targets, images=work.images)
+        assert counted == pytest.approx(counter.get_total_flops(), rel=0.02), stage
 
 
 def test_without_images_or_with_kept_features_the_eyes_do_nothing():
