@@ -190,13 +190,6 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     return from_dict(Settings, values, where=str(path))
 
 
-def source_flags(arguments: list[str] | None = None) -> list[str]:
-    """Of a command line, what says where its settings come from: what the next stage's command has to repeat."""
-    given = _parser("stage1").parse_args(arguments)
-    flags = (("--preset", given.preset), ("--config", given.config), ("--tiny", "" if given.tiny else None))
-    return [part for flag, value in flags if value is not None for part in (flag, value) if part]
-
-
 def stage_names(arguments: list[str] | None = None) -> list[str]:
     """The stages of the preset or file that a command line names; none of a run's `settings.toml`, which is one stage."""
     given = _parser("stage1").parse_args(arguments)
@@ -256,11 +249,11 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
 
 
 def _parser(stage: str) -> CommandParser:
-    parser = CommandParser(prog=f"train_{stage}.py",
+    parser = CommandParser(prog=f"train_{stage}.py", usage="%(prog)s [--preset NAME | --config FILE.toml] [flags]",
                            description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
     named = parser.add_argument_group("source of settings")
     source = named.add_mutually_exclusive_group()
-    source.add_argument("--preset", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
+    source.add_argument("--preset", metavar="NAME", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
     source.add_argument("--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run")
     if stage == "stage1":
         parser.set_defaults(stage=stage)
