@@ -100,8 +100,10 @@ def test_text_is_causal_and_images_are_what_the_preset_says(toy: Toy):
     before = toy.hidden_states(batch)
     later = len(before) - 2
     batch.input_ids[0, later] = (batch.input_ids[0, later] + 1) % 50
-    moved = changed(before, toy.hidden_states(batch))
-    assert not any(moved[:later]) and moved[later]
+    after = toy.hidden_states(batch)
+    assert changed(before, after) == [False] * later + [True] * (len(before) - later)
+    batch.attention_mask = None  # as for one row, which is what infer.py asks about: no mask is given, and none forgotten
+    torch.testing.assert_close(toy.hidden_states(batch), after)
 
     batch = toy.batch()
     patches = toy.model.look(batch.pixels)
@@ -241,6 +243,18 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
         list(decode(toy.model.decoder, embeddings, batch.input_ids, None, use_cache=use_cache, **options))
         for use_cache in (True, False))
     assert cached == uncached and len(cached) == 12
+    # A model of random weights may say one word over and over, whatever it sees: so the vectors of given words, too.
+    words = toy.model.tokenizer.encode("一个红色的圆。")
+    with torch.no_grad():
+        whole = torch.cat((embeddings, toy.model.decoder.embed_tokens(torch.tensor([words]))), dim=1)
+        groups = toy.model.image_groups(batch)
+        groups = groups if groups is None else torch.nn.functional.pad(groups, (0, len(words)))
+        cache, start, parts = toy.model.decoder.new_cache(1, whole.shape[1]), embeddings.shape[1], []
+        for first, last in ((0, start), *((end - 1, end) for end in range(start + 1, whole.shape[1] + 1))):
+            seen = groups if groups is None else groups[:, :last]
+            parts.append(toy.model.decoder.hidden_states(whole[:, first:last], cache=cache, groups=seen))
+        at_once = toy.model.decoder.hidden_states(whole, prompt_lengths=torch.tensor([start]), groups=groups)
+    torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
