@@ -7,7 +7,7 @@
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError, run, say
-from nanovlm.training.commands import Recipe, next_commands
+from nanovlm.training.commands import Recipe, next_commands, preparations
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
 
@@ -18,6 +18,8 @@ def main() -> None:
     if settings.init and not Path(settings.init).exists():
         before = recipe.neighbour(-1) or Recipe("stage1")
         raise NanoVLMError(f"{settings.init}: there is no model to start from; run {before.command} first, or give --init")
+    if missing := preparations(settings, settings.init):
+        raise NanoVLMError(f"{settings.data}: is not there yet; make it with:  {missing[0]}")
     model = run_stage(settings)
     say("next:  " + "\n  or:  ".join(next_commands(recipe, settings, model)))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanovlm.errors import CommandParser
-from nanovlm.training.settings import STAGES, Settings, load_settings, stage_names
+from nanovlm.training.settings import STAGES, TOY_PAIRS, Settings, load_settings, stage_names
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,14 @@ def next_commands(recipe: Recipe, settings: Settings, model: Path) -> list[str]:
             "" if settings.out == "runs/stage2" else f" --model {shlex.quote(str(model))}"))
     if following is not None:
         planned, usual = following.settings, replace(following, stage=recipe.stage).settings
-        commands.append(f"python {following.command}" + (
+        commands.append(" && ".join([*preparations(planned, model), f"python {following.command}"]) + (
             "" if planned.init == str(model) else f" --init {shlex.quote(str(model))}") + (
             "" if planned.data and settings.data == usual.data else " --data FILE.jsonl"))
     return commands
+
+
+def preparations(settings: Settings, model: str | Path) -> list[str]:
+    """The command that makes the toy world's pairs of answers, where `settings` name them and they are not there yet."""
+    if settings.data != TOY_PAIRS or Path(TOY_PAIRS).exists():
+        return []
+    return [f"python data_tools/make_preferences.py --model {shlex.quote(str(model))}"]

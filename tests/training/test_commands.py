@@ -22,6 +22,17 @@ def test_the_default_goes_from_stage_1_to_stage_2_to_an_answer():
     assert following("stage2")[0] == 'python infer.py IMAGE "描述图片"'
 
 
+def test_before_the_toy_worlds_pairs_come_the_answers_they_are_made_of(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, trained = following("stage2", "--preset", "mary", "--tiny")[1].split(" && ")
+    assert made == "python data_tools/make_preferences.py --model runs/tiny-mary-stage2/model"
+    assert trained == "python train_stage2.py --preset mary --tiny --stage dpo"
+    (tmp_path / "data/scenes").mkdir(parents=True)
+    (tmp_path / "data/scenes/pairs.jsonl").touch()
+    assert following("stage2", "--preset", "mary", "--tiny")[1] == trained
+    assert following("stage2", "--preset", "mary")[1] == "python train_stage2.py --preset mary --stage dpo --data FILE.jsonl"
+
+
 def test_the_stages_of_a_preset_follow_each_other():
     toy = ["--preset", "zero-qwen-vl", "--tiny"]
     assert following("stage1", *toy, "--max-steps", "5") == ["python train_stage2.py --preset zero-qwen-vl --tiny"]
