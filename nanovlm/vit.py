@@ -174,7 +174,8 @@ class VisionConfig:
         """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
         depth = self.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
-            raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; take one from {-depth - 1} to {depth}")
+            raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; "
+                               f"take one from {-depth - 1} to {depth}")
         return layer % (depth + 1)
 
     def _resampled(self, layer: int) -> bool:

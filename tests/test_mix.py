@@ -141,11 +141,11 @@ def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("special", "rows", "remove", "message"), [
-    (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), 300, None, "the tokenizer knows 326 tokens and the decoder 300; they do not"),
-    (("<|endoftext|>",), 330, None, "no chat template fits its tokenizer: it lacks special tokens of each"),
+    (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), 300, "", "the tokenizer knows 326 tokens and the decoder 300; they do"),
+    (("<|endoftext|>",), 330, "", "no chat template fits its tokenizer: it lacks special tokens of each"),
     (("<|im_start|>", "<|im_end|>"), 330, "tokenizer.json", "holds no tokenizer; expected tokenizer.json"),
 ])
-def test_a_voice_without_the_words_for_it(hub: Hub, tmp_path: Path, special: tuple, rows: int, remove: str | None, message: str):
+def test_a_voice_without_the_words_for_it(hub: Hub, tmp_path: Path, special: tuple, rows: int, remove: str, message: str):
     byte_pair(tmp_path, special=special)
     qwen(tmp_path, vocab_size=rows)
     if remove:
@@ -156,5 +156,5 @@ def test_a_voice_without_the_words_for_it(hub: Hub, tmp_path: Path, special: tup
 def test_a_preset_without_folders_says_what_to_fetch():
     assert refusal(load_settings("stage1", ["--preset", "mary"])) == (
         "only shapes are named here, without weights; fetch and give --vision DIR, the folder of "
-        "google/siglip-so400m-patch14-384, and --text DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a preset, "
-        "which needs none")
+        "google/siglip-so400m-patch14-384, and --text DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a "
+        "preset, which needs none")

@@ -257,22 +257,20 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
     torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
-def test_only_what_the_stage_names_moves(toy: Toy, stage: str):
-    if stage not in stages_of(toy.name):
-        pytest.skip(f"{toy.name} has no {stage}")
-    settings = toy.stage(stage, Path("unused"))
-    model = copy.deepcopy(toy.model)
-    set_up(model, settings, torch.device("cpu"))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, settings)
-    set_learning_rates(optimizer, 1.0)
-    for _ in range(2):  # an adapter's first matrix moves after its second
-        for number in range(4):  # of a choice of experts, each token moves a few
-            model(toy.batch(first=number)).backward()
-        optimizer.step()
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {name for name in before if _is_named(name, settings, len(model.decoder.blocks))}
+def test_only_what_a_stage_names_moves(toy: Toy):
+    for stage in stages_of(toy.name):
+        settings = toy.stage(stage, Path("unused"))
+        model = copy.deepcopy(toy.model)
+        set_up(model, settings, torch.device("cpu"))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, settings)
+        set_learning_rates(optimizer, 1.0)
+        for _ in range(2):  # an adapter's first matrix moves after its second
+            for number in range(4):  # of a choice of experts, each token moves a few
+                model(toy.batch(first=number)).backward()
+            optimizer.step()
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert moved == {name for name in before if _is_named(name, settings, len(model.decoder.blocks))}, stage
 
 
 def _is_named(parameter: str, settings: Settings, blocks: int) -> bool:
@@ -319,11 +317,18 @@ def test_saved_adapters_hold_the_projector(toy: Toy, first_stage: Path, tmp_path
     assert read_json(tmp_path / "run" / "adapter" / "adapter.json")["rank"] == 2
 
 
-def test_stage_2_goes_on_from_stage_1_and_is_asked(toy: Toy, first_stage: Path, tmp_path: Path):
-    """What the commands do, with a validation and its answers."""
-    run_stage(toy.stage("stage2", tmp_path / "two", val=str(toy.data / "val.jsonl"), val_samples=2, max_steps=2))
-    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "two"))
-    model = VisionLanguageModel.from_pretrained(tmp_path / "two" / "model")
+def test_each_stage_goes_on_from_the_one_before_and_the_last_is_asked(toy: Toy, first_stage: Path, tmp_path: Path):
+    """What the commands do, with a validation and its answers; and with pairs, where a stage prefers answers to others."""
+    run, records = first_stage, {"val": str(toy.data / "val.jsonl"), "val_samples": 2}
+    image = _records(toy, images=1)[0].images[0]
+    pairs = [{"image": str(image), "prompt": "描述图片", "chosen": f"对{n}。", "rejected": f"错{n}。"} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    for stage in stages_of(toy.name)[1:]:
+        source = {"data": str(tmp_path / "pairs.jsonl")} if stage == "dpo" else records
+        run_stage(toy.stage(stage, tmp_path / stage, init=str(run / "model"), max_steps=2, **source))
+        run = tmp_path / stage
+        assert all(math.isfinite(line["loss"]) for line in metrics(run))
+    model = VisionLanguageModel.from_pretrained(run / "model")
     assert model.config == toy.model.config
     said = list(answer_records(model, read_records(toy.data / "val.jsonl")[0][:3], max_new_tokens=4))
     assert len(said) == 3

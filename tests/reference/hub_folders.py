@@ -50,7 +50,8 @@ def qwen_vl_eyes(folder: Path) -> None:
     """The recorded tower, as `extract_vision.py` leaves one."""
     folder.mkdir()
     stored = load_file(FIXTURES / "qwen_vl_vision.safetensors")
-    save_file({name: tensor for name, tensor in stored.items() if not name.startswith("fixture.")}, folder / "model.safetensors")
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith("fixture.")}
+    save_file(weights, folder / "model.safetensors")
     config = json.loads((FIXTURES / "qwen_vl_vision.json").read_text())["visual"]
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen_vl_vision", **config}))
     _processor(folder, "ViTImageProcessor", size={"height": 56, "width": 56})
@@ -65,7 +66,8 @@ def qwen1_voice(folder: Path) -> None:
         weights[name] = torch.randn(config["vocab_size"], 64, generator=torch.Generator().manual_seed(seed)) / 8
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "qwen.tiktoken").write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (folder / "qwen.tiktoken").write_text("".join(lines))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
 
 
