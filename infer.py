@@ -83,6 +83,8 @@ def _answer(model: VisionLanguageModel, messages: list[Message], images: list[Im
     tokens = generate(model, batch.to(device), arguments.max_new_tokens, sampling, on_tokens)[0]
     show(streamer.end())
     print()
+    if not "".join(answer).strip():
+        say("the answer is empty: the model ended its turn at once")
     if arguments.verbose:
         seconds = time.perf_counter() - first
         say(f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "

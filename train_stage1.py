@@ -9,8 +9,9 @@ from pathlib import Path
 
 from data_tools.make_scenes import make_scenes
 from nanovlm.errors import is_main, run, say
+from nanovlm.training.commands import Recipe, next_commands
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import load_settings, source_flags
+from nanovlm.training.settings import load_settings
 
 SCENES = Path("data/scenes")
 
@@ -21,9 +22,7 @@ def main() -> None:
     if Path(settings.data).parent == SCENES and not SCENES.exists():
         draw_scenes()
     model = run_stage(settings)
-    source = source_flags()
-    started_from = load_settings("stage2", source).init
-    say(" ".join(["next:  python train_stage2.py", *source, *([] if started_from == str(model) else [f"--init {model}"])]))
+    say("next:  " + next_commands(Recipe.of_command("stage1"), settings, model)[0])
 
 
 def draw_scenes() -> None:

@@ -7,17 +7,21 @@
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError, run, say
+from nanovlm.training.commands import Recipe, next_commands, preparations
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
 
 
 def main() -> None:
     """Train from stage 1's model."""
-    settings = load_settings("stage2")
+    settings, recipe = load_settings("stage2"), Recipe.of_command("stage2")
     if settings.init and not Path(settings.init).exists():
-        raise NanoVLMError(f"{settings.init}: there is no model to start from; run train_stage1.py first, or give --init")
+        before = recipe.neighbour(-1) or Recipe("stage1")
+        raise NanoVLMError(f"{settings.init}: there is no model to start from; run {before.command} first, or give --init")
+    if missing := preparations(settings, settings.init):
+        raise NanoVLMError(f"{settings.data}: is not there yet; make it with:  {missing[0]}")
     model = run_stage(settings)
-    say('next:  python infer.py IMAGE "描述图片"' + ("" if settings.out == "runs/stage2" else f" --model {model}"))
+    say("next:  " + "\n  or:  ".join(next_commands(recipe, settings, model)))
 
 
 if __name__ == "__main__":

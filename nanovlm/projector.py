@@ -127,8 +127,8 @@ class ResamplerProjector(nn.Module):
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
         if vision_width % config.num_heads:
-            raise NanoVLMError(f"patch vectors of {vision_width} numbers are not made of {config.num_heads} heads; "
-                               "change the resampler's num_heads")
+            raise NanoVLMError(f"patch vectors of {vision_width} numbers are not made of the resampler's {config.num_heads} "
+                               "heads; take another projector, or another num_heads")
         self.activation = ACTIVATIONS[config.activation]
         # As large as patch vectors are: small ones would begin with the same mean of all patches, 32 times.
         self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))

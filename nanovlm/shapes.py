@@ -84,7 +84,7 @@ EYES: dict[str, Eyes] = {
         "model_type": "smolvlm_vision", "hidden_size": 768, "num_attention_heads": 12, "patch_size": 16, "image_size": 512},
         {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 2048},
          "max_image_size": {"longest_edge": 512}, "resample": 1, "image_mean": _HALF, "image_std": _HALF}),
-    "qwen-vl": Eyes("Qwen/Qwen-VL", {
+    "qwen-vl": Eyes("Qwen/Qwen-VL (its eyes, by data_tools/extract_vision.py)", {
         "model_type": "qwen_vl_vision", "image_size": 448, "patch_size": 14, "width": 1664, "layers": 48, "heads": 16,
         "mlp_ratio": 4.9231, "output_dim": 4096, "n_queries": 256},
         {"image_processor_type": "ViTImageProcessor", "size": {"height": 448, "width": 448}, "resample": 3,

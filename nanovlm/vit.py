@@ -145,17 +145,26 @@ class VisionConfig:
         """Those before the patches: CLS and registers."""
         return self.class_token + self.num_register_tokens
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches. What `image_size` has beyond whole patches is cut off, as the reference does."""
+        if any(pixels % self.patch_size and pixels != self.image_size for pixels in (height, width)):
+            raise NanoVLMError(f"an image of {height}×{width} pixels is not made of {self.patch_size}-pixel patches; "
+                               f"resize it to multiples of {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
     def num_patches(self, height: int, width: int) -> int:
         """Of an image of so many pixels."""
-        return (height // self.patch_size) * (width // self.patch_size)
+        return math.prod(self.grid(height, width))
 
     def num_tokens(self, height: int, width: int) -> int:
         """What goes through the blocks for an image of so many pixels: CLS, registers and patches."""
         return self.num_prefix_tokens + self.num_patches(height, width)
 
     def num_features(self, height: int, width: int, layer: int = -1) -> int:
-        """How many vectors `VisionTransformer.patches` gives for an image of so many pixels."""
-        return self.num_queries if self._resampled(layer) else self.num_patches(height, width)
+        """How many vectors `VisionTransformer.patches` gives for an image of so many pixels; an error where it gives none."""
+        self.blocks_below(layer)
+        patches = self.num_patches(height, width)
+        return self.num_queries if self._resampled(layer) else patches
 
     def feature_size(self, layer: int = -1) -> int:
         """The width of the vectors that `VisionTransformer.patches` gives."""
@@ -163,7 +172,11 @@ class VisionConfig:
 
     def blocks_below(self, layer: int) -> int:
         """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
-        return layer % (self.num_hidden_layers + 1)
+        depth = self.num_hidden_layers
+        if not -depth - 1 <= layer <= depth:
+            raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; "
+                               f"take one from {-depth - 1} to {depth}")
+        return layer % (depth + 1)
 
     def _resampled(self, layer: int) -> bool:
         return bool(self.num_queries) and layer == -1
@@ -248,7 +261,7 @@ class VisionTransformer(nn.Module):
         """(N, 3, H, W) normalised pixels → (N, tokens, C) after the final norm, if there is one: CLS, registers, patches.
         With a resampler, the vectors it gives: (N, num_queries, output_size)."""
         tokens = self.norm(self._run_blocks(pixels, len(self.blocks)))
-        return self.resampler(tokens, *self._grid(pixels)) if self.config.num_queries else tokens
+        return self.resampler(tokens, *self.config.grid(*pixels.shape[-2:])) if self.config.num_queries else tokens
 
     def patches(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """The patch vectors alone, (N, P, C), row by row from the top left.
@@ -256,24 +269,13 @@ class VisionTransformer(nn.Module):
         `layer=-1` is after the final norm, and after the resampler where there is one. Any other index counts as the
         reference's `hidden_states` do (0 is before the first block, -2 before the last one) and is not normalised.
         """
-        depth = len(self.blocks)
-        if not -depth - 1 <= layer <= depth:
-            raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; take one from {-depth - 1} to {depth}")
         if layer == -1 and self.config.num_queries:
             return self(pixels)
         tokens = self(pixels) if layer == -1 else self._run_blocks(pixels, self.config.blocks_below(layer))
         return tokens[:, self.config.num_prefix_tokens:]
 
-    def _grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches. What `image_size` has beyond whole patches is cut off, as the reference does."""
-        size, patch_size = pixels.shape[-2:], self.config.patch_size
-        if any(pixel % patch_size and pixel != self.config.image_size for pixel in size):
-            raise NanoVLMError(f"an image of {size[0]}×{size[1]} pixels is not made of {patch_size}-pixel patches; "
-                               f"resize it to multiples of {patch_size}")
-        return size[0] // patch_size, size[1] // patch_size
-
     def _run_blocks(self, pixels: Tensor, count: int) -> Tensor:
-        rows, columns = self._grid(pixels)
+        rows, columns = self.config.grid(*pixels.shape[-2:])
         cls_position, positions = self.position_embedding[:, :-self.side**2], self.position_embedding[:, -self.side**2:]
         positions = resize_positions(positions, self.side, rows, columns, self.resize_mode)
         tokens = [self.patch_embedding(pixels).flatten(2).transpose(1, 2) + positions]  # (N, P, C)

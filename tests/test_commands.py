@@ -329,7 +329,7 @@ def test_from_training_to_an_answer(tiny, tmp_path, image, command):
     """The newcomer's way, in an empty folder."""
     flags = ["--data", tiny.data / "train.jsonl", "--max-steps", "2", "--batch-size", "4", "--device", "cpu"]
     code, out, err = wait(command("train_stage1.py", "--vision", tiny.vision, "--text", tiny.text, *flags, cwd=tmp_path))
-    assert (code, out) == (0, "") and err.endswith("next:  python train_stage2.py\n"), err
+    assert (code, out) == (0, "") and err.endswith("next:  python train_stage2.py --data FILE.jsonl\n"), err
     code, out, err = wait(command("train_stage2.py", *flags, cwd=tmp_path))
     assert (code, out) == (0, "") and 'next:  python infer.py IMAGE "描述图片"' in err, err
     code, out, err = wait(command("infer.py", image, "描述图片", "--max-new-tokens", "5", "--device", "cpu", cwd=tmp_path))
@@ -361,7 +361,7 @@ def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tiny, tmp_path, co
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     code, out, err = wait(process)
-    assert (code, out) == (143, "") and "go on with:  python train_stage2.py --resume --out stopped\n" in err, err
+    assert (code, out) == (143, "") and "go on with:  python train_stage2.py --config settings.toml --resume --out stopped\n" in err, err
     assert "Traceback" not in err and 3 <= log.read_text().count("\n") < 38
     assert wait(start("whole"))[0] == 0
     code, out, err = wait(command("train_stage2.py", "--resume", "--out", "stopped", cwd=tmp_path))

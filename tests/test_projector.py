@@ -183,7 +183,7 @@ def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
 
 @pytest.mark.parametrize("settings, message", [
     ({"activation": "relu"}, "activation 'relu' is not known; take one of gelu, gelu_tanh, silu"),
-    ({"num_heads": 2}, "patch vectors of 5 numbers are not made of 2 heads"),
+    ({"num_heads": 2}, "patch vectors of 5 numbers are not made of the resampler.s 2 heads"),
     ({"num_queries": 0}, "num_queries is 0; it has to be above 0")])
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(NanoVLMError, match=message):

@@ -28,16 +28,25 @@ def build_model(settings: Settings) -> VisionLanguageModel:
         return VisionLanguageModel.from_pretrained(settings.init)
     if settings.tiny:
         return toy_model(planned_config(settings))
-    if not settings.vision or not settings.text:
-        raise NanoVLMError("nothing to start from; give --init, or --vision and --text")
+    _check_folders(settings)
     config = planned_config(settings)
-    for flag, folder, shapes in (("--vision", settings.vision, EYES), ("--text", settings.text, VOICES)):
-        if folder in shapes and not Path(folder).exists():
-            raise NanoVLMError(f"{flag} {folder} is a published shape; fetch {shapes[folder].hub} and give its folder, or add --tiny")
     return VisionLanguageModel.from_parts(
         settings.vision, settings.text, config.projector, config.image, config.vision_layer,
         text_config=config.text if settings.text_shape else None, system=settings.system or None,
         bidirectional_images=config.bidirectional_images)
+
+
+def _check_folders(settings: Settings) -> None:
+    """Of published shapes, only the numbers are here: weights and words are the user's to fetch."""
+    missing = [f"{flag} DIR, the folder of {shapes[name].hub or name}" for flag, name, shapes in (
+        ("--vision", settings.vision, EYES), ("--text", settings.text, VOICES)) if name in shapes and not Path(name).exists()]
+    if settings.text_shape and not settings.text:
+        missing.append("--text DIR, a folder with a tokenizer, such as LLaMA's tokenizer.model")
+    if missing:
+        raise NanoVLMError(f"only shapes are named here, without weights; fetch and give {', and '.join(missing)}; "
+                           "or add --tiny to a preset, which needs none")
+    if not settings.vision or not settings.text:
+        raise NanoVLMError("nothing to start from; give --init, or --vision and --text")
 
 
 def planned_config(settings: Settings) -> VLMConfig:
@@ -46,7 +55,8 @@ def planned_config(settings: Settings) -> VLMConfig:
     vision = EYES[settings.vision].vision if settings.vision in EYES else _of_folder(
         VisionConfig, settings.vision, "--vision", EYES)
     name = settings.text_shape or settings.text
-    text = VOICES[name].text if name in VOICES else _of_folder(DecoderConfig, name, "--text", VOICES)
+    text = VOICES[name].text if name in VOICES else _of_folder(
+        DecoderConfig, name, "--text-shape" if settings.text_shape else "--text", VOICES)
     chat = VOICES[name].chat if name in VOICES else ChatConfig()  # of a folder, the tokenizer decides once it is read
     return VLMConfig(vision, text, *projector_and_image(settings), chat, settings.vision_layer, settings.bidirectional_images)
 
@@ -71,7 +81,9 @@ def projector_and_image(settings: Settings) -> tuple[ProjectorConfig, ImageConfi
 def _of_folder(config_class: Any, folder: str, flag: str, shapes: Mapping[str, Any]) -> Any:
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise NanoVLMError(f"{flag} {folder}: is no folder with a config.json; give one, or one of {', '.join(shapes)}")
+        known = f"one of {', '.join(shapes)}"
+        raise NanoVLMError(f"{flag} {folder}: is no folder with a config.json; give one, or {known}" if folder else
+                           f"{flag} is missing; give a folder with a config.json, or {known}")
     try:
         return config_class.from_hf(read_json(path))
     except NanoVLMError as error:

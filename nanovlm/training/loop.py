@@ -1,6 +1,7 @@
 """The training loop, in the order one would tell it: data, forward, backward, step, log, checkpoint."""
 
 import math
+import shlex
 import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from nanovlm.data.dataset import Batches, Loaded
 from nanovlm.errors import NanoVLMError, say
 from nanovlm.training.badsteps import BadSteps
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.commands import Recipe
 from nanovlm.training.flops import Utilisation
 from nanovlm.training.interruption import Interruption
 from nanovlm.training.objective import Objective
@@ -132,8 +134,9 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
                 if last or stopping:
                     log.draw()
             if stopping:
+                flags = shlex.join([*Recipe.of_command("stage1").flags, "--resume", "--out", str(run)])
                 say(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
-                    f"{parallel.launcher} {Path(sys.argv[0]).name} --resume --out {run}")
+                    f"{parallel.launcher} {Path(sys.argv[0]).name} {flags}")
                 parallel.end()
                 raise SystemExit(128 + stopping)
     skipped.summarise()

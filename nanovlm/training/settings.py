@@ -14,6 +14,7 @@ from nanovlm.errors import CommandParser, NanoVLMError
 from nanovlm.shapes import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
 
 PRESETS = Path(__file__).parents[1] / "presets"
+TOY_PAIRS = "data/scenes/pairs.jsonl"  # of the toy world, made by data_tools/make_preferences.py
 STAGES = ("stage1", "stage2")  # those that the two scripts train; a preset may have more
 # A setting that was chosen for another one's value falls away when that one is given anew.
 CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images", "val")}
@@ -190,13 +191,6 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     return from_dict(Settings, values, where=str(path))
 
 
-def source_flags(arguments: list[str] | None = None) -> list[str]:
-    """Of a command line, what says where its settings come from: what the next stage's command has to repeat."""
-    given = _parser("stage1").parse_args(arguments)
-    flags = (("--preset", given.preset), ("--config", given.config), ("--tiny", "" if given.tiny else None))
-    return [part for flag, value in flags if value is not None for part in (flag, value) if part]
-
-
 def stage_names(arguments: list[str] | None = None) -> list[str]:
     """The stages of the preset or file that a command line names; none of a run's `settings.toml`, which is one stage."""
     given = _parser("stage1").parse_args(arguments)
@@ -227,6 +221,8 @@ def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
     its own, fewer and smaller steps, and at a rate at which random weights learn."""
     toy = {"tiny": True, "data": "data/scenes/train.jsonl", "val": "data/scenes/val.jsonl", "val_samples": 64, "max_steps": 200,
            "batch_size": 16, "accumulate": 1, "lr": 1e-3, "dtype": "fp32", "checkpointing": False}
+    if values.get("objective") == "dpo":
+        toy |= {"data": TOY_PAIRS, "val": "", "lr": 3e-5}
     for name, limit in (("text_layers", TOY_LAYERS // 2), ("vision_layers", TOY_LAYERS // 2), ("lora_rank", 8)):
         toy[name] = min(values.get(name, 0), limit)
     return toy | {name: values[name].replace("runs/", "runs/tiny-", 1) for name in ("out", "init") if name in values}
@@ -256,11 +252,12 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
 
 
 def _parser(stage: str) -> CommandParser:
-    parser = CommandParser(prog=f"train_{stage}.py",
+    parser = CommandParser(prog=f"train_{stage}.py", usage="%(prog)s [--preset NAME | --config FILE.toml] [flags]",
                            description=f"Train {stage}; without flags, the tiny default. Flags override the preset.")
     named = parser.add_argument_group("source of settings")
     source = named.add_mutually_exclusive_group()
-    source.add_argument("--preset", help=f"a file of nanovlm/presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}")
+    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
+    source.add_argument("--preset", metavar="NAME", help=f"a file of nanovlm/presets: {presets}")
     source.add_argument("--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run")
     if stage == "stage1":
         parser.set_defaults(stage=stage)

@@ -6,7 +6,7 @@ import pytest
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training import settings as settings_module
-from nanovlm.training.settings import Settings, load_settings, source_flags, to_toml
+from nanovlm.training.settings import Settings, load_settings, to_toml
 
 
 def refusal(*arguments: str) -> str:
@@ -105,8 +105,3 @@ def test_a_later_stage_of_a_preset():
     assert load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage3"]).init == "runs/zero-qwen-vl-stage2/model"
     with pytest.raises(NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"):
         load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage4"])
-
-
-def test_what_a_later_command_has_to_repeat():
-    assert source_flags(["--preset", "mary", "--tiny", "--lr", "1"]) == ["--preset", "mary", "--tiny"]
-    assert source_flags(["--no-tiny", "--config", "a.toml"]) == ["--config", "a.toml"] and source_flags([]) == []
