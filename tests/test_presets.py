@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -170,13 +171,16 @@ def test_infer_answers_about_several_images(toy: Toy, monkeypatch, capsys):
 
 
 def _records(toy: Toy, images: int, turns: int = 1) -> list:
-    """A record about the first images, of several turns."""
-    names = [str(path.relative_to(toy.data)) for path in sorted((toy.data / "images" / "train").glob("*.png"))[:images]]
+    """A record about pictures that are as large as no eyes want them, of several turns."""
+    names = [f"{number}.png" for number in range(images)]
+    for number, name in enumerate(names):
+        values = np.random.default_rng(number).integers(0, 256, (61 + 20 * number, 90, 3), dtype=np.uint8)
+        Image.fromarray(values).save(toy.folder / name)
     messages = []
     for turn in range(turns):
         messages += [{"role": "user", "content": ("<image>\n" * images if turn == 0 else "") + f"第{turn}问"},
                      {"role": "assistant", "content": f"答{turn}"}]
-    path = toy.data / "own.jsonl"
+    path = toy.folder / "own.jsonl"
     path.write_text(json.dumps({"images": names, "messages": messages}, ensure_ascii=False))
     return read_records(path)[0]
 
