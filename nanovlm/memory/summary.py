@@ -42,7 +42,7 @@ def summary(stages: list[Stage]) -> str:
     rows.append(["together", _millions(parameters(model)), *map(_learning, learning)])
     rows.append(["peak of a step", "", *(f"{stage.prediction.peak / 1e9:.2f} GB" for stage in stages)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]) for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([*lines, *_experts(model.decoder), visual_tokens(model)])
 
 

@@ -75,7 +75,8 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
 @pytest.mark.slow
 @pytest.mark.parametrize(("eyes", "processor", "voice", "flags"), [
     pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--bidirectional-images", "--batch-size", "16",
-                                       "--tokens", "160", "--dtype", "fp32"],  # in bf16 oneDNN keeps code for each number of tokens of an expert
+                                       "--tokens", "160", "--dtype", "fp32"],
+                 # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
                  id="experts, reducer, resampler"),
     pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--text-layers", "1", "--text-embedding", "--batch-size",
                                        "16", "--tokens", "160", "--checkpointing"], id="its top"),
