@@ -132,6 +132,11 @@ def test_a_runs_own_settings_are_one_stage(monkeypatch, capsys, tmp_path: Path):
     assert re.findall(r"^(\w+): training", answer(monkeypatch, capsys, "--config", str(path)), re.MULTILINE) == ["run"]
 
 
+def test_no_adapters_on_a_decoder_that_has_learned_nothing(monkeypatch, capsys):
+    text = answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "8")
+    assert re.search(r"--optimizer adamw8bit .*first that fits", text) and "--lora-rank" not in text, text
+
+
 @pytest.mark.slow
 def test_adapters_of_a_lower_rank_are_the_last_resort(monkeypatch, capsys):
     text = answer(monkeypatch, capsys, "--preset", "basic-vlm", "--stage", "2", "--gpu", "8")
