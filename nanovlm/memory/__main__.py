@@ -104,7 +104,8 @@ def _report(stage: Stage, own: argparse.Namespace) -> str:
              f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}", _table(stage.prediction)]
     if settings.cache_features:
         kept = math.prod(feature_shape(config, images=1000 * config.image.max_pictures)) * precision.dtype.itemsize
-        lines.append(f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept (--cache-features)")
+        lines.append(f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept "
+                     "(--cache-features)")
     if own.gpu:
         lines.append(advice(config, settings, own.tokens, stage.prediction, own.gpu))
     if own.measure:

@@ -166,7 +166,7 @@ def projecting(projector: nn.Module, images: int, patches: int, tokens: int, eye
     readers = [projector.attention.k_proj, projector.attention.v_proj] if hasattr(projector, "attention") else layers[:1]
     kept = given * wide * size + cast_bytes(projector, computing)  # the visual tokens
     kept -= 0 if eyes_learn else sum(cast_bytes(layer, computing) for layer in readers)
-    if not isinstance(projector, ResamplerProjector):  # before them the activation's input, its result, the first matrix's input
+    if not isinstance(projector, ResamplerProjector):  # the activation's input, its result, the first matrix's input
         return kept + given * size * (layers[0].in_features * learned + wide * (1 + learned) * (len(layers) > 1))
     width = projector.queries.shape[1]
     kept += images * patches * width * size * learned

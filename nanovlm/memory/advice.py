@@ -44,12 +44,16 @@ def _changes(settings: Settings) -> list[tuple[str, dict]]:
     accumulate = settings.accumulate * settings.batch_size
     rounding = {} if settings.dtype == "fp16" else {"stochastic_rounding": True, "dtype": "bf16"}
     rank = {"lora_rank": settings.lora_rank or 64} if text else {}
-    return [
+    changes = [
         ("--dtype bf16", {"dtype": "bf16"} if settings.dtype == "fp32" else {}),
         ("--checkpointing", {"checkpointing": True}),
         (f"--batch-size 1 --accumulate {accumulate}", {"batch_size": 1, "accumulate": accumulate}),
         ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
         ("--stochastic-rounding", rounding),
+    ]
+    if settings.text_shape:  # a decoder from scratch: there is nothing learned yet to hold on to
+        return changes
+    return changes + [
         ("--lora-rank 64", rank),
         ("--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank), {"quantize": "nf4", **rank}),
         *((f"--lora-rank {low}", {"lora_rank": min(settings.lora_rank or 64, low)} if text else {}) for low in LOW_RANKS),

@@ -37,7 +37,8 @@ def predict_forward(model: VisionLanguageModel, precision: Precision, program: f
     config, work = model.config, _work(model)
     computing = Computing(precision.dtype, precision.device.type)
     pixels = work.images * 3 * config.image.height * config.image.width
-    eyes = looking(config.vision, work.images, image_tokens(model), computing) + pixels * computing.size * (computing.size < FP32)
+    eyes = looking(config.vision, work.images, image_tokens(model), computing)
+    eyes += pixels * computing.size * (computing.size < FP32)  # cast
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return program + weights + pixels * FP32 + max(eyes, reading(model.decoder, work.length, computing))
 

@@ -42,7 +42,7 @@ def summary(stages: list[Stage]) -> str:
     rows.append(["together", _millions(parameters(model)), *map(_learning, learning)])
     rows.append(["peak of a step", "", *(f"{stage.prediction.peak / 1e9:.2f} GB" for stage in stages)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:])) for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([*lines, *_experts(model.decoder), visual_tokens(model)])
 
 
@@ -52,8 +52,8 @@ def visual_tokens(model: VisionLanguageModel) -> str:
     if image.max_pictures == 1:
         return f"an image of {image.height}×{image.width} takes {each} visual tokens"
     rows, columns = tile_grid(*PHOTO, image)
-    return (f"an image takes up to {model.max_image_length} visual tokens ({image.max_pictures} pictures of {each}), a photo of "
-            f"4:3 {(rows * columns + 1) * each} ({rows}×{columns} tiles and the whole)")
+    return (f"an image takes up to {model.max_image_length} visual tokens ({image.max_pictures} pictures of {each}), a photo "
+            f"of 4:3 {(rows * columns + 1) * each} ({rows}×{columns} tiles and the whole)")
 
 
 def parameters(module: nn.Module) -> int:

@@ -29,7 +29,8 @@ SCRATCH = {"model_type": "nanovlm_decoder", "vocab_size": 8000, "hidden_size": 2
            "embedding_size": 1024, "reducer_size": 128, "tie_word_embeddings": False}
 TILED = {"model_type": "smolvlm_vision", "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024,
          "num_attention_heads": 4, "patch_size": 16, "image_size": 256}
-TILER = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 512}, "max_image_size": {"longest_edge": 256}}
+TILER = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 512},
+         "max_image_size": {"longest_edge": 256}}
 QWEN_VL = {"model_type": "qwen_vl_vision", "image_size": 448, "patch_size": 14, "width": 256, "layers": 4, "heads": 4,
            "mlp_ratio": 4, "output_dim": 512, "n_queries": 64}
 VIT = {"image_processor_type": "ViTImageProcessor", "size": 448}
@@ -73,13 +74,14 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("eyes", "processor", "voice", "flags"), [
-    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--bidirectional-images", "--batch-size", "16", "--tokens", "160",
-                                       "--dtype", "fp32"],  # in bf16 oneDNN keeps code for each number of tokens of an expert
+    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--bidirectional-images", "--batch-size", "16",
+                                       "--tokens", "160", "--dtype", "fp32"],
+                 # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
                  id="experts, reducer, resampler"),
-    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--text-layers", "1", "--text-embedding", "--batch-size", "16",
-                                       "--tokens", "160", "--checkpointing"], id="its top"),
-    pytest.param(TILED, TILER, LLAMA, ["--projector", "pixel_shuffle", "--scale", "4", "--no-projector-bias", "--batch-size", "3",
-                                       "--tokens", "160", "--train", "projector,vision"], id="tiles"),
+    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--text-layers", "1", "--text-embedding", "--batch-size",
+                                       "16", "--tokens", "160", "--checkpointing"], id="its top"),
+    pytest.param(TILED, TILER, LLAMA, ["--projector", "pixel_shuffle", "--scale", "4", "--no-projector-bias", "--batch-size",
+                                       "3", "--tokens", "160", "--train", "projector,vision"], id="tiles"),
     pytest.param(QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192"], id="eyes' resampler, Qwen"),
     pytest.param(QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision"],
                  id="eyes' resampler learns"),
@@ -109,8 +111,8 @@ def test_a_forward_pass_at_full_size(command):
     ("mary", ["voice qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M", "dpo learns", "384×384 takes 169 visual",
               "dpo: training projector,text; 2 rows of 265 tokens, each with a pair of answers"]),
     ("svlm", ["a token passes 402.0M of the voice: 2 of 4 experts, and 1 shared", "projector resampler +27.0M +27.0M +27.0M"]),
-    ("smolvlm-qwen3", ["up to 1088 visual tokens .17 pictures of 64.", "4:3 832 .3×4 tiles", "together +695.1M +12.6M +99.0M +695.1M",
-                       "stage3: training projector,vision,text"]),
+    ("smolvlm-qwen3", ["up to 1088 visual tokens .17 pictures of 64.", "4:3 832 .3×4 tiles",
+                       "together +695.1M +12.6M +99.0M +695.1M", "stage3: training projector,vision,text"]),
 ])
 def test_a_table_of_what_a_preset_is_and_what_learns_in_each_stage(monkeypatch, capsys, preset: str, expected: list[str]):
     text = answer(monkeypatch, capsys, "--preset", preset, "--gpu", "80")
@@ -128,6 +130,11 @@ def test_a_runs_own_settings_are_one_stage(monkeypatch, capsys, tmp_path: Path):
     path = tmp_path / "settings.toml"
     path.write_text(to_toml(load_settings("stage1", [])))
     assert re.findall(r"^(\w+): training", answer(monkeypatch, capsys, "--config", str(path)), re.MULTILINE) == ["run"]
+
+
+def test_no_adapters_on_a_decoder_that_has_learned_nothing(monkeypatch, capsys):
+    text = answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "8")
+    assert re.search(r"--optimizer adamw8bit .*first that fits", text) and "--lora-rank" not in text, text
 
 
 @pytest.mark.slow

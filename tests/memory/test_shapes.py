@@ -37,6 +37,11 @@ def test_a_config_alone_is_enough(tiny, tmp_path: Path):
         (tiny.text / "config.json").read_text())["hidden_size"]
 
 
+def test_tiny_is_the_preset_at_toy_widths():
+    config = model_config(Settings(vision="clip-large-336", text="qwen-7b", tiny=True))
+    assert config.text.logn_attention and config.text.hidden_size == 64 and config.image.height == 64
+
+
 def test_an_image_cut_into_tiles_is_as_many_pictures_as_a_square_one():
     config = model_config(Settings(batch_size=3, share=1))
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, fit="tiles", max_tiles=2))
@@ -44,6 +49,20 @@ def test_an_image_cut_into_tiles_is_as_many_pictures_as_a_square_one():
     assert work == Work(3, 5 * 256 + 64, 15, 3 * 32)
     batch = work.batch(config, image_length=256)
     assert batch.pixels.shape == (15, 3, 224, 224) and len(batch.image_positions) == 15 * 256
+
+
+@pytest.mark.parametrize(("changes", "tokens", "expected"), [
+    ({"batch_size": 3}, None, Work(3, 256 + 32 + 2 * 32, 3, 3 * 64, pairs=3)),
+    ({"batch_size": 2}, 512, Work(2, 512, 2, 2 * 2 * 85, pairs=2)),
+    ({"batch_size": 4, "pack": 1024}, None, Work(2, 1024, 4, 4 * 2 * 85, pairs=4)),
+])
+def test_a_pair_of_answers_shares_its_row_with_image_and_prompt_alone(changes: dict, tokens: int | None, expected: Work):
+    settings = Settings(objective="dpo", init="somewhere", **changes)
+    config = model_config(settings)
+    work = work_of(config, settings, tokens)
+    batch = work.batch(config, image_length=256)
+    assert work == expected
+    assert batch.lengths.sum() == len(batch.targets) == len(batch.target_positions) and len(batch.lengths) == 2 * work.pairs
 
 
 @pytest.mark.parametrize(("settings", "tokens", "expected"), [
