@@ -54,7 +54,7 @@ def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, sam
 
 
 def other_pairs(records: Sequence[Record], share: float, seed: int) -> list[dict]:
-    """A share of `records`, each with a wrong answer in the words of its kind: yes or no for the other, a number for a number."""
+    """A share of `records`, each with a wrong answer in the words of its kind: yes for no, a number for a number."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for record in records:
         alike[_form(record)] += references_of(record)
