@@ -54,7 +54,7 @@ def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, sam
 
 
 def other_pairs(records: Sequence[Record], share: float, seed: int) -> list[dict]:
-    """A share of `records`, each with a wrong answer in the words of its kind: yes or no for the other, a number for a number."""
+    """A share of `records`, each with a wrong answer in the words of its kind: yes for no, a number for a number."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for record in records:
         alike[_form(record)] += references_of(record)
@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="data/scenes/train.jsonl", metavar="FILE", help="scenes' records (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("data/scenes/pairs.jsonl"), metavar="FILE", help="(%(default)s)")
     parser.add_argument("--scenes", type=int, default=0, metavar="N", help="take the first N scenes only")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="descriptions of each by the model (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="descriptions of each by the model (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="at which it is sampled (%(default)s)")
     parser.add_argument("--spoiled", type=float, default=0.25, metavar="SHARE",
                         help="share of the scenes that also get a spoiled description (%(default)s; without --model all)")

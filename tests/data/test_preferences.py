@@ -18,7 +18,8 @@ from nanovlm.vlm import VisionLanguageModel
 from tests.data.test_records import write
 
 PAIR = {"image": "a.jpg", "prompt": "几个？", "chosen": "三个。", "rejected": "两个。"}
-TURNS = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "How many?"}]
+TURNS = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes."},
+         {"role": "user", "content": "How many?"}]
 SEVERAL = {"image": "a.jpg", "messages": TURNS, "chosen": "Three.", "rejected": "Two."}
 LLAVA = {"conversations": [{"from": "human", "value": "Hi"}], "chosen": "Hello.", "rejected": "No.", "id": 7}
 
@@ -139,7 +140,7 @@ def test_only_the_last_answer_is_labelled(model, pairs):
 def test_targets_go_through_the_head_and_nothing_else_does(model, pairs):
     batch = make(model, pairs)[0].batch
     shapes = []
-    model(batch, lambda hidden, weight, targets: shapes.append(hidden.shape) or token_log_probabilities(hidden, weight, targets))
+    model(batch, lambda hidden, *rest: shapes.append(hidden.shape) or token_log_probabilities(hidden, *rest))
     assert shapes == [(int(batch.lengths.sum()), 16)]
 
 

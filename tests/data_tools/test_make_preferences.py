@@ -81,11 +81,13 @@ def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tm
     assert len(pairs) == 5 and not skipped
     for pair, record, line in zip(pairs, records, out.read_text().splitlines()):
         assert pair.messages == record.messages and pair.rejected != record.messages[1].content[0]
-        assert Path(pair.images[0]).resolve() == record.images[0].resolve() and not Path(json.loads(line)["image"]).is_absolute()
+        assert Path(pair.images[0]).resolve() == record.images[0].resolve()
+        assert not Path(json.loads(line)["image"]).is_absolute()
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    (("--spoiled", "2"), "--spoiled and --others are between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"), (("--sample", "1"), "--help")])
+    (("--spoiled", "2"), "--spoiled and --others are between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    (("--sample", "1"), "--help")])
 def test_what_is_refused(command, tmp_path, flags, expected):
     process = command("data_tools/make_preferences.py", "--out", tmp_path / "pairs.jsonl", *flags)
     told = process.communicate(timeout=60)[1].decode()

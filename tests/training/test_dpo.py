@@ -70,7 +70,8 @@ def written_out(log_probabilities, reference, lengths, beta, label_smoothing, sf
     total = 0.0
     for (chosen, rejected), (chosen_then, rejected_then), length in zip(log_probabilities, reference, lengths):
         margin = beta * ((chosen - chosen_then) - (rejected - rejected_then))
-        loss = -(1 - label_smoothing) * torch.log(torch.sigmoid(margin)) - label_smoothing * torch.log(1 - torch.sigmoid(margin))
+        right = torch.sigmoid(margin)
+        loss = -(1 - label_smoothing) * torch.log(right) - label_smoothing * torch.log(1 - right)
         total = total + loss - sft_weight * chosen / length
     return total
 
@@ -107,7 +108,8 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     assert 0 < float((margins > 0).sum()) < 5
     told = dict(zip(objective.measures, ours[1:].tolist()))
     assert told == pytest.approx({"accuracy": float((margins > 0).sum()), "margin": float(margins.sum()),
-                                  "chosen_reward": float(rewards[:, 0].sum()), "rejected_reward": float(rewards[:, 1].sum())}, abs=1e-4)
+                                  "chosen_reward": float(rewards[:, 0].sum()),
+                                  "rejected_reward": float(rewards[:, 1].sum())}, abs=1e-4)
     learning = [parameter for parameter in model.parameters()]
     gradients, right = (torch.autograd.grad(loss, learning, allow_unused=True) for loss in (ours[0], expected))
     assert sum(gradient is not None for gradient in gradients) > 30
@@ -156,7 +158,8 @@ def test_accumulated_and_packed_batches_equal_one_large_batch(train, tmp_path, c
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], abs=1e-4) and other["samples"] == line["samples"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"cache_features": True, "dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"cache_features": True, "dtype": "bf16"}],
+                         ids=str)
 def test_an_interrupted_run_continues_to_the_same_bits_and_computes_no_reference(train, tmp_path, monkeypatch, changes):
     settings = dict(batch_size=7, accumulate=2, max_steps=5, log_every=2, val_every=3, **changes)
     whole = train(tmp_path / "whole", **settings)
