@@ -26,6 +26,8 @@ from nanovlm.vit import VisionConfig, VisionTransformer
 from nanovlm.weights.loading import load_into, open_checkpoint
 from nanovlm.weights.safetensors import Deferred, save_file
 
+PICTURES_AT_ONCE = 32  # that the eyes see when a model answers
+
 
 @dataclass(frozen=True)
 class VLMConfig:
@@ -208,5 +210,8 @@ class VisionLanguageModel(nn.Module):
         return ImageTokens(self.image_length, *tile_grid(width, height, self.config.image))
 
     def look(self, pixels: Tensor) -> Tensor:
-        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v)."""
-        return self.vision.patches(pixels.to(self.vision.patch_embedding.weight.dtype), self.config.vision_layer)
+        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where nothing is learned from it, a few pictures at a
+        time: of 32 images to be asked about, tiles make up to 544."""
+        pixels = pixels.to(self.vision.patch_embedding.weight.dtype)
+        parts = pixels.split(PICTURES_AT_ONCE) if torch.is_inference_mode_enabled() else (pixels,)
+        return torch.cat([self.vision.patches(part, self.config.vision_layer) for part in parts])
