@@ -205,6 +205,11 @@ class Decoder(nn.Module):
         save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     @property
+    def tied_names(self) -> dict[str, str]:
+        """What a file may hold once more under another name: Qwen3-0.6B's has its head beside the table it is tied to."""
+        return {"lm_head.weight": "embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+
+    @property
     def head_weight(self) -> Tensor:
         """The output head's matrix (V, C): the embedding table itself when tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight

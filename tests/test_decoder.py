@@ -14,6 +14,7 @@ from nanovlm.attention import SEGMENT
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, decode
+from nanovlm.weights import SafetensorsFile, save_file
 from tests.reference.models import qwen, qwen1, randomise
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -134,6 +135,22 @@ def test_the_head_is_the_embedding_table_when_tied(tmp_path):
     ours = Decoder.from_pretrained(tmp_path)
     assert ours.head_weight is ours.embed_tokens.weight
     assert "lm_head.weight" not in ours.state_dict()
+
+
+def test_a_tied_head_may_be_stored_beside_the_table_and_has_to_equal_it(tmp_path):
+    """As in Qwen3-0.6B's file."""
+    qwen(tmp_path, "qwen3", tie_word_embeddings=True)
+    alone = Decoder.from_pretrained(tmp_path).state_dict()
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    tensors = {name: file.tensor(name).clone() for name in file.keys()}
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
+    both = Decoder.from_pretrained(tmp_path)
+    assert both.head_weight is both.embed_tokens.weight and both.state_dict().keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in both.state_dict().items())
+    save_file(tensors | {"lm_head.weight": table + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(NanoVLMError, match="tied but stored with different values"):
+        Decoder.from_pretrained(tmp_path)
 
 
 @torch.inference_mode()

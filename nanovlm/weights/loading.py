@@ -1,6 +1,6 @@
 """From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
 
-from collections.abc import Callable, Collection, KeysView
+from collections.abc import Callable, Collection, KeysView, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -106,6 +106,7 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
+    tied: Mapping[str, str] = {},
 ) -> None:
     """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one, each tensor a place.
 
@@ -120,10 +121,12 @@ def load_into(
         for a tensor deliberately not used.
     dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are never cast.
     ignore: shell-style patterns of checkpoint names deliberately not used, for maps that are plain tables.
+    tied: names that the module has not, of what it has under another name; a file may hold them besides or instead.
 
     Raises one NanoVLMError with every problem, before the module is touched.
     """
     targets = module.state_dict(keep_vars=True)
+    targets |= {name: targets[same] for name, same in tied.items()}
     sources: dict[str, _Source] = {}  # by the name in the module
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
     for stored in checkpoint.keys():
@@ -137,10 +140,10 @@ def load_into(
                 sources[name] = source
                 _check_fit(name, targets[name], source, problems)
 
-    tied: dict[int, list[str]] = {}  # all names of one parameter
+    names_of: dict[int, list[str]] = {}  # all names of one parameter
     for name, target in targets.items():
-        tied.setdefault(id(target), []).append(name)
-    for names in tied.values():
+        names_of.setdefault(id(target), []).append(name)
+    for names in names_of.values():
         filled = [name for name in names if name in sources]
         if not filled:
             problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
@@ -148,12 +151,12 @@ def load_into(
             problems["tied but stored with different values"].append(" = ".join(filled))
     _raise_problems(module, checkpoint, problems)
 
-    for names in tied.values():
+    for names in names_of.values():
         tensor = _take([sources[name] for name in names if name in sources], dtype)
         target = targets[names[0]]
         if isinstance(target, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
-        for name in names:
+        for name in (name for name in names if name not in tied):
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, tensor)
 

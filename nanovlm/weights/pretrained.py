@@ -73,5 +73,6 @@ def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str
         raise NanoVLMError(f"{folder}: {error}") from None
     with torch.device("meta"):
         model = model_class(config)
-    load_into(model, open_checkpoint(folder), families[published["model_type"]].names(config), dtype=dtype)
+    load_into(model, open_checkpoint(folder), families[published["model_type"]].names(config), dtype=dtype,
+              tied=getattr(model, "tied_names", {}))
     return model.eval()
