@@ -29,7 +29,8 @@ _HUB_DEFAULTS = {
     "SiglipImageProcessor": _VIT | {"resample": 3}, "Idefics3ImageProcessor": _IDEFICS3, "SmolVLMImageProcessor": _IDEFICS3}
 # What changes no pixel of a picture: names, what goes along with the pixels, and how to read a video.
 _HUB_BOOKKEEPING = ("image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys",
-                    "return_row_col_info", "video_sampling")
+                    "return_row_col_info", "video_sampling", "data_format", "default_to_square", "device", "disable_grouping",
+                    "input_data_format", "return_tensors")
 _HUB_LONGEST = 4096  # pixels; the reference makes no image longer than this
 
 
@@ -97,8 +98,8 @@ class ImageConfig:
         kind = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
         _require(kind in _HUB_DEFAULTS, f"image_processor_type is {kind}; can read {list(_HUB_DEFAULTS)}", where)
         known = _HUB_FIXED | _HUB_DEFAULTS[kind]
-        for key in config:
-            if key not in known and key not in _HUB_BOOKKEEPING:
+        for key, value in config.items():  # newer files list what all processors have, null where it is not this one's
+            if value is not None and key not in known and key not in _HUB_BOOKKEEPING:
                 raise configs.unknown_key(key, (*known, *_HUB_BOOKKEEPING), where)
         settings = known | {key: value for key, value in config.items() if value is not None}
 

@@ -476,6 +476,11 @@ def test_from_hf_reads_published_files() -> None:
               "image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor", "resample": 3,
               "rescale_factor": 0.00392156862745098, "size": {"height": 384, "width": 384}}
     assert ImageConfig.from_hf(siglip) == ImageConfig(384, 384, resample="bicubic", **half)
+    fast = {"crop_size": None, "data_format": "channels_first", "default_to_square": True, "device": None,
+            "disable_grouping": None, "do_center_crop": None, "do_convert_rgb": None, "do_pad": None, "input_data_format": None,
+            "pad_size": None, "return_tensors": None}  # what is added where the processor on tensors wrote the file
+    assert ImageConfig.from_hf(siglip | fast) == ImageConfig.from_hf(siglip)
+    assert ImageConfig.from_hf(SMOLVLM2 | fast | {"image_processor_type": "SmolVLMImageProcessorFast"}) == tiles
     clip = {"crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 336,
             "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711]}
