@@ -70,6 +70,7 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
     cache = decoder.new_cache(batch, length + max_new_tokens) if use_cache else None
     generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
     ended = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
+    stops = torch.tensor(sorted(stop_ids), device=embeddings.device)
     last, inputs = _last_token(attention_mask, length, batch, embeddings.device), embeddings
     lengths = torch.full_like(last, length) if attention_mask is None else (attention_mask > 0).sum(dim=1)
     # Padding has been seen by nobody, and no logit belongs to a placeholder: a token that is there stands in for them.
@@ -83,7 +84,7 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
             logits = decoder.logits(decoder.hidden_states(inputs, attention_mask, cache, wanted, prompt_lengths=lengths,
                                                            groups=groups)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
-        ended |= torch.isin(token, torch.tensor(sorted(stop_ids), device=token.device))
+        ended |= torch.isin(token, stops)
         yield torch.where(ended, -1, token).tolist()
         if bool(ended.all()):
             return

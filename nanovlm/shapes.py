@@ -118,8 +118,8 @@ VOICES: dict[str, Voice] = {
         "use_logn_attn": True, "no_bias": True, "tie_word_embeddings": False}, ChatConfig(image_token="<|extra_0|>")),
     "smollm2-360m": Voice("HuggingFaceTB/SmolLM2-360M-Instruct", {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-        "num_attention_heads": 15, "num_key_value_heads": 5, "rope_theta": 1e5, "max_position_embeddings": 8192,
-        "tie_word_embeddings": True}, ChatConfig(image_token="<image>")),
+        "num_attention_heads": 15, "num_key_value_heads": 5, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True}, ChatConfig(image_token="<image>")),
     "svlm": Voice("", {  # of our own making: where its inventor is silent, the widths are those of a 0.5B model
         "model_type": "nanovlm_decoder", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2048,
         "num_hidden_layers": 14, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 256, "norm": "layer",
