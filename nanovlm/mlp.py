@@ -1,8 +1,19 @@
-"""The MLP of a decoder's block, of either kind."""
+"""The MLP of a decoder's block, of either kind, and the activations of the other parts' MLPs."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _quick_gelu(hidden_states: Tensor) -> Tensor:
+    return hidden_states * torch.sigmoid(1.702 * hidden_states)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # under the hub's names
+    "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": _quick_gelu, "silu": F.silu}
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -4,9 +4,7 @@ To add one, write a class with this constructor and `num_tokens`, and add a line
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +12,8 @@ from torch import Tensor, nn
 
 from nanovlm.config import check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
+from nanovlm.mlp import ACTIVATIONS
 from nanovlm.resampler import CrossAttention
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
 @dataclass(frozen=True)

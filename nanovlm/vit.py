@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from nanovlm.attention import Attention
 from nanovlm.config import check_divides, check_numbers, from_dict, read_hf_config, require
 from nanovlm.errors import NanoVLMError
+from nanovlm.mlp import ACTIVATIONS
 from nanovlm.positions import resize_positions
 from nanovlm.resampler import Resampler
 from nanovlm.weights.pretrained import VISION_FAMILIES, load_pretrained
 
-ACTIVATIONS = {  # under the hub's names
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda hidden_states: F.gelu(hidden_states, approximate="tanh"),
-    "quick_gelu": lambda hidden_states: hidden_states * torch.sigmoid(1.702 * hidden_states),
-}
 RESIZES = ("bicubic", "nearest")
 
 # What the hub files of a family leave out (the reference's defaults), then what all of its models have in common.

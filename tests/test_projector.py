@@ -121,7 +121,8 @@ def test_an_unknown_kind_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "bilinear", "resampler"])
-@pytest.mark.parametrize("activation, module", [("silu", nn.SiLU()), ("gelu", nn.GELU()), ("gelu_tanh", nn.GELU("tanh"))])
+@pytest.mark.parametrize("activation, module", [
+    ("silu", nn.SiLU()), ("gelu", nn.GELU()), ("gelu_pytorch_tanh", nn.GELU("tanh"))])
 def test_the_activation_is_the_one_named(kind, activation, module):
     projector, x = build(kind, activation=activation, grid=4, num_heads=1), patches(4) * 4
     plain = build(kind, grid=4, num_heads=1)
@@ -182,7 +183,7 @@ def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"activation": "relu"}, "activation 'relu' is not known; take one of gelu, gelu_tanh, silu"),
+    ({"activation": "relu"}, "activation 'relu' is not known; take one of gelu, gelu_pytorch_tanh, quick_gelu, silu"),
     ({"num_heads": 2}, "patch vectors of 5 numbers are not made of the resampler.s 2 heads"),
     ({"num_queries": 0}, "num_queries is 0; it has to be above 0")])
 def test_settings_that_do_not_fit_are_refused(settings, message):
