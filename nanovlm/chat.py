@@ -108,7 +108,7 @@ def _template_source(folder: Path) -> str:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     path = folder / "tokenizer_config.json"
-    return str(read_json(path).get("chat_template", "")) if path.exists() else ""
+    return str(read_json(path).get("chat_template") or "") if path.exists() else ""
 
 
 ROLES = ("system", "user", "assistant")

@@ -85,8 +85,9 @@ def decode(decoder: Decoder, embeddings: Tensor, input_ids: Tensor, attention_ma
                                                            groups=groups)).float()  # (B, V)
         token = choose(logits, seen, sampling, generator)
         ended |= torch.isin(token, stops)
-        yield torch.where(ended, -1, token).tolist()
-        if bool(ended.all()):
+        tokens = torch.where(ended, -1, token).tolist()
+        yield tokens
+        if max(tokens) < 0:
             return
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)

@@ -67,7 +67,8 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     if path.is_dir():
         found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
         if not found:
-            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read")
+            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
+                               + ("; data_tools/extract_vision.py takes eyes out of .bin files" if list(path.glob("*.bin")) else ""))
         path = found[0]
     files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
     return Checkpoint(path, files)
