@@ -52,6 +52,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, weights: Path, *flags: str) -> 
     bench_command.main()
 
 
+@pytest.mark.slow
 def test_every_row_has_both_figures(weights: Path, monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture) -> None:
     run_command(monkeypatch, weights, "--json")

@@ -177,6 +177,7 @@ def test_an_interrupted_run_continues_to_the_same_bits_and_computes_no_reference
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_curve_of_one(train, settings_of, tmp_path, pairs):
     """Also with fsdp, and where a process is left without a pair; the pairs without an image make eyes run along there."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]

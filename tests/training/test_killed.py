@@ -23,7 +23,7 @@ def _train(settings: Settings) -> None:
     run_stage(settings)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tiny, tmp_path, dtype):
     # A server that has imported everything forks the runs, so that each starts within a moment.
     processes = multiprocessing.get_context("forkserver")
