@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from nanovlm.errors import CommandParser, NanoVLMError, first_line, run, say  # noqa: E402
 from nanovlm.files import read_json, write_atomically  # noqa: E402
+from nanovlm.shapes import EYES  # noqa: E402
 from nanovlm.vit import VisionConfig, VisionTransformer  # noqa: E402
 from nanovlm.weights import SafetensorsFile, save_file  # noqa: E402
 
@@ -51,10 +52,6 @@ TOWERS = {  # by the whole model's model_type
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PREPROCESSOR = "preprocessor_config.json"
-QWEN_VL_PREPROCESSOR = {  # its code resizes and normalises; there is no file
-    "image_processor_type": "ViTImageProcessor", "size": {"height": 448, "width": 448}, "resample": 3,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],  # CLIP's
-}
 
 
 def extract(source: Path, out: Path) -> None:
@@ -147,10 +144,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> None:
-    """How the eyes want their images: as the source's file says, or as Qwen-VL's code does."""
+    """How the eyes want their images: as the source's file says, or as Qwen-VL's code does, which has no file."""
     if settings["model_type"] == "qwen_vl_vision":
         side = settings.get("image_size", 448)
-        write_json(out / PREPROCESSOR, QWEN_VL_PREPROCESSOR | {"size": {"height": side, "width": side}})
+        write_json(out / PREPROCESSOR, EYES["qwen-vl"].processor | {"size": {"height": side, "width": side}})
     elif (source / PREPROCESSOR).exists():
         write_json(out / PREPROCESSOR, read_json(source / PREPROCESSOR))
     elif (source / "processor_config.json").exists() and \

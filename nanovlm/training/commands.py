@@ -73,9 +73,10 @@ def next_commands(recipe: Recipe, settings: Settings, model: Path) -> list[str]:
             "" if settings.out == "runs/stage2" else f" --model {shlex.quote(str(model))}"))
     if following is not None:
         planned, usual = following.settings, replace(following, stage=recipe.stage).settings
-        commands.append(" && ".join([*preparations(planned, model), f"python {following.command}"]) + (
+        known = planned.data and settings.data == usual.data
+        commands.append(" && ".join([*(preparations(planned, model) if known else []), f"python {following.command}"]) + (
             "" if planned.init == str(model) else f" --init {shlex.quote(str(model))}") + (
-            "" if planned.data and settings.data == usual.data else " --data FILE.jsonl"))
+            "" if known else " --data FILE.jsonl"))
     return commands
 
 

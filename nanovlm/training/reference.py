@@ -60,7 +60,6 @@ def compute(model: VisionLanguageModel, batches: PairBatches, settings: Settings
     in_order = PairBatches(batches.records, batches.chat, batches.image, batches.image_length, batch_size=batches.batch_size,
                            share=1, max_length=batches.max_length, seed=0, shuffle=False, rank=parallel.rank,
                            world=parallel.world, features=batches.features)
-    in_order.pack = 0
     model.eval()
     loader = in_order.loader(0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda")
     for loaded in tqdm(loader, total=len(in_order), desc="reference", unit="batch", dynamic_ncols=True, disable=not is_main()):

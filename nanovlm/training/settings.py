@@ -51,7 +51,7 @@ class Settings:
 
     init: str = _setting("", "model", "model folder to start from, such as stage 1's")
     vision: str = _setting("", "model", "pretrained eyes to start from: a folder of DINOv2, SigLIP, CLIP, SmolVLM2 or Qwen-VL")
-    text: str = _setting("", "model", "pretrained voice to start from: a folder of Qwen, Qwen2, Qwen2.5, Qwen3 or LLaMA")
+    text: str = _setting("", "model", "pretrained voice to start from: a folder of Qwen (to Qwen3), LLaMA, SmolLM2 or Mistral")
     text_shape: str = _setting("", "model", "published shape of a decoder that starts from nothing; --text then gives its "
                                "tokenizer only")
     projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle, bilinear or resampler")
@@ -151,7 +151,6 @@ class Settings:
         if self.quantize and "text" in self.trained_parts and not self.lora_rank:
             raise NanoVLMError(f"--quantize {self.quantize} freezes the decoder, and --train names text; add --lora-rank, or "
                                "take text out")
-
         if self.objective == "dpo" and not self.init:
             raise NanoVLMError("--objective dpo makes a trained model better and needs one to start from; give --init")
 

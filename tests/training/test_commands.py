@@ -49,6 +49,12 @@ def test_what_the_next_stage_cannot_know_is_asked_for():
     assert following("stage2", "--preset", "svlm", "--data", "mine.jsonl") == [f"{ASK} runs/svlm-stage2/model"]
 
 
+def test_whoever_has_records_of_their_own_makes_no_pairs_of_the_toy_world(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert following("stage2", "--data", "mine.jsonl", "--out", "runs/mine")[1] == (
+        "python train_stage2.py --stage dpo --init runs/mine/model --data FILE.jsonl")
+
+
 def test_a_resumed_run_whose_recipe_is_not_said_gets_no_stage_of_another(tmp_path: Path):
     settings = Settings(out=str(tmp_path / "run"), data="mine.jsonl", lr=0.5)
     (tmp_path / "run").mkdir()
