@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 FINAL_LINES = 5  # whose mean is the final loss: that of one line is noisy
 SHARES = {"data_wait": "waiting for data", "fill": "rows filled", "mfu": "of peak arithmetic"}  # means over a run's lines
 HELD_OUT = {"accuracy": ("held-out pairs right", ".1%"), "margin": ("held-out margin", ".2f")}  # of preference training
-PANELS = (("loss", "training loss per labelled token"), ("val_loss", "validation loss per labelled token"),
+PANELS = (("loss", "training loss per labelled token, or pair"), ("val_loss", "validation loss per labelled token, or pair"),
           ("lr", "learning rate"), ("tokens_per_second", "tokens per second"))
 
 
