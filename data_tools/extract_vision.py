@@ -12,7 +12,6 @@ Numbers and their format stay as they are. Qwen-VL is published as pickles: of t
 """
 
 import argparse
-import json
 import pickle
 import re
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
 from nanovlm.errors import CommandParser, NanoVLMError, first_line, run, say  # noqa: E402
-from nanovlm.files import read_json, write_atomically  # noqa: E402
+from nanovlm.files import read_json, write_json  # noqa: E402
 from nanovlm.shapes import EYES  # noqa: E402
 from nanovlm.vit import VisionConfig, VisionTransformer  # noqa: E402
 from nanovlm.weights import SafetensorsFile, save_file  # noqa: E402
@@ -155,10 +154,6 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
         write_json(out / PREPROCESSOR, nested)  # where newer files keep it
     else:
         say(f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are prepared as for DINOv2")
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data_tools.scenes_text import KINDS, questions
 from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
-from nanovlm.files import read_json, write_atomically
+from nanovlm.files import read_json, write_atomically, write_json
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
 SPLITS = {"train": TRAIN_PAIRS, "val": TRAIN_PAIRS, "novel": HELD_OUT_PAIRS}
@@ -121,7 +121,7 @@ def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
         "questions": {split: dict(Counter(record["kind"] for record in records[split])) for split in SPLITS},
         "blind": blind_rates(records["train"]),
     }
-    write_atomically(folder / "world.json", json.dumps(world, indent=2) + "\n")
+    write_json(folder / "world.json", world)
     return world
 
 

@@ -8,7 +8,6 @@ before it meets an image.
 """
 
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from data_tools.scenes_world import (
 from nanovlm.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
 from nanovlm.data.batches import Sample, chunks, collate, share_prefix
 from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.files import write_atomically
+from nanovlm.files import write_json
 from nanovlm.tokenizer import SentencePieceTokenizer
 from nanovlm.vlm import Batch
 from nanovlm.weights.names import QWEN, invert, translate
@@ -222,7 +221,7 @@ def _save(decoder: Decoder, tokenizer: SentencePieceTokenizer, folder: Path) -> 
     """Write `config.json`, the tokenizer files and `model.safetensors` under Qwen3's names."""
     folder.mkdir(parents=True, exist_ok=True)
     config = HUB_CONFIG | {"eos_token_id": tokenizer.special_tokens["</s>"], "bos_token_id": None}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     tokenizer.save(folder)
     published = translate(invert(QWEN))
     save_file({published(name): tensor.detach().bfloat16() for name, tensor in decoder.state_dict().items()},

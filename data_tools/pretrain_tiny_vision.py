@@ -5,7 +5,6 @@ it covers, where its centre is, its shape, its colour and its size, all as numbe
 so the patch vectors carry them apart, and shape and colour compose into pairs never shown. The heads are thrown away.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from data_tools.scenes_world import (
     BACKGROUNDS, COLOURS, GAP, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, Scene, SceneObject,
     random_object, draw, random_scene,
 )  # fmt: skip
-from nanovlm.files import write_atomically
+from nanovlm.files import write_json
 from nanovlm.vit import VisionConfig, VisionTransformer
 from nanovlm.weights.names import DINOV2, invert, translate
 from nanovlm.weights.safetensors import save_file
@@ -174,8 +173,8 @@ def pretrain_vision(
 def _save(vision: VisionTransformer, folder: Path) -> None:
     """Write the two configs, then `model.safetensors` under DINOv2's names."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(HUB_CONFIG, indent=2) + "\n")
-    write_atomically(folder / "preprocessor_config.json", json.dumps(PREPROCESSOR, indent=2) + "\n")
+    write_json(folder / "config.json", HUB_CONFIG)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     published = translate(invert(DINOV2))
     tensors = {published(name): tensor.detach().bfloat16() for name, tensor in vision.state_dict().items()}
     # The layout has a mask token too, which nothing uses.

@@ -2,7 +2,6 @@
 decoders of our own, made from scratch."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from nanovlm.attention import Attention, KVCache, LayerNorm, RMSNorm, mutual_vis
 from nanovlm.config import check_divides, check_numbers, from_dict
 from nanovlm.errors import NanoVLMError
 from nanovlm.experts import Experts
-from nanovlm.files import write_atomically
+from nanovlm.files import write_json
 from nanovlm.mlp import MLPS
 from nanovlm.rotary import frequencies, llama3_frequencies, logn_scale, ntk_theta, rotary_embedding
 from nanovlm.weights.pretrained import TEXT_FAMILIES, load_pretrained
@@ -201,7 +200,7 @@ class Decoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": OWN, **dataclasses.asdict(self.config)}
-        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(folder / "config.json", config)
         save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     @property
@@ -246,10 +245,11 @@ class Decoder(nn.Module):
             position_ids = visible.sum(dim=-1) - 1
             mask = (visible if groups is None else visible | mutual_visibility(groups, length))[:, None]
         options = dict(mask=mask, is_causal=mask is None and length > 1, cache=cache)
-        if prompt_lengths is None:
-            prompt_lengths = cache.prompt_lengths if start > 0 else position_ids.amax(dim=1) + 1
-        if cache is not None:
-            cache.prompt_lengths = prompt_lengths
+        if self.config.rope_type == "dynamic_ntk":
+            if prompt_lengths is None:
+                prompt_lengths = cache.prompt_lengths if start > 0 else position_ids.amax(dim=1) + 1
+            if cache is not None:
+                cache.prompt_lengths = prompt_lengths
         hidden_states = self.reducer(embeddings)
         if self.config.positions == "learned":
             hidden_states = hidden_states + self._learned(position_ids, start + length).to(hidden_states.dtype)
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
                                "shorten it, in training with --max-length")
         return self.position_embedding(position_ids)
 
-    def _rotary(self, position_ids: Tensor, prompt_lengths: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def _rotary(self, position_ids: Tensor, prompt_lengths: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
         """What all layers turn queries and keys by, and multiply queries with: cast here, not once more in each of them.
 
         The first Qwen is trained with neither dynamic NTK nor log-n scaling. When it writes, its base stays that of the

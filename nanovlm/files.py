@@ -42,6 +42,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_json(path: str | Path, value: dict) -> None:
+    """Write a JSON object for people to read, in one step."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def read_json(path: str | Path) -> dict:
     """Read a JSON object, or say in one line which file is missing or at which line it is broken."""
     path = Path(path)

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from nanovlm.chat import Chat, ChatConfig, ImageTokens
 from nanovlm.config import unknown_key
 from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json, write_atomically
+from nanovlm.files import read_json, write_json
 from nanovlm.image import ImageConfig, tile_grid
 from nanovlm.loss import chunked_cross_entropy
 from nanovlm.projector import ProjectorConfig, build_projector
@@ -156,7 +155,7 @@ class VisionLanguageModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "nanovlm", **dataclasses.asdict(self.config)}
-        write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "config.json", config)
         self.tokenizer.save(folder)
         save_file(self.state_dict() if tensors is None else tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -213,5 +212,6 @@ class VisionLanguageModel(nn.Module):
         """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where nothing is learned from it, a few pictures at a
         time: of 32 images to be asked about, tiles make up to 544."""
         pixels = pixels.to(self.vision.patch_embedding.weight.dtype)
-        parts = pixels.split(PICTURES_AT_ONCE) if torch.is_inference_mode_enabled() else (pixels,)
-        return torch.cat([self.vision.patches(part, self.config.vision_layer) for part in parts])
+        if not torch.is_inference_mode_enabled() or len(pixels) <= PICTURES_AT_ONCE:
+            return self.vision.patches(pixels, self.config.vision_layer)
+        return torch.cat([self.vision.patches(part, self.config.vision_layer) for part in pixels.split(PICTURES_AT_ONCE)])

@@ -16,14 +16,12 @@ from nanovlm.image import ImageConfig
 from nanovlm.memory.shapes import Work, prepared
 from nanovlm.projector import ProjectorConfig
 from nanovlm.training.blocks import checkpoint_blocks
-from nanovlm.training.dpo import DPO
-from nanovlm.training.objective import CrossEntropy, Objective
+from nanovlm.training.dpo import objective_of
 from nanovlm.training.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.vit import VisionConfig
 from nanovlm.vlm import VisionLanguageModel, VLMConfig
-
 
 PATTERN = 1_000_003  # random numbers that weights repeat; a prime, so that no two rows of a matrix are the same
 
@@ -51,10 +49,6 @@ def filled(model: VisionLanguageModel, device: torch.device) -> VisionLanguageMo
     for buffer in model.buffers():  # quantised matrices: any bits are a matrix
         buffer.zero_()
     return model
-
-
-def objective_of(settings: Settings) -> Objective:
-    return DPO(settings) if settings.objective == "dpo" else CrossEntropy()
 
 
 def take_steps(model: VisionLanguageModel, work: Work, settings: Settings, precision: Precision, steps: int = 2) -> None:

@@ -57,6 +57,7 @@ def visual_tokens(model: VisionLanguageModel) -> str:
 
 
 def parameters(module: nn.Module) -> int:
+    """How many numbers a module holds as parameters; what is quantised is not among them."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -10,7 +10,6 @@ A checkpoint is written under a hidden name and renamed last: whatever kills the
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError, is_main, say
-from nanovlm.files import flush_folder, read_json, write_atomically
+from nanovlm.files import flush_folder, read_json, write_atomically, write_json
 from nanovlm.training.shares import gather, scatter, wait
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
@@ -50,7 +49,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     try:
         save_file(weights, temporary / WEIGHTS)
         save_file(moments, temporary / MOMENTS)
-        write_atomically(temporary / STATE, json.dumps(state, indent=2) + "\n")
+        write_json(temporary / STATE, state)
         write_atomically(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in (WEIGHTS, MOMENTS, STATE)))
     except (OSError, NanoVLMError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

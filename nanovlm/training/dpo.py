@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanovlm.data.preferences import PairBatch
 from nanovlm.loss import token_log_probabilities
+from nanovlm.training.objective import CrossEntropy, Objective
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import Batch, VisionLanguageModel
 
@@ -43,6 +44,11 @@ class DPO:
             losses = losses - self.sft_weight * log_probabilities[:, 0] / batch.lengths[::2]
         told = torch.stack(((margins > 0).to(margins), margins, rewards[:, 0], rewards[:, 1])).detach()
         return torch.cat((losses[None], told)).sum(dim=1)
+
+
+def objective_of(settings: Settings) -> Objective:
+    """What a run with these settings minimises."""
+    return DPO(settings) if settings.objective == "dpo" else CrossEntropy()
 
 
 def answer_log_probabilities(model: VisionLanguageModel, batch: PairBatch) -> Tensor:

@@ -6,7 +6,6 @@
 
 import dataclasses
 import difflib
-import json
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from nanovlm.config import from_dict
 from nanovlm.decoder import Decoder
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json, write_atomically
+from nanovlm.files import read_json, write_json
 from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
@@ -143,7 +142,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Deferred]:
 def save_adapter(model: VisionLanguageModel, folder: Path, config: LoRAConfig) -> None:
     """Write what a base model lacks: what learned, and the projector in any case."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
     tensors = {name: parameter for name, parameter in model.named_parameters()
                if parameter.requires_grad or name.startswith("projector.")}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})

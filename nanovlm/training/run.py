@@ -22,11 +22,10 @@ from nanovlm.files import write_atomically
 from nanovlm.image import image_pixels, open_image
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
-from nanovlm.training.dpo import DPO
+from nanovlm.training.dpo import objective_of
 from nanovlm.training.freezing import describe, learns
 from nanovlm.training.loop import train
 from nanovlm.training.lora import LoRAConfig, merged_tensors, save_adapter
-from nanovlm.training.objective import CrossEntropy
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
 from nanovlm.training.reference import reference_of
@@ -74,7 +73,7 @@ def run_stage(settings: Settings) -> Path:
     options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
                    max_length=min(settings.max_length, model.config.text.max_position_embeddings),
                    batch_size=settings.batch_size, seed=settings.seed, features=features)
-    objective, kind = (DPO(settings), PairBatches) if settings.objective == "dpo" else (CrossEntropy(), Batches)
+    objective, kind = objective_of(settings), PairBatches if settings.objective == "dpo" else Batches
     held_out = _usable(held_out, kind, options)
     batches = kind(records, **options, pack=settings.pack, bucket=settings.bucket, rank=parallel.rank,
                    world=parallel.world)

@@ -9,13 +9,14 @@ from torch import Tensor
 from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
 from nanovlm.image import ImageConfig
-from nanovlm.memory.measure import objective_of, random_model, take_steps
+from nanovlm.memory.measure import random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
 from nanovlm.memory.shapes import Work, prepared, work_of
 from nanovlm.projector import ProjectorConfig
 from nanovlm.shapes import toy_config
 from nanovlm.training import optimizer
 from nanovlm.training.building import planned_config
+from nanovlm.training.dpo import objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings, load_settings
 from nanovlm.vit import VisionConfig
