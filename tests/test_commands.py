@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import infer
-from nanovlm.errors import NanoVLMError, run
+from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import __main__ as evaluation
 from nanovlm.training.freezing import freeze
 from nanovlm.training.lora import LoRAConfig, adapter_parameters, add_adapters, merged_tensors, save_adapter
@@ -36,17 +36,14 @@ def image(tmp_path) -> Path:
 
 
 @pytest.fixture
-def ask(tiny, monkeypatch, capsys):
+def ask(tiny, call):
     """Run infer.py in this process: `ask(*arguments)` gives its exit code, stdout and stderr."""
-    def call(*arguments, model: Path = tiny.model, stdin: bytes = b"", main=infer.main) -> tuple[int, str, str]:
+    def answer(*arguments, model: Path = tiny.model, stdin: bytes = b"", main=infer.main) -> tuple[int, str, str]:
         flags = ["--model", model, "--device", "cpu", "--dtype", "fp32"] if main is infer.main else []
         tokens = ["--max-new-tokens", "5"] if main is infer.main and "--max-new-tokens" not in arguments else []
-        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, (*arguments, *flags, *tokens))])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            run(main)
-        return caught.value.code, *capsys.readouterr()
-    return call
+        done = call(main, *arguments, *flags, *tokens, stdin=stdin)
+        return done.returncode, done.stdout, done.stderr
+    return answer
 
 
 @pytest.fixture

@@ -91,11 +91,10 @@ def test_a_run_that_has_only_begun_and_one_without_settings_are_compared_as_far_
     assert len(table) == 3
 
 
-def test_a_folder_without_a_run_is_one_line_and_exit_2(tmp_path, command):
-    with command("-m", "nanovlm.report", tmp_path, cwd=tmp_path) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and out == b""
-    assert err.decode().startswith(f"error: {tmp_path}: holds no run") and err.count(b"\n") == 1
+def test_a_folder_without_a_run_is_one_line_and_exit_2(tmp_path, call):
+    refused = call(report.main, tmp_path)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith(f"error: {tmp_path}: holds no run") and refused.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -23,20 +23,22 @@ FIXTURE = REPOSITORY / "tests" / "fixtures" / "qwen_vl_vision.safetensors"
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def command(monkeypatch, *arguments: object) -> int:
-    """The exit status of the command."""
-    monkeypatch.setattr(sys, "argv", ["extract_vision.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        extract_vision.run(extract_vision.main)
-    return ended.value.code
+@pytest.fixture
+def take_out(call):
+    """Run the command: `take_out(folder)` into its folder "eyes"."""
+    def completed(source: Path, out: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return call(extract_vision.main, source, "--out", out or source / "eyes")
+    return completed
 
 
-def fails(monkeypatch, capsys, source: Path, message: str) -> None:
-    out = source / "eyes"
-    assert command(monkeypatch, source, "--out", out) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
-    assert not (out / "model.safetensors").exists()
+@pytest.fixture
+def fails(take_out):
+    """It ends in one line with these words, and writes no weights."""
+    def refused(source: Path, message: str) -> None:
+        done = take_out(source)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        assert not (source / "eyes" / "model.safetensors").exists()
+    return refused
 
 
 def rename(folder: Path, change) -> None:
@@ -49,12 +51,10 @@ def rename(folder: Path, change) -> None:
     ("siglip", "logit_bias, logit_scale, text_model"), ("clip", "logit_scale, text_model"), ("llava", "language_model"),
     ("smolvlm", "lm_head, model.connector, model.text_model"), ("idefics3", "lm_head, model.connector, model.text_model")])
 @torch.inference_mode()
-def test_the_tower_of_a_whole_model(model_type, text, tmp_path, monkeypatch, capsys):
+def test_the_tower_of_a_whole_model(model_type, text, tmp_path, take_out):
     reference = whole_model(tmp_path, model_type)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
-    capsys.readouterr()
-    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
-    taken, left = capsys.readouterr().err.splitlines()
+    taken, left = take_out(tmp_path).stderr.splitlines()
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
     torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
     assert read_json(tmp_path / "eyes" / "preprocessor_config.json") == {"image_processor_type": "ViTImageProcessor"}
@@ -68,31 +68,32 @@ def test_the_tower_of_a_whole_model(model_type, text, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."])
 @torch.inference_mode()
-def test_every_name_that_llavas_tower_has_had(prefix, tmp_path, monkeypatch):
+def test_every_name_that_llavas_tower_has_had(prefix, tmp_path, take_out):
     reference = whole_model(tmp_path, "llava")
     rename(tmp_path, lambda name: prefix + name.removeprefix("vision_tower.") if name.startswith("vision_tower.") else name)
-    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    assert take_out(tmp_path).returncode == 0
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
     torch.testing.assert_close(ours.patches(PIXELS, -2), reference(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:],
                                atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
-def test_of_shards_only_those_with_a_part_of_the_tower_have_to_be_there(tmp_path, monkeypatch, capsys):
+def test_of_shards_only_those_with_a_part_of_the_tower_have_to_be_there(tmp_path, take_out, fails):
     reference = whole_model(tmp_path, "smolvlm", max_shard_size="10KB")
     places = read_json(tmp_path / "model.safetensors.index.json")["weight_map"]
     needed = {shard for name, shard in places.items() if name.startswith("model.vision_model.")}
     assert len(needed) > 1 and needed != set(places.values())
     for shard in set(places.values()) - needed:
         (tmp_path / shard).unlink()
-    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    done = take_out(tmp_path)
+    assert done.returncode == 0
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
     torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
-    assert "no preprocessor_config.json" in capsys.readouterr().err
+    assert "no preprocessor_config.json" in done.stderr
     absent = tmp_path / sorted(needed)[0]
     absent.unlink()
     (tmp_path / "eyes" / "model.safetensors").unlink()
-    fails(monkeypatch, capsys, tmp_path, f"{absent}: is missing, and the index places")
+    fails(tmp_path, f"{absent}: is missing, and the index places")
 
 
 def qwen_vl(folder: Path) -> dict[str, Tensor]:
@@ -112,18 +113,19 @@ def qwen_vl(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def test_qwen_vl(tmp_path, monkeypatch, capsys):
+def test_qwen_vl(tmp_path, take_out):
     tensors = qwen_vl(tmp_path)
-    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 0
+    done = take_out(tmp_path)
+    assert done.returncode == 0
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
     torch.testing.assert_close(ours(tensors["fixture.pixels_112"]), tensors["fixture.pooled_112"], atol=2e-5, rtol=0)
     image = ImageConfig.from_hf(read_json(tmp_path / "eyes" / "preprocessor_config.json"))
     assert (image.height, image.fit, image.resample) == (56, "squash", "bicubic")  # the release: 448
     assert image.mean == (0.48145466, 0.4578275, 0.40821073)
-    assert "1 tensors (transformer.wte)" in capsys.readouterr().err
+    assert "1 tensors (transformer.wte)" in done.stderr
 
 
-def test_a_pickle_that_is_not_plain_tensors_is_not_run(tmp_path, monkeypatch, capsys):
+def test_a_pickle_that_is_not_plain_tensors_is_not_run(tmp_path, fails):
     qwen_vl(tmp_path)
     shard = tmp_path / "pytorch_model-00002-of-00003.bin"
 
@@ -132,39 +134,38 @@ def test_a_pickle_that_is_not_plain_tensors_is_not_run(tmp_path, monkeypatch, ca
             return Path.touch, (tmp_path / "harmed",)
 
     torch.save({"transformer.visual.proj": Harm()}, shard)
-    fails(monkeypatch, capsys, tmp_path, "holds more than plain tensors")
+    fails(tmp_path, "holds more than plain tensors")
     torch.save({"transformer.visual.proj": [1, 2]}, shard)
-    fails(monkeypatch, capsys, tmp_path, "holds more than plain tensors")
+    fails(tmp_path, "holds more than plain tensors")
     shard.write_bytes(pickle.dumps({"transformer.visual.proj": 1}))
-    fails(monkeypatch, capsys, tmp_path, f"{shard}: ")
+    fails(tmp_path, f"{shard}: ")
     shard.write_bytes(b"")
-    fails(monkeypatch, capsys, tmp_path, f"{shard}: cannot be read")
+    fails(tmp_path, f"{shard}: cannot be read")
     assert not (tmp_path / "harmed").exists()
 
 
-def test_what_has_no_tower_is_refused(tmp_path, monkeypatch, capsys):
+def test_what_has_no_tower_is_refused(tmp_path, fails):
     def config(**settings) -> None:
         (tmp_path / "config.json").write_text(json.dumps(settings))
 
-    fails(monkeypatch, capsys, tmp_path, "config.json: cannot be read")
+    fails(tmp_path, "config.json: cannot be read")
     config(model_type="qwen2")
-    fails(monkeypatch, capsys, tmp_path, "model_type is 'qwen2'; towers are taken out of siglip, clip")
+    fails(tmp_path, "model_type is 'qwen2'; towers are taken out of siglip, clip")
     config(model_type="qwen")  # without eyes
-    fails(monkeypatch, capsys, tmp_path, "has no table 'visual', so there is no vision tower")
+    fails(tmp_path, "has no table 'visual', so there is no vision tower")
     config(model_type="llava", vision_config={"model_type": "pixtral"})
-    fails(monkeypatch, capsys, tmp_path, "model_type is 'pixtral'; implemented are")
+    fails(tmp_path, "model_type is 'pixtral'; implemented are")
     config(model_type="siglip", vision_config={})
-    fails(monkeypatch, capsys, tmp_path, "holds none of model.safetensors")
+    fails(tmp_path, "holds none of model.safetensors")
     save_file({"text_model.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    fails(monkeypatch, capsys, tmp_path, "none of its 1 tensors belongs to a vision tower")
+    fails(tmp_path, "none of its 1 tensors belongs to a vision tower")
 
 
-def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, monkeypatch, capsys):
+def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, take_out):
     whole_model(tmp_path, "clip")
-    assert command(monkeypatch, tmp_path, "--out", tmp_path) == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "holds a model already" in take_out(tmp_path, out=tmp_path).stderr
     rename(tmp_path, lambda name: name.replace("layers.2.", "layers.7."))
-    assert command(monkeypatch, tmp_path, "--out", tmp_path / "eyes") == 2
+    assert take_out(tmp_path).returncode == 2
     assert not (tmp_path / "eyes" / "model.safetensors").exists()
 
 

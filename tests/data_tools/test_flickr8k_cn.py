@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from data_tools import flickr8k_cn
 from data_tools.caption_questions import THINGS
 
-SCRIPT = Path(flickr8k_cn.__file__)
 ZH = {"dog": "一只狗在草地上。", "man": "一个男人在骑自行车。", "snow": "雪地里的小屋。"}
 EN = {"dog": "a dog runs , on the grass .", "man": "A man rides a bicycle", "snow": "a hut in the snow ."}
 KINDS = list(ZH)
@@ -44,11 +42,13 @@ def source(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def convert(source: Path, *more: str, images: str = "images.tar", out: str = "out") -> subprocess.CompletedProcess:
-    """Run the command as a user does."""
-    command = [sys.executable, SCRIPT, "--images", source / images, "--captions", source / "zhc.txt"]
-    command += ["--names", source / "train.txt", "--out", source / out, *more]
-    return subprocess.run(command, capture_output=True, text=True, cwd=source, check=False)
+@pytest.fixture
+def convert(call):
+    """Run the command on what `source` holds."""
+    def completed(source: Path, *more: str, images: str = "images.tar", out: str = "out") -> subprocess.CompletedProcess[str]:
+        return call(flickr8k_cn.main, "--images", source / images, "--captions", source / "zhc.txt", "--names",
+                    source / "train.txt", "--out", source / out, *more)
+    return completed
 
 
 def read(path: Path) -> list[dict]:
@@ -62,7 +62,7 @@ def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_four_flags_give_training_and_evaluation_records(source: Path) -> None:
+def test_four_flags_give_training_and_evaluation_records(source: Path, convert) -> None:
     result = convert(source)
     assert result.returncode == 0, result.stderr
     out = source / "out"
@@ -82,7 +82,7 @@ def test_four_flags_give_training_and_evaluation_records(source: Path) -> None:
     assert "train.jsonl: 45 records" in result.stderr and "9 photos" in result.stderr
 
 
-def test_english_adds_mixed_records_and_balanced_questions(source: Path) -> None:
+def test_english_adds_mixed_records_and_balanced_questions(source: Path, convert) -> None:
     result = convert(source, "--captions-en", str(source / "enc.txt"), "--split", "small")
     assert result.returncode == 0, result.stderr
     out = source / "out"
@@ -124,7 +124,7 @@ def test_answers_follow_from_both_languages(name: str, zh: str, en: str, answer:
     assert thing.answer([zh], [en]) is answer
 
 
-def test_same_bytes_again_and_from_a_folder(source: Path) -> None:
+def test_same_bytes_again_and_from_a_folder(source: Path, convert) -> None:
     english = ("--captions-en", str(source / "enc.txt"))
     assert convert(source, *english).returncode == 0
     with tarfile.open(source / "images.tar") as archive:
@@ -138,7 +138,14 @@ def test_same_bytes_again_and_from_a_folder(source: Path) -> None:
     assert first == second and len(first) == 9 + 5
 
 
-def test_other_content_is_never_written_over(source: Path) -> None:
+def test_the_script_runs_from_anywhere(source: Path, command) -> None:
+    process = command("data_tools/flickr8k_cn.py", "--images", "images.tar", "--captions", "zhc.txt", "--names", "train.txt",
+                      "--out", "out", cwd=source)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and len(read(source / "out" / "train.jsonl")) == 45, errors.decode()
+
+
+def test_other_content_is_never_written_over(source: Path, convert) -> None:
     (source / "out").mkdir()
     (source / "out" / "train_zh.jsonl").write_text("mine\n")
     assert_refused(convert(source), "train_zh.jsonl: is there already with other content")
@@ -151,7 +158,7 @@ def test_other_content_is_never_written_over(source: Path) -> None:
     assert (source / "photos" / "images" / photo(0)).read_bytes() == b"mine"
 
 
-def test_hostile_archive_writes_nothing_outside(source: Path) -> None:
+def test_hostile_archive_writes_nothing_outside(source: Path, convert) -> None:
     secret = source / "secret.txt"
     secret.write_text("secret")
     with tarfile.open(source / "images.tar", "w") as archive:
@@ -169,7 +176,7 @@ def test_hostile_archive_writes_nothing_outside(source: Path) -> None:
     assert all(path.is_relative_to(source / "out") for path in written)
 
 
-def test_little_is_skipped_and_named_and_much_is_an_error(source: Path) -> None:
+def test_little_is_skipped_and_named_and_much_is_an_error(source: Path, convert) -> None:
     names = [f"many_{index}.jpg" for index in range(200)]
     (source / "train.txt").write_text("\n".join(names))
     captions = [f"{name}#zhc#0 一张照片。" for name in names[:-1]] + ["not a caption", f"{names[-1]}#zhc#0 一张照片。"]
@@ -190,7 +197,7 @@ def test_little_is_skipped_and_named_and_much_is_an_error(source: Path) -> None:
     assert_refused(convert(source, images="photos", out="third"), "many_100.jpg has no caption")
 
 
-def test_broken_input_is_one_line(source: Path) -> None:
+def test_broken_input_is_one_line(source: Path, convert) -> None:
     tar = (source / "images.tar").read_bytes()
     (source / "images.tar").write_bytes(tar[:3000])
     assert_refused(convert(source), "images.tar")

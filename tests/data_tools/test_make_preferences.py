@@ -88,7 +88,6 @@ def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tm
 @pytest.mark.parametrize(("flags", "expected"), [
     (("--spoiled", "2"), "--spoiled and --others are between 0 and 1"), (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
     (("--sample", "1"), "--help")])
-def test_what_is_refused(command, tmp_path, flags, expected):
-    process = command("data_tools/make_preferences.py", "--out", tmp_path / "pairs.jsonl", *flags)
-    told = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 2 and expected in told and len(told.splitlines()) == 1
+def test_what_is_refused(call, tmp_path, flags, expected):
+    refused = call(make_preferences.main, "--out", tmp_path / "pairs.jsonl", *flags)
+    assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
