@@ -20,8 +20,9 @@ def main() -> None:
         raise NanoVLMError(f"{settings.init}: there is no model to start from; run {before.command} first, or give --init")
     if missing := preparations(settings, settings.init):
         raise NanoVLMError(f"{settings.data}: is not there yet; make it with:  {missing[0]}")
-    model = run_stage(settings)
-    say("next:  " + "\n  or:  ".join(next_commands(recipe, settings, model)))
+    commands = next_commands(recipe, settings)  # now, while a mistake in a later stage costs nothing
+    run_stage(settings)
+    say("next:  " + "\n  or:  ".join(commands))
 
 
 if __name__ == "__main__":

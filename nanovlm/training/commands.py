@@ -58,12 +58,12 @@ class Recipe:
         return replace(self, stage=stages[place]) if 0 <= place < len(stages) else None
 
 
-def next_commands(recipe: Recipe, settings: Settings, model: Path) -> list[str]:
-    """What to type after a stage that ran as `settings` say and left `model`: a question to it, and the next stage.
+def next_commands(recipe: Recipe, settings: Settings) -> list[str]:
+    """What to type after a stage that ran as `settings` say: a question to its model, and the next stage.
 
     Whoever gave records of their own has to say which ones the next stage learns from: stages learn different things.
     """
-    commands, following = [], recipe.neighbour(1)
+    commands, following, model = [], recipe.neighbour(1), Path(settings.out) / "model"
     if settings.resume and not recipe.flags:  # of any recipe
         following = None
     if recipe.stage == "stage1":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import train_stage1
 from nanovlm.training.commands import Recipe, next_commands
 from nanovlm.training.settings import Settings, load_settings, to_toml
 
@@ -14,7 +15,7 @@ ASK = 'python infer.py IMAGE "描述图片" --model'
 def following(script: str, *arguments: str, **changes) -> list[str]:
     """The commands after a stage that ran with these arguments."""
     settings = dataclasses.replace(load_settings(script, list(arguments)), **changes)
-    return next_commands(Recipe.of_command(script, list(arguments)), settings, Path(settings.out) / "model")
+    return next_commands(Recipe.of_command(script, list(arguments)), settings)
 
 
 def test_the_default_goes_from_stage_1_to_stage_2_to_an_answer():
@@ -76,3 +77,11 @@ def test_the_stage_before():
     assert Recipe("stage3", "zero-qwen-vl").neighbour(-1).command == "train_stage2.py --preset zero-qwen-vl"
     assert Recipe("stage2", "mary", tiny=True).neighbour(-1).command == "train_stage1.py --preset mary --tiny"
     assert Recipe("stage1").neighbour(-1) is None
+
+
+def test_a_mistake_in_a_later_stage_is_found_before_this_one_trains(tmp_path: Path, tiny, call):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[stage1]\n{to_toml(tiny.settings(tmp_path / 'run', max_steps=1))}[stage2]\nlearning_rate = 1.0\n")
+    refused = call(train_stage1.main, "--config", recipe)
+    assert refused.returncode == 2 and "stage2" in refused.stderr and "learning_rate" in refused.stderr
+    assert not (tmp_path / "run").exists()
