@@ -1,7 +1,22 @@
-"""Yes/no questions whose answers follow from what people wrote about a photo in Chinese and in English."""
+"""What people's captions of a photo, in Chinese and in English, say is on it: answers to yes/no questions, and mistakes.
 
+    python data_tools/caption_questions.py ANSWERS.jsonl
+
+takes what `python -m nanovlm.evaluation --answers ANSWERS.jsonl` wrote about photos, and prints how often the model's
+captions name a thing that no person's caption of that photo mentions or leaves possible (CHAIR, Rohrbach et al. 2018, with
+the few things below): {"chair_i": share of the things named, "chair_s": share of the captions, "n": captions}.
+"""
+
+import json
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+
+from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -20,12 +35,18 @@ class Thing:
 
     def answer(self, zh_captions: list[str], en_captions: list[str]) -> bool | None:
         """True where both languages mention it, False where neither mentions nor hints at it, None in between."""
-        zh_text, en_text = "\n".join(zh_captions), "\n".join(en_captions).lower()
-        mentions = [re.search(self.zh, zh_text), re.search(rf"\b(?:{self.en})\b", en_text)]
-        if all(mentions):
+        zh_text, en_text = "\n".join(zh_captions), "\n".join(en_captions)
+        if self.is_in(zh_text) and self.is_in(en_text):
             return True
-        hinted = any(mentions) or re.search(self.hint, zh_text) or re.search(self.hint, en_text)
-        return None if hinted else False
+        return None if self.may_be_in(zh_text) or self.may_be_in(en_text) else False
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text of either language mentions it."""
+        return bool(re.search(self.zh, text) or re.search(rf"\b(?:{self.en})\b", text.lower()))
+
+    def may_be_in(self, text: str) -> bool:
+        """Whether it mentions it or leaves it possible."""
+        return self.is_in(text) or bool(re.search(self.hint, text.lower()))
 
 
 # Words that do not say whether they mean a man, a woman or a child. Trades end in -ist or in most of -er.
@@ -143,3 +164,31 @@ THINGS = (
         hint="动物|飞|animal|fly|wing",
     ),
 )
+
+
+def things_named(caption: str, references: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The THINGS that a caption mentions, and those of them that none of the photo's `references` mentions or hints at."""
+    text = "\n".join(references)
+    named = [thing for thing in THINGS if thing.is_in(caption)]
+    return [thing.zh_name for thing in named], [thing.zh_name for thing in named if not thing.may_be_in(text)]
+
+
+def main() -> None:
+    """Read answers, print how many name what is not there."""
+    parser = CommandParser(description="How often a model's captions name a thing that is not on the photo.")
+    parser.add_argument("answers", type=Path, metavar="ANSWERS.jsonl", help="as nanovlm.evaluation --answers writes them")
+    path = parser.parse_args().answers
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        told = [things_named(line["answer"], line["references"]) for line in lines]
+    except OSError as error:
+        raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise NanoVLMError(f"{path}: holds no answers; write them with python -m nanovlm.evaluation --answers") from None
+    named, wrong = (sum(len(one[index]) for one in told) for index in (0, 1))
+    print(json.dumps({"chair_i": round(wrong / max(named, 1), 6), "chair_s": round(
+        sum(bool(one[1]) for one in told) / max(len(told), 1), 6), "n": len(told)}))
+
+
+if __name__ == "__main__":
+    run(main)

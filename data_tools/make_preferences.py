@@ -1,9 +1,13 @@
-"""Pairs of descriptions of the toy world, a right one and a wrong one, for `--objective dpo`.
+"""Pairs of descriptions, a right one and a wrong one, for `--objective dpo`: of scenes of the toy world, or of photos.
 
-    python data_tools/make_preferences.py --model runs/stage2/model --out data/scenes/pairs.jsonl
+    python data_tools/make_preferences.py --model runs/stage2/model
+    python data_tools/make_preferences.py --model runs/photos-stage2/model --data DIR/train_zh.jsonl --out DIR/pairs.jsonl
 
-asks the model for descriptions of training scenes, several times each at random, and pairs every different one that names
-an object which is not there with the right description (kind "own"). A share of the scenes also gets a description that is
+asks the model for descriptions of training images, several times each at random, and pairs every different one that names
+an object which is not there with a right description (kind "own"). Of photos, right is what people wrote (`references` of
+the records), and not there is a thing that none of them mentions or leaves possible (`caption_questions.py`).
+
+Of scenes, whose objects are known, there are two more kinds. A share of the scenes also gets a description that is
 spoiled on purpose (kind "spoiled"): one object takes another colour or shape, one is added, or one is left out. The same
 model, data and seed give the same pairs. Without --model all descriptions are spoiled ones.
 
@@ -25,6 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
+from data_tools.caption_questions import things_named  # noqa: E402
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description  # noqa: E402
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
 from nanovlm.data.records import Record, read_records  # noqa: E402
@@ -48,7 +53,7 @@ def make_pairs(records: Sequence[Record], model: VisionLanguageModel | None, sam
         sampling = Sampling(temperature=temperature, seed=seed + number)
         answers = answer_records(model, records, MAX_NEW_TOKENS, BATCH_SIZE, sampling=sampling)
         for told, answer in zip(own, tqdm(answers, total=len(records), desc=f"describing, {number + 1} of {samples}",
-                                          unit="scene", dynamic_ncols=True)):
+                                          unit="image", dynamic_ncols=True)):
             told += [answer] if answer not in told else []
     return [pair for record, told in zip(records, own) for pair in _pairs_of(record, told, spoiled, seed)]
 
@@ -63,7 +68,7 @@ def other_pairs(records: Sequence[Record], share: float, seed: int) -> list[dict
         (right,), rng = references_of(record), _random(record, seed)
         wrong = sorted(set(alike[_form(record)]) - {right})
         if wrong and rng.random() < share:
-            pairs.append(_pair(record, rng.choice(wrong), "other"))
+            pairs.append(_pair(record, right, rng.choice(wrong), "other"))
     return pairs
 
 
@@ -74,9 +79,9 @@ def _form(record: Record) -> tuple:
     return record.extra["kind"], right.isascii(), verdict
 
 
-def _pair(record: Record, wrong: str, kind: str) -> dict:
+def _pair(record: Record, right: str, wrong: str, kind: str) -> dict:
     return {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(),
-            "chosen": references_of(record)[0], "rejected": wrong, "kind": kind}
+            "chosen": right, "rejected": wrong, "kind": kind}
 
 
 def _random(record: Record, seed: int) -> Random:
@@ -85,11 +90,19 @@ def _random(record: Record, seed: int) -> Random:
 
 
 def _pairs_of(record: Record, own: list[str], spoiled: float, seed: int) -> Iterator[dict]:
-    (right,), rng = references_of(record), _random(record, seed)
-    wrong = [("own", answer) for answer in own if names_wrong_object(answer, right)]
+    right, rng = references_of(record), _random(record, seed)
+    if not is_scene(record):
+        yield from (_pair(record, rng.choice(right), answer, "own") for answer in own if things_named(answer, right)[1])
+        return
+    wrong = [("own", answer) for answer in own if names_wrong_object(answer, *right)]
     if rng.random() < spoiled:
-        wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right.startswith("图") else "en")))
-    yield from (_pair(record, answer, kind) for kind, answer in wrong)
+        wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right[0].startswith("图") else "en")))
+    yield from (_pair(record, *right, answer, kind) for kind, answer in wrong)
+
+
+def is_scene(record: Record) -> bool:
+    """Whether it describes a scene of the toy world, all of whose objects the record tells."""
+    return "objects" in record.extra
 
 
 def names_wrong_object(answer: str, right: str) -> bool:
@@ -135,11 +148,12 @@ def _changed(thing: SceneObject, others: Sequence[SceneObject], rng: Random, att
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
-    parser = CommandParser(description="Pairs of descriptions of the toy world, right and wrong, for --objective dpo.")
+    parser = CommandParser(description="Pairs of descriptions, right and wrong, for --objective dpo.")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model whose own wrong descriptions are used")
-    parser.add_argument("--data", default="data/scenes/train.jsonl", metavar="FILE", help="scenes' records (%(default)s)")
+    parser.add_argument("--data", default="data/scenes/train.jsonl", metavar="FILE",
+                        help="records of scenes, or of photos with their captions as references (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("data/scenes/pairs.jsonl"), metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--scenes", type=int, default=0, metavar="N", help="take the first N scenes only")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N images only")
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="descriptions of each by the model (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="at which it is sampled (%(default)s)")
     parser.add_argument("--spoiled", type=float, default=0.25, metavar="SHARE",
@@ -154,31 +168,35 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read scenes, ask the model, write the pairs, say how many."""
     arguments = parse_arguments()
-    if arguments.scenes < 0 or arguments.samples < 1 or not all(
+    if arguments.limit < 0 or arguments.samples < 1 or not all(
             0 <= share <= 1 for share in (arguments.spoiled, arguments.others)):
-        raise NanoVLMError("--scenes starts at 0 (all), --samples at 1, and --spoiled and --others are between 0 and 1")
+        raise NanoVLMError("--limit starts at 0 (all), --samples at 1, and --spoiled and --others are between 0 and 1")
     records, skipped = read_records(arguments.data)
     for reason in skipped:
         say(f"skipped: {reason}")
-    everything, records = records, [record for record in records if record.extra.get("kind") == "describe"]
-    records = records[:arguments.scenes or None]
-    if not records or any("objects" not in record.extra or len(record.images) != 1 for record in records):
-        raise NanoVLMError(f"{arguments.data}: holds no scenes (data_tools/make_scenes.py draws them)")
+    everything, records = records, [record for record in records if len(record.images) == 1 and (
+        record.extra.get("kind") == "describe" if is_scene(record) else record.references)]
+    records = records[:arguments.limit or None]
+    if not records:
+        raise NanoVLMError(f"{arguments.data}: holds neither scenes nor photos with captions as references "
+                           "(data_tools/make_scenes.py, data_tools/flickr8k_cn.py)")
+    if not arguments.model and not all(map(is_scene, records)):
+        raise NanoVLMError(f"{arguments.data}: of photos only a model's own captions are paired; give --model")
     model = None
     if arguments.model:
         model = VisionLanguageModel.from_pretrained(arguments.model).to(choose_device(arguments.device))
     pairs = make_pairs(records, model, arguments.samples, arguments.temperature, arguments.spoiled if model else 1.0,
                        arguments.seed)
     shown = {record.images for record in records}
-    others = [record for record in everything if record.images in shown and record.extra.get("kind") != "describe"]
+    others = [record for record in everything if record.images in shown and record.extra.get("kind", "describe") != "describe"]
     pairs += other_pairs(others, arguments.others, arguments.seed)
     if not pairs:
-        raise NanoVLMError("the model describes all scenes rightly; raise --temperature, --samples or --spoiled")
+        raise NanoVLMError("the model names nothing wrong in any description; raise --temperature, --samples or --spoiled")
     for pair in pairs:  # paths are read relative to the file
         pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
     write_atomically(arguments.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     kinds = Counter(pair["kind"] for pair in pairs)
-    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} scenes, {kinds['own']:,} with the model's own wrong "
+    say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} images, {kinds['own']:,} with the model's own wrong "
         f"descriptions, {kinds['spoiled']:,} with spoiled ones, {kinds['other']:,} of other questions")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import flickr8k_cn
+from data_tools import caption_questions, flickr8k_cn
 from data_tools.caption_questions import THINGS
 
 ZH = {"dog": "一只狗在草地上。", "man": "一个男人在骑自行车。", "snow": "雪地里的小屋。"}
@@ -215,3 +215,16 @@ def test_broken_input_is_one_line(source: Path, convert) -> None:
     (source / "train.txt").write_text("\n")
     assert_refused(convert(source), "names no photo")
     assert not list(source.rglob("*.jsonl"))
+
+
+def test_how_often_captions_name_what_nobody_mentions(tmp_path: Path, call) -> None:
+    lines = [{"answer": "一个男人在玩滑板。", "references": ["雪地里的狗。", "A dog in the snow."]},  # a man and a skateboard, wrongly
+             {"answer": "一只狗在雪地里。", "references": ["雪地里的狗。"]},
+             {"answer": "男人和狗。", "references": ["一个人和一只狗。"]},  # somebody may be a man
+             {"answer": "Nothing.", "references": ["雪地里的狗。"]}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = call(caption_questions.main, tmp_path / "answers.jsonl")
+    assert json.loads(done.stdout) == {"chair_i": round(2 / 6, 6), "chair_s": 0.25, "n": 4}
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    assert "holds no answers" in call(caption_questions.main, tmp_path / "answers.jsonl").stderr
+    assert "cannot be read" in call(caption_questions.main, tmp_path / "gone.jsonl").stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from PIL import Image
 
 from data_tools import make_preferences
 from data_tools.make_preferences import make_pairs, names_wrong_object, other_pairs, spoil
@@ -73,10 +74,10 @@ def test_other_questions_get_another_answer_of_their_kind(tiny):
 
 def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tmp_path):
     out = tmp_path / "pairs.jsonl"
-    process = command("data_tools/make_preferences.py", "--data", tiny.data / "train.jsonl", "--out", out, "--scenes", "5",
+    process = command("data_tools/make_preferences.py", "--data", tiny.data / "train.jsonl", "--out", out, "--limit", "5",
                       "--others", "0")
     told = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 0 and "5 pairs from 5 scenes" in told
+    assert process.returncode == 0 and "5 pairs from 5 images" in told
     pairs, skipped = read_pairs(out)
     assert len(pairs) == 5 and not skipped
     for pair, record, line in zip(pairs, records, out.read_text().splitlines()):
@@ -91,3 +92,22 @@ def test_the_command_writes_pairs_that_training_reads(tiny, records, command, tm
 def test_what_is_refused(call, tmp_path, flags, expected):
     refused = call(make_preferences.main, "--out", tmp_path / "pairs.jsonl", *flags)
     assert refused.returncode == 2 and expected in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_of_photos_a_caption_is_wrong_that_names_what_nobody_mentions(tmp_path, tiny, monkeypatch, call):
+    captions = ["一只狗在草地上跑。", "小狗在玩耍。"]
+    Image.new("RGB", (40, 30)).save(tmp_path / "dog.jpg")
+    record = {"image": "dog.jpg", "messages": [{"role": "user", "content": "<image>\n描述图片"}], "references": captions}
+    (tmp_path / "photos.jsonl").write_text(json.dumps(record) + "\n")
+    told = iter(["一只狗在雪地里。", "一只狗在草地上。", "一个男人和一只狗。"])  # snow, nothing, a man
+    monkeypatch.setattr(make_preferences, "answer_records", lambda *_, **__: iter([next(told)]))
+    flags = ("--data", tmp_path / "photos.jsonl", "--out", tmp_path / "pairs.jsonl")
+    assert "give --model" in call(make_preferences.main, *flags).stderr
+    done = call(make_preferences.main, *flags, "--model", tiny.model, "--samples", "3")
+    assert done.returncode == 0 and "2 pairs from 1 images, 2 with the model's own" in done.stderr
+    pairs, _ = read_pairs(tmp_path / "pairs.jsonl")
+    assert [pair.rejected for pair in pairs] == ["一只狗在雪地里。", "一个男人和一只狗。"]
+    assert all(pair.messages[1].content[0] in captions for pair in pairs)
+    (tmp_path / "photos.jsonl").write_text(json.dumps({**record, "messages": [*record["messages"], {
+        "role": "assistant", "content": "一只狗。"}], "references": []}) + "\n")
+    assert "holds neither scenes nor photos" in call(make_preferences.main, *flags).stderr
