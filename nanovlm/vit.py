@@ -104,10 +104,12 @@ class VisionConfig:
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
             layer_norm_eps=1e-6, image_size=224, patch_size=16 if registers else 14, num_channels=3, qkv_bias=True,
             use_swiglu_ffn=False, num_register_tokens=4 if registers else 0,
+            interpolate_antialias=registers, interpolate_offset=0.0,  # which those with registers are published with
         ), ignored=("layerscale_value", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
                     "apply_layernorm", "reshape_hidden_states", "use_mask_token", "out_features", "out_indices",
                     "stage_names"))
-        require(config, hidden_act="gelu", num_channels=3, qkv_bias=True)
+        require(config, hidden_act="gelu", num_channels=3, qkv_bias=True, interpolate_antialias=registers,
+                interpolate_offset=0.0)
         width = config["hidden_size"]
         intermediate_size = int(width * config["mlp_ratio"])
         if config["use_swiglu_ffn"]:  # two thirds, so that three matrices weigh what two did; rounded up to 8

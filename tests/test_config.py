@@ -104,6 +104,8 @@ def test_a_decoder_that_is_not_implemented_is_refused(config, message):
     (DINOV2 | {"patch_size": 0}, "patch_size is 0; it has to be above 0"),
     (DINOV2 | {"hidden_size": 100}, "hidden_size = 100 is not a multiple of num_attention_heads = 12"),
     (DINOV2 | {"qkv_bias": False}, "qkv_bias = False"),
+    (DINOV2 | {"interpolate_antialias": True}, "interpolate_antialias = True is not implemented, only False"),
+    ({"model_type": "dinov2_with_registers", "interpolate_offset": 0.1}, "interpolate_offset = 0.1 is not implemented"),
     (DINOV2 | {"patch_sizes": 16}, "unknown key 'patch_sizes'; did you mean 'patch_size'?"),
     ({"model_type": "vit"}, "model_type is 'vit'; implemented are dinov2, dinov2_with_registers"),
 ])
@@ -132,6 +134,18 @@ def test_the_published_dinov2_sizes(width, layers, num_heads, swiglu, intermedia
         "model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": num_heads,
         "use_swiglu_ffn": swiglu, "image_size": 518, "patch_size": 14, "mlp_ratio": 4})
     assert config.intermediate_size == intermediate_size
+
+
+def test_the_published_dinov2_with_registers():
+    config = VisionConfig.from_hf({
+        "apply_layernorm": True, "architectures": ["Dinov2WithRegistersModel"], "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "image_size": 518,
+        "initializer_range": 0.02, "interpolate_antialias": True, "interpolate_offset": 0.0, "layer_norm_eps": 1e-06,
+        "layerscale_value": 1.0, "mlp_ratio": 4, "model_type": "dinov2_with_registers", "num_attention_heads": 12,
+        "num_channels": 3, "num_hidden_layers": 12, "num_register_tokens": 4, "out_features": ["stage12"], "out_indices": [12],
+        "patch_size": 14, "qkv_bias": True, "reshape_hidden_states": True, "stage_names": ["stem", "stage1", "stage12"],
+        "torch_dtype": "float32", "use_swiglu_ffn": False})
+    assert config == VisionConfig(num_register_tokens=4, position_antialias=True)
 
 
 @pytest.mark.parametrize("part", [VisionConfig(), DecoderConfig()], ids=["vision", "text"])
