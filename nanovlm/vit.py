@@ -107,7 +107,7 @@ class VisionConfig:
             interpolate_antialias=registers, interpolate_offset=0.0,  # which those with registers are published with
         ), ignored=("layerscale_value", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
                     "apply_layernorm", "reshape_hidden_states", "use_mask_token", "out_features", "out_indices",
-                    "stage_names"))
+                    "_out_features", "_out_indices", "stage_names"))
         require(config, hidden_act="gelu", num_channels=3, qkv_bias=True, interpolate_antialias=registers,
                 interpolate_offset=0.0)
         width = config["hidden_size"]

@@ -119,6 +119,11 @@ def test_null_counts_as_left_out():
     assert DecoderConfig.from_hf(QWEN2 | null) == DecoderConfig.from_hf(QWEN2)
 
 
+def test_how_a_dinov2_saved_by_an_older_library_names_its_stages():
+    older = {"_out_features": ["stage12"], "_out_indices": [12], "stage_names": ["stem", "stage12"]}
+    assert VisionConfig.from_hf(DINOV2 | older) == VisionConfig.from_hf(DINOV2)
+
+
 def test_what_hub_files_leave_out_is_the_reference_default():
     for config in (Qwen2Config(), Qwen3Config(), LlamaConfig()):
         assert DecoderConfig.from_hf({"model_type": config.model_type}) == DecoderConfig.from_hf(config.to_dict())
