@@ -295,6 +295,15 @@ def test_the_published_qwen_7b_chat():
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 7_721_324_544  # as its card says, 7.7 billion
 
 
+def test_the_published_qwen_72b_chat():
+    larger = {"hidden_size": 8192, "intermediate_size": 49152, "num_attention_heads": 64, "num_hidden_layers": 80,
+              "rope_theta": 1000000, "rotary_emb_base": 1000000, "use_dynamic_ntk": False, "use_logn_attn": False,
+              "vocab_size": 152064}
+    assert DecoderConfig.from_hf(HUB_QWEN_7B_CHAT | larger) == DecoderConfig(
+        152064, 8192, 24576, 80, 64, 64, 128, qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1000000,
+        max_position_embeddings=32768, tie_word_embeddings=False)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"no_bias": False}, "no_bias = False is not implemented, only True"),
     ({"rotary_pct": 0.25}, "rotary_pct = 0.25 is not implemented"),

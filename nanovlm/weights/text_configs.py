@@ -24,9 +24,11 @@ QWEN1_DEFAULTS = dict(
     vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, kv_channels=128,
     layer_norm_epsilon=1e-6, max_position_embeddings=8192, seq_length=None, rotary_emb_base=10000, rotary_pct=1.0,
     use_dynamic_ntk=True, use_logn_attn=True, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
-# Dropouts are 0 in every published file and off when it is used; the rest is about kernels, number formats and exports.
+# Dropouts are 0 in every published file and off when it is used; `rope_theta` says `rotary_emb_base` once more, to other
+# programs than the reference; the rest is about kernels, number formats and exports.
 QWEN1_IGNORED = ("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32",
-                 "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "tokenizer_class", "tokenizer_type")
+                 "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "rope_theta", "tokenizer_class",
+                 "tokenizer_type")
 SAME_NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
               "tie_word_embeddings")
 
