@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from nanovlm.errors import CommandParser, NanoVLMError, first_line, run, say  # noqa: E402
 from nanovlm.files import read_json, write_json  # noqa: E402
+from nanovlm.image_config import read_processor  # noqa: E402
 from nanovlm.shapes import EYES  # noqa: E402
 from nanovlm.vit import VisionConfig, VisionTransformer  # noqa: E402
 from nanovlm.weights import SafetensorsFile, save_file  # noqa: E402
@@ -147,11 +148,8 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
     if settings["model_type"] == "qwen_vl_vision":
         side = settings.get("image_size", 448)
         write_json(out / PREPROCESSOR, EYES["qwen-vl"].processor | {"size": {"height": side, "width": side}})
-    elif (source / PREPROCESSOR).exists():
-        write_json(out / PREPROCESSOR, read_json(source / PREPROCESSOR))
-    elif (source / "processor_config.json").exists() and \
-            isinstance(nested := read_json(source / "processor_config.json").get("image_processor"), dict):
-        write_json(out / PREPROCESSOR, nested)  # where newer files keep it
+    elif (processor := read_processor(source)) is not None:
+        write_json(out / PREPROCESSOR, processor)
     else:
         say(f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are prepared as for DINOv2")
 

@@ -87,13 +87,14 @@ class ChatConfig:
 
         The published template is a program, which is not run; of it only two facts are read: the default system
         prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2, Vicuna), and whether it has think blocks (Qwen3).
-        Raises if no template fits, with what each would need.
+        Raises if no template fits, with what each would need. LLaMA's tokenizer, whose <s> and </s> many templates share,
+        is taken for Vicuna's only with its template or with none.
         """
         special, source = tokenizer.special_tokens, _template_source(Path(folder))
         fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
-        if not fitting or (fitting[0] == "vicuna" and "[INST]" in source):
+        if not fitting or (fitting[0] == "vicuna" and source and "ASSISTANT:" not in source):
             needs = "; ".join(f"{name} needs {' '.join(sorted(template.special))}" for name, template in TEMPLATES.items())
-            reason = "its chat template, of [INST], is not implemented" if fitting else "it lacks special tokens of each"
+            reason = "its chat template is another one" if fitting else "it lacks special tokens of each"
             raise NanoVLMError(f"{folder}: no chat template fits its tokenizer: {reason} ({needs})")
         image_token = next((token for token in PLACEHOLDERS if token in special), IMAGE_MARKER)
         default = DEFAULT_SYSTEM[fitting[0]].search(source) if fitting[0] in DEFAULT_SYSTEM else None

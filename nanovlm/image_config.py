@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from nanovlm import config as configs
 from nanovlm.errors import NanoVLMError
+from nanovlm.files import read_json
 
 FILTERS = {filter.name.lower(): filter for filter in (
     Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST)}
@@ -108,6 +110,16 @@ class ImageConfig:
         _require(resample is not None, f"resample = {settings['resample']} is not one of 0, 1, 2, 3", where)
         fit = _tiles_from_hf(settings, where) if known.get("do_image_splitting") else _one_from_hf(settings, kind, where)
         return cls(resample=resample, mean=settings["image_mean"], std=settings["image_std"], **fit)
+
+
+def read_processor(folder: Path) -> dict[str, Any] | None:
+    """What a hub folder says of its images, for `from_hf`: in a file of its own, or, in newer folders, within that of a
+    processor of text and images; None where neither does."""
+    if (folder / "preprocessor_config.json").exists():
+        return read_json(folder / "preprocessor_config.json")
+    path = folder / "processor_config.json"
+    nested = read_json(path).get("image_processor") if path.exists() else None
+    return nested if isinstance(nested, dict) else None
 
 
 def _one_from_hf(settings: dict[str, Any], kind: str, where: str) -> dict[str, Any]:

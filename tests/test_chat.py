@@ -208,9 +208,11 @@ def test_a_folder_that_no_template_fits_says_what_is_missing(tmp_path):
     with pytest.raises(NanoVLMError, match=r"no chat template fits its tokenizer: it lacks special tokens of each "
                                            r"\(chatml needs <\|im_end\|> <\|im_start\|>; .* vicuna needs </s> <s>\)"):
         ChatConfig.from_hf(tmp_path, load_tokenizer(tmp_path))
-    sentence_piece(tmp_path / "llama2", "{{ bos_token + '[INST] ' + messages[0].content + ' [/INST]' }}")
-    with pytest.raises(NanoVLMError, match=r"its chat template, of \[INST\], is not implemented"):
-        ChatConfig.from_hf(tmp_path / "llama2", load_tokenizer(tmp_path / "llama2"))
+    for name, template in (("llama2", "{{ bos_token + '[INST] ' + messages[0].content + ' [/INST]' }}"),
+                           ("zephyr", "{{ '<|user|>\n' + messages[0].content + eos_token + '<|assistant|>' }}")):
+        sentence_piece(tmp_path / name, template)
+        with pytest.raises(NanoVLMError, match="its chat template is another one"):
+            ChatConfig.from_hf(tmp_path / name, load_tokenizer(tmp_path / name))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import torch
 
 from nanovlm.chat import ChatConfig
 from nanovlm.decoder import DecoderConfig
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, say
 from nanovlm.files import read_json
-from nanovlm.image import ImageConfig
+from nanovlm.image_config import ImageConfig, read_processor
 from nanovlm.projector import ProjectorConfig
 from nanovlm.shapes import EYES, VOICES, toy_model
 from nanovlm.training.freezing import freeze
@@ -30,6 +30,10 @@ def build_model(settings: Settings) -> VisionLanguageModel:
         return toy_model(planned_config(settings))
     _check_folders(settings)
     config = planned_config(settings)
+    if read_processor(Path(settings.vision)) is None:
+        say(f"{settings.vision}: holds no preprocessor_config.json; images are prepared as for "
+            + (settings.vision if settings.vision in EYES else "DINOv2")
+            + f", {config.image.width}×{config.image.height} pixels")
     return VisionLanguageModel.from_parts(
         settings.vision, settings.text, config.projector, config.image, config.vision_layer,
         text_config=config.text if settings.text_shape else None, system=settings.system or None,
@@ -63,9 +67,9 @@ def planned_config(settings: Settings) -> VLMConfig:
 
 def projector_and_image(settings: Settings) -> tuple[ProjectorConfig, ImageConfig]:
     """What joins eyes and voice, and how the eyes are shown an image: as their folder says, where it says so."""
-    preprocessor = Path(settings.vision) / "preprocessor_config.json"
-    if settings.vision and preprocessor.exists():
-        image = ImageConfig.from_hf(read_json(preprocessor))
+    processor = read_processor(Path(settings.vision)) if settings.vision else None
+    if processor is not None:
+        image = ImageConfig.from_hf(processor)
     else:
         image = EYES[settings.vision].image if settings.vision in EYES else ImageConfig()
     if image.fit == "crop":  # which might cut off what is asked about: the whole picture is squashed into the square

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.building import projector_and_image
+from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.run import _split, run_stage
 from nanovlm.training.settings import load_settings
 from nanovlm.vlm import VisionLanguageModel
@@ -102,6 +102,18 @@ def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
         image = projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path), **changes))[1]
         assert {name: getattr(image, name) for name in expected} == expected and image.shortest_edge is None
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")  # as newer folders keep it
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": written, "processor_class": "CLIPProcessor"}))
+    assert projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path)))[1] == image
+
+
+def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
+    shutil.copytree(tiny.vision, tmp_path / "eyes")
+    (tmp_path / "eyes" / "preprocessor_config.json").unlink()
+    build_model(tiny.settings(tmp_path, vision=str(tmp_path / "eyes")))
+    assert "eyes: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224" in capsys.readouterr().err
+    build_model(tiny.settings(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_path):
