@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
 
 from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
+from nanovlm.files import read_jsonl  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, metavar="ANSWERS.jsonl", help="as nanovlm.evaluation --answers writes them")
     path = parser.parse_args().answers
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        told = [things_named(line["answer"], line["references"]) for line in lines]
+        told = [things_named(line["answer"], line["references"]) for line in read_jsonl(path)]
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):

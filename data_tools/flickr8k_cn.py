@@ -20,7 +20,6 @@ The captions are described by Li et al., "Adding Chinese Captions to Images" (IC
 """
 
 import argparse
-import json
 import lzma
 import random
 import re
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from data_tools.caption_questions import THINGS  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
-from nanovlm.files import write_atomically  # noqa: E402
+from nanovlm.files import to_jsonl, write_atomically  # noqa: E402
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
 ASK = {"zh": "图中有{}吗？", "en": "Is there {} in the image?"}
@@ -299,7 +298,7 @@ def main() -> None:
     names = extract_photos(arguments.images, names, arguments.out / "images")
 
     files = {
-        arguments.out / name: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        arguments.out / name: to_jsonl(records).encode()
         for name, records in make_records(names, split, zh, en).items()
     }
     for path, data in files.items():

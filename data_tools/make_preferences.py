@@ -17,7 +17,6 @@ A share of the scenes' other questions comes along with the answer of another su
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -32,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from data_tools.caption_questions import things_named  # noqa: E402
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description  # noqa: E402
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
+from nanovlm.chat import IMAGE, IMAGE_MARKER  # noqa: E402
 from nanovlm.data.records import Record, read_records  # noqa: E402
 from nanovlm.device import choose_device  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
 from nanovlm.evaluation.answers import answer_records, references_of  # noqa: E402
-from nanovlm.files import write_atomically  # noqa: E402
+from nanovlm.files import to_jsonl, write_atomically  # noqa: E402
 from nanovlm.generate import Sampling  # noqa: E402
 from nanovlm.vlm import VisionLanguageModel  # noqa: E402
 
@@ -80,7 +80,8 @@ def _form(record: Record) -> tuple:
 
 
 def _pair(record: Record, right: str, wrong: str, kind: str) -> dict:
-    return {"image": str(record.images[0]), "prompt": record.messages[0].content[-1].strip(),
+    prompt = "".join(IMAGE_MARKER if part is IMAGE else part for part in record.messages[0].content)
+    return {"image": str(record.images[0]), "prompt": prompt.removeprefix(f"{IMAGE_MARKER}\n"),
             "chosen": right, "rejected": wrong, "kind": kind}
 
 
@@ -98,6 +99,11 @@ def _pairs_of(record: Record, own: list[str], spoiled: float, seed: int) -> Iter
     if rng.random() < spoiled:
         wrong.append(("spoiled", spoil(scene_of(record), rng, "zh" if right[0].startswith("图") else "en")))
     yield from (_pair(record, *right, answer, kind) for kind, answer in wrong)
+
+
+def is_one_question(record: Record) -> bool:
+    """Whether it is a single question about a single image, which is what a pair asks again."""
+    return len(record.images) == 1 and [message.role for message in record.messages] in (["user"], ["user", "assistant"])
 
 
 def is_scene(record: Record) -> bool:
@@ -171,11 +177,14 @@ def main() -> None:
     if arguments.limit < 0 or arguments.samples < 1 or not all(
             0 <= share <= 1 for share in (arguments.spoiled, arguments.others)):
         raise NanoVLMError("--limit starts at 0 (all), --samples at 1, and --spoiled and --others are between 0 and 1")
+    if not arguments.out.parent.is_dir():
+        raise NanoVLMError(f"{arguments.out.parent}: is not a folder; make it, so that --out can be written")
     records, skipped = read_records(arguments.data)
     for reason in skipped:
         say(f"skipped: {reason}")
-    everything, records = records, [record for record in records if len(record.images) == 1 and (
-        record.extra.get("kind") == "describe" if is_scene(record) else record.references)]
+    everything = [record for record in records if is_one_question(record)]
+    records = [record for record in everything
+               if (record.extra.get("kind") == "describe" if is_scene(record) else record.references)]
     records = records[:arguments.limit or None]
     if not records:
         raise NanoVLMError(f"{arguments.data}: holds neither scenes nor photos with captions as references "
@@ -194,7 +203,7 @@ def main() -> None:
         raise NanoVLMError("the model names nothing wrong in any description; raise --temperature, --samples or --spoiled")
     for pair in pairs:  # paths are read relative to the file
         pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
-    write_atomically(arguments.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    write_atomically(arguments.out, to_jsonl(pairs))
     kinds = Counter(pair["kind"] for pair in pairs)
     say(f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} images, {kinds['own']:,} with the model's own wrong "
         f"descriptions, {kinds['spoiled']:,} with spoiled ones, {kinds['other']:,} of other questions")

@@ -6,7 +6,6 @@ train and val never show or name together. The same seed gives the same bytes, w
 
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from data_tools.scenes_text import KINDS, questions
 from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
-from nanovlm.files import read_json, write_atomically, write_json
+from nanovlm.files import read_json, to_jsonl, write_atomically, write_json
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
 SPLITS = {"train": TRAIN_PAIRS, "val": TRAIN_PAIRS, "novel": HELD_OUT_PAIRS}
@@ -113,8 +112,7 @@ def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
             raise NanoVLMError(f"scenes {twin} and {(split, index)} look the same; choose another --seed")
         records[split] += made
     for split in SPLITS:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records[split])
-        write_atomically(folder / f"{split}.jsonl", "".join(lines))
+        write_atomically(folder / f"{split}.jsonl", to_jsonl(records[split]))
     world = {
         **settings,
         "held_out": [list(pair) for pair in HELD_OUT_PAIRS],

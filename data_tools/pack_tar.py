@@ -12,7 +12,6 @@ name once it is complete, the tar file first.
 """
 
 import argparse
-import json
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from nanovlm import archive  # noqa: E402
 from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
-from nanovlm.files import atomic_path, write_atomically  # noqa: E402
+from nanovlm.files import atomic_path, to_jsonl, write_atomically  # noqa: E402
 
 
 Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
@@ -80,9 +79,9 @@ def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, s
                     add_image(tar, member, path)
             if images:
                 entry[key] = places[images[0]] if single else [places[path] for path in images]
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            lines.append(entry)
             bar.update()
-    write_atomically(out / f"{name}.jsonl", "".join(lines))
+    write_atomically(out / f"{name}.jsonl", to_jsonl(lines))
 
 
 def member_name(written: str) -> str:

@@ -113,8 +113,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = 
     """softmax(Q Kᵀ / √D) V: queries (B, H, T, D), keys and values (B, H_kv, S, D) → (B, H, T, D).
 
     H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S) bool, True where a
-    query may look; `is_causal` is the triangular one. On a CPU in half precision, and for a single query, the formula
-    is written out, which is there two to four times as fast as PyTorch's fused kernel; elsewhere that kernel is used.
+    query may look; `is_causal` is the triangular one. On a CPU in half precision, and for a single query
+    anywhere, the formula is written out: on a CPU it is two to four times as fast as PyTorch's fused kernel. Else that is used.
     """
     batch, num_heads, length, head_dim = queries.shape
     half_on_cpu = queries.device.type == "cpu" and queries.dtype != torch.float32

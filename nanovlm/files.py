@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +45,16 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: dict) -> None:
     """Write a JSON object for people to read, in one step."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_jsonl(lines: Iterable[dict]) -> str:
+    """One JSON object a line, Chinese as it is read."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a .jsonl file of our own; what follows the last end of a line was cut off while it was written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def read_json(path: str | Path) -> dict:

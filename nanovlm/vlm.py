@@ -209,8 +209,8 @@ class VisionLanguageModel(nn.Module):
         return ImageTokens(self.image_length, *tile_grid(width, height, self.config.image))
 
     def look(self, pixels: Tensor) -> Tensor:
-        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where nothing is learned from it, a few pictures at a
-        time: of 32 images to be asked about, tiles make up to 544."""
+        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where a model answers (inference mode), a few
+        pictures at a time: of 32 images to be asked about, tiles make up to 544."""
         pixels = pixels.to(self.vision.patch_embedding.weight.dtype)
         if not torch.is_inference_mode_enabled() or len(pixels) <= PICTURES_AT_ONCE:
             return self.vision.patches(pixels, self.config.vision_layer)

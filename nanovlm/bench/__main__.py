@@ -26,7 +26,7 @@ from nanovlm.bench import ladder
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import NanoVLMError, run, say
+from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.files import read_json
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
@@ -127,14 +127,15 @@ def _vocabulary(weights: Path) -> int:
     return config["vocab_size"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
+    parser.add_argument("--compile", action="store_true", 
+                        help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
     parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")

@@ -125,7 +125,7 @@ def _messages(entry: dict[str, Any]) -> Iterator[Message]:
         raise NanoVLMError("has neither messages nor conversations with a turn in it")
     for turn in turns:
         role, text = (turn.get(role_key), turn.get(text_key)) if isinstance(turn, dict) else (None, None)
-        role = LLAVA_ROLES.get(role, role) if llava else role
+        role = LLAVA_ROLES.get(role, role) if llava and isinstance(role, str) else role
         if role not in ("system", "user", "assistant"):
             raise NanoVLMError(f"a turn has {role_key} = {role!r}, expected {'human or gpt' if llava else 'user or assistant'}")
         if not isinstance(text, str) or not text.strip():

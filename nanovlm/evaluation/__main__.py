@@ -17,7 +17,7 @@ from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize, wrong_objects
-from nanovlm.files import write_atomically
+from nanovlm.files import to_jsonl, write_atomically
 from nanovlm.vlm import VisionLanguageModel
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.answers:
         lines = ({"where": record.where, "answer": answer, "references": references_of(record)}
                  for record, answer in zip(records, answers))
-        write_atomically(arguments.answers, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_atomically(arguments.answers, to_jsonl(lines))
     print(json.dumps(score(records, answers)))
 
 

@@ -74,7 +74,8 @@ def _names(asked: str, flags: list[str]) -> list[str]:
 def _settings(name: str, flags: list[str]) -> Settings:
     """Of a stage; where there is no model yet to start from, with the shapes that stage 1 would have left there."""
     settings = load_settings("stage2", [*flags, "--stage", name])
-    if settings.init and not Path(settings.init, "config.json").exists():
+    other_parts = settings.vision or settings.text  # than those of the model that may be there
+    if settings.init and (other_parts or not Path(settings.init, "config.json").exists()):
         first = load_settings("stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init])
         unsaid = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
         settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unsaid})

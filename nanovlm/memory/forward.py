@@ -9,7 +9,7 @@ import torch
 from nanovlm.device import give_back_freed_memory, peak_memory
 from nanovlm.memory.activations import FP32, Computing, looking, reading
 from nanovlm.memory.measure import filled, measured_apart, program_bytes
-from nanovlm.memory.predict import image_tokens
+from nanovlm.memory.predict import tokens_in_eyes
 from nanovlm.memory.shapes import TEXT_TOKENS, Work, skeleton
 from nanovlm.memory.summary import parameters, visual_tokens
 from nanovlm.training.precision import Precision
@@ -37,7 +37,7 @@ def predict_forward(model: VisionLanguageModel, precision: Precision, program: f
     config, work = model.config, _work(model)
     computing = Computing(precision.dtype, precision.device.type)
     pixels = work.images * 3 * config.image.height * config.image.width
-    eyes = looking(config.vision, work.images, image_tokens(model), computing)
+    eyes = looking(config.vision, work.images, tokens_in_eyes(model), computing)
     eyes += pixels * computing.size * (computing.size < FP32)  # cast
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return program + weights + pixels * FP32 + max(eyes, reading(model.decoder, work.length, computing))

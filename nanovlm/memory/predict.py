@@ -7,7 +7,7 @@ import torch
 from nanovlm.loss import CHUNK
 from nanovlm.memory.activations import (
     FP32, Computing, Kept, cast_bytes, decoder_block, looking, projecting, reducing, resampling, vision_block)
-from nanovlm.memory.shapes import Work, feature_shape, prepared
+from nanovlm.memory.shapes import Work, prepared
 from nanovlm.training.adamw import SLICE
 from nanovlm.training.freezing import learns
 from nanovlm.training.optimizer import state_bytes
@@ -110,7 +110,7 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
         flows = flows or learns(block)
         if flows:
             stream = FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
-            kept.append(vision_block(block, vision, work.images, image_tokens(model), computing, stream))
+            kept.append(vision_block(block, vision, work.images, tokens_in_eyes(model), computing, stream))
     flows = _flows_into_decoder(model, work)
     for block in model.decoder.blocks:
         flows = flows or learns(block)
@@ -145,7 +145,7 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
     """Of that, what images need."""
     config, size, vision = model.config, computing.size, model.vision
     height, width = config.image.height, config.image.width
-    kept = work.images * image_tokens(model) * config.vision.hidden_size * FP32 * (
+    kept = work.images * tokens_in_eyes(model) * config.vision.hidden_size * FP32 * (
         learns(vision.embedding_norm) + learns(vision.norm))
     if learns(vision.patch_embedding):
         kept += work.images * 3 * height * width * (size if size < FP32 else 0)
@@ -161,9 +161,9 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
 def _looking(model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings) -> float:
     if settings.cache_features or learns(model.vision):
         return 0
-    return looking(model.config.vision, work.images, image_tokens(model), computing)
+    return looking(model.config.vision, work.images, tokens_in_eyes(model), computing)
 
 
-def image_tokens(model: VisionLanguageModel) -> int:
+def tokens_in_eyes(model: VisionLanguageModel) -> int:
     """Tokens of an image in the eyes: patches, CLS and registers."""
     return model.config.vision.num_tokens(model.config.image.height, model.config.image.width)

@@ -25,7 +25,14 @@ from nanovlm.vlm import VisionLanguageModel, VLMConfig
 def build_model(settings: Settings) -> VisionLanguageModel:
     """The model a run starts from: a folder of ours, eyes and voice joined by a new projector, or all of it at toy widths."""
     if settings.init:
+        unused = [f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(settings)
+                  if setting.metadata["group"] == "model" and setting.name not in ("init", "tiny")
+                  and getattr(settings, setting.name) != setting.default]
+        if unused:
+            say(f"--init {settings.init} is a whole model, so nothing is made of {', '.join(unused)}")
         return VisionLanguageModel.from_pretrained(settings.init)
+    if settings.objective == "dpo":
+        raise NanoVLMError("--objective dpo makes a trained model better and needs one to start from; give --init")
     if settings.tiny:
         return toy_model(planned_config(settings))
     _check_folders(settings)

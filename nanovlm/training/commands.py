@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanovlm.errors import CommandParser
+from nanovlm.errors import CommandParser, NanoVLMError
 from nanovlm.training.settings import STAGES, TOY_PAIRS, Settings, load_settings, stage_names
 
 
@@ -40,7 +40,10 @@ class Recipe:
     @property
     def settings(self) -> Settings:
         """Those of the stage, before any other flag."""
-        return load_settings(self._script, self.flags)
+        try:
+            return load_settings(self._script, self.flags)
+        except NanoVLMError as error:
+            raise NanoVLMError(f"{self.command}, which comes next, would fail: {error}") from None
 
     @property
     def _source(self) -> list[str]:

@@ -88,7 +88,8 @@ def add_adapters(decoder: Decoder, config: LoRAConfig) -> None:
     if any(isinstance(module, LoRALinear) for module in decoder.modules()):
         raise NanoVLMError("the model has LoRA adapters already; merge them before others are added")
     names = [f"blocks.{number}.{name}" for number in range(len(decoder.blocks))[-config.layers:]  # [-0:] are all
-             for name, module in decoder.blocks[number].named_modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
+             for name, module in decoder.blocks[number].named_modules()
+             if type(module) is nn.Linear or isinstance(module, QuantizedLinear)]  # no router, which is more than its matrix
     chosen: set[str] = set()
     for target in filter(None, map(str.strip, config.targets.split(","))):
         matching = {name for name in names if fnmatchcase(name, target) or name.endswith(f".{target}")}

@@ -40,7 +40,7 @@ def _depth(name: str, blocks: int) -> int:
     first, *rest = name.split(".")
     if first == "blocks":
         return blocks - 1 - int(rest[0])
-    return 0 if first in ("norm", "lm_head") else blocks
+    return 0 if first in ("norm", "resampler", "lm_head") else blocks
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

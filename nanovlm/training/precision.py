@@ -61,8 +61,11 @@ class Precision:
                 setattr(module, name, buffer.to(self.device))
 
     def autocast(self, device: torch.device | None = None) -> contextlib.AbstractContextManager:
-        """The context of a forward pass, of a model on another device than the run's if one is given. Without autocast's cache: each weight is used once, and the cache would hold on
-        to its cast copy to the end of the pass, also where checkpointing has let go of it."""
+        """The context of a forward pass, of a model on another device than the run's if one is given.
+
+        Without autocast's cache: each weight is used once, and the cache would hold on to its cast copy to the end of the
+        pass, also where checkpointing has let go of it.
+        """
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast((device or self.device).type, dtype=self.dtype, cache_enabled=False)

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from nanovlm.data.preferences import PairBatch, PairBatches
 from nanovlm.data.records import record_files
 from nanovlm.errors import NanoVLMError, is_main
-from nanovlm.files import write_atomically
+from nanovlm.files import read_jsonl, to_jsonl, write_atomically
 from nanovlm.training.checkpoint import list_checkpoints
 from nanovlm.training.dpo import answer_log_probabilities
 from nanovlm.training.parallel import Parallel
 from nanovlm.training.precision import Precision
-from nanovlm.training.report import read_lines, to_jsonl
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
@@ -89,7 +88,7 @@ def fingerprint(settings: Settings) -> dict[str, str | int | float]:
 
 def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
     try:
-        was, *lines = read_lines(path)
+        was, *lines = read_jsonl(path)
         different = [f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]]
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,6 +1,5 @@
 """What a run writes down as it goes: metrics.jsonl, and curves.png drawn from it."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 
 from nanovlm.device import peak_memory
 from nanovlm.errors import is_main
-from nanovlm.files import write_atomically
+from nanovlm.files import read_jsonl, to_jsonl, write_atomically
 from nanovlm.training.figures import plt, save_figure
 
 DRAW_EVERY = 30.0  # seconds between redrawings of the curves
@@ -93,14 +92,9 @@ class RunLog:
         save_figure(figure, self.run / "curves.png")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file that a run appends to; none where there is no file yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
-
-
 def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     """The lines up to `start_step`, cutting the later ones off the file: a resumed run is going to write them again."""
-    lines = [line for line in read_lines(path) if line["step"] <= start_step]
+    lines = [line for line in (read_jsonl(path) if path.exists() else []) if line["step"] <= start_step]
     if path.exists() and is_main():
         write_atomically(path, to_jsonl(lines))
     return lines
@@ -111,11 +105,6 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     if is_main():
         with path.open("a", encoding="utf-8") as file:
             file.write(to_jsonl(lines))
-
-
-def to_jsonl(lines: list[dict[str, Any]]) -> str:
-    """One JSON object a line, Chinese as it is read."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def series(lines: list[dict[str, Any]], key: str) -> tuple[list, list]:

@@ -16,10 +16,11 @@ from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError, say
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.evaluation.metrics import exact_match
+from nanovlm.files import read_jsonl, to_jsonl
 from nanovlm.image import open_image
 from nanovlm.training.figures import chinese_fonts, plt, save_figure
 from nanovlm.training.precision import Precision
-from nanovlm.training.report import append_lines, keep_lines, read_lines, to_jsonl
+from nanovlm.training.report import append_lines, keep_lines
 from nanovlm.vlm import VisionLanguageModel
 
 WATCHED = 6  # questions
@@ -70,7 +71,8 @@ class Samples:
 
 def last_answers(run: Path) -> str:
     """The answers of the last validation as JSON lines, without their step; nothing where none was asked for."""
-    lines = read_lines(run / "samples.jsonl")
+    path = run / "samples.jsonl"
+    lines = read_jsonl(path) if path.exists() else []
     return to_jsonl([{key: value for key, value in line.items() if key != "step"}
                      for line in lines if line["step"] == lines[-1]["step"]]).rstrip()
 

@@ -151,8 +151,6 @@ class Settings:
         if self.quantize and "text" in self.trained_parts and not self.lora_rank:
             raise NanoVLMError(f"--quantize {self.quantize} freezes the decoder, and --train names text; add --lora-rank, or "
                                "take text out")
-        if self.objective == "dpo" and not self.init:
-            raise NanoVLMError("--objective dpo makes a trained model better and needs one to start from; give --init")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -217,7 +215,7 @@ def to_toml(settings: Settings) -> str:
 
 
 def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
-    """What `--tiny` changes in a preset's stage besides the model's widths (`shapes.toy`): data that is there, in a folder of
+    """What `--tiny` changes in a preset's stage besides the model's widths (`shapes.toy_config`): data that is there, in a folder of
     its own, fewer and smaller steps, and at a rate at which random weights learn."""
     toy = {"tiny": True, "data": "data/scenes/train.jsonl", "val": "data/scenes/val.jsonl", "val_samples": 64, "max_steps": 200,
            "batch_size": 16, "accumulate": 1, "lr": 1e-3, "dtype": "fp32", "checkpointing": False}

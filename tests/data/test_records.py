@@ -97,6 +97,7 @@ BAD = {
     "an unknown role": (turns(("user", "a"), ("tool", "b")), "a turn has role = 'tool', expected user or assistant"),
     "a role of the other form": (turns(("human", "a"), ("assistant", "b")), "a turn has role = 'human'"),
     "an unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "from = 'bot', expected human or gpt"),
+    "a speaker that is a list": ({"conversations": [{"from": ["human"], "value": "a"}]}, "from = ['human'], expected human or gpt"),
     "a turn that is text": ({"messages": ["hi"]}, "a turn has role = None"),
     "no text": (turns(("user", "a"), ("assistant", None)), "a assistant turn has no text in 'content'"),
     "blank text": (turns(("user", " \n"), ("assistant", "b")), "a user turn has no text in 'content'"),

@@ -12,6 +12,7 @@ from data_tools import make_preferences
 from data_tools.make_preferences import make_pairs, names_wrong_object, other_pairs, spoil
 from data_tools.scenes_text import describe, parse_description
 from data_tools.scenes_world import TRAIN_PAIRS, random_scene
+from nanovlm.chat import IMAGE
 from nanovlm.data.preferences import read_pairs
 from nanovlm.data.records import read_records
 
@@ -108,6 +109,12 @@ def test_of_photos_a_caption_is_wrong_that_names_what_nobody_mentions(tmp_path, 
     pairs, _ = read_pairs(tmp_path / "pairs.jsonl")
     assert [pair.rejected for pair in pairs] == ["一只狗在雪地里。", "一个男人和一只狗。"]
     assert all(pair.messages[1].content[0] in captions for pair in pairs)
+    told = iter(["雪。"])
+    record["messages"] = [{"role": "user", "content": "看 <image> 写一句话"}]
+    (tmp_path / "photos.jsonl").write_text(json.dumps(record) + "\n")
+    call(make_preferences.main, *flags, "--model", tiny.model, "--samples", "1")
+    assert read_pairs(tmp_path / "pairs.jsonl")[0][0].messages[0].content == ("看 ", IMAGE, " 写一句话")
+    assert "is not a folder" in call(make_preferences.main, *flags[:3], tmp_path / "nowhere" / "pairs.jsonl").stderr
     (tmp_path / "photos.jsonl").write_text(json.dumps({**record, "messages": [*record["messages"], {
         "role": "assistant", "content": "一只狗。"}], "references": []}) + "\n")
     assert "holds neither scenes nor photos" in call(make_preferences.main, *flags).stderr

@@ -126,6 +126,15 @@ def test_a_later_stage_has_the_shapes_that_the_first_one_left(monkeypatch, capsy
     assert "voice svlm " in text and "eyes dinov2-large " in text and "takes 32 visual tokens" in text
 
 
+def test_other_parts_than_those_of_an_older_run_keep_the_recipes_shapes(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--preset", "zero-qwen-vl", "--stage", "2", "--gpu", "80", "--text", "qwen2.5-1.5b")
+    before = answer(monkeypatch, capsys, *flags)
+    (tmp_path / "runs/zero-qwen-vl-stage1/model").mkdir(parents=True)
+    (tmp_path / "runs/zero-qwen-vl-stage1/model/config.json").write_text("{}")  # of a run with the first voice
+    assert answer(monkeypatch, capsys, *flags) == before and "takes 256 visual tokens" in before
+
+
 def test_a_runs_own_settings_are_one_stage(monkeypatch, capsys, tmp_path: Path):
     path = tmp_path / "settings.toml"
     path.write_text(to_toml(load_settings("stage1", [])))

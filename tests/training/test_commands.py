@@ -83,5 +83,12 @@ def test_a_mistake_in_a_later_stage_is_found_before_this_one_trains(tmp_path: Pa
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"[stage1]\n{to_toml(tiny.settings(tmp_path / 'run', max_steps=1))}[stage2]\nlearning_rate = 1.0\n")
     refused = call(train_stage1.main, "--config", recipe)
-    assert refused.returncode == 2 and "stage2" in refused.stderr and "learning_rate" in refused.stderr
-    assert not (tmp_path / "run").exists()
+    assert refused.returncode == 2 and "learning_rate" in refused.stderr and not (tmp_path / "run").exists()
+    assert f"error: train_stage2.py --config {recipe}, which comes next, would fail: " in refused.stderr
+
+
+def test_a_later_stage_may_leave_its_start_to_the_command_that_is_told(tmp_path: Path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[stage1]\nout = "run"\n[dpo]\nobjective = "dpo"\ntrain = "projector,text"\n')
+    assert following("stage1", "--config", str(recipe)) == [
+        f"python train_stage2.py --config {recipe} --stage dpo --init run/model --data FILE.jsonl"]

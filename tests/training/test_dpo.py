@@ -21,6 +21,7 @@ from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.errors import NanoVLMError
 from nanovlm.report import read_run, summary
 from nanovlm.training import loop, reference
+from nanovlm.training.building import build_model
 from nanovlm.training.dpo import DPO
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import PRESETS, Settings, load_settings
@@ -273,7 +274,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(train, tmp_path, monkeypatch)
     ({"sft_weight": -1.0}, "--sft-weight is -1.0"), ({"objective": "dpo", "init": ""}, "give --init")])
 def test_what_is_refused(changes, expected):
     with pytest.raises(NanoVLMError, match=expected):
-        Settings(**{"init": "model", **changes})
+        build_model(Settings(**{"init": "model", **changes}))
 
 
 def test_the_tiny_preset_has_a_table_for_it():

@@ -255,3 +255,12 @@ def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_route
     assert type(experts.router) is Router and type(decoder.blocks[1].mlp.experts[3].up_proj) is KINDS["int8"]
     merge_adapters(decoder)
     assert decoder(torch.arange(9)[None]).isfinite().all()
+
+
+def test_a_router_has_no_adapter_whatever_the_pattern(tmp_path):
+    decoder = scratch_vlm(tmp_path).decoder.eval()
+    before = decoder(torch.arange(9)[None])
+    add_adapters(decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, lora_targets="*")))
+    merge_adapters(decoder)
+    assert all(type(block.mlp.router) is Router for block in decoder.blocks)
+    torch.testing.assert_close(decoder(torch.arange(9)[None]), before)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from nanovlm.training.freezing import freeze
 from nanovlm.training.optimizer import PARTS, build_optimizer, schedule, set_learning_rates, state_bytes
@@ -35,6 +36,18 @@ def test_one_learning_rate_for_each_part_and_decay_for_matrices_alone(model):
                 assert group["weight_decay"] == 0
     set_learning_rates(optimizer, 0.5)
     assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {part: lr / 2 for part, lr in peaks.items()}
+
+
+def test_what_follows_the_last_block_learns_as_fast_as_the_output():
+    eyes = nn.Module()
+    eyes.blocks, eyes.norm, eyes.resampler, eyes.patch_embedding = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.LayerNorm(
+        2), nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Module()
+    model.vision, model.projector, model.decoder = eyes, nn.Module(), nn.Module()
+    rates = {id(parameter): group["peak_lr"] for group in build_optimizer(model, Settings(lr=1.0, layer_decay=0.5)).param_groups
+             for parameter in group["params"]}
+    assert [rates[id(module.weight)] for module in (eyes.resampler, eyes.norm, eyes.blocks[1], eyes.blocks[0],
+                                                    eyes.patch_embedding)] == [1.0, 1.0, 1.0, 0.5, 0.25]
 
 
 def test_the_schedule_rises_linearly_then_falls_along_a_cosine():

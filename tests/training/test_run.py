@@ -107,6 +107,11 @@ def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
     assert projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path)))[1] == image
 
 
+def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys):
+    build_model(tiny.settings(tmp_path, init=str(tiny.model), vision="nowhere", projector="linear"))
+    assert f"--init {tiny.model} is a whole model, so nothing is made of --vision, --projector" in capsys.readouterr().err
+
+
 def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
     shutil.copytree(tiny.vision, tmp_path / "eyes")
     (tmp_path / "eyes" / "preprocessor_config.json").unlink()
