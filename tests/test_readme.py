@@ -26,6 +26,7 @@ READMES = ("README.md", "README.zh-CN.md")
 TEXTS = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in READMES}
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 MADE_BY_OTHERS = ("runs/", "data/scenes/", "$")  # made by an earlier command, or the reader's own
+pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules after import:RuntimeWarning:runpy")  # tests import it
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl"}
 
 
