@@ -114,7 +114,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = 
 
     H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S) bool, True where a
     query may look; `is_causal` is the triangular one. On a CPU in half precision, and for a single query
-    anywhere, the formula is written out: on a CPU it is two to four times as fast as PyTorch's fused kernel. Else that is used.
+    anywhere, the formula is written out: on a CPU it is two to four times as fast as PyTorch's fused kernel, which does
+    the rest.
     """
     batch, num_heads, length, head_dim = queries.shape
     half_on_cpu = queries.device.type == "cpu" and queries.dtype != torch.float32

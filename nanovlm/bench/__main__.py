@@ -134,7 +134,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--compile", action="store_true", 
+    parser.add_argument("--compile", action="store_true",
                         help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
     parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)

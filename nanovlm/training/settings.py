@@ -215,8 +215,8 @@ def to_toml(settings: Settings) -> str:
 
 
 def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
-    """What `--tiny` changes in a preset's stage besides the model's widths (`shapes.toy_config`): data that is there, in a folder of
-    its own, fewer and smaller steps, and at a rate at which random weights learn."""
+    """What `--tiny` changes in a preset's stage besides the model's widths (`shapes.toy_config`): data that is there, a
+    folder of its own, fewer and smaller steps, and a rate at which random weights learn."""
     toy = {"tiny": True, "data": "data/scenes/train.jsonl", "val": "data/scenes/val.jsonl", "val_samples": 64, "max_steps": 200,
            "batch_size": 16, "accumulate": 1, "lr": 1e-3, "dtype": "fp32", "checkpointing": False}
     if values.get("objective") == "dpo":
