@@ -23,6 +23,7 @@ from nanovlm.projector import ResamplerProjector
 from nanovlm.resampler import CrossAttention, Resampler
 from nanovlm.training.freezing import learns
 from nanovlm.training.lora import LoRALinear
+from nanovlm.training.optimizer import AFTER_BLOCKS
 from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.vlm import Batch, VisionLanguageModel
 
@@ -118,7 +119,7 @@ def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]
     embedding = vision.patch_embedding.weight
     flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
     flows = any(parameter.requires_grad for name, parameter in vision.named_parameters()
-                if not name.startswith(("blocks.", "norm.", "resampler.")))
+                if name.split(".")[0] not in ("blocks", *AFTER_BLOCKS))
     for block in vision.blocks[:vision.config.blocks_below(layer)]:
         flows = flows or learns(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)

@@ -5,7 +5,7 @@ from torch import nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training.lora import adapter_parameters
-from nanovlm.training.optimizer import PARTS, state_bytes
+from nanovlm.training.optimizer import AFTER_BLOCKS, PARTS, state_bytes
 from nanovlm.training.quantization import QuantizedLinear
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
@@ -30,8 +30,7 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
             getattr(model, attribute).requires_grad_(True)
     for layers, tower in ((settings.text_layers, decoder), (settings.vision_layers, vision)):
         if layers:
-            last = [getattr(tower, name) for name in ("resampler", "lm_head") if hasattr(tower, name)]
-            above = [*tower.blocks[-layers:], tower.norm, *last]
+            above = [*tower.blocks[-layers:], *(getattr(tower, name) for name in AFTER_BLOCKS if hasattr(tower, name))]
             tower.requires_grad_(False)
             for module in above:
                 module.requires_grad_(True)

@@ -11,6 +11,7 @@ from nanovlm.training.settings import Settings
 
 # Names of settings for the attributes of VisionLanguageModel.
 PARTS = {"projector": "projector", "text": "decoder", "vision": "vision"}
+AFTER_BLOCKS = ("norm", "resampler", "lm_head")  # what a tower may have after its last block
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def _depth(name: str, blocks: int) -> int:
     first, *rest = name.split(".")
     if first == "blocks":
         return blocks - 1 - int(rest[0])
-    return 0 if first in ("norm", "resampler", "lm_head") else blocks
+    return 0 if first in AFTER_BLOCKS else blocks
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

@@ -55,8 +55,8 @@ class Settings:
     text_shape: str = _setting("", "model", "published shape of a decoder that starts from nothing; --text then gives its "
                                "tokenizer only")
     projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle, bilinear or resampler")
-    projector_activation: str = _setting("gelu", "model", "between the layers of the mlp, bilinear and resampler projectors: silu, gelu, "
-                                         "gelu_pytorch_tanh or quick_gelu")
+    projector_activation: str = _setting("gelu", "model", "between the layers of the mlp, bilinear and resampler "
+                                         "projectors: silu, gelu, gelu_pytorch_tanh or quick_gelu")
     projector_bias: bool = _setting(True, "model", "the matrix of the linear and pixel_shuffle projectors has a bias")
     grid: int = _setting(8, "model", "side of the patch grid after the bilinear projector")
     scale: int = _setting(2, "model", "side of the squares that the pixel_shuffle projector merges")
