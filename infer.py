@@ -1,8 +1,8 @@
 """Ask a model about images, or talk to it.
 
-    python infer.py photo.jpg "描述图片"
-    python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/model --temperature 0.7
-    python infer.py photo.jpg --chat
+python infer.py photo.jpg "描述图片"
+python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/model --temperature 0.7
+python infer.py photo.jpg --chat
 """
 
 import argparse
@@ -23,7 +23,10 @@ from nanovlm.training.lora import load_adapter, merge_adapters
 from nanovlm.vlm import VisionLanguageModel
 
 TRAINED = Path("runs/stage2/model")
-CHATML = ("<|im_start|>", "<|im_end|>")  # refused in prompts of any model: what is copied around has these in it
+CHATML = (
+    "<|im_start|>",
+    "<|im_end|>",
+)  # refused in prompts of any model: what is copied around has these in it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 
@@ -32,7 +35,13 @@ def main() -> None:
     """Answer one prompt, or keep a conversation going until an empty line."""
     arguments = _parser().parse_args()
     image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.repetition_penalty, arguments.seed)
+    sampling = Sampling(
+        arguments.temperature,
+        arguments.top_p,
+        arguments.top_k,
+        arguments.repetition_penalty,
+        arguments.seed,
+    )
     if arguments.max_new_tokens < 1:
         raise NanoVLMError("--max-new-tokens has to be 1 or more")
     images = [open_image(path) for path in image_paths]
@@ -41,7 +50,9 @@ def main() -> None:
         _check_prompt(prompt, model)
 
     tokens = [model.image_tokens(*image.size) for image in images]
-    pixels = torch.cat([image_pixels(image, model.config.image) for image in images]) if images else None
+    pixels = (
+        torch.cat([image_pixels(image, model.config.image) for image in images]) if images else None
+    )
     messages: list[Message] = []
     new_images = len(images)
     while True:
@@ -53,14 +64,22 @@ def main() -> None:
         # Each image opens the turn it came with, on a line of its own, as in the training records.
         content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
         messages.append(Message("user", (*content, prompt)))
-        messages.append(Message("assistant", (_answer(model, messages, tokens, pixels, arguments, sampling),)))
+        messages.append(
+            Message("assistant", (_answer(model, messages, tokens, pixels, arguments, sampling),))
+        )
         if not arguments.chat:
             return
         prompt, new_images = None, 0
 
 
-def _answer(model: VisionLanguageModel, messages: list[Message], images: list[ImageTokens], pixels: torch.Tensor | None,
-            arguments: argparse.Namespace, sampling: Sampling) -> str:
+def _answer(
+    model: VisionLanguageModel,
+    messages: list[Message],
+    images: list[ImageTokens],
+    pixels: torch.Tensor | None,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+) -> str:
     """Stream the answer to stdout and return it."""
     start = time.perf_counter()
     encoded = model.chat.encode(messages, images, add_generation_prompt=True)
@@ -87,24 +106,34 @@ def _answer(model: VisionLanguageModel, messages: list[Message], images: list[Im
         say("the answer is empty: the model ended its turn at once")
     if arguments.verbose:
         seconds = time.perf_counter() - first
-        say(f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
-            f"tokens/s for {len(tokens)} tokens")
+        say(
+            f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
+            f"tokens/s for {len(tokens)} tokens"
+        )
     return "".join(answer)
 
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
     """IMAGE… PROMPT. In a chat the prompt may be missing, so there a last word that names a file is an image."""
-    if chat and (not inputs or os.path.isfile(inputs[-1])):  # unlike pathlib's, it takes a prompt of any length
+    if chat and (
+        not inputs or os.path.isfile(inputs[-1])
+    ):  # unlike pathlib's, it takes a prompt of any length
         return inputs, None
     if not inputs:
         raise NanoVLMError('nothing asked; for example:  python infer.py photo.jpg "描述图片"')
     if not inputs[-1].strip():
         raise NanoVLMError("the prompt is empty; say what you want to know")
-    if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES and not os.path.isfile(inputs[0]):
+    if (
+        len(inputs) == 1
+        and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES
+        and not os.path.isfile(inputs[0])
+    ):
         raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
     if os.path.isfile(inputs[-1]):
-        raise NanoVLMError(f'{inputs[-1]} is a file, and the last argument is the prompt; for example:  '
-                           f'python infer.py {inputs[-1]} "描述图片"')
+        raise NanoVLMError(
+            f"{inputs[-1]} is a file, and the last argument is the prompt; for example:  "
+            f'python infer.py {inputs[-1]} "描述图片"'
+        )
     return inputs[:-1], inputs[-1]
 
 
@@ -112,8 +141,10 @@ def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
     """Refuse spellings of control tokens: as text they would not do what whoever typed them expects."""
     for token in (*model.tokenizer.special_tokens, *CHATML, IMAGE_MARKER):
         if token in prompt:
-            raise NanoVLMError(f"the prompt contains {token!r}, which only the program may place; take it out "
-                               "(images are given as files before the prompt)")
+            raise NanoVLMError(
+                f"the prompt contains {token!r}, which only the program may place; take it out "
+                "(images are given as files before the prompt)"
+            )
 
 
 def _read_prompt() -> str:
@@ -137,24 +168,65 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     if arguments.adapter:
         say(f"adapter: {arguments.adapter}")
     if folder == SHIPPED:
-        say("this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)")
+        say(
+            "this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)"
+        )
     return model
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
-                           usage="%(prog)s [IMAGE …] PROMPT [flags]")
-    parser.add_argument("inputs", nargs="*", metavar="IMAGE… PROMPT", help="image files, then the question; images may be left out")
-    parser.add_argument("--model", type=Path, metavar="DIR", help=f"model folder (default: {TRAINED}, else the shipped one)")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder of a run with LoRA, for the model it learned on")
-    parser.add_argument("--chat", action="store_true", help="keep the conversation going; an empty line ends it")
-    parser.add_argument("--verbose", action="store_true", help="time to first token and speed, on stderr")
+    parser = CommandParser(
+        description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
+        usage="%(prog)s [IMAGE …] PROMPT [flags]",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="IMAGE… PROMPT",
+        help="image files, then the question; images may be left out",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help=f"model folder (default: {TRAINED}, else the shipped one)",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="adapter folder of a run with LoRA, for the model it learned on",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="keep the conversation going; an empty line ends it"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="time to first token and speed, on stderr"
+    )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
-    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of this much probability")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids repeating")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the likeliest tokens of this much probability",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens"
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 avoids repeating",
+    )
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of the dice")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")

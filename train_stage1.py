@@ -1,7 +1,7 @@
 """Stage 1: a new projector learns to translate what frozen eyes see into what a frozen voice understands.
 
-    python train_stage1.py                                                     # the tiny default, no download
-    python train_stage1.py --vision DIR --text DIR --data FILE --out runs/mine # your own weights and records
+python train_stage1.py                                                     # the tiny default, no download
+python train_stage1.py --vision DIR --text DIR --data FILE --out runs/mine # your own weights and records
 """
 
 import time
@@ -21,7 +21,9 @@ def main() -> None:
     settings = load_settings("stage1")
     if Path(settings.data).parent == SCENES and not SCENES.exists():
         draw_scenes()
-    commands = next_commands(Recipe.of_command("stage1"), settings)  # now, while a mistake in a later stage costs nothing
+    commands = next_commands(
+        Recipe.of_command("stage1"), settings
+    )  # now, while a mistake in a later stage costs nothing
     run_stage(settings)
     say("next:  " + commands[0])
 

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the repository, so that a plain clone works
 
 from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
 from nanovlm.files import read_jsonl  # noqa: E402
@@ -63,103 +65,108 @@ LAND = "草|地|园|田|野|林|山|场|院|球|field|yard|park|garden|meadow|hi
 
 THINGS = (
     Thing(
-        "狗", "a dog",
+        "狗",
+        "a dog",
         zh="狗|犬",
         en="dogs?|pupp(?:y|ies)",
         hint="动物|宠物|animal|hound|retriever|terrier|poodle|leash",
     ),
     Thing(
-        "男人", "a man",
+        "男人",
+        "a man",
         zh="男人|男子|男士",
         en="man|men|guys?",
         hint=rf"男|叔|爷|父|爸|老头|{SOMEBODY}|\b(?:males?|boys?|he|his)\b",
     ),
     Thing(
-        "女人", "a woman",
+        "女人",
+        "a woman",
         zh="女人|女子|女士",
         en="wom[ae]n|lady|ladies",
         hint=rf"女|妇|妈|母|{SOMEBODY}|female|\b(?:girls?|she|her)\b",
     ),
     Thing(
-        "孩子", "a child",
+        "孩子",
+        "a child",
         zh="孩|儿童|小朋友|宝宝|婴儿",
         en="child(?:ren)?|kids?|boys?|girls?|toddlers?|baby",
         hint=rf"童|少年|{SOMEBODY}|young",
     ),
+    Thing("自行车", "a bicycle", zh="自行车|单车|山地车", en="bikes?|bicycles?", hint=RIDING),
     Thing(
-        "自行车", "a bicycle",
-        zh="自行车|单车|山地车",
-        en="bikes?|bicycles?",
-        hint=RIDING,
-    ),
-    Thing(
-        "摩托车", "a motorcycle",
+        "摩托车",
+        "a motorcycle",
         zh="摩托",
         en="motorcycles?|motorbikes?|dirt ?bikes?|bikes?",
         hint=RIDING,
     ),
     Thing(
-        "汽车", "a car",
+        "汽车",
+        "a car",
         zh="汽车|轿车|赛车(?!手)|出租车",
         en="cars?|trucks?|taxi|suv|jeep",
         hint=rf"{RIDING}|路|街|road|street|parking|city",
     ),
     Thing(
-        "滑板", "a skateboard",
+        "滑板",
+        "a skateboard",
         zh="滑板",
         en="skateboard(?:s|ers?|ing)?",
         hint="滑|板|skat|board|ramp",
     ),
     Thing(
-        "雪", "snow",
+        "雪",
+        "snow",
         zh="雪(?!糕)",
         en="snow(?:y|s)?|snowboard(?:ers?|ing)?|ski(?:s|ers?|ing)?",
         hint="冰|冬|snow|ski|ice|icy|winter|sled",
     ),
     Thing(
-        "海滩", "a beach",
+        "海滩",
+        "a beach",
         zh="海滩|沙滩|海边",
         en="beach(?:es)?|shore|seaside",
         hint=f"{WATER}|沙|滩|岸|sand|shore|coast|dune",
     ),
     Thing(
-        "水", "water",
+        "水",
+        "water",
         zh="水(?!果|杯|瓶)|海|河|湖",
         en="water|ocean|sea|river|lake|pool|pond|waves?",
         hint=f"{WATER}|沙滩|岸|beach|shore",
     ),
+    Thing("草地", "grass", zh="草", en="grass|grassy|lawn", hint=LAND),
     Thing(
-        "草地", "grass",
-        zh="草",
-        en="grass|grassy|lawn",
-        hint=LAND,
-    ),
-    Thing(
-        "球", "a ball",
+        "球",
+        "a ball",
         zh="(?<![气雪冰])球(?![员服拍场衣队])",
         en=r"\w*balls?",
         hint="球|赛|运动|soccer|tennis|game|sport|toy|play(?:er|s)",
     ),
     Thing(
-        "马", "a horse",
+        "马",
+        "a horse",
         zh="(?<!木)马(?![路桶甲拉戏尾])",
         en="horses?|pony|ponies|bronco",
         hint="牛|骑|rodeo|rid(?:e|ing)|saddle|cart|carriage|animal",
     ),
     Thing(
-        "山", "a mountain",
+        "山",
+        "a mountain",
         zh="山(?![地车羊洞])",
         en="mountains?|mountainside|hills?|cliffs?",
         hint="岩|崖|坡|峰|石|雪|hill|cliff|rock|peak|slope|climb|hik|snow|canyon",
     ),
     Thing(
-        "船", "a boat",
+        "船",
+        "a boat",
         zh="船|艇|皮筏|独木舟",
         en="boats?|kayaks?|canoes?|rafts?|sailboat|ship",
         hint=WATER,
     ),
     Thing(
-        "鸟", "a bird",
+        "鸟",
+        "a bird",
         zh="鸟|鸽|海鸥|鹅|鸭|鹰",
         en="birds?|pigeons?|seagulls?|geese|goose|ducks?|swans?|eagle",
         hint="动物|飞|animal|fly|wing",
@@ -171,23 +178,41 @@ def things_named(caption: str, references: Sequence[str]) -> tuple[list[str], li
     """The THINGS that a caption mentions, and those of them that none of the photo's `references` mentions or hints at."""
     text = "\n".join(references)
     named = [thing for thing in THINGS if thing.is_in(caption)]
-    return [thing.zh_name for thing in named], [thing.zh_name for thing in named if not thing.may_be_in(text)]
+    return [thing.zh_name for thing in named], [
+        thing.zh_name for thing in named if not thing.may_be_in(text)
+    ]
 
 
 def main() -> None:
     """Read answers, print how many name what is not there."""
-    parser = CommandParser(description="How often a model's captions name a thing that is not on the photo.")
-    parser.add_argument("answers", type=Path, metavar="ANSWERS.jsonl", help="as nanovlm.evaluation --answers writes them")
+    parser = CommandParser(
+        description="How often a model's captions name a thing that is not on the photo."
+    )
+    parser.add_argument(
+        "answers",
+        type=Path,
+        metavar="ANSWERS.jsonl",
+        help="as nanovlm.evaluation --answers writes them",
+    )
     path = parser.parse_args().answers
     try:
         told = [things_named(line["answer"], line["references"]) for line in read_jsonl(path)]
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
-        raise NanoVLMError(f"{path}: holds no answers; write them with python -m nanovlm.evaluation --answers") from None
+        raise NanoVLMError(
+            f"{path}: holds no answers; write them with python -m nanovlm.evaluation --answers"
+        ) from None
     named, wrong = (sum(len(one[index]) for one in told) for index in (0, 1))
-    print(json.dumps({"chair_i": round(wrong / max(named, 1), 6), "chair_s": round(
-        sum(bool(one[1]) for one in told) / max(len(told), 1), 6), "n": len(told)}))
+    print(
+        json.dumps(
+            {
+                "chair_i": round(wrong / max(named, 1), 6),
+                "chair_s": round(sum(bool(one[1]) for one in told) / max(len(told), 1), 6),
+                "n": len(told),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

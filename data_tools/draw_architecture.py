@@ -24,7 +24,9 @@ import torch  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
 from PIL import Image  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the repository, so that a plain clone works
 
 from data_tools.scenes_text import Question, questions  # noqa: E402
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene  # noqa: E402
@@ -40,7 +42,11 @@ WIDTH, HEIGHT = 900, 640  # in the units of the drawing, which are pixels where 
 INK, FAINT, LINE = "#1f2933", "#667380", "#9aa5b1"
 VISUAL, SPLICE, WORD, ANSWER = "#b9a5e8", "#7d5fc7", "#e4e9ee", "#cfe8d2"
 Colours = tuple[str, str]  # of an area and of its edge
-FROZEN, ALWAYS, LATER = ("#eef1f4", "#9aa5b1"), ("#fde6c8", "#d98a1f"), ("#d6e6fb", "#4a7fc1")  # what learns when
+FROZEN, ALWAYS, LATER = (
+    ("#eef1f4", "#9aa5b1"),
+    ("#fde6c8", "#d98a1f"),
+    ("#d6e6fb", "#4a7fc1"),
+)  # what learns when
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,11 @@ class Shapes:
     def lines(self) -> dict[str, tuple[str, ...]]:
         """What is said about each part."""
         with torch.device("meta"):
-            eyes, projector, voice = VisionTransformer(self.vision), self._build_projector(), Decoder(self.text)
+            eyes, projector, voice = (
+                VisionTransformer(self.vision),
+                self._build_projector(),
+                Decoder(self.text),
+            )
         side, width = self.vision.patch_size, self.text.hidden_size
         return {
             "image": (f"{self.image.width}×{self.image.height}", "pixels"),
@@ -113,12 +123,16 @@ class Drawing:
         self.axes.axis("off")
 
     def text(self, x: float, y: float, text: str, size: float = 8, **options) -> None:
-        self.axes.text(x, y, text, fontsize=size, **{"color": INK, "ha": "center", "va": "center", **options})
+        self.axes.text(
+            x, y, text, fontsize=size, **{"color": INK, "ha": "center", "va": "center", **options}
+        )
 
     def file(self, x: float, y: float, name: str, **options) -> None:
         self.text(x, y, name, color=FAINT, family="monospace", **options)
 
-    def frame(self, x: float, y: float, width: float, height: float, colours: Colours, corner: float = 8) -> None:
+    def frame(
+        self, x: float, y: float, width: float, height: float, colours: Colours, corner: float = 8
+    ) -> None:
         area, edge = colours
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=f"round,pad=0,rounding_size={corner}",
                                            facecolor=area, edgecolor=edge, linewidth=1.4))  # fmt: skip
@@ -143,20 +157,36 @@ class Drawing:
                                             linewidth=1.6, shrinkA=0, shrinkB=0))  # fmt: skip
 
     def picture(self, image: Image.Image, x: float, y: float, side: float) -> None:
-        self.axes.imshow(image, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto", zorder=2)
+        self.axes.imshow(
+            image,
+            extent=(x, x + side, y + side, y),
+            interpolation="nearest",
+            aspect="auto",
+            zorder=2,
+        )
 
     def png(self) -> bytes:
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", metadata={"Software": None})  # no version, so that bytes repeat
+        self.figure.savefig(
+            buffer, format="png", metadata={"Software": None}
+        )  # no version, so that bytes repeat
         plt.close(self.figure)
         return buffer.getvalue()
 
 
-COLUMNS = {"image": 165, "patches": 305, "vision": 465, "projector": 640, "visual": 810}  # middles of the first row
+COLUMNS = {
+    "image": 165,
+    "patches": 305,
+    "vision": 465,
+    "projector": 640,
+    "visual": 810,
+}  # middles of the first row
 MIDDLE = 96  # its height
 
 
-def draw_eyes(page: Drawing, scene: Image.Image, shapes: tuple[Shapes, Shapes], learns: dict[str, Colours]) -> None:
+def draw_eyes(
+    page: Drawing, scene: Image.Image, shapes: tuple[Shapes, Shapes], learns: dict[str, Colours]
+) -> None:
     """The first row, from the image to its visual tokens, with the sizes below each part."""
     for name, title in (("image", "image"), ("patches", "patches"), ("visual", "visual tokens")):
         page.text(COLUMNS[name], 20, title, 9.5, weight="bold")
@@ -167,7 +197,9 @@ def draw_eyes(page: Drawing, scene: Image.Image, shapes: tuple[Shapes, Shapes], 
         patch = scene.crop((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell))
         page.picture(patch, COLUMNS["patches"] - 57 + 14.4 * x, MIDDLE - 57 + 14.4 * y, 12.4)
     page.frame(COLUMNS["vision"] - 72, MIDDLE - 57, 144, 114, learns["vision"])
-    page.text(COLUMNS["vision"], MIDDLE - 12, "Vision\ntransformer", 10.5, weight="bold", linespacing=1.3)
+    page.text(
+        COLUMNS["vision"], MIDDLE - 12, "Vision\ntransformer", 10.5, weight="bold", linespacing=1.3
+    )
     page.file(COLUMNS["vision"], MIDDLE + 24, "vit.py")
     page.frame(COLUMNS["projector"] - 62, MIDDLE - 57, 124, 114, learns["projector"])
     page.text(COLUMNS["projector"], MIDDLE - 8, "Projector", 10.5, weight="bold")
@@ -179,28 +211,53 @@ def draw_eyes(page: Drawing, scene: Image.Image, shapes: tuple[Shapes, Shapes], 
     for number, preset in enumerate(shapes):
         y = 184 + 46 * number
         page.axes.add_patch(Rectangle((14, y - 14), WIDTH - 28, 42, facecolor="#f5f7f9"))
-        page.text(24, y + 7, preset.name.replace(" + ", " +\n"), ha="left", weight="bold", linespacing=1.35)
+        page.text(
+            24,
+            y + 7,
+            preset.name.replace(" + ", " +\n"),
+            ha="left",
+            weight="bold",
+            linespacing=1.35,
+        )
         lines = preset.lines()
         for name, x in COLUMNS.items():
             for line, text in enumerate(lines[name]):
                 page.text(x, y + 15 * line, text, color=FAINT if line else INK)
 
 
-def draw_voice(page: Drawing, question: Question, shapes: tuple[Shapes, Shapes], learns: dict[str, Colours]) -> None:
+def draw_voice(
+    page: Drawing, question: Question, shapes: tuple[Shapes, Shapes], learns: dict[str, Colours]
+) -> None:
     """From the words of the prompt and the visual tokens down to the answer."""
     y, left, middle = 316, 113, 465
     page.file(24, y + 13, "chat.py\ntokenizer/", ha="left", linespacing=1.35)
     x = page.chips(left, y, ["<user>"], WORD)
     slot = x + 126
-    page.axes.add_patch(Rectangle((x, y - 6), 252, 38, facecolor="none", edgecolor=SPLICE, linestyle=(0, (3, 2))))
+    page.axes.add_patch(
+        Rectangle((x, y - 6), 252, 38, facecolor="none", edgecolor=SPLICE, linestyle=(0, (3, 2)))
+    )
     for number in (*range(6), *range(7, 13)):
         page.token(x + 3 + 19 * number, y + 5, 16)
     page.text(x + 3 + 19 * 6 + 8, y + 12, "…", 10, color=SPLICE)
     page.chips(x + 258, y, [*_words(question.text), "</s>", "<assistant>"], WORD)
-    page.arrow((COLUMNS["visual"], 266), (COLUMNS["visual"], 284), (slot, 284), (slot, y - 8), colour=SPLICE)
-    page.text(slot + 12, 297, "spliced in where the text holds placeholders: vlm.py", ha="left", color=SPLICE)
+    page.arrow(
+        (COLUMNS["visual"], 266),
+        (COLUMNS["visual"], 284),
+        (slot, 284),
+        (slot, y - 8),
+        colour=SPLICE,
+    )
+    page.text(
+        slot + 12,
+        297,
+        "spliced in where the text holds placeholders: vlm.py",
+        ha="left",
+        color=SPLICE,
+    )
     page.arrow((middle, y + 38), (middle, 384))
-    page.text(middle + 12, 368, "word embeddings and visual tokens, one sequence", ha="left", color=FAINT)
+    page.text(
+        middle + 12, 368, "word embeddings and visual tokens, one sequence", ha="left", color=FAINT
+    )
     page.frame(left, 388, 2 * (middle - left), 100, learns["text"])
     page.text(middle, 408, "Decoder", 10.5, weight="bold")
     page.file(middle, 428, "decoder.py")
@@ -242,7 +299,9 @@ def _words(text: str) -> list[str]:
 def draw_architecture() -> tuple[bytes, bytes]:
     """The PNG files of the architecture and of the scene in it."""
     scene = random_scene(Random("picture/102"), TRAIN_PAIRS)
-    question = next(asked for asked in questions(scene, Random(0), language="en") if asked.kind == "what")
+    question = next(
+        asked for asked in questions(scene, Random(0), language="en") if asked.kind == "what"
+    )
     image, shapes = draw(scene), presets()
     learns = when_it_learns([load_settings(stage, []) for stage in ("stage1", "stage2")])
     page = Drawing()
@@ -256,8 +315,12 @@ def draw_architecture() -> tuple[bytes, bytes]:
 
 def main() -> None:
     """Read the flag, draw, write."""
-    parser = CommandParser(description="Draw the README's picture of the architecture, and the scene in it.")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for both pictures (default: the assets)")
+    parser = CommandParser(
+        description="Draw the README's picture of the architecture, and the scene in it."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS, help="folder for both pictures (default: the assets)"
+    )
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in zip(("architecture.png", "scene.png"), draw_architecture()):

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the repository, so that a plain clone works
 
 from nanovlm.errors import CommandParser, NanoVLMError, first_line, run, say  # noqa: E402
 from nanovlm.files import read_json, write_json  # noqa: E402
@@ -50,7 +52,12 @@ TOWERS = {  # by the whole model's model_type
     "llava": Tower("vision_config", r"(model\.)?vision_tower\.(vision_model\.)?", None),
     "qwen": Tower("visual", r"transformer\.visual\.", "qwen_vl_vision"),
 }
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -59,7 +66,9 @@ def extract(source: Path, out: Path) -> None:
     config = read_json(source / "config.json")
     tower = TOWERS.get(str(config.get("model_type")))
     if tower is None:
-        raise NanoVLMError(f"{source}: model_type is {config.get('model_type')!r}; towers are taken out of {', '.join(TOWERS)}")
+        raise NanoVLMError(
+            f"{source}: model_type is {config.get('model_type')!r}; towers are taken out of {', '.join(TOWERS)}"
+        )
     settings = tower_settings(source, config, tower)
     taken, left = read_tower(source, re.compile(tower.prefix))
     out.mkdir(parents=True, exist_ok=True)
@@ -82,8 +91,12 @@ def tower_settings(source: Path, config: dict[str, Any], tower: Tower) -> dict[s
     """The `config.json` of the tower alone, which has been read once."""
     table = config.get(tower.settings)
     if not isinstance(table, dict):
-        raise NanoVLMError(f"{source}: its config.json has no table {tower.settings!r}, so there is no vision tower in it")
-    settings = table | (config.get("vision_config_dict") or {})  # older CLIP files repeat the settings that count
+        raise NanoVLMError(
+            f"{source}: its config.json has no table {tower.settings!r}, so there is no vision tower in it"
+        )
+    settings = table | (
+        config.get("vision_config_dict") or {}
+    )  # older CLIP files repeat the settings that count
     settings |= {"model_type": tower.model_type or settings.get("model_type")}
     try:
         VisionConfig.from_hf(settings)
@@ -101,16 +114,22 @@ def read_tower(source: Path, prefix: re.Pattern) -> tuple[dict[str, Tensor], lis
     for name in wanted.keys() - set(left):
         files.setdefault(places[name], []).append(name)
     if not files:
-        raise NanoVLMError(f"{source}: none of its {len(places)} tensors belongs to a vision tower; are they another model's?")
+        raise NanoVLMError(
+            f"{source}: none of its {len(places)} tensors belongs to a vision tower; are they another model's?"
+        )
     taken = {}
     for path, names in sorted(files.items()):
         if not path.is_file():
-            raise NanoVLMError(f"{path}: is missing, and the index places {len(names)} tensors of the tower there; fetch it")
+            raise NanoVLMError(
+                f"{path}: is missing, and the index places {len(names)} tensors of the tower there; fetch it"
+            )
         shard = read_file(path)
         for name in names:
             if name not in shard:
-                raise NanoVLMError(f"{path}: lacks {name}, which its index places there; fetch both again")
-            taken[name[wanted[name].end():]] = shard[name]
+                raise NanoVLMError(
+                    f"{path}: lacks {name}, which its index places there; fetch both again"
+                )
+            taken[name[wanted[name].end() :]] = shard[name]
     return taken, left
 
 
@@ -122,8 +141,12 @@ def find_tensors(source: Path) -> dict[str, Path]:
     if found.suffix != ".json":
         return dict.fromkeys(read_file(found), found)
     places = read_json(found).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
-        raise NanoVLMError(f"{found}: weight_map does not give each tensor the name of a file beside it; fetch the index again")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in places.values()
+    ):
+        raise NanoVLMError(
+            f"{found}: weight_map does not give each tensor the name of a file beside it; fetch the index again"
+        )
     return {name: source / shard for name, shard in places.items()}
 
 
@@ -137,9 +160,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         tensors = None
     except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise NanoVLMError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise NanoVLMError(f"{path}: holds more than plain tensors, and reading that could run its code; take another file")
+        raise NanoVLMError(
+            f"{path}: cannot be read ({first_line(error)}); fetch it again"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
+        raise NanoVLMError(
+            f"{path}: holds more than plain tensors, and reading that could run its code; take another file"
+        )
     return tensors
 
 
@@ -147,17 +176,29 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
     """How the eyes want their images: as the source's file says, or as Qwen-VL's code does, which has no file."""
     if settings["model_type"] == "qwen_vl_vision":
         side = settings.get("image_size", 448)
-        write_json(out / PREPROCESSOR, EYES["qwen-vl"].processor | {"size": {"height": side, "width": side}})
+        write_json(
+            out / PREPROCESSOR,
+            EYES["qwen-vl"].processor | {"size": {"height": side, "width": side}},
+        )
     elif (processor := read_processor(source)) is not None:
         write_json(out / PREPROCESSOR, processor)
     else:
-        say(f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are prepared as for DINOv2")
+        say(
+            f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are prepared as for DINOv2"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
-    parser = CommandParser(description="Take a vision tower out of a larger checkpoint, into a folder of its own.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a SmolVLM2, Qwen-VL, LLaVA, CLIP or SigLIP")
+    parser = CommandParser(
+        description="Take a vision tower out of a larger checkpoint, into a folder of its own."
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder of a SmolVLM2, Qwen-VL, LLaVA, CLIP or SigLIP",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     return parser.parse_args()
 
@@ -166,7 +207,9 @@ def main() -> None:
     """Check the flags and take the tower out."""
     arguments = parse_arguments()
     if (arguments.out / "model.safetensors").exists():
-        raise NanoVLMError(f"{arguments.out}: holds a model already; delete it or choose another --out")
+        raise NanoVLMError(
+            f"{arguments.out}: holds a model already; delete it or choose another --out"
+        )
     extract(arguments.source, arguments.out)
 
 

@@ -32,7 +32,9 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the repository, so that a plain clone works
 
 from data_tools.caption_questions import THINGS  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
@@ -81,7 +83,9 @@ def read_lines(path: Path) -> list[str]:
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
-        raise NanoVLMError(f"{path}: is not UTF-8 text (byte {error.start}); give the text file as published") from None
+        raise NanoVLMError(
+            f"{path}: is not UTF-8 text (byte {error.start}); give the text file as published"
+        ) from None
 
 
 def read_names(path: Path) -> list[str]:
@@ -118,7 +122,9 @@ def read_captions(path: Path, language: str) -> Captions:
         elif int(match[2]) in captions.setdefault(match[1], {}):
             skipped.add(f"line {number}: {match[1]} has a caption {match[2]} already")
         else:
-            captions[match[1]][int(match[2])] = match[3] if language == "zh" else tidy_english(match[3])
+            captions[match[1]][int(match[2])] = (
+                match[3] if language == "zh" else tidy_english(match[3])
+            )
     skipped.check(len(lines))
     return captions
 
@@ -153,7 +159,9 @@ def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | st
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
         raise NanoVLMError(f"{source}: is not a whole tar archive; fetch it again") from None
     except OSError as error:
-        raise NanoVLMError(f"{source}: cannot be read ({error.strerror or error}); check the path") from None
+        raise NanoVLMError(
+            f"{source}: cannot be read ({error.strerror or error}); check the path"
+        ) from None
 
 
 def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
@@ -188,13 +196,17 @@ def write_new(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     except OSError as error:
-        raise NanoVLMError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+        raise NanoVLMError(
+            f"{path}: cannot be written ({error.strerror}); choose another --out"
+        ) from None
 
 
 def check_free(path: Path, data: bytes) -> None:
     """Refuse a path that holds other content than `data`; the same content may stay."""
     if path.is_symlink() or (path.exists() and not (path.is_file() and path.read_bytes() == data)):
-        raise NanoVLMError(f"{path}: is there already with other content; delete it or choose another --out")
+        raise NanoVLMError(
+            f"{path}: is there already with other content; delete it or choose another --out"
+        )
 
 
 def user_turn(prompt: str) -> dict:
@@ -210,18 +222,29 @@ def training_record(identity: str, name: str, prompt: str, answer: str) -> dict:
 
 def evaluation_record(identity: str, name: str, prompt: str, references: list[str]) -> dict:
     """A record that ends with its question, and what answers it."""
-    return {"id": identity, "image": f"images/{name}", "messages": [user_turn(prompt)], "references": references}
+    return {
+        "id": identity,
+        "image": f"images/{name}",
+        "messages": [user_turn(prompt)],
+        "references": references,
+    }
 
 
-def caption_records(names: list[str], captions: Captions, language: str) -> tuple[list[dict], list[dict]]:
+def caption_records(
+    names: list[str], captions: Captions, language: str
+) -> tuple[list[dict], list[dict]]:
     """Records to train on, one a caption, and to evaluate on, one a photo."""
     training, evaluation = [], []
     for name in names:
         numbered = sorted(captions[name].items())
         for number, caption in numbered:
-            training.append(training_record(f"{name}#{language}#{number}", name, DESCRIBE[language], caption))
+            training.append(
+                training_record(f"{name}#{language}#{number}", name, DESCRIBE[language], caption)
+            )
         references = [caption for _, caption in numbered]
-        evaluation.append(evaluation_record(f"{name}#{language}", name, DESCRIBE[language], references))
+        evaluation.append(
+            evaluation_record(f"{name}#{language}", name, DESCRIBE[language], references)
+        )
     return training, evaluation
 
 
@@ -250,14 +273,18 @@ def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[d
     return training, evaluation
 
 
-def make_records(names: list[str], split: str, zh: Captions, en: Captions | None) -> dict[str, list[dict]]:
+def make_records(
+    names: list[str], split: str, zh: Captions, en: Captions | None
+) -> dict[str, list[dict]]:
     """All record files by name."""
     zh_training, zh_evaluation = caption_records(names, zh, "zh")
     files = {f"{split}.jsonl": zh_training, f"{split}_zh.jsonl": zh_evaluation}
     if en is not None:
         en_training, en_evaluation = caption_records(names, en, "en")
         questions, yes_no_evaluation = yes_no_records(names, zh, en)
-        english = [record for record in en_training if int(record["id"].rsplit("#", 1)[1]) < MIXED_ENGLISH]
+        english = [
+            record for record in en_training if int(record["id"].rsplit("#", 1)[1]) < MIXED_ENGLISH
+        ]
         mixed = zh_training + english + questions
         random.Random(SEED).shuffle(mixed)
         files |= {
@@ -272,9 +299,17 @@ def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
     parser = CommandParser(description="Turn the published files of Flickr8k-CN into records.")
     parser.add_argument("--images", type=Path, required=True, help="tar file or folder of photos")
-    parser.add_argument("--captions", type=Path, required=True, help="Chinese captions: NAME.jpg#zhc#0 caption")
-    parser.add_argument("--captions-en", type=Path, help="English captions; adds English records and yes/no questions")
-    parser.add_argument("--names", type=Path, required=True, help="the photos to take, one file name a line")
+    parser.add_argument(
+        "--captions", type=Path, required=True, help="Chinese captions: NAME.jpg#zhc#0 caption"
+    )
+    parser.add_argument(
+        "--captions-en",
+        type=Path,
+        help="English captions; adds English records and yes/no questions",
+    )
+    parser.add_argument(
+        "--names", type=Path, required=True, help="the photos to take, one file name a line"
+    )
     parser.add_argument("--split", help="name of the files written (default: the stem of --names)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     return parser.parse_args()
@@ -285,14 +320,18 @@ def main() -> None:
     arguments = parse_arguments()
     split = arguments.split or arguments.names.stem
     if not re.fullmatch(r"\w[\w.-]*", split):
-        raise NanoVLMError(f"--split {split!r}: is not a plain name; use letters, digits, '_', '-' and '.'")
+        raise NanoVLMError(
+            f"--split {split!r}: is not a plain name; use letters, digits, '_', '-' and '.'"
+        )
     names = read_names(arguments.names)
     zh = read_captions(arguments.captions, "zh")
     en = read_captions(arguments.captions_en, "en") if arguments.captions_en else None
 
     for path, captions in ((arguments.captions, zh), (arguments.captions_en, en)):
         if captions is not None:
-            skipped = Skipped(path, [f"{name} has no caption" for name in names if name not in captions])
+            skipped = Skipped(
+                path, [f"{name} has no caption" for name in names if name not in captions]
+            )
             skipped.check(len(names))
             names = [name for name in names if name in captions]
     names = extract_photos(arguments.images, names, arguments.out / "images")

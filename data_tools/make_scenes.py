@@ -21,13 +21,24 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker of one: the packages are one folder up
+if __name__ in (
+    "__main__",
+    "__mp_main__",
+):  # run as a script, or by a worker of one: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from data_tools.scenes_text import KINDS, questions
-from data_tools.scenes_world import COLOURS, HELD_OUT_PAIRS, SHAPES, TRAIN_PAIRS, Scene, draw, random_scene
+from data_tools.scenes_world import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    TRAIN_PAIRS,
+    Scene,
+    draw,
+    random_scene,
+)
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.files import read_json, to_jsonl, write_atomically, write_json
 
@@ -37,7 +48,11 @@ DEFAULT_OUT = Path("data/scenes")
 
 
 def make_scenes(
-    out: str | Path = DEFAULT_OUT, scenes: int = 8000, seed: int = 0, workers: int = 0, eval_scenes: int = 600
+    out: str | Path = DEFAULT_OUT,
+    scenes: int = 8000,
+    seed: int = 0,
+    workers: int = 0,
+    eval_scenes: int = 600,
 ) -> Path:
     """Make `out`, or return at once when it already holds these scenes; says on stderr what it does.
 
@@ -59,7 +74,9 @@ def make_scenes(
             world = _fill(folder, settings, workers)
     except OSError as error:
         where = error.filename or out
-        raise NanoVLMError(f"{where}: cannot be written ({error.strerror}); choose another --out") from None
+        raise NanoVLMError(
+            f"{where}: cannot be written ({error.strerror}); choose another --out"
+        ) from None
     say(summary(world))
     return out
 
@@ -72,7 +89,11 @@ def _already_there(out: Path, settings: dict[str, int]) -> bool:
     if not (out / "world.json").is_file():
         raise NanoVLMError(f"{out}: exists and holds something other than scenes; {advice}")
     world = read_json(out / "world.json")
-    other = [f"{key} {world.get(key)} instead of {value}" for key, value in settings.items() if world.get(key) != value]
+    other = [
+        f"{key} {world.get(key)} instead of {value}"
+        for key, value in settings.items()
+        if world.get(key) != value
+    ]
     if other:
         raise NanoVLMError(f"{out}: holds scenes made with {', '.join(other)}; {advice}")
     missing = [f"{split}.jsonl" for split in SPLITS if not (out / f"{split}.jsonl").is_file()]
@@ -102,38 +123,55 @@ def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
     jobs = []
     for split in SPLITS:
         (folder / "images" / split).mkdir(parents=True)
-        jobs += [(split, index) for index in range(settings["scenes" if split == "train" else "eval_scenes"])]
+        jobs += [
+            (split, index)
+            for index in range(settings["scenes" if split == "train" else "eval_scenes"])
+        ]
     records, first_with = defaultdict(list), {}
     work = partial(_make_scene, folder, settings["seed"])
     done = _map_in_order(work, jobs, workers or os.cpu_count() or 1)
     for (split, index), (digest, made) in zip(jobs, done, strict=True):
         twin = first_with.setdefault(digest, (split, index))
         if twin != (split, index):
-            raise NanoVLMError(f"scenes {twin} and {(split, index)} look the same; choose another --seed")
+            raise NanoVLMError(
+                f"scenes {twin} and {(split, index)} look the same; choose another --seed"
+            )
         records[split] += made
     for split in SPLITS:
         write_atomically(folder / f"{split}.jsonl", to_jsonl(records[split]))
     world = {
         **settings,
         "held_out": [list(pair) for pair in HELD_OUT_PAIRS],
-        "questions": {split: dict(Counter(record["kind"] for record in records[split])) for split in SPLITS},
+        "questions": {
+            split: dict(Counter(record["kind"] for record in records[split])) for split in SPLITS
+        },
         "blind": blind_rates(records["train"]),
     }
     write_json(folder / "world.json", world)
     return world
 
 
-def _map_in_order(work: partial, jobs: list[tuple[str, int]], workers: int) -> Iterable[tuple[str, list[dict]]]:
-    if workers == 1 or len(jobs) < 200:  # a process takes longer to start than a few scenes take to draw
+def _map_in_order(
+    work: partial, jobs: list[tuple[str, int]], workers: int
+) -> Iterable[tuple[str, list[dict]]]:
+    if (
+        workers == 1 or len(jobs) < 200
+    ):  # a process takes longer to start than a few scenes take to draw
         yield from tqdm(map(work, jobs), total=len(jobs), desc="scenes", unit="scene")
         return
     # "spawn" everywhere: what works here then also works on macOS and Windows. Ctrl-C is for the parent to handle.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(
+        workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         try:
-            yield from tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene")
+            yield from tqdm(
+                pool.map(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene"
+            )
         except BrokenProcessPool:
-            raise NanoVLMError("a drawing process ended early; try again with --workers 1") from None
+            raise NanoVLMError(
+                "a drawing process ended early; try again with --workers 1"
+            ) from None
 
 
 def _make_scene(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, list[dict]]:
@@ -164,7 +202,9 @@ def _records(scene: Scene, rng: Random, split: str, index: int, image: str) -> l
         }
         if question.kind == "describe":
             keys = ("shape", "colour", "size", "x", "y")
-            record["objects"] = [{key: getattr(thing, key) for key in keys} for thing in scene.objects]
+            record["objects"] = [
+                {key: getattr(thing, key) for key in keys} for thing in scene.objects
+            ]
         records.append(record)
     return records
 
@@ -184,7 +224,9 @@ def blind_rates(records: Iterable[dict]) -> dict[str, float]:
     """
     answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for record in records:
-        question, answer = (message["content"].removeprefix("<image>\n") for message in record["messages"])
+        question, answer = (
+            message["content"].removeprefix("<image>\n") for message in record["messages"]
+        )
         before, both, _ = question.lower().partition(" or " if " or " in question else "和")
         if both and _NAMES.match(answer):
             answer = "the first" if answer.lower().rstrip("。.") in before else "the second"
@@ -202,7 +244,10 @@ def summary(world: dict) -> str:
     for kind, rate in world["blind"].items():
         counts = "".join(f"{world['questions'][split].get(kind, 0):>8}" for split in SPLITS)
         lines.append(f"{kind:<16}{counts}{rate:>13.1%}")
-    lines.append(f"{'all':<16}" + "".join(f"{sum(world['questions'][split].values()):>8}" for split in SPLITS))
+    lines.append(
+        f"{'all':<16}"
+        + "".join(f"{sum(world['questions'][split].values()):>8}" for split in SPLITS)
+    )
     lines.append("held out for novel: " + ", ".join(" ".join(pair) for pair in world["held_out"]))
     return "\n".join(lines)
 
@@ -213,10 +258,16 @@ def main() -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to make (%(default)s)")
     data.add_argument("--scenes", type=int, default=8000, help="training scenes (%(default)s)")
-    data.add_argument("--eval-scenes", type=int, default=600, help="scenes of val, and of novel (%(default)s)")
-    data.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (%(default)s)")
+    data.add_argument(
+        "--eval-scenes", type=int, default=600, help="scenes of val, and of novel (%(default)s)"
+    )
+    data.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same bytes (%(default)s)"
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=int, default=0, help="processes; 0 uses all cores (%(default)s)")
+    machine.add_argument(
+        "--workers", type=int, default=0, help="processes; 0 uses all cores (%(default)s)"
+    )
     make_scenes(**vars(parser.parse_args()))
 
 

@@ -20,13 +20,14 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, so that a plain clone works
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # the repository, so that a plain clone works
 
 from nanovlm import archive  # noqa: E402
 from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
 from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
 from nanovlm.files import atomic_path, to_jsonl, write_atomically  # noqa: E402
-
 
 Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
 
@@ -37,8 +38,12 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
     for reason in skipped:
         say(f"skipped: {reason}")
     usable = {record.where: record.images for record in records}
-    entries = ((entry, usable[where]) for path in record_files(data)
-               for where, entry in read_entries(path) if where in usable)
+    entries = (
+        (entry, usable[where])
+        for path in record_files(data)
+        for where, entry in read_entries(path)
+        if where in usable
+    )
     places: dict[Path, str] = {}
     with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
         for count, shard in enumerate(split(entries, size), start=1):
@@ -62,7 +67,9 @@ def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
     yield shard
 
 
-def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm) -> None:
+def write_shard(
+    out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm
+) -> None:
     """Store the images that are new in `name`.tar, note in `places` where each is, and write the records."""
     lines, members = [], set()
     with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
@@ -73,7 +80,9 @@ def write_shard(out: Path, name: str, entries: list[Entry], places: dict[Path, s
                 if path not in places:
                     member = member_name(written)
                     if member in members:
-                        raise NanoVLMError(f"image {path}: another file is {member} in {name}.tar; rename one of them")
+                        raise NanoVLMError(
+                            f"image {path}: another file is {member} in {name}.tar; rename one of them"
+                        )
                     members.add(member)
                     places[path] = f"{name}.tar::{member}"
                     add_image(tar, member, path)
@@ -88,8 +97,10 @@ def member_name(written: str) -> str:
     """The name of an image inside its tar file: the record's path; of an image out of another tar file, its name there."""
     path = PurePosixPath(written.rpartition("::")[2])
     if path.is_absolute() or ".." in path.parts:
-        raise NanoVLMError(f"image {written}: leads out of the images' folder; write paths relative to one folder that "
-                           "holds all images, and name it with --images")
+        raise NanoVLMError(
+            f"image {written}: leads out of the images' folder; write paths relative to one folder that "
+            "holds all images, and name it with --images"
+        )
     return str(path)
 
 
@@ -106,11 +117,29 @@ def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
-    parser = CommandParser(description="Turn records and a folder of images into shards: .jsonl and .tar files.")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records; several with commas, or a pattern, quoted")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
+    parser = CommandParser(
+        description="Turn records and a folder of images into shards: .jsonl and .tar files."
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="records; several with commas, or a pattern, quoted",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: the records' folder)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--size", type=int, default=10_000, metavar="N", help="images a shard holds (default: 10,000)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="images a shard holds (default: 10,000)",
+    )
     return parser.parse_args()
 
 
@@ -120,7 +149,9 @@ def main() -> None:
     if arguments.size < 1:
         raise NanoVLMError(f"--size is {arguments.size}; it has to be 1 or more")
     if arguments.out.is_dir() and any(arguments.out.glob("shard-*")):
-        raise NanoVLMError(f"{arguments.out}: holds shards already; delete them or choose another --out")
+        raise NanoVLMError(
+            f"{arguments.out}: holds shards already; delete them or choose another --out"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     count = pack(arguments.data, arguments.images, arguments.out, arguments.size)
     say(f"{arguments.out}: {count:,} shards")

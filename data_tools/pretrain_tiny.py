@@ -14,7 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # run as a script, or by a worker of one: the packages are one folder up
+if __name__ in (
+    "__main__",
+    "__mp_main__",
+):  # run as a script, or by a worker of one: the packages are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_tools.pretrain_tiny_text import pretrain_text
@@ -46,22 +49,63 @@ def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None
 def main() -> None:
     """Read the flags and train the parts asked for."""
     parser = CommandParser(description="Pretrain the eyes and the voice of the tiny default.")
-    parser.add_argument("--part", choices=("vision", "text", "all"), default="all", help="what to make (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("nanovlm/assets"), help="folder to write to (%(default)s)")
-    parser.add_argument("--replace", action="store_true", help="put the new parts in the place of those that are there")
-    parser.add_argument("--seed", type=int, default=0, help="of the data and the first weights (%(default)s)")
-    parser.add_argument("--vision-steps", type=int, default=3600, help="optimizer steps of the eyes (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)")
-    parser.add_argument("--text-steps", type=int, default=6000, help="optimizer steps of the voice (%(default)s)")
-    parser.add_argument("--drill-steps", type=int, default=3000, help="and of its drills (%(default)s)")
-    parser.add_argument("--texts", type=int, default=30000, help="conversations written for the voice (%(default)s)")
+    parser.add_argument(
+        "--part",
+        choices=("vision", "text", "all"),
+        default="all",
+        help="what to make (%(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("nanovlm/assets"), help="folder to write to (%(default)s)"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="put the new parts in the place of those that are there",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the data and the first weights (%(default)s)"
+    )
+    parser.add_argument(
+        "--vision-steps", type=int, default=3600, help="optimizer steps of the eyes (%(default)s)"
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)"
+    )
+    parser.add_argument(
+        "--text-steps", type=int, default=6000, help="optimizer steps of the voice (%(default)s)"
+    )
+    parser.add_argument(
+        "--drill-steps", type=int, default=3000, help="and of its drills (%(default)s)"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=30000, help="conversations written for the voice (%(default)s)"
+    )
     options = parser.parse_args()
-    if min(options.vision_steps, options.text_steps, options.drill_steps, options.scenes, options.texts) < 1:
-        raise NanoVLMError("--vision-steps, --text-steps, --drill-steps, --scenes and --texts start at 1")
+    if (
+        min(
+            options.vision_steps,
+            options.text_steps,
+            options.drill_steps,
+            options.scenes,
+            options.texts,
+        )
+        < 1
+    ):
+        raise NanoVLMError(
+            "--vision-steps, --text-steps, --drill-steps, --scenes and --texts start at 1"
+        )
     parts = {
-        "vision": partial(pretrain_vision, seed=options.seed, steps=options.vision_steps, scenes=options.scenes),
-        "text": partial(pretrain_text, seed=options.seed, steps=options.text_steps, drill_steps=options.drill_steps,
-                        texts=options.texts),
+        "vision": partial(
+            pretrain_vision, seed=options.seed, steps=options.vision_steps, scenes=options.scenes
+        ),
+        "text": partial(
+            pretrain_text,
+            seed=options.seed,
+            steps=options.text_steps,
+            drill_steps=options.drill_steps,
+            texts=options.texts,
+        ),
     }
     for part, make in parts.items():
         if options.part in (part, "all"):

@@ -21,11 +21,17 @@ def make_all(make: Callable[[int], T], count: int, name: str) -> Iterator[T]:
         yield from map(make, range(count))
         return
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        yield from tqdm(pool.map(make, range(count), chunksize=64), total=count, desc=name, dynamic_ncols=True)
+        yield from tqdm(
+            pool.map(make, range(count), chunksize=64), total=count, desc=name, dynamic_ncols=True
+        )
 
 
 def fit(
-    parameters: list[nn.Parameter], loss_of_step: Callable[[int], Tensor], steps: int, peak_lr: float, name: str
+    parameters: list[nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    peak_lr: float,
+    name: str,
 ) -> None:
     """Minimise with AdamW: linear warm-up over a twentieth of the steps, then a cosine to zero."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
@@ -34,7 +40,9 @@ def fit(
             loss = loss_of_step(step)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = peak_lr * schedule(step, steps, warmup=0.05, min_lr=0.0)
+            optimizer.param_groups[0]["lr"] = peak_lr * schedule(
+                step, steps, warmup=0.05, min_lr=0.0
+            )
             optimizer.step()
             optimizer.zero_grad()
             if step % 20 == 0:

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from data_tools.pretrain_tiny_common import fit, make_all
 from data_tools.scenes_text import RELATIONS, Question, questions
 from data_tools.scenes_world import (
-    COLOURS, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, SceneObject, random_scene,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    Pair,
+    SceneObject,
+    random_scene,
 )  # fmt: skip
 from nanovlm.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
 from nanovlm.data.batches import Sample, chunks, collate, share_prefix
@@ -34,7 +42,9 @@ from nanovlm.vlm import Batch
 from nanovlm.weights.names import QWEN, invert, translate
 from nanovlm.weights.safetensors import save_file
 
-STEPS = 16  # from side to side: objects lie more than one apart where it is asked which is further left
+STEPS = (
+    16  # from side to side: objects lie more than one apart where it is asked which is further left
+)
 RIGHT, DOWN = "→", "↓"
 TOKENIZER_TEXTS = 5000  # enough to count pieces in
 SPECIAL = ("<image>", "<system>", "<user>", "<assistant>")
@@ -59,7 +69,9 @@ class Text:
     conversations: list[list[Message]]
 
     @classmethod
-    def random(cls, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS, drill: bool = False) -> "Text":
+    def random(
+        cls, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS, drill: bool = False
+    ) -> "Text":
         """Notes of a random scene, some repeated, some saying "empty"; conversations of one to three questions.
 
         A drill asks mostly for comparisons that are answered with a word of direction or size, or yes or no.
@@ -68,15 +80,22 @@ class Text:
         notes = [_note(thing) for thing in scene.objects for _ in range(rng.randint(1, 4))]
         notes += [(EMPTY,)] * rng.randint(0, len(notes))
         rng.shuffle(notes)
-        more = [question for _ in range(7 if drill else 3) for question in questions(scene, rng, pairs)]
-        asked = questions(scene, rng, pairs) + [question for question in more if _is_hard(question, drill)]
+        more = [
+            question for _ in range(7 if drill else 3) for question in questions(scene, rng, pairs)
+        ]
+        asked = questions(scene, rng, pairs) + [
+            question for question in more if _is_hard(question, drill)
+        ]
         conversations: list[list[Message]] = []
         rng.shuffle(asked)
         for question in asked:
             if not conversations or len(conversations[-1]) == 6 or rng.random() < 0.7:
                 conversations.append([])
             content = (question.text,) if conversations[-1] else (IMAGE, f"\n{question.text}")
-            conversations[-1] += [Message("user", content), Message("assistant", (question.answer,))]
+            conversations[-1] += [
+                Message("user", content),
+                Message("assistant", (question.answer,)),
+            ]
         return cls(notes, conversations)
 
 
@@ -84,14 +103,21 @@ def _is_hard(question: Question, drill: bool) -> bool:
     """Of the hardest kinds; for a drill, a comparison whose answer names no object."""
     if drill:
         return question.kind in RELATIONS and not any(
-            shape in question.answer for names in SHAPES.items() for shape in names)
+            shape in question.answer for names in SHAPES.items() for shape in names
+        )
     return question.kind in HARD
 
 
 def _note(thing: SceneObject) -> tuple[str, ...]:
     """Its words. A tally, unlike a number, grows with what it counts: so does its part of the sum of embeddings."""
     right, down = (int(place * STEPS / IMAGE_SIZE) for place in (thing.x, thing.y))
-    return SIZES[thing.size], COLOURS[thing.colour], SHAPES[thing.shape], *[RIGHT] * right, *[DOWN] * down
+    return (
+        SIZES[thing.size],
+        COLOURS[thing.colour],
+        SHAPES[thing.shape],
+        *[RIGHT] * right,
+        *[DOWN] * down,
+    )
 
 
 def _seeded_text(pairs: Sequence[Pair], name: str, index: int, drill: bool = False) -> Text:
@@ -111,8 +137,14 @@ def train_tokenizer(corpus: list[Text]) -> SentencePieceTokenizer:
     colour never sticks to a shape: pairs that were held out are spelled with the same pieces as all others.
     """
     lines = [word for text in corpus for note in text.notes for word in note]
-    lines += [part for text in corpus for messages in text.conversations for message in messages
-              for part in message.content if part is not IMAGE]
+    lines += [
+        part
+        for text in corpus
+        for messages in text.conversations
+        for message in messages
+        for part in message.content
+        if part is not IMAGE
+    ]
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=(_NAMES.sub(rf"{BOUNDARY}\1{BOUNDARY}", line) for line in lines), model_writer=model,
@@ -132,18 +164,30 @@ class Corpus:
         self.chat, encode = chat, lru_cache(chat.tokenizer.encode)
         self.rows, self.notes = [], []
         for text in texts:
-            samples = [Sample(chat.encode(messages, [ImageTokens(len(text.notes))]), ()) for messages in text.conversations]
-            rows = [row for chunk in chunks(samples, BRANCHES) for row in share_prefix(chunk, chat.image_token_id)]
+            samples = [
+                Sample(chat.encode(messages, [ImageTokens(len(text.notes))]), ())
+                for messages in text.conversations
+            ]
+            rows = [
+                row
+                for chunk in chunks(samples, BRANCHES)
+                for row in share_prefix(chunk, chat.image_token_id)
+            ]
             self.rows += rows
-            self.notes += [[[id for word in note for id in encode(word)] for note in text.notes]] * len(rows)
+            self.notes += [
+                [[id for word in note for id in encode(word)] for note in text.notes]
+            ] * len(rows)
 
     def batches(self, size: int, rng: Random) -> Iterator[tuple[Batch, list[list[int]]]]:
         """Endless batches of rows of like length, with their notes' words."""
         while True:
             order = rng.sample(range(len(self.rows)), len(self.rows))
             for start in range(0, len(order), 32 * size):
-                block = sorted(order[start:start + 32 * size], key=lambda index: len(self.rows[index].input_ids))
-                groups = [block[first:first + size] for first in range(0, len(block), size)]
+                block = sorted(
+                    order[start : start + 32 * size],
+                    key=lambda index: len(self.rows[index].input_ids),
+                )
+                groups = [block[first : first + size] for first in range(0, len(block), size)]
                 yield from map(self.batch, rng.sample(groups, len(groups)))
 
     def batch(self, chosen: Sequence[int]) -> tuple[Batch, list[list[int]]]:
@@ -158,7 +202,9 @@ def target_logits(decoder: Decoder, batch: Batch, notes: list[list[int]]) -> Ten
     words = torch.tensor([id for note in notes for id in note])
     bags = F.embedding_bag(words, decoder.embed_tokens.weight, starts, mode="sum")
     embeddings = decoder.embed_tokens(batch.input_ids)
-    embeddings = embeddings.flatten(0, 1).index_copy(0, batch.image_positions, bags).view_as(embeddings)
+    embeddings = (
+        embeddings.flatten(0, 1).index_copy(0, batch.image_positions, bags).view_as(embeddings)
+    )
     hidden_states = decoder.hidden_states(embeddings, batch.attention_mask)
     return decoder.logits(hidden_states.flatten(0, 1)[batch.target_positions])
 
@@ -170,8 +216,12 @@ def exact_answers(decoder: Decoder, corpus: Corpus) -> float:
     for index in range(len(corpus.rows)):
         batch, notes = corpus.batch([index])
         ends = batch.targets == corpus.chat.end_of_turn_id
-        answer = ends.cumsum(0) - ends.long()  # the number of the answer that each target belongs to
-        wrong += len(answer[target_logits(decoder, batch, notes).argmax(-1) != batch.targets].unique())
+        answer = (
+            ends.cumsum(0) - ends.long()
+        )  # the number of the answer that each target belongs to
+        wrong += len(
+            answer[target_logits(decoder, batch, notes).argmax(-1) != batch.targets].unique()
+        )
         asked += int(ends.sum())
     return 1 - wrong / asked
 
@@ -186,13 +236,21 @@ def pretrain_text(
     """
     name = f"pretrain/{seed}"
     made = list(make_all(partial(_seeded_text, TRAIN_PAIRS, name), texts, "texts"))
-    drills = list(make_all(partial(_seeded_text, TRAIN_PAIRS, f"{name}/drill", drill=True), -(-texts // 3), "drills"))
+    drills = list(
+        make_all(
+            partial(_seeded_text, TRAIN_PAIRS, f"{name}/drill", drill=True),
+            -(-texts // 3),
+            "drills",
+        )
+    )
     tokenizer = train_tokenizer(made[:TOKENIZER_TEXTS])
     chat = Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
     torch.manual_seed(seed)
     decoder = Decoder(DecoderConfig.from_hf(HUB_CONFIG))
     for parameter in decoder.parameters():
-        if parameter.dim() == 2:  # the usual 0.02 suits widths of about a thousand; here it would lie long on a plateau
+        if (
+            parameter.dim() == 2
+        ):  # the usual 0.02 suits widths of about a thousand; here it would lie long on a plateau
             nn.init.normal_(parameter, std=HUB_CONFIG["hidden_size"] ** -0.5)
 
     def learn(corpus: Corpus, steps: int, peak_lr: float, title: str) -> None:
@@ -211,7 +269,10 @@ def pretrain_text(
     decoder.eval().bfloat16().float()  # measured as it will be stored
     result = {}
     for split, pairs in (("seen pairs", TRAIN_PAIRS), ("held-out pairs", HELD_OUT_PAIRS)):
-        unseen = [_seeded_text(pairs, f"pretrain/{seed}/{split}", index) for index in range(min(400, texts))]
+        unseen = [
+            _seeded_text(pairs, f"pretrain/{seed}/{split}", index)
+            for index in range(min(400, texts))
+        ]
         result[split] = {"answers": exact_answers(decoder, Corpus(unseen, chat))}
     _save(decoder, tokenizer, folder)
     return result

@@ -19,8 +19,20 @@ from torch import Tensor, nn
 
 from data_tools.pretrain_tiny_common import fit, make_all
 from data_tools.scenes_world import (
-    BACKGROUNDS, COLOURS, GAP, HELD_OUT_PAIRS, IMAGE_SIZE, SHAPES, SIZES, TRAIN_PAIRS, Pair, Scene, SceneObject,
-    random_object, draw, random_scene,
+    BACKGROUNDS,
+    COLOURS,
+    GAP,
+    HELD_OUT_PAIRS,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    Pair,
+    Scene,
+    SceneObject,
+    draw,
+    random_object,
+    random_scene,
 )  # fmt: skip
 from nanovlm.files import write_json
 from nanovlm.vit import VisionConfig, VisionTransformer
@@ -41,11 +53,20 @@ PREPROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }  # fmt: skip
 # What each patch is labelled with, and its number of classes. `place` says: background, an object, an object's centre.
-HEADS = {"place": 3, "shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "x": BINS, "y": BINS}
+HEADS = {
+    "place": 3,
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "size": len(SIZES),
+    "x": BINS,
+    "y": BINS,
+}
 WEIGHTS = {"x": 0.3, "y": 0.3}  # shapes are what is hard; a place need not be exact to the square
 BACKGROUND, OBJECT, CENTRE = range(3)
 Compose = Callable[[Random, Sequence[Pair]], Scene]
-NEVER_SHOWN = torch.tensor([[(colour, shape) in HELD_OUT_PAIRS for shape in SHAPES] for colour in COLOURS])
+NEVER_SHOWN = torch.tensor(
+    [[(colour, shape) in HELD_OUT_PAIRS for shape in SHAPES] for colour in COLOURS]
+)
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
@@ -70,21 +91,30 @@ def crowded_scene(rng: Random, pairs: Sequence[Pair]) -> Scene:
         thing = random_object(rng, rng.choice(pairs))
         free = thing.reach + GAP
         x, y = (rng.uniform(free, IMAGE_SIZE - free) for _ in range(2))
-        if all(math.hypot(x - other.x, y - other.y) >= thing.reach + other.reach + GAP for other in objects):
+        if all(
+            math.hypot(x - other.x, y - other.y) >= thing.reach + other.reach + GAP
+            for other in objects
+        ):
             objects.append(replace(thing, x=x, y=y))
     return Scene(tuple(objects), rng.choice(BACKGROUNDS), rng.getrandbits(48))
 
 
-def _labelled_scene(compose: Compose, pairs: Sequence[Pair], name: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _labelled_scene(
+    compose: Compose, pairs: Sequence[Pair], name: str, index: int
+) -> tuple[np.ndarray, np.ndarray]:
     scene = compose(Random(f"{name}/{index}"), pairs)
     return np.asarray(draw(scene)).transpose(2, 0, 1), patch_labels(scene)
 
 
-def labelled_scenes(compose: Compose, pairs: Sequence[Pair], name: str, count: int) -> tuple[Tensor, Tensor]:
+def labelled_scenes(
+    compose: Compose, pairs: Sequence[Pair], name: str, count: int
+) -> tuple[Tensor, Tensor]:
     """(count, 3, 64, 64) pixels and (count, heads, patches) labels, both uint8."""
     pixels = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     labels = torch.empty(count, len(HEADS), GRID * GRID, dtype=torch.uint8)
-    for index, made in enumerate(make_all(partial(_labelled_scene, compose, pairs, name), count, f"scenes {name}")):
+    for index, made in enumerate(
+        make_all(partial(_labelled_scene, compose, pairs, name), count, f"scenes {name}")
+    ):
         pixels[index], labels[index] = (torch.tensor(array) for array in made)
     return pixels, labels
 
@@ -111,7 +141,11 @@ class LabelHeads(nn.Module):
 
     def forward(self, patches: Tensor) -> dict[str, Tensor]:
         """(N, P, C) → for each head (N, P, classes)."""
-        return dict(zip(HEADS, self.linear(patches).float().split(list(HEADS.values()), dim=-1), strict=True))
+        return dict(
+            zip(
+                HEADS, self.linear(patches).float().split(list(HEADS.values()), dim=-1), strict=True
+            )
+        )
 
     def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
         """The sum of the heads' cross-entropies; labels (N, heads, P). All but `place` are asked of objects only.
@@ -122,7 +156,10 @@ class LabelHeads(nn.Module):
         wanted = dict(zip(HEADS, labels.long().unbind(1), strict=True))
         logits, belongs = self(patches), wanted["place"] != BACKGROUND
         total = F.cross_entropy(logits.pop("place").flatten(0, 1), wanted["place"].flatten())
-        excused = {"shape": NEVER_SHOWN[wanted["colour"][belongs]], "colour": NEVER_SHOWN.T[wanted["shape"][belongs]]}
+        excused = {
+            "shape": NEVER_SHOWN[wanted["colour"][belongs]],
+            "colour": NEVER_SHOWN.T[wanted["shape"][belongs]],
+        }
         for name, scores in logits.items():
             scores = scores[belongs]
             if name in excused:
@@ -132,7 +169,9 @@ class LabelHeads(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(vision: VisionTransformer, heads: LabelHeads, pixels: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy(
+    vision: VisionTransformer, heads: LabelHeads, pixels: Tensor, labels: Tensor
+) -> dict[str, float]:
     """For each head, the share of objects that are right at their centre; `object`: shape, colour and size all are."""
     logits = [heads(vision.patches(normalise(part))) for part in pixels.split(200)]
     centre = labels[:, 0] == CENTRE
@@ -176,7 +215,11 @@ def _save(vision: VisionTransformer, folder: Path) -> None:
     write_json(folder / "config.json", HUB_CONFIG)
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     published = translate(invert(DINOV2))
-    tensors = {published(name): tensor.detach().bfloat16() for name, tensor in vision.state_dict().items()}
+    tensors = {
+        published(name): tensor.detach().bfloat16() for name, tensor in vision.state_dict().items()
+    }
     # The layout has a mask token too, which nothing uses.
-    tensors["embeddings.mask_token"] = torch.zeros(1, vision.config.hidden_size, dtype=torch.bfloat16)
+    tensors["embeddings.mask_token"] = torch.zeros(
+        1, vision.config.hidden_size, dtype=torch.bfloat16
+    )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

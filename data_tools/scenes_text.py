@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from data_tools.scenes_world import COLOURS, MARGIN, SHAPES, SIZES, TRAIN_PAIRS, Pair, Scene, SceneObject
+from data_tools.scenes_world import (
+    COLOURS,
+    MARGIN,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    Pair,
+    Scene,
+    SceneObject,
+)
 
 ENGLISH_SHARE = 0.3
 QUESTIONS_PER_SCENE = 8
@@ -22,7 +31,13 @@ THERE_IS = {"zh": ("有。", "没有。"), "en": ("Yes.", "No.")}
 # {a} and {b} stand for objects, {side} for one of SIDES, {p} and {q} for the two words of a comparison.
 TEMPLATES = {
     "zh": {
-        "describe": ("描述图片", "描述这张图片。", "请描述图片的内容。", "图里有什么？", "图中有哪些物体？"),
+        "describe": (
+            "描述图片",
+            "描述这张图片。",
+            "请描述图片的内容。",
+            "图里有什么？",
+            "图中有哪些物体？",
+        ),
         "what": ("图里的物体是什么？", "这是什么？", "图中画的是什么？"),
         "what_at": ("最{side}的物体是什么？", "图里最{side}是什么？"),
         "colour": ("{a}是什么颜色的？", "图里的{a}是什么颜色？", "{a}的颜色是什么？"),
@@ -31,7 +46,12 @@ TEMPLATES = {
         "exists": ("图里有{a}吗？", "图中有没有{a}？", "画面里有{a}吗？"),
     },
     "en": {
-        "describe": ("Describe the picture.", "Describe this image.", "What is in the picture?", "What does it show?"),
+        "describe": (
+            "Describe the picture.",
+            "Describe this image.",
+            "What is in the picture?",
+            "What does it show?",
+        ),
         "what": ("What is the object in the picture?", "What is this?"),
         "what_at": ("What is the {side} object?", "Name the {side} object."),
         "colour": ("What colour is {a}?", "Name the colour of {a}."),
@@ -40,27 +60,71 @@ TEMPLATES = {
         "exists": ("Is there {a}?", "Does the picture show {a}?"),
     },
 }
-SIDES = {"zh": ("左边", "右边", "上面", "下面"), "en": ("leftmost", "rightmost", "topmost", "bottommost")}
+SIDES = {
+    "zh": ("左边", "右边", "上面", "下面"),
+    "en": ("leftmost", "rightmost", "topmost", "bottommost"),
+}
 
 # Three ways to compare two objects: one of two words, the name of one of them, yes or no. Of two words the first
 # holds for the smaller x, the smaller y, or the larger size.
 COMPARISONS = {
     "zh": {
-        "left_right": (("左边", "右边"), "{a}在{b}的{p}还是{q}？", "{a}和{b}，哪个更靠{p}？", "{a}在{b}的{p}吗？"),
-        "above_below": (("上面", "下面"), "{a}在{b}的{p}还是{q}？", "{a}和{b}，哪个更靠{p}？", "{a}在{b}的{p}吗？"),
-        "larger_smaller": (("大", "小"), "{a}比{b}{p}还是{q}？", "{a}和{b}，哪个更{p}？", "{a}比{b}{p}吗？"),
+        "left_right": (
+            ("左边", "右边"),
+            "{a}在{b}的{p}还是{q}？",
+            "{a}和{b}，哪个更靠{p}？",
+            "{a}在{b}的{p}吗？",
+        ),
+        "above_below": (
+            ("上面", "下面"),
+            "{a}在{b}的{p}还是{q}？",
+            "{a}和{b}，哪个更靠{p}？",
+            "{a}在{b}的{p}吗？",
+        ),
+        "larger_smaller": (
+            ("大", "小"),
+            "{a}比{b}{p}还是{q}？",
+            "{a}和{b}，哪个更{p}？",
+            "{a}比{b}{p}吗？",
+        ),
     },
     "en": {
-        "left_right": (("left", "right"), "Is {a} to the {p} or to the {q} of {b}?",
-                       "Which is further to the {p}, {a} or {b}?", "Is {a} to the {p} of {b}?"),
-        "above_below": (("above", "below"), "Is {a} {p} or {q} {b}?",
-                        "Which one is {p} the other, {a} or {b}?", "Is {a} {p} {b}?"),
-        "larger_smaller": (("larger", "smaller"), "Is {a} {p} or {q} than {b}?",
-                           "Which is {p}, {a} or {b}?", "Is {a} {p} than {b}?"),
+        "left_right": (
+            ("left", "right"),
+            "Is {a} to the {p} or to the {q} of {b}?",
+            "Which is further to the {p}, {a} or {b}?",
+            "Is {a} to the {p} of {b}?",
+        ),
+        "above_below": (
+            ("above", "below"),
+            "Is {a} {p} or {q} {b}?",
+            "Which one is {p} the other, {a} or {b}?",
+            "Is {a} {p} {b}?",
+        ),
+        "larger_smaller": (
+            ("larger", "smaller"),
+            "Is {a} {p} or {q} than {b}?",
+            "Which is {p}, {a} or {b}?",
+            "Is {a} {p} than {b}?",
+        ),
     },
 }
-KINDS = ("describe", "what", "colour", "shape", "count", "exists", "left_right", "above_below", "larger_smaller")
-RELATIONS = ("left_right", "above_below", "larger_smaller")  # learned last, so each may be asked of a scene twice
+KINDS = (
+    "describe",
+    "what",
+    "colour",
+    "shape",
+    "count",
+    "exists",
+    "left_right",
+    "above_below",
+    "larger_smaller",
+)
+RELATIONS = (
+    "left_right",
+    "above_below",
+    "larger_smaller",
+)  # learned last, so each may be asked of a scene twice
 
 
 @dataclass(frozen=True)
@@ -112,14 +176,25 @@ def _pattern(names: Sequence[str]) -> str:
     return "(" + "|".join(names) + ")"
 
 
-_KEYS = {name: key for table in (SIZES, COLOURS, SHAPES) for key, word in table.items() for name in (key, word)}
+_KEYS = {
+    name: key
+    for table in (SIZES, COLOURS, SHAPES)
+    for key, word in table.items()
+    for name in (key, word)
+}
 _DESCRIPTION = {
     "zh": re.compile(rf"图中有({'|'.join(NUMBERS['zh'])})个物体(?:，从左到右是)?：(.*)。"),
-    "en": re.compile(rf"There (?:is|are) ({'|'.join(NUMBERS['en'])}) objects?(?:, from left to right)?: (.*)\."),
+    "en": re.compile(
+        rf"There (?:is|are) ({'|'.join(NUMBERS['en'])}) objects?(?:, from left to right)?: (.*)\."
+    ),
 }
 _OBJECT = {
-    "zh": re.compile("{}的{}{}".format(*(_pattern(list(table.values())) for table in (SIZES, COLOURS, SHAPES)))),
-    "en": re.compile("a {} {} {}".format(*(_pattern(list(table)) for table in (SIZES, COLOURS, SHAPES)))),
+    "zh": re.compile(
+        "{}的{}{}".format(*(_pattern(list(table.values())) for table in (SIZES, COLOURS, SHAPES)))
+    ),
+    "en": re.compile(
+        "a {} {} {}".format(*(_pattern(list(table)) for table in (SIZES, COLOURS, SHAPES)))
+    ),
 }
 
 
@@ -160,7 +235,9 @@ def questions(
     return asked
 
 
-def _ask(kind: str, scene: Scene, rng: Random, pairs: Sequence[Pair], language: str) -> tuple[str, str] | None:
+def _ask(
+    kind: str, scene: Scene, rng: Random, pairs: Sequence[Pair], language: str
+) -> tuple[str, str] | None:
     """Question and answer of one kind, or None where the scene gives no clear occasion for it."""
     if kind in COMPARISONS[language]:
         return _ask_comparison(kind, scene, rng, language)
@@ -194,7 +271,9 @@ def _extremes(scene: Scene) -> list[tuple[int, SceneObject]]:
 
 def _ask_attribute(kind: str, scene: Scene, rng: Random, language: str) -> tuple[str, str]:
     """The colour of the thing with a given shape or place; the shape of the thing with a given colour or place."""
-    given, names, other_names = ("shape", COLOURS, SHAPES) if kind == "colour" else ("colour", SHAPES, COLOURS)
+    given, names, other_names = (
+        ("shape", COLOURS, SHAPES) if kind == "colour" else ("colour", SHAPES, COLOURS)
+    )
     thing = rng.choice(scene.objects)
     alike = sum(getattr(other, given) == getattr(thing, given) for other in scene.objects)
     if alike > 1 or (len(scene.objects) > 1 and rng.random() < 0.3):
@@ -217,8 +296,16 @@ def _ask_exists(scene: Scene, rng: Random, pairs: Sequence[Pair], language: str)
     is_there = rng.random() < 0.5
     form = rng.choice(("pair", "pair", "colour", "shape"))
     if form == "pair":
-        far = [(colour, shape) for colour, shape in pairs if colour not in colours and shape not in shapes]
-        near = [pair for pair in TRAIN_PAIRS if pair not in present and (pair[0] in colours or pair[1] in shapes)]
+        far = [
+            (colour, shape)
+            for colour, shape in pairs
+            if colour not in colours and shape not in shapes
+        ]
+        near = [
+            pair
+            for pair in TRAIN_PAIRS
+            if pair not in present and (pair[0] in colours or pair[1] in shapes)
+        ]
         pair = rng.choice(present if is_there else near if not far or rng.random() < 2 / 3 else far)
         name = _name(pair, language)
     elif form == "colour":
@@ -227,7 +314,9 @@ def _ask_exists(scene: Scene, rng: Random, pairs: Sequence[Pair], language: str)
     else:
         shape = rng.choice(sorted(shapes if is_there else SHAPES.keys() - shapes))
         name = SHAPES[shape] if language == "zh" else shape
-    text = rng.choice(TEMPLATES[language]["exists"]).format(a=name if language == "zh" else _article(name))
+    text = rng.choice(TEMPLATES[language]["exists"]).format(
+        a=name if language == "zh" else _article(name)
+    )
     return text, THERE_IS[language][not is_there]
 
 
@@ -242,7 +331,9 @@ def _ask_comparison(kind: str, scene: Scene, rng: Random, language: str) -> tupl
     if not ordered:
         return None
     words, either, which, whether = COMPARISONS[language][kind]
-    first, second = rng.choice(ordered)  # the first word is true of `first`, the second word of `second`
+    first, second = rng.choice(
+        ordered
+    )  # the first word is true of `first`, the second word of `second`
     a, b = rng.sample((first, second), 2)
     p, q = rng.sample(words, 2)
     truth = words[a is second]
@@ -251,7 +342,9 @@ def _ask_comparison(kind: str, scene: Scene, rng: Random, language: str) -> tupl
     if form == 0:
         return _capital(either.format(**names)), _sentence(truth, language)
     if form == 1:
-        return _capital(which.format(**names)), _sentence(names["a" if p == truth else "b"], language)
+        return _capital(which.format(**names)), _sentence(
+            names["a" if p == truth else "b"], language
+        )
     return _capital(whether.format(**names)), YES_NO[language][p != truth]
 
 

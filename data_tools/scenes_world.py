@@ -14,23 +14,43 @@ from PIL import Image, ImageDraw
 IMAGE_SIZE = 64  # pixels, both ways
 MARGIN = 6.0  # pixels by which two centres must differ before anything is said about left, right, above or below
 GAP = 2.0  # pixels between two objects, and between an object and the border, at the least
-OVERSAMPLING = 4  # scenes are painted this much larger and averaged down, which is the anti-aliasing
+OVERSAMPLING = (
+    4  # scenes are painted this much larger and averaged down, which is the anti-aliasing
+)
 MAX_OBJECTS = 4
 
 # English name -> Chinese name. The English names are the keys used in code and in the records' `objects`.
 SHAPES = {
-    "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "五角星",
-    "diamond": "菱形", "ring": "圆环", "cross": "十字形", "heart": "心形",
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "五角星",
+    "diamond": "菱形",
+    "ring": "圆环",
+    "cross": "十字形",
+    "heart": "心形",
 }
 COLOURS = {
-    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色",
-    "blue": "蓝色", "purple": "紫色", "white": "白色", "black": "黑色",
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "white": "白色",
+    "black": "黑色",
 }
 SIZES = {"big": "大", "small": "小"}
 
 RGB = {
-    "red": (215, 30, 40), "orange": (245, 130, 20), "yellow": (250, 225, 40), "green": (30, 150, 60),
-    "blue": (35, 85, 225), "purple": (150, 45, 190), "white": (247, 247, 247), "black": (20, 20, 20),
+    "red": (215, 30, 40),
+    "orange": (245, 130, 20),
+    "yellow": (250, 225, 40),
+    "green": (30, 150, 60),
+    "blue": (35, 85, 225),
+    "purple": (150, 45, 190),
+    "white": (247, 247, 247),
+    "black": (20, 20, 20),
 }
 RADIUS = {"big": (9.4, 10.4), "small": (5.6, 6.2)}  # pixels: at least 2.3 times the area
 BACKGROUNDS = ("plain", "stripes", "dots", "noise", "gradient")
@@ -40,8 +60,14 @@ ALL_PAIRS: tuple[Pair, ...] = tuple((colour, shape) for colour in COLOURS for sh
 # Each colour once and each shape once. They are part of the world and not of the seed: pretrained weights that ship
 # with nanovlm have never met them either.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
-    ("red", "star"), ("orange", "ring"), ("yellow", "heart"), ("green", "triangle"),
-    ("blue", "diamond"), ("purple", "circle"), ("white", "cross"), ("black", "square"),
+    ("red", "star"),
+    ("orange", "ring"),
+    ("yellow", "heart"),
+    ("green", "triangle"),
+    ("blue", "diamond"),
+    ("purple", "circle"),
+    ("white", "cross"),
+    ("black", "square"),
 )
 TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not in HELD_OUT_PAIRS)
 
@@ -90,10 +116,26 @@ def _heart(points: int = 48) -> list[tuple[float, float]]:
 
 def _outlines() -> dict[str, list[tuple[float, float]]]:
     """Polygons around the origin, y downwards, drawn for a radius of one so that all shapes look equally large."""
-    star = [point for pair in zip(_regular(5, 1.25), _regular(10, 0.52)[1::2], strict=True) for point in pair]
+    star = [
+        point
+        for pair in zip(_regular(5, 1.25), _regular(10, 0.52)[1::2], strict=True)
+        for point in pair
+    ]
     arm, width = 1.1, 0.36
-    cross = [(-width, -arm), (width, -arm), (width, -width), (arm, -width), (arm, width), (width, width),
-             (width, arm), (-width, arm), (-width, width), (-arm, width), (-arm, -width), (-width, -width)]
+    cross = [
+        (-width, -arm),
+        (width, -arm),
+        (width, -width),
+        (arm, -width),
+        (arm, width),
+        (width, width),
+        (width, arm),
+        (-width, arm),
+        (-width, width),
+        (-arm, width),
+        (-arm, -width),
+        (-width, -width),
+    ]
     # A ring is one path: once around outside, across, and back around inside.
     outer, inner = _regular(48, 1.05), _regular(48, 0.52)
     return {
@@ -132,10 +174,14 @@ def random_object(rng: Random, pair: Pair) -> SceneObject:
     colour, shape = pair
     size = rng.choice(list(SIZES))
     rgb = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in RGB[colour])
-    return SceneObject(size, colour, shape, 0.0, 0.0, rng.uniform(*RADIUS[size]), rng.uniform(-10, 10), rgb)
+    return SceneObject(
+        size, colour, shape, 0.0, 0.0, rng.uniform(*RADIUS[size]), rng.uniform(-10, 10), rgb
+    )
 
 
-def _place(rng: Random, objects: list[SceneObject], attempts: int = 300) -> list[SceneObject] | None:
+def _place(
+    rng: Random, objects: list[SceneObject], attempts: int = 300
+) -> list[SceneObject] | None:
     """Find places for all objects, or None when luck ran out (four big ones hardly fit)."""
     for _ in range(attempts):
         placed: list[SceneObject] = []
@@ -164,8 +210,13 @@ def draw(scene: Scene) -> Image.Image:
         turn = math.radians(thing.angle)
         cos, sin = math.cos(turn) * thing.radius, math.sin(turn) * thing.radius
         # Pillow names pixels by their corner in outlines and by their centre in areas, hence the half pixel.
-        outline = [(thing.x + cos * x - sin * y, thing.y + sin * x + cos * y) for x, y in _OUTLINES[thing.shape]]
-        painter.polygon([(OVERSAMPLING * x - 0.5, OVERSAMPLING * y - 0.5) for x, y in outline], fill=thing.rgb)
+        outline = [
+            (thing.x + cos * x - sin * y, thing.y + sin * x + cos * y)
+            for x, y in _OUTLINES[thing.shape]
+        ]
+        painter.polygon(
+            [(OVERSAMPLING * x - 0.5, OVERSAMPLING * y - 0.5) for x, y in outline], fill=thing.rgb
+        )
     return canvas.reduce(OVERSAMPLING)
 
 
@@ -193,7 +244,9 @@ def _paint_background(kind: str, rng: Random) -> Image.Image:
                 x, y = (column + 0.5 * (row % 2)) * period + shift, row * period + shift
                 painter.ellipse((x - radius, y - radius, x + radius, y + radius), fill=light)
     elif kind == "noise":
-        grain = Image.frombytes("L", (IMAGE_SIZE, IMAGE_SIZE), rng.randbytes(IMAGE_SIZE**2)).resize((side, side), 0)
+        grain = Image.frombytes("L", (IMAGE_SIZE, IMAGE_SIZE), rng.randbytes(IMAGE_SIZE**2)).resize(
+            (side, side), 0
+        )
         canvas = Image.composite(Image.new("RGB", (side, side), light), canvas, grain)
     elif kind == "gradient":
         ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((side, side))

@@ -11,7 +11,25 @@ from nanovlm.vit import VisionConfig, VisionTransformer
 from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
 
 __all__ = [
-    "IMAGE", "Batch", "Chat", "ChatConfig", "Decoder", "DecoderConfig", "ImageConfig", "ImageTokens", "Message",
-    "NanoVLMError", "ProjectorConfig", "Sampling", "VLMConfig", "VisionConfig", "VisionLanguageModel", "VisionTransformer",
-    "generate", "image_pixels", "load_tokenizer", "open_image", "preprocess",
+    "IMAGE",
+    "Batch",
+    "Chat",
+    "ChatConfig",
+    "Decoder",
+    "DecoderConfig",
+    "ImageConfig",
+    "ImageTokens",
+    "Message",
+    "NanoVLMError",
+    "ProjectorConfig",
+    "Sampling",
+    "VLMConfig",
+    "VisionConfig",
+    "VisionLanguageModel",
+    "VisionTransformer",
+    "generate",
+    "image_pixels",
+    "load_tokenizer",
+    "open_image",
+    "preprocess",
 ]

@@ -16,7 +16,9 @@ from nanovlm.errors import NanoVLMError
 MARK = ".tar::"
 DAMAGED = "is damaged, cut off or compressed; fetch it again, or pack it again as a plain tar file"
 
-Place = tuple[int, int] | None  # where a member's bytes start and how many; None: a link, a folder or a device
+Place = (
+    tuple[int, int] | None
+)  # where a member's bytes start and how many; None: a link, a folder or a device
 
 
 def is_member(path: str | Path) -> bool:
@@ -55,7 +57,11 @@ def _find(path: str | Path) -> tuple[str, tuple[int, int]]:
         status = os.stat(archive)
     except OSError as error:
         raise NanoVLMError(f"the archive cannot be read ({error.strerror})") from None
-    index = _index(archive, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else "is not a file"
+    index = (
+        _index(archive, status.st_size, status.st_mtime_ns)
+        if stat.S_ISREG(status.st_mode)
+        else "is not a file"
+    )
     if isinstance(index, str):
         raise NanoVLMError(f"the archive {index}")
     name = name.removeprefix("./")
@@ -84,13 +90,20 @@ def _members(archive: str, size: int) -> Iterator[tuple[str, Place]]:
     with tarfile.open(archive, "r:") as tar:
         while (member := tar.next()) is not None:
             if member.sparse is not None:
-                raise NanoVLMError("holds a sparse file, which has no one place; pack it again without --sparse")
+                raise NanoVLMError(
+                    "holds a sparse file, which has no one place; pack it again without --sparse"
+                )
             if member.size < 0 or member.offset_data + member.size > size:
                 raise NanoVLMError(DAMAGED)
-            yield member.name.removeprefix("./"), (member.offset_data, member.size) if member.isreg() else None
+            yield (
+                member.name.removeprefix("./"),
+                (member.offset_data, member.size) if member.isreg() else None,
+            )
             tar.members.clear()  # where tarfile would keep everything it has read
         end = tar.offset
-    with open(archive, "rb") as file:  # tarfile takes whatever is no header for the end, which is a block of zeros
+    with open(
+        archive, "rb"
+    ) as file:  # tarfile takes whatever is no header for the end, which is a block of zeros
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise NanoVLMError(DAMAGED)

@@ -43,7 +43,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight.to(hidden_states.dtype)
-        if hidden_states.device.type == "cpu":  # where PyTorch's has no kernel and in bf16 takes eight times as long
+        if (
+            hidden_states.device.type == "cpu"
+        ):  # where PyTorch's has no kernel and in bf16 takes eight times as long
             return _RMSNorm.apply(hidden_states, weight, self.eps)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
@@ -60,22 +62,34 @@ class LayerNorm(nn.LayerNorm):
 class KVCache:
     """Keys and values of the tokens read so far, (B, H_kv, S, D) a layer, allocated once for the whole generation."""
 
-    def __init__(self, num_layers: int, batch: int, num_kv_heads: int, head_dim: int, max_length: int,
-                 dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
         shape = (num_layers, batch, num_kv_heads, max_length, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.max_length = max_length
         self.length = 0  # tokens held; the decoder advances it once all layers have appended
-        self.prompt_lengths: Tensor | None = None  # (B,) how long the rows were at the first pass (`Decoder.hidden_states`)
+        self.prompt_lengths: Tensor | None = (
+            None  # (B,) how long the rows were at the first pass (`Decoder.hidden_states`)
+        )
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H_kv, T, D) after the tokens held and return views of everything up to and including them."""
         end = self.length + keys.shape[2]
         if end > self.max_length:
-            raise NanoVLMError(f"the cache holds {self.max_length} tokens and cannot take token {end}; allocate it longer")
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
+            raise NanoVLMError(
+                f"the cache holds {self.max_length} tokens and cannot take token {end}; allocate it longer"
+            )
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
@@ -109,7 +123,13 @@ def mutual_visibility(groups: Tensor, queries: int) -> Tensor:
     return (groups[:, None, :] == query) & (query > 0)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
     """softmax(Q Kᵀ / √D) V: queries (B, H, T, D), keys and values (B, H_kv, S, D) → (B, H, T, D).
 
     H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S) bool, True where a
@@ -120,10 +140,18 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = 
     batch, num_heads, length, head_dim = queries.shape
     half_on_cpu = queries.device.type == "cpu" and queries.dtype != torch.float32
     if (length > 1 and not half_on_cpu) or length * keys.shape[2] > WRITTEN_OUT_LIMIT:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal,
-                                              enable_gqa=num_heads != keys.shape[1])
+        return F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=is_causal,
+            enable_gqa=num_heads != keys.shape[1],
+        )
     # The query heads that share a key head stand one below the other, so that one product serves them all.
-    queries = (queries * head_dim ** -0.5).reshape(batch, keys.shape[1], -1, head_dim)  # (B, H_kv, H/H_kv · T, D)
+    queries = (queries * head_dim**-0.5).reshape(
+        batch, keys.shape[1], -1, head_dim
+    )  # (B, H_kv, H/H_kv · T, D)
     scores = (queries @ keys.transpose(-1, -2)).view(batch, num_heads, length, -1)
     if is_causal:
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -140,8 +168,17 @@ class Attention(nn.Module):
     RMS-normalised per head before the rotation.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
-                 qkv_bias: bool, output_bias: bool, qk_norm_eps: float | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -156,14 +193,26 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, hidden_states: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None,
-                query_scale: Tensor | None = None, mask: Tensor | None = None, is_causal: bool = False,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        query_scale: Tensor | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """(B, T, C) → (B, T, C). `mask` is (B, 1, T, S) bool, True where a query may look; S counts cached tokens too.
         `query_scale` (B, 1, T, 1) multiplies the queries."""
         batch, length, _ = hidden_states.shape
-        queries = self.q_norm(self._heads(self.q_proj(hidden_states), self.num_heads))  # (B, H, T, D)
-        keys = self.k_norm(self._heads(self.k_proj(hidden_states), self.num_kv_heads))  # (B, H_kv, T, D)
+        queries = self.q_norm(
+            self._heads(self.q_proj(hidden_states), self.num_heads)
+        )  # (B, H, T, D)
+        keys = self.k_norm(
+            self._heads(self.k_proj(hidden_states), self.num_kv_heads)
+        )  # (B, H_kv, T, D)
         values = self._heads(self.v_proj(hidden_states), self.num_kv_heads)
         if rotary is not None:
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)

@@ -14,9 +14,11 @@ from nanovlm.tokenizer.base import spelling_pattern
 IGNORED = -100  # the label of a token that is not learned
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
 # What stands before each picture of a cut image, and what after the last: the first pair that the tokenizer knows.
-PICTURE_FRAMES = (("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
-                  ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
-                  ("", ""))
+PICTURE_FRAMES = (
+    ("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
+    ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
+    ("", ""),
+)
 
 
 class ImageSlot:
@@ -91,17 +93,31 @@ class ChatConfig:
         is taken for Vicuna's only with its template or with none.
         """
         special, source = tokenizer.special_tokens, _template_source(Path(folder))
-        fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
+        fitting = [
+            name for name, template in TEMPLATES.items() if template.special <= special.keys()
+        ]
         if not fitting or (fitting[0] == "vicuna" and source and "ASSISTANT:" not in source):
-            needs = "; ".join(f"{name} needs {' '.join(sorted(template.special))}" for name, template in TEMPLATES.items())
-            reason = "its chat template is another one" if fitting else "it lacks special tokens of each"
+            needs = "; ".join(
+                f"{name} needs {' '.join(sorted(template.special))}"
+                for name, template in TEMPLATES.items()
+            )
+            reason = (
+                "its chat template is another one" if fitting else "it lacks special tokens of each"
+            )
             raise NanoVLMError(f"{folder}: no chat template fits its tokenizer: {reason} ({needs})")
         image_token = next((token for token in PLACEHOLDERS if token in special), IMAGE_MARKER)
-        default = DEFAULT_SYSTEM[fitting[0]].search(source) if fitting[0] in DEFAULT_SYSTEM else None
+        default = (
+            DEFAULT_SYSTEM[fitting[0]].search(source) if fitting[0] in DEFAULT_SYSTEM else None
+        )
         system = default["text"].replace("\\'", "'").strip() if default else None
         if FIRST_QWEN in special and not source:
             system = "You are a helpful assistant."  # of the published code; the folder holds no template
-        return cls(fitting[0], image_token, system, empty_think=fitting[0] == "chatml" and "<think>" in source)
+        return cls(
+            fitting[0],
+            image_token,
+            system,
+            empty_think=fitting[0] == "chatml" and "<think>" in source,
+        )
 
 
 def _template_source(folder: Path) -> str:
@@ -126,32 +142,56 @@ class Template:
     first: str = ""  # what opens the conversation
 
     @classmethod
-    def alike(cls, before: str, end_of_turn: str, after: str, special: Iterable[str], first: str = "") -> "Template":
+    def alike(
+        cls, before: str, end_of_turn: str, after: str, special: Iterable[str], first: str = ""
+    ) -> "Template":
         """One whose turns are framed alike but for `{role}`."""
-        return cls(frozenset(special), {role: before.format(role=role) for role in ROLES}, dict.fromkeys(ROLES, end_of_turn),
-                   dict.fromkeys(ROLES, after), first)
+        return cls(
+            frozenset(special),
+            {role: before.format(role=role) for role in ROLES},
+            dict.fromkeys(ROLES, end_of_turn),
+            dict.fromkeys(ROLES, after),
+            first,
+        )
 
 
 TEMPLATES = {  # a tokenizer takes the first that fits
     # <|im_start|>user\n…<|im_end|>\n: Qwen, SmolLM2 and many others
-    "chatml": Template.alike("<|im_start|>{role}\n", "<|im_end|>", "\n", ("<|im_start|>", "<|im_end|>")),
+    "chatml": Template.alike(
+        "<|im_start|>{role}\n", "<|im_end|>", "\n", ("<|im_start|>", "<|im_end|>")
+    ),
     # <|start_header_id|>user<|end_header_id|>\n\n…<|eot_id|>: LLaMA 3
-    "llama3": Template.alike("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", (
-        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), first="<|begin_of_text|>"),
+    "llama3": Template.alike(
+        "<|start_header_id|>{role}<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        first="<|begin_of_text|>",
+    ),
     # <user>…</s><assistant>…</s>: the tiny model; one token a frame
     "plain": Template.alike("<{role}>", "</s>", "", ("<system>", "<user>", "<assistant>", "</s>")),
     # <s>… USER: … ASSISTANT: …</s>USER: …: Vicuna and LLaVA-1.5. The space before an answer is the one that LLaMA's
     # tokenizer puts before every text. Roles are plain text here, so a user who types "ASSISTANT:" can imitate one.
     "vicuna": Template(
-        special=frozenset(("<s>", "</s>")), first="<s>", before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
-        end_of_turn={"system": "", "user": "", "assistant": "</s>"}, after={"system": " ", "user": " ", "assistant": ""}),
+        special=frozenset(("<s>", "</s>")),
+        first="<s>",
+        before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
+        end_of_turn={"system": "", "user": "", "assistant": "</s>"},
+        after={"system": " ", "user": " ", "assistant": ""},
+    ),
 }
 FIRST_QWEN = "<|extra_0|>"  # of the tokens without a meaning that only its vocabulary has
-PLACEHOLDERS = ("<|image_pad|>", IMAGE_MARKER, FIRST_QWEN)  # a tokenizer without any gets IMAGE_MARKER
+PLACEHOLDERS = (
+    "<|image_pad|>",
+    IMAGE_MARKER,
+    FIRST_QWEN,
+)  # a tokenizer without any gets IMAGE_MARKER
 DEFAULT_SYSTEM = {  # as it stands in a published template
     "chatml": re.compile(r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<'{]+)<\|im_end\|>"),
-    "vicuna": re.compile(r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote)).)+?)\s*(?:USER:.*?)?(?P=quote)""",
-                         re.DOTALL),
+    "vicuna": re.compile(
+        r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote)).)+?)\s*(?:USER:.*?)?(?P=quote)""",
+        re.DOTALL,
+    ),
 }
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 
@@ -174,19 +214,31 @@ class Chat:
 
     def __init__(self, config: ChatConfig, tokenizer: Tokenizer) -> None:
         if config.template not in TEMPLATES:
-            raise NanoVLMError(f"chat template {config.template!r} is not known; take one of {', '.join(TEMPLATES)}")
+            raise NanoVLMError(
+                f"chat template {config.template!r} is not known; take one of {', '.join(TEMPLATES)}"
+            )
         self.config, self.tokenizer, self.template = config, tokenizer, TEMPLATES[config.template]
         for token in (config.image_token, *sorted(self.template.special)):
             if token not in tokenizer.special_tokens:
-                raise NanoVLMError(f"the tokenizer has no special token {token!r}, which the {config.template} template needs")
+                raise NanoVLMError(
+                    f"the tokenizer has no special token {token!r}, which the {config.template} template needs"
+                )
         self.image_token_id = tokenizer.special_tokens[config.image_token]
         self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
         self._spellings = spelling_pattern(self.template.special)
-        self._picture_frame = next(pair for pair in PICTURE_FRAMES if all(not token or token in tokenizer.special_tokens
-                                                                          for token in pair))
+        self._picture_frame = next(
+            pair
+            for pair in PICTURE_FRAMES
+            if all(not token or token in tokenizer.special_tokens for token in pair)
+        )
 
-    def encode(self, messages: Sequence[Message], images: Sequence[ImageTokens] = (), *,
-               add_generation_prompt: bool = False) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageTokens] = (),
+        *,
+        add_generation_prompt: bool = False,
+    ) -> Encoded:
         """Ids and labels of a conversation whose i-th image takes the placeholder tokens `images[i]`.
 
         Labels are the words of every assistant turn and its end-of-turn token. `add_generation_prompt` ends with the
@@ -195,12 +247,16 @@ class Chat:
         """
         places = sum(message.num_images for message in messages)
         if places != len(images):
-            raise NanoVLMError(f"the conversation has places for {places} images, and {len(images)} are given; "
-                               f"write one {IMAGE_MARKER} for each image")
+            raise NanoVLMError(
+                f"the conversation has places for {places} images, and {len(images)} are given; "
+                f"write one {IMAGE_MARKER} for each image"
+            )
         if self.config.default_system and (not messages or messages[0].role != "system"):
             messages = [Message("system", (self.config.default_system,)), *messages]
         encoded, remaining = Encoded(), iter(images)
-        last_query = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        last_query = max(
+            (i for i, message in enumerate(messages) if message.role == "user"), default=-1
+        )
         text = self._open(encoded, "", self.template.first)
         for index, message in enumerate(messages):
             text = self._encode_turn(encoded, text, message, remaining, think=index > last_query)
@@ -209,26 +265,41 @@ class Chat:
         encoded.extend(self.tokenizer.encode(text), learned=False)
         return encoded
 
-    def _encode_turn(self, encoded: Encoded, text: str, message: Message, images: Iterator[ImageTokens], think: bool) -> str:
+    def _encode_turn(
+        self,
+        encoded: Encoded,
+        text: str,
+        message: Message,
+        images: Iterator[ImageTokens],
+        think: bool,
+    ) -> str:
         """Append a turn. `text` is what the turn before left to be encoded together with what comes; returns the like."""
         if message.role not in ROLES:
-            raise NanoVLMError(f"role {message.role!r} is not known; take one of {', '.join(ROLES)}")
+            raise NanoVLMError(
+                f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
+            )
         learned = message.role == "assistant"
         text = self._open(encoded, text, self._before(message.role, think))
-        if learned:  # the boundary between what is given and what is learned is a boundary between tokens
+        if (
+            learned
+        ):  # the boundary between what is given and what is learned is a boundary between tokens
             encoded.extend(self.tokenizer.encode(text), learned=False)
             text = ""
         for part in message.content:
             if isinstance(part, str):
                 text += part
             elif message.role != "user":
-                raise NanoVLMError(f"an image in a {message.role} turn; images belong to user turns")
+                raise NanoVLMError(
+                    f"an image in a {message.role} turn; images belong to user turns"
+                )
             else:
                 encoded.extend(self.tokenizer.encode(text), learned=False)
                 encoded.extend(self._image_ids(next(images)), learned=False)
                 text = ""
         if end := self.template.end_of_turn[message.role]:
-            encoded.extend([*self.tokenizer.encode(text), self.tokenizer.special_tokens[end]], learned)
+            encoded.extend(
+                [*self.tokenizer.encode(text), self.tokenizer.special_tokens[end]], learned
+            )
             text = ""
         return text + self.template.after[message.role]
 
@@ -239,15 +310,25 @@ class Chat:
             return [self.image_token_id] * image.length
         before, after = self._picture_frame
         picture = self.config.image_token * image.length
-        rows = ["".join(f"{before}<row_{row}_col_{column}>{picture}" for column in range(1, image.columns + 1)) + "\n"
-                for row in range(1, image.rows + 1)]
-        return self.tokenizer.encode_with_special("".join(rows) + f"\n{before}<global-img>{picture}{after}")
+        rows = [
+            "".join(
+                f"{before}<row_{row}_col_{column}>{picture}"
+                for column in range(1, image.columns + 1)
+            )
+            + "\n"
+            for row in range(1, image.rows + 1)
+        ]
+        return self.tokenizer.encode_with_special(
+            "".join(rows) + f"\n{before}<global-img>{picture}{after}"
+        )
 
     def _open(self, encoded: Encoded, text: str, frame: str) -> str:
         """Append `text` and a frame, in which alone special tokens are looked for, up to the last of them; returns the rest."""
         start = 0
         for match in self._spellings.finditer(frame):
-            encoded.extend(self.tokenizer.encode(text + frame[start:match.start()]), learned=False)
+            encoded.extend(
+                self.tokenizer.encode(text + frame[start : match.start()]), learned=False
+            )
             encoded.extend([self.tokenizer.special_tokens[match[0]]], learned=False)
             text, start = "", match.end()
         return text + frame[start:]
@@ -255,4 +336,3 @@ class Chat:
     def _before(self, role: str, think: bool) -> str:
         opens_with_think = think and role == "assistant" and self.config.empty_think
         return self.template.before[role] + (EMPTY_THINK if opens_with_think else "")
-

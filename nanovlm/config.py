@@ -12,26 +12,81 @@ T = TypeVar("T")
 MAX_LAYERS = 1000  # layers are built before any tensor is compared: a damaged number must not fill the memory
 
 # What hub files say about themselves, about generation or about initialisation: nothing that changes a forward pass.
-HUB_BOOKKEEPING = frozenset({
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map",
-    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "chunk_size_feed_forward",
-    "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
-    "is_encoder_decoder", "_attn_implementation", "_attn_implementation_autoset",
-    # What older files repeat of the library's defaults, in the table of each part: generation, tasks, other frameworks.
-    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "is_decoder", "length_penalty", "max_length", "min_length",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads",
-    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-    "torchscript", "typical_p", "use_bfloat16",
-})
+HUB_BOOKKEEPING = frozenset(
+    {
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "auto_map",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_encoder_decoder",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        # What older files repeat of the library's defaults, in the table of each part: generation, tasks, other frameworks.
+        "add_cross_attention",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "is_decoder",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "typical_p",
+        "use_bfloat16",
+    }
+)
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> NanoVLMError:
     """The error for a key nobody knows, naming the nearest one that exists."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return NanoVLMError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; remove it"))
+    return NanoVLMError(
+        f"{where}: unknown key {key!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "; remove it")
+    )
 
 
 def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None) -> T:
@@ -48,10 +103,17 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
         expected = fields[key].type
         if isinstance(expected, type):
             accepted = (int, float) if expected is float else expected
-            if not isinstance(values[key], accepted) or (isinstance(value, bool) and expected is not bool):
+            if not isinstance(values[key], accepted) or (
+                isinstance(value, bool) and expected is not bool
+            ):
                 raise NanoVLMError(f"{where}: {key} is {value!r}, expected {expected.__name__}")
-    missing = [name for name, field in fields.items() if name not in values
-               and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise NanoVLMError(f"{where}: key {missing[0]!r} is missing")
     return cls(**values)
@@ -60,30 +122,42 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
 def check_numbers(part: Any) -> None:
     """Refuse a number that no part of a model can have: one below 0, or 0 where it is not the default."""
     if getattr(part, "num_hidden_layers", 0) > MAX_LAYERS:
-        raise NanoVLMError(f"{type(part).__name__}: num_hidden_layers is {part.num_hidden_layers}; "
-                           f"it has to be at most {MAX_LAYERS}")
+        raise NanoVLMError(
+            f"{type(part).__name__}: num_hidden_layers is {part.num_hidden_layers}; "
+            f"it has to be at most {MAX_LAYERS}"
+        )
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if type(value) in (int, float) and (value < 0 or (value == 0 and field.default != 0)):
-            raise NanoVLMError(f"{type(part).__name__}: {field.name} is {value}; it has to be above 0")
+            raise NanoVLMError(
+                f"{type(part).__name__}: {field.name} is {value}; it has to be above 0"
+            )
 
 
 def check_divides(part: Any, whole: str, share: str) -> None:
     """Refuse a part of which one number is no multiple of another."""
     if getattr(part, whole) % getattr(part, share):
-        raise NanoVLMError(f"{type(part).__name__}: {whole} = {getattr(part, whole)} is not a multiple of "
-                           f"{share} = {getattr(part, share)}")
+        raise NanoVLMError(
+            f"{type(part).__name__}: {whole} = {getattr(part, whole)} is not a multiple of "
+            f"{share} = {getattr(part, share)}"
+        )
 
 
-def read_hf_config(config: Mapping[str, Any], model_types: tuple[str, ...], defaults: Mapping[str, Any],
-                   ignored: Iterable[str] = ()) -> dict[str, Any]:
+def read_hf_config(
+    config: Mapping[str, Any],
+    model_types: tuple[str, ...],
+    defaults: Mapping[str, Any],
+    ignored: Iterable[str] = (),
+) -> dict[str, Any]:
     """Fill the defaults a hub `config.json` leaves out or sets to null; a value of another type is an error.
 
     `ignored` names keys known not to change a forward pass.
     """
     model_type = config.get("model_type")
     if model_type not in model_types:
-        raise NanoVLMError(f"config.json: model_type is {model_type!r}; implemented are {', '.join(model_types)}")
+        raise NanoVLMError(
+            f"config.json: model_type is {model_type!r}; implemented are {', '.join(model_types)}"
+        )
     known = {*defaults, *ignored, *HUB_BOOKKEEPING}
     for key in config:
         if key not in known:
@@ -94,7 +168,9 @@ def read_hf_config(config: Mapping[str, Any], model_types: tuple[str, ...], defa
         accepted = (int, float) if type(default) in (int, float) else type(default)
         fits = isinstance(value, accepted) and isinstance(value, bool) == isinstance(default, bool)
         if not fits and default is not None:
-            raise NanoVLMError(f"config.json: {key} is {value!r}, expected a value such as {default!r}")
+            raise NanoVLMError(
+                f"config.json: {key} is {value!r}, expected a value such as {default!r}"
+            )
     return {"model_type": model_type, **defaults, **given}
 
 
@@ -102,4 +178,6 @@ def require(config: Mapping[str, Any], where: str = "config.json", **implemented
     """Refuse a setting whose value is not the one implemented."""
     for key, value in implemented.items():
         if key in config and config[key] != value:
-            raise NanoVLMError(f"{where}: {key} = {config[key]!r} is not implemented, only {value!r}")
+            raise NanoVLMError(
+                f"{where}: {key} = {config[key]!r} is not implemented, only {value!r}"
+            )

@@ -14,12 +14,18 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device asked for, or the best there is: CUDA, Apple's MPS, CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
     if not available[name]:
-        raise NanoVLMError(f"device {name!r} is not available here; take one of "
-                           f"{', '.join(device for device, there in available.items() if there)}")
+        raise NanoVLMError(
+            f"device {name!r} is not available here; take one of "
+            f"{', '.join(device for device, there in available.items() if there)}"
+        )
     return torch.device(name)
 
 
@@ -34,7 +40,10 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         fast, other = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
     elif device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        fast, other = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")), "fp32"
+        fast, other = (
+            any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")),
+            "fp32",
+        )
     else:
         fast, other = False, "fp32"  # MPS has bf16, but not in every operation used here
     if fast:
@@ -49,12 +58,17 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # unlike getrusage, this does not count what the parent process held
+    if (
+        sys.platform == "linux"
+    ):  # unlike getrusage, this does not count what the parent process held
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
         return 0
     import resource  # which Windows lacks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def give_back_freed_memory(from_bytes: int = 2**16) -> None:
@@ -63,5 +77,7 @@ def give_back_freed_memory(from_bytes: int = 2**16) -> None:
     By default it comes to keep blocks of up to 32 MB to use again. A training step frees temporary tensors between ones
     that stay, so that the process grows around holes that nothing fits into.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # elsewhere there is no such setting
+    if sys.platform == "linux" and hasattr(
+        libc := ctypes.CDLL(None), "mallopt"
+    ):  # elsewhere there is no such setting
         libc.mallopt(M_MMAP_THRESHOLD, from_bytes)

@@ -48,7 +48,9 @@ def run(main: Callable[[], int | None]) -> None:
     status = _status_of(main)
     if processes()[1] > 1 and status:
         sys.stderr.flush()
-        os._exit(status)  # no goodbye to other processes: they may wait for this one, and torchrun ends them
+        os._exit(
+            status
+        )  # no goodbye to other processes: they may wait for this one, and torchrun ends them
     sys.exit(status)
 
 
@@ -72,13 +74,19 @@ def _status_of(main: Callable[[], int | None]) -> int:
         return 141
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            _tell(f"out of memory ({first_line(error)}); `python -m nanovlm.memory --gpu GB` with the same flags says what fits")
+            _tell(
+                f"out of memory ({first_line(error)}); `python -m nanovlm.memory --gpu GB` with the same flags says what fits"
+            )
             return 2
-        if processes()[1] == 1 or not (type(error).__module__ == "torch.distributed" or "gloo" in str(error)):
+        if processes()[1] == 1 or not (
+            type(error).__module__ == "torch.distributed" or "gloo" in str(error)
+        ):
             raise
         _tell(f"another process is gone, and its own error says why ({first_line(error)})")
         return 2
-    except OSError as error:  # a full disk, a folder that may not be written to, a name too long for the system
+    except (
+        OSError
+    ) as error:  # a full disk, a folder that may not be written to, a name too long for the system
         _tell(f"{error.filename or 'the system'}: {error.strerror or error}")
         return 2
 
@@ -91,5 +99,7 @@ def first_line(error: Exception) -> str:
 def _tell(message: str) -> None:
     rank, world = processes()
     if rank > 0:
-        time.sleep(3)  # what is wrong with all of them is said by rank 0, and torchrun has ended this one by then
+        time.sleep(
+            3
+        )  # what is wrong with all of them is said by rank 0, and torchrun has ended this one by then
     print("error" + (f" (rank {rank})" if world > 1 else "") + f": {message}", file=sys.stderr)

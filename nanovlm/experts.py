@@ -25,14 +25,18 @@ class Experts(nn.Module):
     probabilities, divided by their sum over the chosen. `build` makes one MLP, (N, C) → (N, C).
     """
 
-    def __init__(self, width: int, count: int, per_token: int, shared: int, build: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, width: int, count: int, per_token: int, shared: int, build: Callable[[], nn.Module]
+    ) -> None:
         super().__init__()
         self.per_token = per_token
         self.router = Router(width, count)
         self.experts = nn.ModuleList(build() for _ in range(count))
         self.shared_experts = nn.ModuleList(build() for _ in range(shared))
 
-    def forward(self, hidden_states: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(…, C) → (…, C), and in training the load-balance loss over the tokens where `present` (…) is true, a scalar.
 
         There is no such loss where the router does not learn: it would only bend what learns below towards a choice
@@ -42,11 +46,15 @@ class Experts(nn.Module):
         probabilities = self.router(tokens)  # (N, E)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)  # (N, k)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        taken = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, chosen, True)  # (N, E)
+        taken = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
+            1, chosen, True
+        )  # (N, E)
         mixed = self.mix(tokens, weights, chosen, taken)
         for expert in self.shared_experts:
             mixed = mixed + expert(tokens)
-        learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
+        learns = self.training and any(
+            parameter.requires_grad for parameter in self.router.parameters()
+        )
         balance = load_balance(probabilities, taken, self.per_token, present) if learns else None
         return mixed.view_as(hidden_states), balance
 
@@ -63,7 +71,9 @@ class Experts(nn.Module):
         return (outputs * weights.to(outputs.dtype)[..., None]).sum(dim=1)
 
 
-def load_balance(probabilities: Tensor, taken: Tensor, per_token: int, present: Tensor | None = None) -> Tensor:
+def load_balance(
+    probabilities: Tensor, taken: Tensor, per_token: int, present: Tensor | None = None
+) -> Tensor:
     """E · Σ f_i · P_i (Fedus et al. 2021, Switch Transformer), for k experts a token instead of one: 1 where all of E
     experts are equally busy, and E / k where all tokens go to the same k alone.
 

@@ -20,7 +20,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failing write or flush does not know which file it was about
+        error.filename = error.filename or str(
+            path
+        )  # a failing write or flush does not know which file it was about
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,9 +69,16 @@ def read_json(path: str | Path) -> dict:
     except UnicodeDecodeError:
         raise NanoVLMError(f"{path}: is not UTF-8 text; was it damaged or compressed?") from None
     except json.JSONDecodeError as error:
-        raise NanoVLMError(f"{path}:{error.lineno}: is not valid JSON ({error.msg}); fetch or write the file again") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists nested as deep
-        raise NanoVLMError(f"{path}: is not usable JSON ({type(error).__name__}); fetch or write the file again") from None
+        raise NanoVLMError(
+            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); fetch or write the file again"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, or lists nested as deep
+        raise NanoVLMError(
+            f"{path}: is not usable JSON ({type(error).__name__}); fetch or write the file again"
+        ) from None
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -25,9 +25,20 @@ MAX_PIXELS = 2**26
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # EXIF orientation 2 to 8: what makes the picture upright.
-_TRANSPOSES = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
+_TRANSPOSES = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)
 _SIDEWAYS = [_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)]
 
 
@@ -67,7 +78,9 @@ def _read(source: str | Path | bytes | BinaryIO, read: Callable[[BinaryIO], T]) 
         reason = f"not an image, or cut off in its header; can read {', '.join(FORMATS)}"
     except Image.DecompressionBombError:
         reason = f"more pixels than the limit of {MAX_PIXELS:,}; make the image smaller first"
-    except Exception as error:  # on broken files pillow raises nearly every built-in exception there is
+    except (
+        Exception
+    ) as error:  # on broken files pillow raises nearly every built-in exception there is
         reason = f"cannot read the image: {' '.join(str(error).split()) or type(error).__name__}"
     raise NanoVLMError(f"{name}: {reason}")
 
@@ -79,14 +92,18 @@ def _open(file: BinaryIO) -> Image.Image:
         raise NanoVLMError("the file is empty")
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
-        raise NanoVLMError(f"{image.width} x {image.height} is more pixels than the limit of {MAX_PIXELS:,}; "
-                           "make the image smaller first")
+        raise NanoVLMError(
+            f"{image.width} x {image.height} is more pixels than the limit of {MAX_PIXELS:,}; "
+            "make the image smaller first"
+        )
     return image
 
 
 def _decode(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pillow warns about odd metadata, and about sizes, which are checked here
+        warnings.simplefilter(
+            "ignore"
+        )  # pillow warns about odd metadata, and about sizes, which are checked here
         image = _open(file)
         image.load()
         transpose = _transpose(image.getexif)
@@ -99,10 +116,14 @@ def _upright_size(file: BinaryIO) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         image = _open(file)
         size, getexif = image.size, image.getexif
-        if image.format == "TIFF":  # pillow turns it by itself, some versions this size already: these are the file's
+        if (
+            image.format == "TIFF"
+        ):  # pillow turns it by itself, some versions this size already: these are the file's
             size = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
         elif image.format == "PNG" and not _png_tells_later(file):
-            getexif = partial(Image.Image.getexif, image)  # a PNG's own decodes the picture to look behind it
+            getexif = partial(
+                Image.Image.getexif, image
+            )  # a PNG's own decodes the picture to look behind it
         return size[::-1] if _transpose(getexif) in _SIDEWAYS else size
 
 
@@ -146,10 +167,18 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     low, high = min(0.0, float(values.min())), float(values.max())
     if not math.isfinite(high - low):
         raise NanoVLMError("the image holds NaN or infinite values")
-    is_16_bit = image.mode != "F" and (image.mode != "I" or image.format == "PPM")  # a 16-bit PPM opens as "I"
-    white = 65535.0 if is_16_bit else next(level for level in (1.0, 255.0, 65535.0, high) if high <= level)
+    is_16_bit = image.mode != "F" and (
+        image.mode != "I" or image.format == "PPM"
+    )  # a 16-bit PPM opens as "I"
+    white = (
+        65535.0
+        if is_16_bit
+        else next(level for level in (1.0, 255.0, 65535.0, high) if high <= level)
+    )
     grey = ((values - low) * (255 / (white - low)) + 0.5).astype(np.uint8)
-    if isinstance(image.info.get("transparency"), int):  # a PNG may name one grey that is see-through
+    if isinstance(
+        image.info.get("transparency"), int
+    ):  # a PNG may name one grey that is see-through
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)
 
@@ -172,10 +201,15 @@ def image_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     pictures = []
     if rows:
         width, height = config.width, config.height
-        image = image.resize(_longest(*image.size, config.max_tiles * width), FILTERS[config.resample])
+        image = image.resize(
+            _longest(*image.size, config.max_tiles * width), FILTERS[config.resample]
+        )
         image = image.resize((columns * width, rows * height), FILTERS[config.resample])
-        pictures = [image.crop((left, top, left + width, top + height))
-                    for top in range(0, image.height, height) for left in range(0, image.width, width)]
+        pictures = [
+            image.crop((left, top, left + width, top + height))
+            for top in range(0, image.height, height)
+            for left in range(0, image.width, width)
+        ]
     return torch.stack([preprocess(picture, config) for picture in (*pictures, image)])
 
 
@@ -193,12 +227,24 @@ def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     """Resize, crop and normalise one RGB picture: float32 (3, height, width), (value / 255 − mean) / std."""
     resample = FILTERS[config.resample]
     if config.fit == "crop":
-        width, height = (config.shortest_edge * side // min(image.size) for side in image.size)  # the resized picture
+        width, height = (
+            config.shortest_edge * side // min(image.size) for side in image.size
+        )  # the resized picture
         left, top = (width - config.width) // 2, (height - config.height) // 2
         # Resize only what the crop keeps: the same pixels, but for a rounding here and there, for less work, and a 1 × 5000
         # picture needs no giant copy. ("nearest" can differ in a column or row exactly between two pixels.)
-        columns = (left * image.width / width, 0, (left + config.width) * image.width / width, image.height)
-        rows = (0, top * image.height / height, config.width, (top + config.height) * image.height / height)
+        columns = (
+            left * image.width / width,
+            0,
+            (left + config.width) * image.width / width,
+            image.height,
+        )
+        rows = (
+            0,
+            top * image.height / height,
+            config.width,
+            (top + config.height) * image.height / height,
+        )
         # Columns first, as pillow does with a whole picture; of a part it may turn the two passes round.
         resized = image.resize((config.width, image.height), resample, columns)
         resized = resized.resize((config.width, config.height), resample, rows)
@@ -206,4 +252,9 @@ def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
         resized = image.resize((config.width, config.height), resample)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (3, height, width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+    return (
+        pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        .div_(255)
+        .sub_(mean)
+        .div_(std)
+    )

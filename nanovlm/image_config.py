@@ -11,28 +11,75 @@ from nanovlm import config as configs
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
 
-FILTERS = {filter.name.lower(): filter for filter in (
-    Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST)}
+FILTERS = {
+    filter.name.lower(): filter
+    for filter in (
+        Image.Resampling.BICUBIC,
+        Image.Resampling.BILINEAR,
+        Image.Resampling.LANCZOS,
+        Image.Resampling.NEAREST,
+    )
+}
 FITS = ("squash", "crop", "tiles")
 
 # Hub settings with one implemented value, which is also the default; then what each processor leaves out of its file.
-_HUB_FIXED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
+_HUB_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+}
 _CLIP = {
-    "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "crop_size": 224, "do_pad": False,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_pad": False,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 _VIT = {
-    "size": {"height": 224, "width": 224}, "resample": 2, "do_center_crop": False, "crop_size": 224, "do_pad": False,
-    "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+    "size": {"height": 224, "width": 224},
+    "resample": 2,
+    "do_center_crop": False,
+    "crop_size": 224,
+    "do_pad": False,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 _IDEFICS3 = {
-    "size": {"longest_edge": 4 * 364}, "resample": 1, "do_image_splitting": True, "max_image_size": {"longest_edge": 364},
-    "do_pad": True, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+    "size": {"longest_edge": 4 * 364},
+    "resample": 1,
+    "do_image_splitting": True,
+    "max_image_size": {"longest_edge": 364},
+    "do_pad": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 _HUB_DEFAULTS = {
-    "BitImageProcessor": _CLIP, "CLIPImageProcessor": _CLIP, "ViTImageProcessor": _VIT,
-    "SiglipImageProcessor": _VIT | {"resample": 3}, "Idefics3ImageProcessor": _IDEFICS3, "SmolVLMImageProcessor": _IDEFICS3}
+    "BitImageProcessor": _CLIP,
+    "CLIPImageProcessor": _CLIP,
+    "ViTImageProcessor": _VIT,
+    "SiglipImageProcessor": _VIT | {"resample": 3},
+    "Idefics3ImageProcessor": _IDEFICS3,
+    "SmolVLMImageProcessor": _IDEFICS3,
+}
 # What changes no pixel of a picture: names, what goes along with the pixels, and how to read a video.
-_HUB_BOOKKEEPING = ("image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys",
-                    "return_row_col_info", "video_sampling", "data_format", "default_to_square", "device", "disable_grouping",
-                    "input_data_format", "return_tensors")
+_HUB_BOOKKEEPING = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "_valid_processor_keys",
+    "return_row_col_info",
+    "video_sampling",
+    "data_format",
+    "default_to_square",
+    "device",
+    "disable_grouping",
+    "input_data_format",
+    "return_tensors",
+)
 _HUB_LONGEST = 4096  # pixels; the reference makes no image longer than this
 
 
@@ -57,30 +104,50 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         _require(self.fit in FITS, f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
-        _require(self.resample in list(FILTERS), f"resample must be one of {list(FILTERS)}, not {self.resample!r}")
+        _require(
+            self.resample in list(FILTERS),
+            f"resample must be one of {list(FILTERS)}, not {self.resample!r}",
+        )
         used = ["height", "width"]
         for name, fit in (("shortest_edge", "crop"), ("max_tiles", "tiles")):
-            _require(self.fit == fit or getattr(self, name) is None, f"{name} is only for fit = {fit}")
+            _require(
+                self.fit == fit or getattr(self, name) is None, f"{name} is only for fit = {fit}"
+            )
             used += [name] if self.fit == fit else []
         for name in used:
             size = getattr(self, name)
-            _require(type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0")
-        _require(self.fit != "crop" or self.shortest_edge >= max(self.height, self.width),
-                 f"shortest_edge = {self.shortest_edge} is smaller than the {self.height} x {self.width} crop")
-        _require(self.fit != "tiles" or self.height == self.width,
-                 f"tiles of {self.height} x {self.width} are not implemented, only square ones")
-        _require(self.fit != "tiles" or self.max_tiles > 1, "max_tiles = 1 cuts nothing; use fit = squash")
+            _require(
+                type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0"
+            )
+        _require(
+            self.fit != "crop" or self.shortest_edge >= max(self.height, self.width),
+            f"shortest_edge = {self.shortest_edge} is smaller than the {self.height} x {self.width} crop",
+        )
+        _require(
+            self.fit != "tiles" or self.height == self.width,
+            f"tiles of {self.height} x {self.width} are not implemented, only square ones",
+        )
+        _require(
+            self.fit != "tiles" or self.max_tiles > 1,
+            "max_tiles = 1 cuts nothing; use fit = squash",
+        )
         for name in ("mean", "std"):
             values = getattr(self, name)
-            _require(isinstance(values, (list, tuple)) and len(values) == 3
-                     and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-                     and (name == "mean" or min(values) > 0), f"{name} = {values!r} is not three usable numbers")
-            object.__setattr__(self, name, tuple(map(float, values)))  # JSON gives lists; equality wants tuples
+            _require(
+                isinstance(values, (list, tuple))
+                and len(values) == 3
+                and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+                and (name == "mean" or min(values) > 0),
+                f"{name} = {values!r} is not three usable numbers",
+            )
+            object.__setattr__(
+                self, name, tuple(map(float, values))
+            )  # JSON gives lists; equality wants tuples
 
     @property
     def max_pictures(self) -> int:
         """The most pictures that the eyes see of one image: those of a square one."""
-        return self.max_tiles ** 2 + 1 if self.fit == "tiles" else 1
+        return self.max_tiles**2 + 1 if self.fit == "tiles" else 1
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageConfig":
@@ -95,20 +162,45 @@ class ImageConfig:
         key are errors.
         """
         where = "preprocessor_config.json"
-        _require(isinstance(config, dict), f"expected a table of settings, found {type(config).__name__}", where)
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))  # the older name
+        _require(
+            isinstance(config, dict),
+            f"expected a table of settings, found {type(config).__name__}",
+            where,
+        )
+        kind = str(
+            config.get("image_processor_type") or config.get("feature_extractor_type")
+        )  # the older name
         kind = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-        _require(kind in _HUB_DEFAULTS, f"image_processor_type is {kind}; can read {list(_HUB_DEFAULTS)}", where)
+        _require(
+            kind in _HUB_DEFAULTS,
+            f"image_processor_type is {kind}; can read {list(_HUB_DEFAULTS)}",
+            where,
+        )
         known = _HUB_FIXED | _HUB_DEFAULTS[kind]
-        for key, value in config.items():  # newer files list what all processors have, null where it is not this one's
+        for (
+            key,
+            value,
+        ) in (
+            config.items()
+        ):  # newer files list what all processors have, null where it is not this one's
             if value is not None and key not in known and key not in _HUB_BOOKKEEPING:
                 raise configs.unknown_key(key, (*known, *_HUB_BOOKKEEPING), where)
         settings = known | {key: value for key, value in config.items() if value is not None}
 
         configs.require(settings, where, **_HUB_FIXED)
-        resample = next((name for name, number in FILTERS.items() if number == settings["resample"]), None)
-        _require(resample is not None, f"resample = {settings['resample']} is not one of 0, 1, 2, 3", where)
-        fit = _tiles_from_hf(settings, where) if known.get("do_image_splitting") else _one_from_hf(settings, kind, where)
+        resample = next(
+            (name for name, number in FILTERS.items() if number == settings["resample"]), None
+        )
+        _require(
+            resample is not None,
+            f"resample = {settings['resample']} is not one of 0, 1, 2, 3",
+            where,
+        )
+        fit = (
+            _tiles_from_hf(settings, where)
+            if known.get("do_image_splitting")
+            else _one_from_hf(settings, kind, where)
+        )
         return cls(resample=resample, mean=settings["image_mean"], std=settings["image_std"], **fit)
 
 
@@ -127,24 +219,36 @@ def _one_from_hf(settings: dict[str, Any], kind: str, where: str) -> dict[str, A
     configs.require(settings, where, do_pad=False)
     size, crop, do_crop = settings["size"], settings["crop_size"], settings["do_center_crop"]
     if isinstance(size, int):  # in older files: one number, whose meaning is the processor's
-        size = {"height": size, "width": size} if kind == "ViTImageProcessor" else {"shortest_edge": size}
+        size = (
+            {"height": size, "width": size}
+            if kind == "ViTImageProcessor"
+            else {"shortest_edge": size}
+        )
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     shape = [sorted(value) if isinstance(value, dict) else None for value in (size, crop)]
     if shape[0] == ["height", "width"] and (not do_crop or crop == size):
         return {"fit": "squash", **size}
-    _require(do_crop and shape == [["shortest_edge"], ["height", "width"]],
-             f"size {size} with do_center_crop {do_crop} and crop_size {crop} is not implemented", where)
+    _require(
+        do_crop and shape == [["shortest_edge"], ["height", "width"]],
+        f"size {size} with do_center_crop {do_crop} and crop_size {crop} is not implemented",
+        where,
+    )
     return {"fit": "crop", **size, **crop}
 
 
 def _tiles_from_hf(settings: dict[str, Any], where: str) -> dict[str, Any]:
     """Of a processor that cuts tiles: what to give ImageConfig. It pads batches, not images, so `do_pad` is no matter."""
     configs.require(settings, where, do_image_splitting=True)
-    size, tile = (value.get("longest_edge") if isinstance(value, dict) and len(value) == 1 else None
-                  for value in (settings["size"], settings["max_image_size"]))
-    _require(type(size) is type(tile) is int and 0 < tile < size <= _HUB_LONGEST and size % tile == 0,
-             f"size {settings['size']} with max_image_size {settings['max_image_size']} is not implemented, only a "
-             f"longest_edge that is a multiple of max_image_size's, and at most {_HUB_LONGEST}", where)
+    size, tile = (
+        value.get("longest_edge") if isinstance(value, dict) and len(value) == 1 else None
+        for value in (settings["size"], settings["max_image_size"])
+    )
+    _require(
+        type(size) is type(tile) is int and 0 < tile < size <= _HUB_LONGEST and size % tile == 0,
+        f"size {settings['size']} with max_image_size {settings['max_image_size']} is not implemented, only a "
+        f"longest_edge that is a multiple of max_image_size's, and at most {_HUB_LONGEST}",
+        where,
+    )
     return {"fit": "tiles", "height": tile, "width": tile, "max_tiles": size // tile}
 
 

@@ -16,17 +16,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
         rows, matrix = hidden_states.to(dtype), weight.to(dtype)
-        learn_hidden, learn_weight = learn and ctx.needs_input_grad[0], learn and ctx.needs_input_grad[1]
+        learn_hidden, learn_weight = (
+            learn and ctx.needs_input_grad[0],
+            learn and ctx.needs_input_grad[1],
+        )
         grad_hidden = torch.empty_like(rows) if learn_hidden else None
         grad_weight = torch.zeros_like(matrix) if learn_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=device)
         # All chunks share these two buffers: fresh memory of this size costs more than the arithmetic on it.
         shape = min(CHUNK, len(targets)), len(weight)
         all_logits = torch.empty(shape, dtype=torch.float32, device=device)
-        all_products = all_logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
+        all_products = (
+            all_logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
+        )
         for start in range(0, len(targets), CHUNK):
-            chunk, target = rows[start:start + CHUNK], targets[start:start + CHUNK, None]
-            products, logits = all_products[:len(target)], all_logits[:len(target)]
+            chunk, target = rows[start : start + CHUNK], targets[start : start + CHUNK, None]
+            products, logits = all_products[: len(target)], all_logits[: len(target)]
             logits.copy_(torch.mm(chunk, matrix.T, out=products))
             torch.log_softmax(logits, dim=-1, out=logits)
             loss -= logits.gather(1, target).sum()
@@ -36,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits.exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0))
             gradient = products.copy_(logits)
             if learn_hidden:
-                torch.mm(gradient, matrix, out=grad_hidden[start:start + CHUNK])
+                torch.mm(gradient, matrix, out=grad_hidden[start : start + CHUNK])
             if learn_weight:
                 grad_weight.addmm_(gradient.T, chunk)
         ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_weight) if grad is not None))
@@ -50,7 +55,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_loss.to(grad_hidden.dtype)).to(ctx.dtypes[0])
         if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(grad_loss)  # in place: it is as large as the head itself
+            grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(
+                grad_loss
+            )  # in place: it is as large as the head itself
         return grad_hidden, grad_weight, None, None
 
 
@@ -71,14 +78,20 @@ class _TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         device = hidden_states.device
-        ctx.dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype
+        ctx.dtype = (
+            torch.get_autocast_dtype(device.type)
+            if torch.is_autocast_enabled(device.type)
+            else hidden_states.dtype
+        )
         ctx.save_for_backward(hidden_states, weight, targets)
         rows, matrix = hidden_states.to(ctx.dtype), weight.to(ctx.dtype)
         log_probabilities = torch.empty(len(targets), dtype=torch.float32, device=device)
         for start in range(0, len(targets), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = torch.mm(rows[chunk], matrix.T).float()
-            log_probabilities[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - logits.logsumexp(dim=-1)
+            log_probabilities[chunk] = logits.gather(1, targets[chunk, None])[
+                :, 0
+            ] - logits.logsumexp(dim=-1)
         return log_probabilities
 
     @staticmethod
@@ -93,13 +106,20 @@ class _TokenLogProbabilities(torch.autograd.Function):
             factor = grad[chunk, None]
             # d log p / d logits = one-hot − softmax
             probabilities = torch.mm(rows[chunk], matrix.T).float().softmax(dim=-1)
-            gradient = probabilities.mul_(-factor).scatter_add_(1, targets[chunk, None], factor).to(ctx.dtype)
+            gradient = (
+                probabilities.mul_(-factor)
+                .scatter_add_(1, targets[chunk, None], factor)
+                .to(ctx.dtype)
+            )
             if learn_hidden:
                 torch.mm(gradient, matrix, out=grad_rows[chunk])
             if learn_weight:
                 grad_matrix.addmm_(gradient.T, rows[chunk])
-        return (grad_rows.to(hidden_states.dtype) if learn_hidden else None,
-                grad_matrix.to(weight.dtype) if learn_weight else None, None)
+        return (
+            grad_rows.to(hidden_states.dtype) if learn_hidden else None,
+            grad_matrix.to(weight.dtype) if learn_weight else None,
+            None,
+        )
 
 
 def token_log_probabilities(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,11 @@ def _quick_gelu(hidden_states: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # under the hub's names
-    "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": _quick_gelu, "silu": F.silu}
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "silu": F.silu,
+}
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -34,8 +34,10 @@ class ProjectorConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.activation not in ACTIVATIONS:
-            raise NanoVLMError(f"ProjectorConfig: activation {self.activation!r} is not known; take one of "
-                               + ", ".join(ACTIVATIONS))
+            raise NanoVLMError(
+                f"ProjectorConfig: activation {self.activation!r} is not known; take one of "
+                + ", ".join(ACTIVATIONS)
+            )
 
     @classmethod
     def from_dict(cls, config: dict) -> "ProjectorConfig":
@@ -80,14 +82,16 @@ class PixelShuffleProjector(nn.Module):
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
         self.scale = config.scale
-        self.linear = nn.Linear(vision_width * config.scale ** 2, text_width, bias=config.bias)
+        self.linear = nn.Linear(vision_width * config.scale**2, text_width, bias=config.bias)
 
     def num_tokens(self, num_patches: int) -> int:
         side = square_side(num_patches)
         if side % self.scale:
-            raise NanoVLMError(f"a grid of {side}×{side} patches is not made of {self.scale}×{self.scale} squares; "
-                               "change the image size or the projector's scale")
-        return num_patches // self.scale ** 2
+            raise NanoVLMError(
+                f"a grid of {side}×{side} patches is not made of {self.scale}×{self.scale} squares; "
+                "change the image size or the projector's scale"
+            )
+        return num_patches // self.scale**2
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, P / scale², C_text), row by row."""
@@ -103,8 +107,10 @@ class BilinearProjector(MLPProjector):
 
     def num_tokens(self, num_patches: int) -> int:
         if square_side(num_patches) < self.grid:
-            raise NanoVLMError(f"{num_patches} patches cannot be averaged down to {self.grid}×{self.grid}; use a smaller grid")
-        return self.grid ** 2
+            raise NanoVLMError(
+                f"{num_patches} patches cannot be averaged down to {self.grid}×{self.grid}; use a smaller grid"
+            )
+        return self.grid**2
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, grid², C_text). The antialiased filter weighs every patch, also at uneven ratios."""
@@ -122,12 +128,16 @@ class ResamplerProjector(nn.Module):
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
         if vision_width % config.num_heads:
-            raise NanoVLMError(f"patch vectors of {vision_width} numbers are not made of the resampler's {config.num_heads} "
-                               "heads; take another projector, or another num_heads")
+            raise NanoVLMError(
+                f"patch vectors of {vision_width} numbers are not made of the resampler's {config.num_heads} "
+                "heads; take another projector, or another num_heads"
+            )
         self.activation = ACTIVATIONS[config.activation]
         # As large as patch vectors are: small ones would begin with the same mean of all patches, 32 times.
         self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))
-        self.attention = CrossAttention(vision_width, config.num_heads, qkv_bias=True, output_bias=True)
+        self.attention = CrossAttention(
+            vision_width, config.num_heads, qkv_bias=True, output_bias=True
+        )
         self.mlp_norm = nn.LayerNorm(vision_width)
         self.mlp_up = nn.Linear(vision_width, 4 * vision_width)
         self.mlp_down = nn.Linear(4 * vision_width, vision_width)
@@ -157,7 +167,9 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 def build_projector(config: ProjectorConfig, vision_width: int, text_width: int) -> nn.Module:
     """The projector that `config.kind` names."""
     if config.kind not in PROJECTORS:
-        raise NanoVLMError(f"projector {config.kind!r} is not known; take one of {', '.join(PROJECTORS)}")
+        raise NanoVLMError(
+            f"projector {config.kind!r} is not known; take one of {', '.join(PROJECTORS)}"
+        )
     return PROJECTORS[config.kind](vision_width, text_width, config)
 
 
@@ -165,8 +177,10 @@ def pixel_shuffle(patches: Tensor, scale: int) -> Tensor:
     """(N, P, C) on a square grid → (N, P / scale², C · scale²): space moved into channels, row by row."""
     batch, count, width = patches.shape
     side = square_side(count)
-    squares = patches.reshape(batch, side // scale, scale, side // scale, scale, width).transpose(2, 3)
-    return squares.reshape(batch, count // scale ** 2, width * scale ** 2)
+    squares = patches.reshape(batch, side // scale, scale, side // scale, scale, width).transpose(
+        2, 3
+    )
+    return squares.reshape(batch, count // scale**2, width * scale**2)
 
 
 def square_side(num_patches: int) -> int:

@@ -23,10 +23,21 @@ from nanovlm.training.settings import Settings
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 FINAL_LINES = 5  # whose mean is the final loss: that of one line is noisy
-SHARES = {"data_wait": "waiting for data", "fill": "rows filled", "mfu": "of peak arithmetic"}  # means over a run's lines
-HELD_OUT = {"accuracy": ("held-out pairs right", ".1%"), "margin": ("held-out margin", ".2f")}  # of preference training
-PANELS = (("loss", "training loss per labelled token, or pair"), ("val_loss", "validation loss per labelled token, or pair"),
-          ("lr", "learning rate"), ("tokens_per_second", "tokens per second"))
+SHARES = {
+    "data_wait": "waiting for data",
+    "fill": "rows filled",
+    "mfu": "of peak arithmetic",
+}  # means over a run's lines
+HELD_OUT = {
+    "accuracy": ("held-out pairs right", ".1%"),
+    "margin": ("held-out margin", ".2f"),
+}  # of preference training
+PANELS = (
+    ("loss", "training loss per labelled token, or pair"),
+    ("val_loss", "validation loss per labelled token, or pair"),
+    ("lr", "learning rate"),
+    ("tokens_per_second", "tokens per second"),
+)
 
 
 @dataclass
@@ -41,8 +52,16 @@ class Run:
 def main() -> None:
     """Read the runs, draw, print."""
     parser = CommandParser(prog="python -m nanovlm.report", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, such as runs/stage2")
-    parser.add_argument("--out", type=Path, default=Path("report.png"), metavar="FILE.png", help="default: report.png")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder, such as runs/stage2"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.png"),
+        metavar="FILE.png",
+        help="default: report.png",
+    )
     arguments = parser.parse_args()
     _check_out(arguments.out)
     runs = [read_run(folder, name) for folder, name in zip(arguments.runs, _names(arguments.runs))]
@@ -57,7 +76,9 @@ def read_run(folder: Path, name: str) -> Run:
     """A run folder as it is now; what is damaged in it is named on stderr and left out."""
     metrics, toml = folder / "metrics.jsonl", folder / "settings.toml"
     if not metrics.is_file() and not toml.is_file():
-        raise NanoVLMError(f"{folder}: holds no run (neither metrics.jsonl nor settings.toml); name the folder of a run")
+        raise NanoVLMError(
+            f"{folder}: holds no run (neither metrics.jsonl nor settings.toml); name the folder of a run"
+        )
     settings = dataclasses.asdict(Settings())  # a setting younger than the run had its default
     try:
         settings |= tomllib.loads(toml.read_text(encoding="utf-8"))
@@ -66,7 +87,9 @@ def read_run(folder: Path, name: str) -> Run:
         settings = {}
     lines, damaged = [], []
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    for number, written in enumerate(text.split("\n")[:-1], start=1):  # what has no end of line is still being written
+    for number, written in enumerate(
+        text.split("\n")[:-1], start=1
+    ):  # what has no end of line is still being written
         if line := _numbers(written):
             lines.append(line)
         else:
@@ -88,8 +111,13 @@ def summary(runs: list[Run]) -> str:
 def differences(runs: list[Run]) -> str:
     """A Markdown table of the settings in which the runs are not all alike, their folder aside; empty if there are none."""
     known = [run for run in runs if run.settings]
-    names = dict.fromkeys(name for run in known for name in run.settings if name not in ("out", "resume"))
-    rows = [[name, *(json.dumps(run.settings.get(name), ensure_ascii=False) for run in known)] for name in names]
+    names = dict.fromkeys(
+        name for run in known for name in run.settings if name not in ("out", "resume")
+    )
+    rows = [
+        [name, *(json.dumps(run.settings.get(name), ensure_ascii=False) for run in known)]
+        for name in names
+    ]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     return _table(["setting", *(run.name for run in known)], rows) if rows else ""
 
@@ -97,8 +125,14 @@ def differences(runs: list[Run]) -> str:
 def draw(runs: list[Run], path: Path) -> None:
     """Each run in one colour: losses (training: faint as logged, and smoothed), learning rate and speed, by step."""
     few = len(runs) <= 10
-    colours = plt.get_cmap("tab10").colors if few else plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(runs)))
-    with plt.rc_context({"font.family": [*chinese_fonts(), "DejaVu Sans"], "text.parse_math": False}):
+    colours = (
+        plt.get_cmap("tab10").colors
+        if few
+        else plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(runs)))
+    )
+    with plt.rc_context(
+        {"font.family": [*chinese_fonts(), "DejaVu Sans"], "text.parse_math": False}
+    ):
         figure, grid = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
         for axes, (key, title) in zip(grid.flat, PANELS):
             for run, colour in zip(runs, colours):
@@ -107,10 +141,22 @@ def draw(runs: list[Run], path: Path) -> None:
                     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
                     axes.plot(steps, smooth(values), color=colour)
                 else:
-                    axes.plot(steps, values, "o-" if key == "val_loss" else "-", color=colour, markersize=4, linewidth=1.5)
+                    axes.plot(
+                        steps,
+                        values,
+                        "o-" if key == "val_loss" else "-",
+                        color=colour,
+                        markersize=4,
+                        linewidth=1.5,
+                    )
             _finish_panel(axes, key, title, runs)
-        handles = [plt.Line2D([], [], color=colour, linewidth=3, label=run.name) for run, colour in zip(runs, colours)]
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+        handles = [
+            plt.Line2D([], [], color=colour, linewidth=3, label=run.name)
+            for run, colour in zip(runs, colours)
+        ]
+        figure.legend(
+            handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False
+        )
         save_figure(figure, path)
 
 
@@ -131,8 +177,11 @@ def _finish_panel(axes: plt.Axes, key: str, title: str, runs: list[Run]) -> None
         axes.text(0.5, 0.5, "not logged", ha="center", color="grey", transform=axes.transAxes)
     elif key.endswith("loss") and min(values) > 0 and max(values) / min(values) > 10:
         axes.set(yscale="log", title=f"{title}, logarithmic")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"),
-                       minor_formatter=NullFormatter())
+        axes.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=StrMethodFormatter("{x:g}"),
+            minor_formatter=NullFormatter(),
+        )
     elif not key.endswith("loss"):
         axes.set_ylim(bottom=0)
 
@@ -151,11 +200,18 @@ def _row(run: Run) -> dict[str, str]:
         return sum(numbers) / len(numbers) if numbers else None
 
     seconds, samples = last("seconds"), last("samples")
-    best = min((line for line in run.lines if "val_loss" in line), key=lambda line: line["val_loss"], default=None)
+    best = min(
+        (line for line in run.lines if "val_loss" in line),
+        key=lambda line: line["val_loss"],
+        default=None,
+    )
     return {
-        "run": run.name, "learns": _learns(run.settings), "steps": show(last("step"), ",.0f"),
+        "run": run.name,
+        "learns": _learns(run.settings),
+        "steps": show(last("step"), ",.0f"),
         "samples": show(samples, ",.0f"),
-        "tokens": show(last("tokens"), ",.0f"), "minutes": show(seconds / 60 if seconds else None, ",.1f"),
+        "tokens": show(last("tokens"), ",.0f"),
+        "minutes": show(seconds / 60 if seconds else None, ",.1f"),
         "samples/s": show(samples / seconds if samples and seconds else None, ",.1f"),
         f"loss, last {FINAL_LINES} lines": show(mean(values("loss")[-FINAL_LINES:]), ".4f"),
         "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}" if best else "–",
@@ -169,7 +225,10 @@ def _learns(settings: dict[str, Any]) -> str:
     """What a run trains: parts, how much of each, and how."""
     parts = []
     for part in (part.strip() for part in str(settings.get("train", "–")).split(",")):
-        blocks, rank = settings.get(f"{part}_layers", 0), settings.get("lora_rank", 0) if part == "text" else 0
+        blocks, rank = (
+            settings.get(f"{part}_layers", 0),
+            settings.get("lora_rank", 0) if part == "text" else 0,
+        )
         details = [f"LoRA rank {rank}"] if rank else [f"top {blocks}"] if blocks else []
         parts.append(" ".join([part, *(f"({detail})" for detail in details)]))
     return ", ".join(parts)
@@ -183,7 +242,11 @@ def _numbers(written: str) -> dict[str, float] | None:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return None
-    return {key: value for key, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
+    return {
+        key: value
+        for key, value in line.items()
+        if type(value) in (int, float) and math.isfinite(value)
+    }
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -195,12 +258,15 @@ def _names(folders: list[Path]) -> list[str]:
 def _check_out(path: Path) -> None:
     if not path.parent.is_dir():
         raise NanoVLMError(f"{path.parent}: is not a folder; make it, so that --out can be written")
-    if path.is_dir() or path.exists() and path.read_bytes()[:len(PNG)] != PNG:
+    if path.is_dir() or path.exists() and path.read_bytes()[: len(PNG)] != PNG:
         raise NanoVLMError(f"{path}: is not a PNG file and stays as it is; name another with --out")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
+    escaped = [
+        [cell.replace("|", "\\|") for cell in line]
+        for line in (header, ["---"] * len(header), *rows)
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 

@@ -16,7 +16,9 @@ class CrossAttention(Attention):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries (B or 1, T, C), keys and values (B, S, C) → (B, T, C)."""
-        queries = self.q_norm(self._heads(self.q_proj(queries), self.num_heads)).expand(len(keys), -1, -1, -1)  # (B, H, T, D)
+        queries = self.q_norm(self._heads(self.q_proj(queries), self.num_heads)).expand(
+            len(keys), -1, -1, -1
+        )  # (B, H, T, D)
         keys = self.k_norm(self._heads(self.k_proj(keys), self.num_kv_heads))  # (B, H_kv, S, D)
         values = self._heads(self.v_proj(values), self.num_kv_heads)
         return self.out_proj(attend(queries, keys, values).transpose(1, 2).flatten(2))
@@ -34,9 +36,13 @@ class Resampler(nn.Module):
         self.query_norm = nn.LayerNorm(output_size, eps=eps)
         self.kv_proj = nn.Linear(hidden_size, output_size, bias=False)
         self.kv_norm = nn.LayerNorm(output_size, eps=eps)
-        self.attention = CrossAttention(output_size, max(1, output_size // HEAD_SIZE), qkv_bias=True, output_bias=True)
+        self.attention = CrossAttention(
+            output_size, max(1, output_size // HEAD_SIZE), qkv_bias=True, output_bias=True
+        )
         self.norm = nn.LayerNorm(output_size, eps=eps)
-        self.projection = nn.Parameter(torch.randn(output_size, output_size) * output_size**-0.5)  # applied from the right
+        self.projection = nn.Parameter(
+            torch.randn(output_size, output_size) * output_size**-0.5
+        )  # applied from the right
 
     def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """(N, rows · columns, hidden_size) → (N, num_queries, output_size)."""

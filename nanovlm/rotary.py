@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 
-def frequencies(head_dim: int, theta: float | Tensor, device: torch.device | str | None = None) -> Tensor:
+def frequencies(
+    head_dim: int, theta: float | Tensor, device: torch.device | str | None = None
+) -> Tensor:
     """Radians by which a position turns each pair of a head, (D/2,) in fp32; for bases (B, 1, 1, 1), (B, 1, 1, D/2)."""
     return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
-def llama3_frequencies(frequencies: Tensor, factor: float, low: float, high: float, length: int) -> Tensor:
+def llama3_frequencies(
+    frequencies: Tensor, factor: float, low: float, high: float, length: int
+) -> Tensor:
     """LLaMA 3.1's scaling: a pair that turns fewer than `low` times in the `length` first trained at becomes `factor` times
     as slow, one that turns more than `high` times stays, and what lies between is blended."""
     turns = frequencies * length / (2 * math.pi)

@@ -21,24 +21,47 @@ from nanovlm.weights.pretrained import VISION_FAMILIES, load_pretrained
 RESIZES = ("bicubic", "nearest")
 
 # What the hub files of a family leave out (the reference's defaults), then what all of its models have in common.
-_VIT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_channels=3,
-            image_size=224)
+_VIT = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+)
 _SIGLIP = _VIT | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 _CLIP = _VIT | dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 _SMOLVLM = _SIGLIP | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
 _PATCHES_ONLY = dict(class_token=False, layer_scale=False)
 _TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "siglip_vision_model": (_SIGLIP, _PATCHES_ONLY),
-    "clip_vision_model": (_CLIP, dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False)),
+    "clip_vision_model": (
+        _CLIP,
+        dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False),
+    ),
     "smolvlm_vision": (_SMOLVLM, _PATCHES_ONLY | dict(position_resize="nearest")),
     "idefics3_vision": (_SMOLVLM, _PATCHES_ONLY | dict(position_resize="nearest")),
 }
 # Whole models, in whose file the tower's settings are a table, `vision_config`; its own model_type is often the model's.
-_WHOLE = {"siglip": "siglip_vision_model", "clip": "clip_vision_model", "smolvlm": "smolvlm_vision",
-          "idefics3": "idefics3_vision"}
+_WHOLE = {
+    "siglip": "siglip_vision_model",
+    "clip": "clip_vision_model",
+    "smolvlm": "smolvlm_vision",
+    "idefics3": "idefics3_vision",
+}
 # Of the training, of the parts behind the tower, and of how images are cut into tiles.
-_UNUSED = ("attention_dropout", "dropout", "initializer_factor", "projection_dim", "vision_use_head", "vocab_size",
-           "use_base_siglip", "max_image_size", "size", "tie_word_embeddings")
+_UNUSED = (
+    "attention_dropout",
+    "dropout",
+    "initializer_factor",
+    "projection_dim",
+    "vision_use_head",
+    "vocab_size",
+    "use_base_siglip",
+    "max_image_size",
+    "size",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,9 @@ class VisionConfig:
     image_size: int = 518
     num_register_tokens: int = 0
     swiglu: bool = False  # gated MLP, as in the giant
-    position_antialias: bool = False  # how a resized position table is filtered; the models with registers use it
+    position_antialias: bool = (
+        False  # how a resized position table is filtered; the models with registers use it
+    )
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu"  # one of ACTIVATIONS
     class_token: bool = True
@@ -71,12 +96,18 @@ class VisionConfig:
         check_divides(self, "hidden_size", "num_attention_heads")
         for name, known in (("hidden_act", ACTIVATIONS), ("position_resize", RESIZES)):
             if getattr(self, name) not in known:
-                raise NanoVLMError(f"VisionConfig: {name} is {getattr(self, name)!r}; implemented are {', '.join(known)}")
+                raise NanoVLMError(
+                    f"VisionConfig: {name} is {getattr(self, name)!r}; implemented are {', '.join(known)}"
+                )
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
-            raise NanoVLMError(f"VisionConfig: num_queries is {self.num_queries}; it has to be a square number such as 256")
+            raise NanoVLMError(
+                f"VisionConfig: num_queries is {self.num_queries}; it has to be a square number such as 256"
+            )
         if bool(self.num_queries) != bool(self.output_size) or self.output_size % 4:
-            raise NanoVLMError(f"VisionConfig: num_queries = {self.num_queries} with output_size = {self.output_size}; "
-                               "a resampler has both, and its width is a multiple of 4")
+            raise NanoVLMError(
+                f"VisionConfig: num_queries = {self.num_queries} with output_size = {self.output_size}; "
+                "a resampler has both, and its width is a multiple of 4"
+            )
 
     @classmethod
     def from_hf(cls, config: dict) -> "VisionConfig":
@@ -88,51 +119,126 @@ class VisionConfig:
         if model_type == "qwen_vl_vision":
             return cls._from_qwen_vl(config)
         if model_type in ("siglip2", "siglip2_vision_model"):
-            raise NanoVLMError(f"config.json: model_type is {model_type!r}, which reads images of any shape (NaFlex) and is "
-                               "not implemented; take a SigLIP 2 of a fixed size, such as siglip2-base-patch16-256")
+            raise NanoVLMError(
+                f"config.json: model_type is {model_type!r}, which reads images of any shape (NaFlex) and is "
+                "not implemented; take a SigLIP 2 of a fixed size, such as siglip2-base-patch16-256"
+            )
         if model_type in _WHOLE:
             config = _vision_part(config, _WHOLE[model_type])
         defaults, common = _TOWERS.get(str(config.get("model_type")), ({}, {}))
         config = read_hf_config(config, tuple(VISION_FAMILIES), defaults, ignored=_UNUSED)
         require(config, num_channels=3)
-        return from_dict(cls, {key: config[key] for key in defaults if key != "num_channels"} | common, where="config.json")
+        return from_dict(
+            cls,
+            {key: config[key] for key in defaults if key != "num_channels"} | common,
+            where="config.json",
+        )
 
     @classmethod
     def _from_dinov2(cls, config: dict) -> "VisionConfig":
         registers = config.get("model_type") == "dinov2_with_registers"
-        config = read_hf_config(config, ("dinov2", "dinov2_with_registers"), defaults=dict(
-            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
-            layer_norm_eps=1e-6, image_size=224, patch_size=16 if registers else 14, num_channels=3, qkv_bias=True,
-            use_swiglu_ffn=False, num_register_tokens=4 if registers else 0,
-            interpolate_antialias=registers, interpolate_offset=0.0,  # which those with registers are published with
-        ), ignored=("layerscale_value", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
-                    "apply_layernorm", "reshape_hidden_states", "use_mask_token", "out_features", "out_indices",
-                    "_out_features", "_out_indices", "stage_names"))
-        require(config, hidden_act="gelu", num_channels=3, qkv_bias=True, interpolate_antialias=registers,
-                interpolate_offset=0.0)
+        config = read_hf_config(
+            config,
+            ("dinov2", "dinov2_with_registers"),
+            defaults=dict(
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                mlp_ratio=4,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+                image_size=224,
+                patch_size=16 if registers else 14,
+                num_channels=3,
+                qkv_bias=True,
+                use_swiglu_ffn=False,
+                num_register_tokens=4 if registers else 0,
+                interpolate_antialias=registers,
+                interpolate_offset=0.0,  # which those with registers are published with
+            ),
+            ignored=(
+                "layerscale_value",
+                "drop_path_rate",
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                "apply_layernorm",
+                "reshape_hidden_states",
+                "use_mask_token",
+                "out_features",
+                "out_indices",
+                "_out_features",
+                "_out_indices",
+                "stage_names",
+            ),
+        )
+        require(
+            config,
+            hidden_act="gelu",
+            num_channels=3,
+            qkv_bias=True,
+            interpolate_antialias=registers,
+            interpolate_offset=0.0,
+        )
         width = config["hidden_size"]
         intermediate_size = int(width * config["mlp_ratio"])
-        if config["use_swiglu_ffn"]:  # two thirds, so that three matrices weigh what two did; rounded up to 8
+        if config[
+            "use_swiglu_ffn"
+        ]:  # two thirds, so that three matrices weigh what two did; rounded up to 8
             intermediate_size = (int(intermediate_size * 2 / 3) + 7) // 8 * 8
-        return from_dict(cls, dict(
-            hidden_size=width, intermediate_size=intermediate_size, num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"], patch_size=config["patch_size"],
-            image_size=config["image_size"], num_register_tokens=config["num_register_tokens"],
-            swiglu=config["use_swiglu_ffn"], position_antialias=registers,
-            layer_norm_eps=config["layer_norm_eps"]), where="config.json")
+        return from_dict(
+            cls,
+            dict(
+                hidden_size=width,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=config["num_attention_heads"],
+                patch_size=config["patch_size"],
+                image_size=config["image_size"],
+                num_register_tokens=config["num_register_tokens"],
+                swiglu=config["use_swiglu_ffn"],
+                position_antialias=registers,
+                layer_norm_eps=config["layer_norm_eps"],
+            ),
+            where="config.json",
+        )
 
     @classmethod
     def _from_qwen_vl(cls, config: dict) -> "VisionConfig":
         """The keys of the hub file's `visual`. Its `image_size` is that of the images; the table has `patch_positions`."""
-        config = read_hf_config(config, ("qwen_vl_vision",), defaults=dict(
-            width=1664, layers=48, heads=16, mlp_ratio=4.9231, patch_size=14, output_dim=4096, n_queries=256,
-            patch_positions=256), ignored=("image_size", "image_start_id"))
-        return from_dict(cls, dict(
-            hidden_size=config["width"], intermediate_size=int(config["width"] * config["mlp_ratio"]),
-            num_hidden_layers=config["layers"], num_attention_heads=config["heads"], patch_size=config["patch_size"],
-            image_size=math.isqrt(config["patch_positions"]) * config["patch_size"], class_token=False, layer_scale=False,
-            patch_bias=False, embedding_norm=True, final_norm=False, num_queries=config["n_queries"],
-            output_size=config["output_dim"]), where="config.json")
+        config = read_hf_config(
+            config,
+            ("qwen_vl_vision",),
+            defaults=dict(
+                width=1664,
+                layers=48,
+                heads=16,
+                mlp_ratio=4.9231,
+                patch_size=14,
+                output_dim=4096,
+                n_queries=256,
+                patch_positions=256,
+            ),
+            ignored=("image_size", "image_start_id"),
+        )
+        return from_dict(
+            cls,
+            dict(
+                hidden_size=config["width"],
+                intermediate_size=int(config["width"] * config["mlp_ratio"]),
+                num_hidden_layers=config["layers"],
+                num_attention_heads=config["heads"],
+                patch_size=config["patch_size"],
+                image_size=math.isqrt(config["patch_positions"]) * config["patch_size"],
+                class_token=False,
+                layer_scale=False,
+                patch_bias=False,
+                embedding_norm=True,
+                final_norm=False,
+                num_queries=config["n_queries"],
+                output_size=config["output_dim"],
+            ),
+            where="config.json",
+        )
 
     @classmethod
     def from_dict(cls, config: dict) -> "VisionConfig":
@@ -145,9 +251,13 @@ class VisionConfig:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches. What `image_size` has beyond whole patches is cut off, as the reference does."""
-        if any(pixels % self.patch_size and pixels != self.image_size for pixels in (height, width)):
-            raise NanoVLMError(f"an image of {height}×{width} pixels is not made of {self.patch_size}-pixel patches; "
-                               f"resize it to multiples of {self.patch_size}")
+        if any(
+            pixels % self.patch_size and pixels != self.image_size for pixels in (height, width)
+        ):
+            raise NanoVLMError(
+                f"an image of {height}×{width} pixels is not made of {self.patch_size}-pixel patches; "
+                f"resize it to multiples of {self.patch_size}"
+            )
         return height // self.patch_size, width // self.patch_size
 
     def num_patches(self, height: int, width: int) -> int:
@@ -172,8 +282,10 @@ class VisionConfig:
         """How many blocks `VisionTransformer.patches` runs to give `layer`: all for -1 and one fewer for -2."""
         depth = self.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
-            raise NanoVLMError(f"layer {layer} of a vision transformer with {depth} blocks; "
-                               f"take one from {-depth - 1} to {depth}")
+            raise NanoVLMError(
+                f"layer {layer} of a vision transformer with {depth} blocks; "
+                f"take one from {-depth - 1} to {depth}"
+            )
         return layer % (depth + 1)
 
     def _resampled(self, layer: int) -> bool:
@@ -184,8 +296,12 @@ def _vision_part(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
     """The tower's settings in the `config.json` of a whole model, with the tower's model_type."""
     part = config.get("vision_config")
     if not isinstance(part, Mapping):
-        raise NanoVLMError("config.json: key 'vision_config' is missing or no table; the tower's settings belong there")
-    newer = config.get("vision_config_dict") or {}  # older CLIP files repeat the settings that count
+        raise NanoVLMError(
+            "config.json: key 'vision_config' is missing or no table; the tower's settings belong there"
+        )
+    newer = (
+        config.get("vision_config_dict") or {}
+    )  # older CLIP files repeat the settings that count
     return {**part, **newer, "model_type": tower}
 
 
@@ -195,7 +311,9 @@ class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.swiglu, self.activation = config.swiglu, ACTIVATIONS[config.hidden_act]
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.swiglu else 1))
+        self.up_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size * (2 if config.swiglu else 1)
+        )
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -213,14 +331,22 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config.hidden_size, config.num_attention_heads, qkv_bias=True, output_bias=True)
-        self.attention_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
+        self.attention = Attention(
+            config.hidden_size, config.num_attention_heads, qkv_bias=True, output_bias=True
+        )
+        self.attention_scale = (
+            nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
+        )
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
-        self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
+        self.mlp_scale = (
+            nn.Parameter(torch.ones(config.hidden_size)) if config.layer_scale else None
+        )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + _scaled(self.attention(self.attention_norm(hidden_states)), self.attention_scale)
+        hidden_states = hidden_states + _scaled(
+            self.attention(self.attention_norm(hidden_states)), self.attention_scale
+        )
         return hidden_states + _scaled(self.mlp(self.mlp_norm(hidden_states)), self.mlp_scale)
 
 
@@ -235,22 +361,36 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.resize_mode = "bicubic_antialias" if config.position_antialias else config.position_resize
-        width, eps, self.side = config.hidden_size, config.layer_norm_eps, config.image_size // config.patch_size
-        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        self.resize_mode = (
+            "bicubic_antialias" if config.position_antialias else config.position_resize
+        )
+        width, eps, self.side = (
+            config.hidden_size,
+            config.layer_norm_eps,
+            config.image_size // config.patch_size,
+        )
+        self.patch_embedding = nn.Conv2d(
+            3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias
+        )
         if config.class_token:
             self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
-        self.position_embedding = nn.Parameter(torch.randn(1, config.class_token + self.side**2, width) * 0.02)  # CLS first
-        self.embedding_norm = nn.LayerNorm(width, eps=eps) if config.embedding_norm else nn.Identity()
+        self.position_embedding = nn.Parameter(
+            torch.randn(1, config.class_token + self.side**2, width) * 0.02
+        )  # CLS first
+        self.embedding_norm = (
+            nn.LayerNorm(width, eps=eps) if config.embedding_norm else nn.Identity()
+        )
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
         if config.num_queries:
             self.resampler = Resampler(width, config.num_queries, config.output_size, eps)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "VisionTransformer":
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = None
+    ) -> "VisionTransformer":
         """Load a hub folder (`config.json`, `model.safetensors`); any missing, unexpected or mis-shaped tensor is an error.
         Of a whole model's folder, only the tower is read."""
         return load_pretrained(cls, VisionConfig, folder, VISION_FAMILIES, dtype)
@@ -259,7 +399,11 @@ class VisionTransformer(nn.Module):
         """(N, 3, H, W) normalised pixels → (N, tokens, C) after the final norm, if there is one: CLS, registers, patches.
         With a resampler, the vectors it gives: (N, num_queries, output_size)."""
         tokens = self.norm(self._run_blocks(pixels, len(self.blocks)))
-        return self.resampler(tokens, *self.config.grid(*pixels.shape[-2:])) if self.config.num_queries else tokens
+        return (
+            self.resampler(tokens, *self.config.grid(*pixels.shape[-2:]))
+            if self.config.num_queries
+            else tokens
+        )
 
     def patches(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """The patch vectors alone, (N, P, C), row by row from the top left.
@@ -269,12 +413,19 @@ class VisionTransformer(nn.Module):
         """
         if layer == -1 and self.config.num_queries:
             return self(pixels)
-        tokens = self(pixels) if layer == -1 else self._run_blocks(pixels, self.config.blocks_below(layer))
-        return tokens[:, self.config.num_prefix_tokens:]
+        tokens = (
+            self(pixels)
+            if layer == -1
+            else self._run_blocks(pixels, self.config.blocks_below(layer))
+        )
+        return tokens[:, self.config.num_prefix_tokens :]
 
     def _run_blocks(self, pixels: Tensor, count: int) -> Tensor:
         rows, columns = self.config.grid(*pixels.shape[-2:])
-        cls_position, positions = self.position_embedding[:, :-self.side**2], self.position_embedding[:, -self.side**2:]
+        cls_position, positions = (
+            self.position_embedding[:, : -(self.side**2)],
+            self.position_embedding[:, -(self.side**2) :],
+        )
         positions = resize_positions(positions, self.side, rows, columns, self.resize_mode)
         tokens = [self.patch_embedding(pixels).flatten(2).transpose(1, 2) + positions]  # (N, P, C)
         if self.config.num_register_tokens:

@@ -29,11 +29,28 @@ from nanovlm.weights.safetensors import save_file
 torch.set_num_threads(1)  # what the tests compute is too small to share
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL = ["<image>", "<system>", "<user>", "<assistant>"]
-EYES = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2,
-        "image_size": 32, "patch_size": 16, "layer_norm_eps": 1e-6}
+EYES = {
+    "model_type": "dinov2",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
 PIXELS = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
-VOICE = {"model_type": "qwen3", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+VOICE = {
+    "model_type": "qwen3",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +65,21 @@ class TinyWorld:
     def settings(self, out: Path, **changes) -> Settings:
         """Settings of a short run on the CPU: four steps of the projector, four records each."""
         start = {} if "init" in changes else {"vision": str(self.vision), "text": str(self.text)}
-        return Settings(**{**start, "data": str(self.data / "train.jsonl"), "val": str(self.data / "val.jsonl"),
-                           "val_samples": 4, "out": str(out), "batch_size": 4, "max_steps": 4, "log_every": 1,
-                           "device": "cpu", "dtype": "fp32", **changes})
+        return Settings(
+            **{
+                **start,
+                "data": str(self.data / "train.jsonl"),
+                "val": str(self.data / "val.jsonl"),
+                "val_samples": 4,
+                "out": str(out),
+                "batch_size": 4,
+                "max_steps": 4,
+                "log_every": 1,
+                "device": "cpu",
+                "dtype": "fp32",
+                **changes,
+            }
+        )
 
     def train(self, out: Path, **changes) -> Path:
         """Run a stage to its end; returns the run folder."""
@@ -70,7 +99,9 @@ def tiny(tmp_path_factory) -> TinyWorld:
     _save_hub(folder / "text", Decoder(DecoderConfig.from_hf(voice)), QWEN, voice)
     tokenizer.save(folder / "text")
     image = ImageConfig.from_hf(PIXELS)
-    model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", ProjectorConfig("mlp"), image)
+    model = VisionLanguageModel.from_parts(
+        folder / "vision", folder / "text", ProjectorConfig("mlp"), image
+    )
     model.save_pretrained(folder / "model")
     return TinyWorld(folder / "vision", folder / "text", folder / "model", data)
 
@@ -78,25 +109,40 @@ def tiny(tmp_path_factory) -> TinyWorld:
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a command's `main` in this process, which saves the seconds that another takes to start: `call(main, *arguments)`."""
-    def completed(main: Callable[[], int | None], *arguments, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+
+    def completed(
+        main: Callable[[], int | None], *arguments, stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             run(main)
         return subprocess.CompletedProcess(sys.argv, caught.value.code, *capsys.readouterr())
+
     return completed
 
 
 @pytest.fixture
 def command():
     """Run one of the commands as a user does, in a process of its own: `command("infer.py", …)` or `("-m", …)`."""
+
     def start(*arguments, cwd: Path = REPOSITORY, **options) -> subprocess.Popen:
         script = [] if arguments[0] == "-m" else [REPOSITORY / arguments[0]]
         rest = arguments if arguments[0] == "-m" else arguments[1:]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, *map(str, script), *map(str, rest)], cwd=cwd, env=environment,
-                                **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+        return subprocess.Popen(
+            [sys.executable, *map(str, script), *map(str, rest)],
+            cwd=cwd,
+            env=environment,
+            **{
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                **options,
+            },
+        )
+
     return start
 
 
@@ -104,14 +150,31 @@ def _save_hub(folder: Path, model: torch.nn.Module, table: dict, config: dict) -
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     published = translate(invert(table))
-    save_file({published(name): tensor.detach() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {published(name): tensor.detach() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
 
 
 def _tokenizer(lines: list[str]) -> SentencePieceTokenizer:
     texts = (message["content"] for line in lines for message in json.loads(line)["messages"])
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, model_type="bpe", vocab_size=420, byte_fallback=True, num_threads=1,
-        control_symbols=SPECIAL, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, add_dummy_prefix=False,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=texts,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        num_threads=1,
+        control_symbols=SPECIAL,
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return SentencePieceTokenizer(model.getvalue())

@@ -3,7 +3,15 @@
 import json
 from pathlib import Path
 
-CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "images_per_second", "data_wait", "peak_memory_gb", "mfu")
+CLOCK = (
+    "seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "images_per_second",
+    "data_wait",
+    "peak_memory_gb",
+    "mfu",
+)
 
 
 def metrics(run: Path) -> list[dict]:

@@ -14,10 +14,21 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.image import ImageConfig, open_image, preprocess
 
 LONG = "d" * 90 + "/" + "e" * 90 + "/" + "f" * 120 + ".jpg"  # beyond what ustar has room for
-NAMES = ["a.jpg", "sub/b.jpg", "红色/圆形.png", "sp ace=1.jpg", "s" * 100, "p" * 80 + "/" + "q" * 60, LONG, "empty"]
+NAMES = [
+    "a.jpg",
+    "sub/b.jpg",
+    "红色/圆形.png",
+    "sp ace=1.jpg",
+    "s" * 100,
+    "p" * 80 + "/" + "q" * 60,
+    LONG,
+    "empty",
+]
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **attributes) -> None:
+def add(
+    tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **attributes
+) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.size = kind, len(data)
     for key, value in attributes.items():
@@ -28,17 +39,28 @@ def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfil
 def write(path: Path, names: list[str], format: int = tarfile.PAX_FORMAT) -> Path:
     with tarfile.open(path, "w", format=format) as tar:
         for number, name in enumerate(names):
-            add(tar, name, b"" if name == "empty" else f"{number}:{name}".encode() * (300 * number + 1))
+            add(
+                tar,
+                name,
+                b"" if name == "empty" else f"{number}:{name}".encode() * (300 * number + 1),
+            )
     return path
 
 
-@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT], ids=["pax", "gnu", "ustar"])
+@pytest.mark.parametrize(
+    "format",
+    [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT],
+    ids=["pax", "gnu", "ustar"],
+)
 def test_members_are_read_as_tarfile_reads_them(tmp_path, format):
     names = [name for name in NAMES if format != tarfile.USTAR_FORMAT or name != LONG]
     path = write(tmp_path / "images.tar", names, format)
     with tarfile.open(path) as tar:
         for name in names:
-            assert archive.read_member(tmp_path / f"images.tar::{name}") == tar.extractfile(name).read()
+            assert (
+                archive.read_member(tmp_path / f"images.tar::{name}")
+                == tar.extractfile(name).read()
+            )
 
 
 def test_a_name_may_begin_with_a_dot_and_the_last_of_two_counts(tmp_path):
@@ -69,23 +91,31 @@ def test_a_picture_in_a_tar_file_is_the_picture(tmp_path):
         open_image(str(tmp_path / "x.tar::b.png"))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_what_is_no_plain_file_is_refused(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "a.jpg", b"a")
         add(tar, "b.jpg", kind=kind, linkname="a.jpg")
     archive.check(tmp_path / "x.tar::a.jpg")
     for name in ("b.jpg", "b.jpg/"):
-        with pytest.raises(NanoVLMError, match="is a link, a folder or a device|has no such member"):
+        with pytest.raises(
+            NanoVLMError, match="is a link, a folder or a device|has no such member"
+        ):
             archive.check(f"{tmp_path}/x.tar::{name}")
 
 
 def test_a_missing_archive_or_member_or_file_is_said(tmp_path):
     write(tmp_path / "x.tar", ["a.jpg"])
     (tmp_path / "dir.tar").mkdir()
-    for name, reason in (("y.tar::a.jpg", "the archive cannot be read .No such file"), ("dir.tar::a.jpg", "the archive is not a file"),
-                         ("x.tar::../a.jpg", "the archive has no such member"), ("x.tar::", "the archive has no such member"),
-                         ("a.jpg", "does not exist")):
+    for name, reason in (
+        ("y.tar::a.jpg", "the archive cannot be read .No such file"),
+        ("dir.tar::a.jpg", "the archive is not a file"),
+        ("x.tar::../a.jpg", "the archive has no such member"),
+        ("x.tar::", "the archive has no such member"),
+        ("a.jpg", "does not exist"),
+    ):
         with pytest.raises(NanoVLMError, match=reason):
             archive.check(f"{tmp_path}/{name}")
 
@@ -96,14 +126,18 @@ def test_an_archive_cut_off_anywhere_is_said_to_be(tmp_path):
     for size in (*range(512, end, 512), 0, 1, 511, 700, end):
         path = tmp_path / f"{size}.tar"
         path.write_bytes(whole[:size])
-        with pytest.raises(NanoVLMError, match="^the archive is damaged, cut off or compressed; fetch it again"):
+        with pytest.raises(
+            NanoVLMError, match="^the archive is damaged, cut off or compressed; fetch it again"
+        ):
             archive.check(f"{path}::a.jpg")
 
 
-@pytest.mark.parametrize("at, data", [(0, b"\xff"), (124, b"z"), (148, b"1"), (124, b"\xff" * 12), (0, b"\x1f\x8b")])
+@pytest.mark.parametrize(
+    "at, data", [(0, b"\xff"), (124, b"z"), (148, b"1"), (124, b"\xff" * 12), (0, b"\x1f\x8b")]
+)
 def test_a_damaged_header_is_noticed(tmp_path, at, data):
     content = bytearray(write(tmp_path / "x.tar", NAMES[:3]).read_bytes())
-    content[1024 + at:1024 + at + len(data)] = data
+    content[1024 + at : 1024 + at + len(data)] = data
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(NanoVLMError, match="^the archive is damaged, cut off or compressed; fetch"):
         archive.check(tmp_path / "x.tar::a.jpg")

@@ -14,8 +14,26 @@ import torch
 
 from data_tools import pretrain_tiny
 from data_tools.pretrain_tiny_text import DOWN, EMPTY, RIGHT, Corpus, Text, exact_answers
-from data_tools.pretrain_tiny_vision import BINS, CENTRE, GRID, HEADS, crowded_scene, mirror, normalise, patch_labels
-from data_tools.scenes_world import ALL_PAIRS, COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, TRAIN_PAIRS, draw, random_scene
+from data_tools.pretrain_tiny_vision import (
+    BINS,
+    CENTRE,
+    GRID,
+    HEADS,
+    crowded_scene,
+    mirror,
+    normalise,
+    patch_labels,
+)
+from data_tools.scenes_world import (
+    ALL_PAIRS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    TRAIN_PAIRS,
+    draw,
+    random_scene,
+)
 from nanovlm.chat import IMAGE, Chat, ChatConfig
 from nanovlm.decoder import Decoder
 from nanovlm.image import ImageConfig, preprocess
@@ -38,7 +56,9 @@ def test_eyes_agree_with_the_reference():
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = reference(pixels).last_hidden_state
-        assert torch.allclose(VisionTransformer.from_pretrained(VISION, torch.float32)(pixels), expected, atol=1e-4)
+        assert torch.allclose(
+            VisionTransformer.from_pretrained(VISION, torch.float32)(pixels), expected, atol=1e-4
+        )
 
 
 def test_eyes_are_given_the_pixels_they_were_trained_on():
@@ -53,7 +73,9 @@ def test_voice_agrees_with_the_reference(tokenizer):
     reference = transformers.Qwen3ForCausalLM.from_pretrained(TEXT, dtype=torch.float32).eval()
     ids = torch.randint(0, tokenizer.vocab_size, (2, 40))
     with torch.no_grad():
-        assert torch.allclose(Decoder.from_pretrained(TEXT, torch.float32)(ids), reference(ids).logits, atol=1e-4)
+        assert torch.allclose(
+            Decoder.from_pretrained(TEXT, torch.float32)(ids), reference(ids).logits, atol=1e-4
+        )
 
 
 def test_voice_answers_from_what_it_is_told(tokenizer):
@@ -69,7 +91,17 @@ def test_words_of_a_note_are_single_pieces(tokenizer):
     assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
 
 
-@pytest.mark.parametrize("text", ["图里有红色的圆形吗？", "  two  spaces ", "line\nbreak\ttab", "龘 😀 é", "<image></s><user>", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "图里有红色的圆形吗？",
+        "  two  spaces ",
+        "line\nbreak\ttab",
+        "龘 😀 é",
+        "<image></s><user>",
+        "",
+    ],
+)
 def test_tokenizer_gives_back_any_text_and_never_a_special_token(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -84,19 +116,30 @@ def test_tokenizer_has_what_the_plain_template_needs(tokenizer):
 
 def test_no_piece_holds_both_a_colour_and_a_shape(tokenizer):
     pieces = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
-    colours, shapes = ({word for pair in table.items() for word in pair} for table in (COLOURS, SHAPES))
-    glued = [piece for piece in pieces if any(a in piece and b in piece for a, b in product(colours, shapes))]
+    colours, shapes = (
+        {word for pair in table.items() for word in pair} for table in (COLOURS, SHAPES)
+    )
+    glued = [
+        piece
+        for piece in pieces
+        if any(a in piece and b in piece for a, b in product(colours, shapes))
+    ]
     assert not glued
     for (colour, shape), spelling in product(ALL_PAIRS, ("{}{}", " {} {}")):
         table = {"{}{}": (COLOURS[colour], SHAPES[shape]), " {} {}": (colour, shape)}[spelling]
         separator = " " if " " in spelling else ""
         first, second = separator + table[0], separator + table[1]
-        assert tokenizer.encode(first + second) == tokenizer.encode(first) + tokenizer.encode(second)
+        assert tokenizer.encode(first + second) == tokenizer.encode(first) + tokenizer.encode(
+            second
+        )
 
 
 def test_no_held_out_pair_is_in_the_pretraining_data():
     for index in range(300):
-        text, scene = Text.random(Random(f"check/{index}")), crowded_scene(Random(f"check/{index}"), TRAIN_PAIRS)
+        text, scene = (
+            Text.random(Random(f"check/{index}")),
+            crowded_scene(Random(f"check/{index}"), TRAIN_PAIRS),
+        )
         assert not {(thing.colour, thing.shape) for thing in scene.objects} & set(HELD_OUT_PAIRS)
         messages = [message for conversation in text.conversations for message in conversation]
         spoken = [part for message in messages for part in message.content if part is not IMAGE]
@@ -110,7 +153,9 @@ def test_patch_labels_say_where_each_object_is_and_what():
     names = list(HEADS)
     for index in range(50):
         scene = random_scene(Random(f"labels/{index}"))
-        labels = dict(zip(names, torch.tensor(patch_labels(scene)).unflatten(1, (GRID, GRID)), strict=True))
+        labels = dict(
+            zip(names, torch.tensor(patch_labels(scene)).unflatten(1, (GRID, GRID)), strict=True)
+        )
         assert (labels["place"] == CENTRE).sum() == len(scene.objects)
         for thing in scene.objects:
             at = int(thing.y // 8), int(thing.x // 8)
@@ -129,7 +174,9 @@ def test_mirrored_labels_belong_to_the_mirrored_picture():
     x = list(HEADS).index("x")
     belongs = labels[0, 0].view(GRID, GRID).flip(1).flatten() > 0
     assert torch.equal(mirrored[0, 0] > 0, belongs)
-    assert torch.equal(mirrored[0, x][belongs], BINS - 1 - labels[0, x].view(GRID, GRID).flip(1).flatten()[belongs])
+    assert torch.equal(
+        mirrored[0, x][belongs], BINS - 1 - labels[0, x].view(GRID, GRID).flip(1).flatten()[belongs]
+    )
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -139,8 +186,13 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _make(out: Path, *flags: str) -> subprocess.Popen:
     sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --drill-steps 2 --texts 600".split()
-    return subprocess.Popen([sys.executable, SCRIPT, "--out", out, *sizes, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, "--out", out, *sizes, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow

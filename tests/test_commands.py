@@ -20,7 +20,13 @@ import infer
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import __main__ as evaluation
 from nanovlm.training.freezing import freeze
-from nanovlm.training.lora import LoRAConfig, adapter_parameters, add_adapters, merged_tensors, save_adapter
+from nanovlm.training.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    add_adapters,
+    merged_tensors,
+    save_adapter,
+)
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.vlm import VisionLanguageModel
 from nanovlm.weights.loading import open_checkpoint
@@ -31,30 +37,46 @@ from tests.runs import metrics
 @pytest.fixture
 def image(tmp_path) -> Path:
     path = tmp_path / "scene.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
 @pytest.fixture
 def ask(tiny, call):
     """Run infer.py in this process: `ask(*arguments)` gives its exit code, stdout and stderr."""
-    def answer(*arguments, model: Path = tiny.model, stdin: bytes = b"", main=infer.main) -> tuple[int, str, str]:
-        flags = ["--model", model, "--device", "cpu", "--dtype", "fp32"] if main is infer.main else []
-        tokens = ["--max-new-tokens", "5"] if main is infer.main and "--max-new-tokens" not in arguments else []
+
+    def answer(
+        *arguments, model: Path = tiny.model, stdin: bytes = b"", main=infer.main
+    ) -> tuple[int, str, str]:
+        flags = (
+            ["--model", model, "--device", "cpu", "--dtype", "fp32"] if main is infer.main else []
+        )
+        tokens = (
+            ["--max-new-tokens", "5"]
+            if main is infer.main and "--max-new-tokens" not in arguments
+            else []
+        )
         done = call(main, *arguments, *flags, *tokens, stdin=stdin)
         return done.returncode, done.stdout, done.stderr
+
     return answer
 
 
 @pytest.fixture
 def refused(ask):
     """The one line of an `ask` that must be refused."""
+
     def call(*arguments, **options) -> str:
         code, out, err = ask(*arguments, **options)
         told = [line for line in err.splitlines() if not line.startswith("model: ")]
         assert (code, out) == (2, "") and told[0].startswith("error: "), (code, out, err)
-        assert len(told) == 1 or "the tensors do not fit" in told[0]  # only the loading report has more lines
+        assert (
+            len(told) == 1 or "the tensors do not fit" in told[0]
+        )  # only the loading report has more lines
         return err
+
     return call
 
 
@@ -72,16 +94,27 @@ def test_the_answer_alone_is_on_stdout(tiny, image, ask):
 
 def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypatch):
     asked, encode = [], infer.VisionLanguageModel.from_pretrained
+
     def loaded(*arguments):
         model = encode(*arguments)
         chat = model.chat.encode
-        monkeypatch.setattr(model.chat, "encode", lambda messages, lengths, **kind: asked.append((list(messages), lengths))
-                            or chat(messages, lengths, **kind))
+        monkeypatch.setattr(
+            model.chat,
+            "encode",
+            lambda messages, lengths, **kind: (
+                asked.append((list(messages), lengths)) or chat(messages, lengths, **kind)
+            ),
+        )
         return model
+
     monkeypatch.setattr(infer.VisionLanguageModel, "from_pretrained", loaded)
     for count in (0, 1, 3):
         assert ask(*[image] * count, "你好")[0] == 0
-    assert [(messages[0].num_images, len(lengths)) for messages, lengths in asked] == [(0, 0), (1, 1), (3, 3)]
+    assert [(messages[0].num_images, len(lengths)) for messages, lengths in asked] == [
+        (0, 0),
+        (1, 1),
+        (3, 3),
+    ]
     asked.clear()
     code, out, _ = ask(image, "--chat", stdin="第一\n第二\n\n不问\n".encode())
     assert code == 0 and out.count("\n") == 2
@@ -107,7 +140,10 @@ def test_sampling_follows_its_seed(image, ask):
 
 
 def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, tmp_path):
-    model, settings = VisionLanguageModel.from_pretrained(tiny.model), Settings(train="projector,text", lora_rank=4)
+    model, settings = (
+        VisionLanguageModel.from_pretrained(tiny.model),
+        Settings(train="projector,text", lora_rank=4),
+    )
     config = LoRAConfig.from_settings(settings)
     add_adapters(model.decoder, config)
     freeze(model, settings)
@@ -121,23 +157,42 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
     assert "nope/adapter.json: cannot be read" in refused(image, "描述图片", "--adapter", "nope")
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("--temperature -1", "temperature is -1.0; it has to be 0 or more"), ("--temperature nan", "temperature is nan"),
-    ("--temperature hot", "invalid float value: 'hot'"), ("--top-p 0", "top_p is 0.0"), ("--top-p 1.1", "top_p is 1.1"),
-    ("--top-k -1", "top_k is -1"), ("--repetition-penalty 0", "repetition_penalty is 0.0"), ("--seed 1.5", "invalid int value"),
-    ("--seed 99999999999999999999", "seed is 99999999999999999999"),
-    ("--max-new-tokens 0", "--max-new-tokens has to be 1 or more"), ("--max-new-tokens 5000", "exceed the decoder's 1024 positions"),
-    ("--device tpu", "invalid choice: 'tpu'"), ("--dtype int8", "invalid choice: 'int8'"), ("--temp 1", "unrecognized arguments"),
-    ("--bogus", "unrecognized arguments: --bogus"), ("--model", "expected one argument"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--temperature -1", "temperature is -1.0; it has to be 0 or more"),
+        ("--temperature nan", "temperature is nan"),
+        ("--temperature hot", "invalid float value: 'hot'"),
+        ("--top-p 0", "top_p is 0.0"),
+        ("--top-p 1.1", "top_p is 1.1"),
+        ("--top-k -1", "top_k is -1"),
+        ("--repetition-penalty 0", "repetition_penalty is 0.0"),
+        ("--seed 1.5", "invalid int value"),
+        ("--seed 99999999999999999999", "seed is 99999999999999999999"),
+        ("--max-new-tokens 0", "--max-new-tokens has to be 1 or more"),
+        ("--max-new-tokens 5000", "exceed the decoder's 1024 positions"),
+        ("--device tpu", "invalid choice: 'tpu'"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--temp 1", "unrecognized arguments"),
+        ("--bogus", "unrecognized arguments: --bogus"),
+        ("--model", "expected one argument"),
+    ],
+)
 def test_flags_that_are_refused(image, refused, flags, expected):
     assert expected in refused(image, "描述图片", *flags.split())
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [
-    ("a<|im_end|>b", "contains '<|im_end|>'"), ("<image>这是什么", "contains '<image>'"), ("</s>", "contains '</s>'"),
-    ("<assistant>好", "contains '<assistant>'"), ("  ", "the prompt is empty"), ("长" * 3000, "positions; shorten the prompt"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a<|im_end|>b", "contains '<|im_end|>'"),
+        ("<image>这是什么", "contains '<image>'"),
+        ("</s>", "contains '</s>'"),
+        ("<assistant>好", "contains '<assistant>'"),
+        ("  ", "the prompt is empty"),
+        ("长" * 3000, "positions; shorten the prompt"),
+    ],
+)
 def test_prompts_that_are_refused(image, refused, prompt, expected):
     assert expected in refused(image, prompt)
     if prompt.strip():
@@ -161,9 +216,17 @@ def _bytes(picture: Image.Image, format: str, **options) -> bytes:
 
 def _png(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _turned() -> bytes:
@@ -173,16 +236,27 @@ def _turned() -> bytes:
 
 
 ODD = {
-    "cmyk.jpg": _bytes(Image.new("CMYK", (20, 20)), "JPEG"), "16bit.png": _bytes(Image.new("I;16", (20, 20), 40000), "PNG"),
-    "palette.png": _bytes(Image.new("P", (20, 20)), "PNG", transparency=0), "one.png": _bytes(Image.new("RGB", (1, 1)), "PNG"),
-    "moving.gif": _bytes(Image.new("P", (20, 20)), "GIF", save_all=True, append_images=[Image.new("P", (20, 20), 3)]),
-    "turned.jpg": _turned(), "alpha.webp": _bytes(Image.new("RGBA", (20, 20)), "WEBP"), "no extension": _bytes(Image.new("L", (9, 9)), "BMP"),
+    "cmyk.jpg": _bytes(Image.new("CMYK", (20, 20)), "JPEG"),
+    "16bit.png": _bytes(Image.new("I;16", (20, 20), 40000), "PNG"),
+    "palette.png": _bytes(Image.new("P", (20, 20)), "PNG", transparency=0),
+    "one.png": _bytes(Image.new("RGB", (1, 1)), "PNG"),
+    "moving.gif": _bytes(
+        Image.new("P", (20, 20)), "GIF", save_all=True, append_images=[Image.new("P", (20, 20), 3)]
+    ),
+    "turned.jpg": _turned(),
+    "alpha.webp": _bytes(Image.new("RGBA", (20, 20)), "WEBP"),
+    "no extension": _bytes(Image.new("L", (9, 9)), "BMP"),
 }
-WHOLE = _bytes(Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "PNG")
+WHOLE = _bytes(
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "PNG"
+)
 BROKEN = {
-    "truncated.png": (WHOLE[:2000], "cannot read the image"), "header.png": (WHOLE[:20], "cannot read the image"),
-    "truncated.jpg": (_bytes(Image.open(io.BytesIO(WHOLE)), "JPEG")[:600], "cannot read the image"), "empty.png": (b"", "the file is empty"),
-    "text.jpg": (b"hello", "not an image"), "large.png": (_png(30_000, 30_000), "more pixels than the limit of 67,108,864"),
+    "truncated.png": (WHOLE[:2000], "cannot read the image"),
+    "header.png": (WHOLE[:20], "cannot read the image"),
+    "truncated.jpg": (_bytes(Image.open(io.BytesIO(WHOLE)), "JPEG")[:600], "cannot read the image"),
+    "empty.png": (b"", "the file is empty"),
+    "text.jpg": (b"hello", "not an image"),
+    "large.png": (_png(30_000, 30_000), "more pixels than the limit of 67,108,864"),
     "bomb.png": (_png(2**31 - 1, 2**31 - 1), "pixels"),
 }
 
@@ -215,6 +289,7 @@ def _edit(name: str, change) -> callable:
         config = json.loads((folder / name).read_text())
         change(config)
         (folder / name).write_text(json.dumps(config))
+
     return damage
 
 
@@ -225,6 +300,7 @@ def _weights(change) -> callable:
         tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.keys()}
         change(tensors)
         save_file(tensors, path)
+
     return damage
 
 
@@ -233,7 +309,8 @@ def _header(change) -> callable:
         path = folder / "model.safetensors"
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
-        path.write_bytes(change(size, data[8:8 + size], data[8 + size:]))
+        path.write_bytes(change(size, data[8 : 8 + size], data[8 + size :]))
+
     return damage
 
 
@@ -246,23 +323,62 @@ def _negative(size: int, header: bytes, rest: bytes) -> bytes:
 
 DAMAGES = {
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "cut off at"),
-    "empty": (lambda folder: os.truncate(folder / "model.safetensors", 0), "too few for a safetensors file"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors"),
+    "empty": (
+        lambda folder: os.truncate(folder / "model.safetensors", 0),
+        "too few for a safetensors file",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "holds neither model.safetensors",
+    ),
     "negative offset": (_header(_negative), "impossible data_offsets [-4"),
-    "huge header": (_header(lambda size, header, rest: (2**40).to_bytes(8, "little") + header + rest), "claims a header of"),
-    "header is no JSON": (_header(lambda size, header, rest: size.to_bytes(8, "little") + b"{" * size + rest), "model.safetensors"),
-    "wrong shape": (_weights(lambda tensors: tensors.update({"projector.up.bias": torch.zeros(3)})), "1 mis-shaped"),
+    "huge header": (
+        _header(lambda size, header, rest: (2**40).to_bytes(8, "little") + header + rest),
+        "claims a header of",
+    ),
+    "header is no JSON": (
+        _header(lambda size, header, rest: size.to_bytes(8, "little") + b"{" * size + rest),
+        "model.safetensors",
+    ),
+    "wrong shape": (
+        _weights(lambda tensors: tensors.update({"projector.up.bias": torch.zeros(3)})),
+        "1 mis-shaped",
+    ),
     "missing tensor": (_weights(lambda tensors: tensors.pop("vision.cls_token")), "1 missing"),
-    "unexpected tensor": (_weights(lambda tensors: tensors.update(more=torch.zeros(1))), "1 unexpected"),
-    "unknown key": (_edit("config.json", lambda config: config.update(colour=1)), "unknown key 'colour'"),
-    "unknown key of a part": (_edit("config.json", lambda config: config["text"].update(hiden_size=1)), "did you mean 'hidden_size'"),
-    "missing key": (_edit("config.json", lambda config: config.pop("vision")), "key 'vision' is missing"),
-    "wrong type": (_edit("config.json", lambda config: config["text"].update(hidden_size="16")), "expected int"),
-    "another model": (_edit("config.json", lambda config: config.update(model_type="llava")), "model_type is 'llava'"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text('{\n"a"'), "config.json:2: is not valid JSON"),
+    "unexpected tensor": (
+        _weights(lambda tensors: tensors.update(more=torch.zeros(1))),
+        "1 unexpected",
+    ),
+    "unknown key": (
+        _edit("config.json", lambda config: config.update(colour=1)),
+        "unknown key 'colour'",
+    ),
+    "unknown key of a part": (
+        _edit("config.json", lambda config: config["text"].update(hiden_size=1)),
+        "did you mean 'hidden_size'",
+    ),
+    "missing key": (
+        _edit("config.json", lambda config: config.pop("vision")),
+        "key 'vision' is missing",
+    ),
+    "wrong type": (
+        _edit("config.json", lambda config: config["text"].update(hidden_size="16")),
+        "expected int",
+    ),
+    "another model": (
+        _edit("config.json", lambda config: config.update(model_type="llava")),
+        "model_type is 'llava'",
+    ),
+    "config is no JSON": (
+        lambda folder: (folder / "config.json").write_text('{\n"a"'),
+        "config.json:2: is not valid JSON",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "holds no tokenizer"),
-    "damaged tokenizer": (lambda folder: os.truncate(folder / "tokenizer.model", 50), "is not a SentencePiece model"),
+    "damaged tokenizer": (
+        lambda folder: os.truncate(folder / "tokenizer.model", 50),
+        "is not a SentencePiece model",
+    ),
 }
 
 
@@ -280,36 +396,79 @@ def test_damaged_models_are_refused(tiny, tmp_path, image, refused, name):
 
 
 def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
-    flags = ["--model", tiny.model, "--data", tiny.data / "val.jsonl", "--max-new-tokens", "3", "--dtype", "fp32"]
-    keys = {"exact", "cider_d", "bleu_4", "chair_s", "chair_i", "n"}  # of scenes, also the objects named that are not there
+    flags = [
+        "--model",
+        tiny.model,
+        "--data",
+        tiny.data / "val.jsonl",
+        "--max-new-tokens",
+        "3",
+        "--dtype",
+        "fp32",
+    ]
+    keys = {
+        "exact",
+        "cider_d",
+        "bleu_4",
+        "chair_s",
+        "chair_i",
+        "n",
+    }  # of scenes, also the objects named that are not there
     for more in ([], ["--control", "blind"], ["--control", "shuffled", "--limit", "9"]):
-        code, out, err = ask(*flags, *more, "--answers", tmp_path / "answers.jsonl", main=evaluation.main)
+        code, out, err = ask(
+            *flags, *more, "--answers", tmp_path / "answers.jsonl", main=evaluation.main
+        )
         result = json.loads(out)
         assert code == 0 and out.count("\n") == 1 and result.keys() == keys
         lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-        assert len(lines) == result["n"] and json.loads(lines[0]).keys() == {"where", "answer", "references"}
+        assert len(lines) == result["n"] and json.loads(lines[0]).keys() == {
+            "where",
+            "answer",
+            "references",
+        }
     assert result["n"] == 9
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("--limit -1", "--limit"), ("--control dark", "invalid choice: 'dark'"), ("--device tpu", "invalid choice"),
-    ("--dtype int8", "invalid choice"), ("--data nope.jsonl", "nope.jsonl: cannot be read"), ("--images nope", "is not a folder"),
-    ("--answers nope/a.jsonl", "nope: is not a folder"), ("--model nope", "nope/config.json"), ("--bogus", "unrecognized"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--limit -1", "--limit"),
+        ("--control dark", "invalid choice: 'dark'"),
+        ("--device tpu", "invalid choice"),
+        ("--dtype int8", "invalid choice"),
+        ("--data nope.jsonl", "nope.jsonl: cannot be read"),
+        ("--images nope", "is not a folder"),
+        ("--answers nope/a.jsonl", "nope: is not a folder"),
+        ("--model nope", "nope/config.json"),
+        ("--bogus", "unrecognized"),
+    ],
+)
 def test_what_evaluation_refuses(tiny, refused, flags, expected):
     arguments = ["--model", tiny.model, "--data", tiny.data / "val.jsonl", *flags.split()]
     assert expected in refused(*arguments, main=evaluation.main)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("", "holds no records"), ('{"messages": [{"role": "user", "content": "<image><image>?"}], "image": "i.png", "references": ["a"]}',
-                               "the text has 2 <image> markers and the record 1 images"),
-    ("{", "cannot be used"), ('{"messages": []}', "with a turn in it"), ("[]", "expected an object"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "holds no records"),
+        (
+            '{"messages": [{"role": "user", "content": "<image><image>?"}], "image": "i.png", "references": ["a"]}',
+            "the text has 2 <image> markers and the record 1 images",
+        ),
+        ("{", "cannot be used"),
+        ('{"messages": []}', "with a turn in it"),
+        ("[]", "expected an object"),
+    ],
+)
 def test_data_that_is_refused(tiny, tmp_path, monkeypatch, capsys, text, expected):
     (tmp_path / "data.jsonl").write_text(text)
     (tmp_path / "i.png").write_bytes(WHOLE)
-    monkeypatch.setattr(sys, "argv", ["evaluation", "--model", str(tiny.model), "--data", str(tmp_path / "data.jsonl")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evaluation", "--model", str(tiny.model), "--data", str(tmp_path / "data.jsonl")],
+    )
     with pytest.raises(NanoVLMError, match=expected):
         evaluation.main()
     assert capsys.readouterr().out == ""
@@ -325,48 +484,116 @@ def wait(process) -> tuple[int, str, str]:
 
 def test_from_training_to_an_answer(tiny, tmp_path, image, command):
     """The newcomer's way, in an empty folder."""
-    flags = ["--data", tiny.data / "train.jsonl", "--max-steps", "2", "--batch-size", "4", "--device", "cpu"]
-    code, out, err = wait(command("train_stage1.py", "--vision", tiny.vision, "--text", tiny.text, *flags, cwd=tmp_path))
-    assert (code, out) == (0, "") and err.endswith("next:  python train_stage2.py --data FILE.jsonl\n"), err
+    flags = [
+        "--data",
+        tiny.data / "train.jsonl",
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    code, out, err = wait(
+        command(
+            "train_stage1.py", "--vision", tiny.vision, "--text", tiny.text, *flags, cwd=tmp_path
+        )
+    )
+    assert (code, out) == (0, "") and err.endswith(
+        "next:  python train_stage2.py --data FILE.jsonl\n"
+    ), err
     code, out, err = wait(command("train_stage2.py", *flags, cwd=tmp_path))
     assert (code, out) == (0, "") and 'next:  python infer.py IMAGE "描述图片"' in err, err
-    code, out, err = wait(command("infer.py", image, "描述图片", "--max-new-tokens", "5", "--device", "cpu", cwd=tmp_path))
-    assert code == 0 and out.strip() and "model: runs/stage2/model" in err and "toy world" not in err
-    code, out, err = wait(command("-m", "nanovlm.evaluation", "--model", "runs/stage2/model", "--data", tiny.data / "val.jsonl",
-                                  "--limit", "3", "--max-new-tokens", "3", cwd=tmp_path))
+    code, out, err = wait(
+        command(
+            "infer.py", image, "描述图片", "--max-new-tokens", "5", "--device", "cpu", cwd=tmp_path
+        )
+    )
+    assert (
+        code == 0 and out.strip() and "model: runs/stage2/model" in err and "toy world" not in err
+    )
+    code, out, err = wait(
+        command(
+            "-m",
+            "nanovlm.evaluation",
+            "--model",
+            "runs/stage2/model",
+            "--data",
+            tiny.data / "val.jsonl",
+            "--limit",
+            "3",
+            "--max-new-tokens",
+            "3",
+            cwd=tmp_path,
+        )
+    )
     assert code == 0 and json.loads(out)["n"] == 3, err
 
 
 def test_a_stage_without_its_model_and_a_wrong_flag(tmp_path, command):
-    processes = command("train_stage2.py", cwd=tmp_path), command("infer.py", "gone.jpg", "描述图片", cwd=tmp_path)
+    processes = (
+        command("train_stage2.py", cwd=tmp_path),
+        command("infer.py", "gone.jpg", "描述图片", cwd=tmp_path),
+    )
     code, out, err = wait(processes[0])
-    assert (code, out) == (2, "") and err == ("error: runs/stage1/model: there is no model to start from; run train_stage1.py "
-                                              "first, or give --init\n")
+    assert (code, out) == (2, "") and err == (
+        "error: runs/stage1/model: there is no model to start from; run train_stage1.py "
+        "first, or give --init\n"
+    )
     assert wait(processes[1]) == (2, "", "error: gone.jpg: no such file\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tiny, tmp_path, command):
     """The signal reaches the whole process group, as that of a scheduler or Ctrl-C: the workers, too."""
+
     def start(out: str, *flags):
-        settings = tiny.settings(Path(out), init=str(tiny.model), train="projector,text", accumulate=2, workers=2, max_steps=40,
-                                 val_every=15, save_every=1000)
+        settings = tiny.settings(
+            Path(out),
+            init=str(tiny.model),
+            train="projector,text",
+            accumulate=2,
+            workers=2,
+            max_steps=40,
+            val_every=15,
+            save_every=1000,
+        )
         (tmp_path / "settings.toml").write_text(to_toml(settings))
-        return command("train_stage2.py", "--config", "settings.toml", *flags, cwd=tmp_path, start_new_session=True)
+        return command(
+            "train_stage2.py",
+            "--config",
+            "settings.toml",
+            *flags,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
 
     process, log = start("stopped"), tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     code, out, err = wait(process)
-    assert (code, out) == (143, "") and "go on with:  python train_stage2.py --config settings.toml --resume --out stopped\n" in err, err
+    assert (
+        (code, out) == (143, "")
+        and "go on with:  python train_stage2.py --config settings.toml --resume --out stopped\n"
+        in err
+    ), err
     assert "Traceback" not in err and 3 <= log.read_text().count("\n") < 38
     assert wait(start("whole"))[0] == 0
     code, out, err = wait(command("train_stage2.py", "--resume", "--out", "stopped", cwd=tmp_path))
     assert code == 0 and "next:" in err, err
     lines = metrics(tmp_path / "stopped")
     assert lines == metrics(tmp_path / "whole") and len(lines) == 40
-    for name in ("model/model.safetensors", "checkpoints/step_40/optimizer.safetensors", "checkpoints/step_40/state.json"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name in (
+        "model/model.safetensors",
+        "checkpoints/step_40/optimizer.safetensors",
+        "checkpoints/step_40/state.json",
+    ):
+        assert (tmp_path / "stopped" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()
     assert wait(command("train_stage2.py", "--resume", "--out", "stopped", cwd=tmp_path)) == (
-        2, "", "error: stopped: this run is finished, its model is in stopped/model\n")
+        2,
+        "",
+        "error: stopped: this run is finished, its model is in stopped/model\n",
+    )

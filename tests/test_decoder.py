@@ -17,8 +17,14 @@ from nanovlm.generate import Sampling, decode
 from nanovlm.weights import SafetensorsFile, save_file
 from tests.reference.models import qwen, qwen1, randomise
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}  # so that fast, blended and slow pairs are among the few there are
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # so that fast, blended and slow pairs are among the few there are
 VARIANTS = {
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
@@ -26,10 +32,20 @@ VARIANTS = {
     "one key head": {"num_key_value_heads": 1},
     "a key head each": {"num_key_value_heads": 4},
     "qwen3": {"family": "qwen3", "head_dim": 16},
-    "qwen3 tied": {"family": "qwen3", "head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3 tied": {
+        "family": "qwen3",
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+    },
     "llama": {"family": "llama"},
     "llama tied": {"family": "llama", "tie_word_embeddings": True, "num_key_value_heads": 4},
-    "llama with biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "llama with biases": {
+        "family": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 12,
+    },
     "llama 3.1": {"family": "llama", "rope_parameters": LLAMA3_ROPE, "head_dim": 16},
     "mistral": {"family": "mistral", "sliding_window": None},
     "sharded": {"max_shard_size": "20KB"},
@@ -58,7 +74,9 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 def padding(lengths: list[int], width: int, left: bool) -> torch.Tensor:
     """A (B, T) mask of ones where the tokens are."""
     index = torch.arange(width)
-    return torch.stack([index >= width - length if left else index < length for length in lengths]).long()
+    return torch.stack(
+        [index >= width - length if left else index < length for length in lengths]
+    ).long()
 
 
 @torch.inference_mode()
@@ -110,8 +128,13 @@ def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     logits = ours(ids, mask)[mask > 0]
     assert logits.dtype == torch.bfloat16
     half = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    error, their_error = (logits - exact).abs(), (half(ids, mask, position_ids).logits[mask > 0] - exact).abs()
-    assert error.mean() < 0.015 and error.max() < 0.15  # of logits whose standard deviation is about 1
+    error, their_error = (
+        (logits - exact).abs(),
+        (half(ids, mask, position_ids).logits[mask > 0] - exact).abs(),
+    )
+    assert (
+        error.mean() < 0.015 and error.max() < 0.15
+    )  # of logits whose standard deviation is about 1
     assert error.mean() < 1.2 * their_error.mean()
 
 
@@ -166,12 +189,20 @@ def test_a_later_token_leaves_earlier_logits_alone(decoder):
 
 @torch.inference_mode()
 def test_a_branch_equals_a_row_of_its_own(decoder):
-    prefix, branches = random_ids(6, seed=1), [random_ids(length, seed=length) for length in (4, 1, 7)]
+    prefix, branches = (
+        random_ids(6, seed=1),
+        [random_ids(length, seed=length) for length in (4, 1, 7)],
+    )
     ids = torch.cat([prefix, *branches])
     mask = torch.tensor([1] * 6 + [2] * 4 + [3] + [4] * 7)
     logits = decoder(ids[None], mask[None])[0]
-    padded = torch.cat((torch.zeros(3, dtype=torch.long), ids)), torch.cat((torch.zeros(3, dtype=torch.long), mask))
-    torch.testing.assert_close(decoder(padded[0][None], padded[1][None])[0, 3:], logits, **TOLERANCE)
+    padded = (
+        torch.cat((torch.zeros(3, dtype=torch.long), ids)),
+        torch.cat((torch.zeros(3, dtype=torch.long), mask)),
+    )
+    torch.testing.assert_close(
+        decoder(padded[0][None], padded[1][None])[0, 3:], logits, **TOLERANCE
+    )
     for number, branch in enumerate(branches, start=2):
         alone = decoder(torch.cat((prefix, branch))[None])[0]
         torch.testing.assert_close(logits[mask == number], alone[6:], **TOLERANCE)
@@ -195,9 +226,20 @@ def test_gradients_equal_the_reference(pair):
 def test_config_of_a_folder_equals_what_was_asked_for(tmp_path: Path):
     qwen(tmp_path, "qwen3", head_dim=16, rms_norm_eps=1e-5)
     assert Decoder.from_pretrained(tmp_path).config == DecoderConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, qkv_bias=False, qk_norm=True, rms_norm_eps=1e-5, rope_theta=1e5,
-        max_position_embeddings=256, tie_word_embeddings=False)
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        qkv_bias=False,
+        qk_norm=True,
+        rms_norm_eps=1e-5,
+        rope_theta=1e5,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
 
 
 @torch.inference_mode()
@@ -215,7 +257,11 @@ def test_llama3_scaling_is_read_in_both_spellings(tmp_path):
     scaling = config.pop("rope_parameters")
     older = config | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     assert DecoderConfig.from_hf(older) == newer
-    assert (newer.rope_type, newer.rope_factor, newer.original_max_position_embeddings) == ("llama3", 8.0, 32)
+    assert (newer.rope_type, newer.rope_factor, newer.original_max_position_embeddings) == (
+        "llama3",
+        8.0,
+        32,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +294,9 @@ def test_the_first_qwen_is_trained_without_stretching(tmp_path):
     recorded = qwen1(tmp_path)
     ours = Decoder.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"use_dynamic_ntk": False, "use_logn_attn": False}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"use_dynamic_ntk": False, "use_logn_attn": False})
+    )
     plain = Decoder.from_pretrained(tmp_path)
     ids = recorded["ids_long"]
     assert torch.equal(ours.train()(ids), plain(ids))
@@ -260,58 +308,131 @@ def test_the_first_qwen_in_bfloat16(tmp_path):
     recorded = qwen1(tmp_path)
     half = Decoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
     error = (half(recorded["ids_long"]) - recorded["logits_long"]).abs()
-    assert error.mean() < 0.015 and error.max() < 0.15  # of logits whose standard deviation is about 0.8
+    assert (
+        error.mean() < 0.015 and error.max() < 0.15
+    )  # of logits whose standard deviation is about 0.8
 
 
-@pytest.mark.parametrize("length", [9, 30, 40], ids=["short", "crosses the trained length while it writes", "long"])
+@pytest.mark.parametrize(
+    "length", [9, 30, 40], ids=["short", "crosses the trained length while it writes", "long"]
+)
 def test_the_first_qwen_writes_the_same_with_and_without_a_cache(first_qwen, length):
     ours, recorded = first_qwen
     short = torch.nn.functional.pad(recorded["ids"][:1, :5], (length - 5, 0))
-    ids, mask = torch.cat((recorded["ids_long"][:, :length], short)), padding([length, 5], length, left=True)
+    ids, mask = (
+        torch.cat((recorded["ids_long"][:, :length], short)),
+        padding([length, 5], length, left=True),
+    )
     with torch.inference_mode():
-        cached, uncached = (list(decode(ours, ours.embed_tokens(ids), ids, mask, 20, (), Sampling(1.0), use_cache))
-                            for use_cache in (True, False))
+        cached, uncached = (
+            list(decode(ours, ours.embed_tokens(ids), ids, mask, 20, (), Sampling(1.0), use_cache))
+            for use_cache in (True, False)
+        )
     assert cached == uncached and len(set(next(zip(*cached)))) > 10
 
 
 HUB_QWEN_7B_CHAT = {
-    "architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}, "attn_dropout_prob": 0.0,
-    "bf16": False, "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096, "intermediate_size": 22016,
-    "initializer_range": 0.02, "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 32768,
-    "model_type": "qwen", "no_bias": True, "num_attention_heads": 32, "num_hidden_layers": 32, "onnx_safe": None,
-    "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 8192, "softmax_in_fp32": False,
-    "tie_word_embeddings": False, "tokenizer_class": "QWenTokenizer", "transformers_version": "4.32.0", "use_cache": True,
-    "use_cache_kernel": False, "use_cache_quantization": False, "use_dynamic_ntk": True, "use_flash_attn": "auto",
-    "use_logn_attn": True, "vocab_size": 151936}
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "initializer_range": 0.02,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen",
+    "no_bias": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 8192,
+    "softmax_in_fp32": False,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "transformers_version": "4.32.0",
+    "use_cache": True,
+    "use_cache_kernel": False,
+    "use_cache_quantization": False,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 151936,
+}
 
 
 def test_the_published_qwen_7b_chat():
     config = DecoderConfig.from_hf(HUB_QWEN_7B_CHAT)
     assert config == DecoderConfig(
-        151936, 4096, 11008, 32, 32, 32, 128, qkv_bias=True, rms_norm_eps=1e-6, rope_theta=10000, max_position_embeddings=32768,
-        tie_word_embeddings=False, rope_type="dynamic_ntk", original_max_position_embeddings=8192, logn_attention=True)
+        151936,
+        4096,
+        11008,
+        32,
+        32,
+        32,
+        128,
+        qkv_bias=True,
+        rms_norm_eps=1e-6,
+        rope_theta=10000,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        rope_type="dynamic_ntk",
+        original_max_position_embeddings=8192,
+        logn_attention=True,
+    )
     with torch.device("meta"):
         decoder = Decoder(config)
-    assert sum(parameter.numel() for parameter in decoder.parameters()) == 7_721_324_544  # as its card says, 7.7 billion
+    assert (
+        sum(parameter.numel() for parameter in decoder.parameters()) == 7_721_324_544
+    )  # as its card says, 7.7 billion
 
 
 def test_the_published_qwen_72b_chat():
-    larger = {"hidden_size": 8192, "intermediate_size": 49152, "num_attention_heads": 64, "num_hidden_layers": 80,
-              "rope_theta": 1000000, "rotary_emb_base": 1000000, "use_dynamic_ntk": False, "use_logn_attn": False,
-              "vocab_size": 152064}
+    larger = {
+        "hidden_size": 8192,
+        "intermediate_size": 49152,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 80,
+        "rope_theta": 1000000,
+        "rotary_emb_base": 1000000,
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
+        "vocab_size": 152064,
+    }
     assert DecoderConfig.from_hf(HUB_QWEN_7B_CHAT | larger) == DecoderConfig(
-        152064, 8192, 24576, 80, 64, 64, 128, qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1000000,
-        max_position_embeddings=32768, tie_word_embeddings=False)
+        152064,
+        8192,
+        24576,
+        80,
+        64,
+        64,
+        128,
+        qkv_bias=True,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"no_bias": False}, "no_bias = False is not implemented, only True"),
-    ({"rotary_pct": 0.25}, "rotary_pct = 0.25 is not implemented"),
-    ({"scale_attn_weights": False}, "scale_attn_weights = False is not implemented"),
-    ({"seq_length": None}, "key 'seq_length' is missing"),
-    ({"intermediate_size": 22017}, "intermediate_size = 22017 has to be even"),
-    ({"seq_lenght": 8192}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"no_bias": False}, "no_bias = False is not implemented, only True"),
+        ({"rotary_pct": 0.25}, "rotary_pct = 0.25 is not implemented"),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False is not implemented"),
+        ({"seq_length": None}, "key 'seq_length' is missing"),
+        ({"intermediate_size": 22017}, "intermediate_size = 22017 has to be even"),
+        ({"seq_lenght": 8192}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
+    ],
+)
 def test_a_first_qwen_that_is_not_implemented_is_refused(change, message):
     with pytest.raises(NanoVLMError, match=message):
         DecoderConfig.from_hf(HUB_QWEN_7B_CHAT | change)
@@ -319,14 +440,41 @@ def test_a_first_qwen_that_is_not_implemented_is_refused(change, message):
 
 # ---- a decoder made from scratch
 
-GPT = DecoderConfig(97, 32, 48, 3, 4, 4, 8, norm="layer", rms_norm_eps=1e-5, positions="learned", mlp="gelu", output_bias=True, mlp_bias=True,
-                    max_position_embeddings=24)
-SCRATCH = dataclasses.replace(GPT, tie_word_embeddings=False, embedding_size=40, reducer_size=12, num_experts=4,
-                              num_shared_experts=1, balance_loss=0.01)
+GPT = DecoderConfig(
+    97,
+    32,
+    48,
+    3,
+    4,
+    4,
+    8,
+    norm="layer",
+    rms_norm_eps=1e-5,
+    positions="learned",
+    mlp="gelu",
+    output_bias=True,
+    mlp_bias=True,
+    max_position_embeddings=24,
+)
+SCRATCH = dataclasses.replace(
+    GPT,
+    tie_word_embeddings=False,
+    embedding_size=40,
+    reducer_size=12,
+    num_experts=4,
+    num_shared_experts=1,
+    balance_loss=0.01,
+)
 
 
-@pytest.fixture(params=[SCRATCH, GPT, dataclasses.replace(SCRATCH, mlp="gated", norm="rms", positions="rotary")],
-                ids=["all of it", "dense", "gated experts, rotary"])
+@pytest.fixture(
+    params=[
+        SCRATCH,
+        GPT,
+        dataclasses.replace(SCRATCH, mlp="gated", norm="rms", positions="rotary"),
+    ],
+    ids=["all of it", "dense", "gated experts, rotary"],
+)
 def scratch(request: pytest.FixtureRequest) -> Decoder:
     return from_scratch(request.param)
 
@@ -339,21 +487,44 @@ def from_scratch(config: DecoderConfig) -> Decoder:
 
 def gpt2() -> tuple[Decoder, PreTrainedModel]:
     """The same random numbers in ours and in the reference, whose matrices are (in, out)."""
-    reference = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=3, n_head=4, n_inner=48,
-                                           activation_function="gelu")).eval()
+    reference = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=97,
+            n_positions=24,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_inner=48,
+            activation_function="gelu",
+        )
+    ).eval()
     randomise(reference, seed=0)
     theirs, state = reference.transformer, {}
     for number, block in enumerate(theirs.h):
-        names = {"attention.out_proj": block.attn.c_proj, "mlp.up_proj": block.mlp.c_fc, "mlp.down_proj": block.mlp.c_proj}
-        pieces = {f"attention.{name}_proj.weight": piece for name, piece in zip("qkv", block.attn.c_attn.weight.T.chunk(3))}
-        pieces |= {f"attention.{name}_proj.bias": piece for name, piece in zip("qkv", block.attn.c_attn.bias.chunk(3))}
+        names = {
+            "attention.out_proj": block.attn.c_proj,
+            "mlp.up_proj": block.mlp.c_fc,
+            "mlp.down_proj": block.mlp.c_proj,
+        }
+        pieces = {
+            f"attention.{name}_proj.weight": piece
+            for name, piece in zip("qkv", block.attn.c_attn.weight.T.chunk(3))
+        }
+        pieces |= {
+            f"attention.{name}_proj.bias": piece
+            for name, piece in zip("qkv", block.attn.c_attn.bias.chunk(3))
+        }
         pieces |= {f"{name}.weight": layer.weight.T for name, layer in names.items()}
         pieces |= {f"{name}.bias": layer.bias for name, layer in names.items()}
         for name, norm in (("attention_norm", block.ln_1), ("mlp_norm", block.ln_2)):
             pieces |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
         state |= {f"blocks.{number}.{name}": piece for name, piece in pieces.items()}
-    state |= {"embed_tokens.weight": theirs.wte.weight, "position_embedding.weight": theirs.wpe.weight,
-              "norm.weight": theirs.ln_f.weight, "norm.bias": theirs.ln_f.bias}
+    state |= {
+        "embed_tokens.weight": theirs.wte.weight,
+        "position_embedding.weight": theirs.wpe.weight,
+        "norm.weight": theirs.ln_f.weight,
+        "norm.bias": theirs.ln_f.bias,
+    }
     decoder = Decoder(GPT).eval()
     decoder.load_state_dict(state)
     return decoder, reference
@@ -367,7 +538,9 @@ def test_norm_positions_and_mlp_of_the_other_kind_are_gpt2():
     assert 0.5 < expected.std() < 5
     torch.testing.assert_close(ours(ids), expected, **TOLERANCE)
     mask = padding([17, 6, 11], 17, left=True)
-    expected = reference(ids, attention_mask=mask, position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0)).logits
+    expected = reference(
+        ids, attention_mask=mask, position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0)
+    ).logits
     torch.testing.assert_close(ours(ids, mask)[mask > 0], expected[mask > 0], **TOLERANCE)
 
 
@@ -378,8 +551,12 @@ def test_the_reducer_is_two_matrices_a_gelu_and_a_norm_for_whatever_comes_in():
     decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     decoder.hidden_states(embeddings)
     hidden = embeddings @ decoder.reducer.down.weight.T + decoder.reducer.down.bias
-    hidden = torch.nn.functional.gelu(hidden) @ decoder.reducer.up.weight.T + decoder.reducer.up.bias
-    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    hidden = (
+        torch.nn.functional.gelu(hidden) @ decoder.reducer.up.weight.T + decoder.reducer.up.bias
+    )
+    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (
+        hidden.var(-1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
     hidden = hidden * decoder.reducer.norm.weight + decoder.reducer.norm.bias
     torch.testing.assert_close(seen[0], hidden + decoder.position_embedding.weight[:5])
     assert decoder.embed_tokens.weight.shape == (97, 40) and decoder.head_weight.shape == (97, 32)
@@ -431,8 +608,14 @@ def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
     assert change(6, None).tolist() == [False] * 6 + [True] * 4
     assert change(8, groups).tolist() == [False] * 8 + [True] * 2
     assert change(2, groups).tolist() == [False] * 2 + [True] * 8
-    alone = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]])  # a picture of one token each adds nothing, not even a shift
-    torch.testing.assert_close(scratch.hidden_states(embeddings, groups=alone), scratch.hidden_states(embeddings), **TOLERANCE)
+    alone = torch.tensor(
+        [[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]]
+    )  # a picture of one token each adds nothing, not even a shift
+    torch.testing.assert_close(
+        scratch.hidden_states(embeddings, groups=alone),
+        scratch.hidden_states(embeddings),
+        **TOLERANCE,
+    )
     # Padding on the left moves groups and tokens alike; a cache that was fed the picture goes on as before.
     padded = torch.cat((torch.zeros_like(embeddings[:, :2]), embeddings), dim=1)
     mask = torch.tensor([[0, 0] + [1] * 10])
@@ -441,7 +624,10 @@ def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
     torch.testing.assert_close(shifted[:, 2:], expected, **TOLERANCE)
     cache = scratch.new_cache(1, 10)
     pieces = [scratch.hidden_states(embeddings[:, :7], cache=cache, groups=groups[:, :7])]
-    pieces += [scratch.hidden_states(embeddings[:, [at]], cache=cache, groups=groups[:, :at + 1]) for at in (7, 8, 9)]
+    pieces += [
+        scratch.hidden_states(embeddings[:, [at]], cache=cache, groups=groups[:, : at + 1])
+        for at in (7, 8, 9)
+    ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
 
 
@@ -449,12 +635,17 @@ def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
     torch.manual_seed(0)
     decoder, ids = from_scratch(dataclasses.replace(SCRATCH, dropout=0.25)), random_ids(2, 9)
     plain = from_scratch(SCRATCH)
-    assert torch.equal(decoder(ids), plain(ids)) and torch.equal(plain.train()(ids), plain.eval()(ids))
+    assert torch.equal(decoder(ids), plain(ids)) and torch.equal(
+        plain.train()(ids), plain.eval()(ids)
+    )
     shares = []
     for module in decoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(
-                lambda _, before, after: shares.append(((after == 0) & (before[0] != 0)).float().mean()))
+                lambda _, before, after: shares.append(
+                    ((after == 0) & (before[0] != 0)).float().mean()
+                )
+            )
     decoder.train()
     assert not torch.equal(decoder(ids), decoder(ids))
     assert len(shares) == 2 * (1 + 2 * 3) and 0.2 < torch.stack(shares).mean() < 0.3
@@ -479,7 +670,9 @@ def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router(
 
 def test_a_text_beyond_the_table_of_positions_is_refused_and_a_long_row_of_short_ones_is_not():
     decoder = from_scratch(GPT).train()
-    with pytest.raises(NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it"):
+    with pytest.raises(
+        NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it"
+    ):
         decoder(random_ids(1, 25))
     with pytest.raises(NanoVLMError, match="a text of 25 tokens"):
         decoder(random_ids(1, 30), padding([25], 30, left=True))
@@ -501,24 +694,40 @@ def test_a_decoder_of_our_own_comes_back_from_its_folder(scratch, tmp_path):
 
 def test_as_made_it_begins_like_gpt2():
     torch.manual_seed(0)
-    decoder = Decoder(dataclasses.replace(SCRATCH, hidden_size=128, num_attention_heads=16, num_key_value_heads=16))
+    decoder = Decoder(
+        dataclasses.replace(
+            SCRATCH, hidden_size=128, num_attention_heads=16, num_key_value_heads=16
+        )
+    )
     blocks = decoder.blocks[0]
-    for parameter, expected in ((decoder.embed_tokens.weight, 0.02), (decoder.position_embedding.weight, 0.02),
-                                (blocks.attention.q_proj.weight, 0.02), (blocks.attention.out_proj.weight, 0.02 / 6**0.5),
-                                (blocks.mlp.experts[3].up_proj.weight, 0.02), (blocks.mlp.router.weight, 0.02),
-                                (blocks.mlp.experts[3].down_proj.weight, 0.02 / 6**0.5)):
+    for parameter, expected in (
+        (decoder.embed_tokens.weight, 0.02),
+        (decoder.position_embedding.weight, 0.02),
+        (blocks.attention.q_proj.weight, 0.02),
+        (blocks.attention.out_proj.weight, 0.02 / 6**0.5),
+        (blocks.mlp.experts[3].up_proj.weight, 0.02),
+        (blocks.mlp.router.weight, 0.02),
+        (blocks.mlp.experts[3].down_proj.weight, 0.02 / 6**0.5),
+    ):
         assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1)
     assert not blocks.mlp.experts[0].up_proj.bias.any() and not blocks.attention.out_proj.bias.any()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"norm": "batch"}, "norm is 'batch'; take one of rms, layer"),
-    ({"positions": "alibi"}, "positions is 'alibi'; take one of rotary, learned"),
-    ({"mlp": "relu"}, "mlp is 'relu'; take one of gated, gelu"),
-    ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
-    ({"tie_word_embeddings": True}, "a head of width 32 cannot be the table of 40-wide word vectors"),
-    ({"experts_per_token": 5}, "experts_per_token is 5 and there are 4 experts"),
-    ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"norm": "batch"}, "norm is 'batch'; take one of rms, layer"),
+        ({"positions": "alibi"}, "positions is 'alibi'; take one of rotary, learned"),
+        ({"mlp": "relu"}, "mlp is 'relu'; take one of gated, gelu"),
+        ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
+        (
+            {"tie_word_embeddings": True},
+            "a head of width 32 cannot be the table of 40-wide word vectors",
+        ),
+        ({"experts_per_token": 5}, "experts_per_token is 5 and there are 4 experts"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0"),
+    ],
+)
 def test_a_shape_that_cannot_be_is_refused(changes, message):
     with pytest.raises(NanoVLMError, match=message):
         dataclasses.replace(SCRATCH, **changes)

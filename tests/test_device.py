@@ -34,7 +34,10 @@ def test_bf16_where_it_is_fast_and_a_sentence_where_it_is_not(monkeypatch, asked
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_dtype(asked, CUDA) == (torch.bfloat16, "")
     assert choose_dtype(asked, MPS)[0] == torch.float32 and "mps" in choose_dtype(asked, MPS)[1]
-    assert choose_dtype("fp16", CPU) == (torch.float16, "") and choose_dtype("fp32", CUDA) == (torch.float32, "")
+    assert choose_dtype("fp16", CPU) == (torch.float16, "") and choose_dtype("fp32", CUDA) == (
+        torch.float32,
+        "",
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
@@ -55,6 +58,12 @@ before = resident()
 del blocks[::2]
 print(before - resident())
 """
-    kept, returned = (float(subprocess.run([sys.executable, "-c", code, choice], stdout=subprocess.PIPE, check=True).stdout)
-                      for choice in ("keep", "give back"))
+    kept, returned = (
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code, choice], stdout=subprocess.PIPE, check=True
+            ).stdout
+        )
+        for choice in ("keep", "give back")
+    )
     assert kept < 10 and returned > 45

@@ -28,20 +28,28 @@ def naive(experts: Experts, hidden_states: Tensor, per_token: int) -> Tensor:
     rows = []
     for token in hidden_states.flatten(0, -2):
         likelihoods = (experts.router.weight @ token).softmax(dim=0)
-        chosen = sorted(range(len(experts.experts)), key=lambda expert: -likelihoods[expert].item())[:per_token]
+        chosen = sorted(
+            range(len(experts.experts)), key=lambda expert: -likelihoods[expert].item()
+        )[:per_token]
         total = sum(likelihoods[expert] for expert in chosen)
         row = sum(likelihoods[expert] / total * experts.experts[expert](token) for expert in chosen)
         rows.append(row + sum(expert(token) for expert in experts.shared_experts))
     return torch.stack(rows).view_as(hidden_states)
 
 
-@pytest.mark.parametrize("count, per_token, shared", [(4, 2, 1), (4, 1, 0), (3, 3, 2), (8, 3, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "count, per_token, shared", [(4, 2, 1), (4, 1, 0), (3, 3, 2), (8, 3, 0), (1, 1, 1)]
+)
 def test_equals_a_loop_over_tokens_forwards_and_backwards(count, per_token, shared):
     experts, x = build(count, per_token, shared), tokens(3, 7).requires_grad_()
     factors, results = tokens(3, 7).flip(0), []
     for out in (experts(x)[0], naive(experts, x, per_token)):
-        gradients = torch.autograd.grad((out * factors).sum(), [x, *experts.parameters()], allow_unused=True)
-        results.append([out, *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)])
+        gradients = torch.autograd.grad(
+            (out * factors).sum(), [x, *experts.parameters()], allow_unused=True
+        )
+        results.append(
+            [out, *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)]
+        )
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected.expand_as(ours), atol=1e-5, rtol=1e-5)
 
@@ -50,7 +58,9 @@ def test_an_expert_without_a_token_has_a_gradient_of_zero():
     experts = build(shared=0)
     experts(tokens(1))[0].sum().backward()
     gradients = [expert.up_proj.weight.grad for expert in experts.experts]
-    assert sum(bool(gradient.any()) for gradient in gradients) == 2 and all(gradient is not None for gradient in gradients)
+    assert sum(bool(gradient.any()) for gradient in gradients) == 2 and all(
+        gradient is not None for gradient in gradients
+    )
 
 
 def test_no_token_at_all_is_none_at_the_end_too():
@@ -73,7 +83,9 @@ def test_the_balance_is_one_where_all_are_equally_busy_and_more_where_not():
     # By hand: of four choices expert 0 has two, expert 1 and 2 one each.
     probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]])
     taken = torch.tensor([[1, 1, 0], [1, 0, 1]]).bool()
-    assert float(load_balance(probabilities, taken, 2)) == pytest.approx(3 * (0.5 * 0.55 + 0.25 * 0.2 + 0.25 * 0.25))
+    assert float(load_balance(probabilities, taken, 2)) == pytest.approx(
+        3 * (0.5 * 0.55 + 0.25 * 0.2 + 0.25 * 0.25)
+    )
 
 
 def test_only_tokens_that_are_present_count():
@@ -88,7 +100,9 @@ def test_only_tokens_that_are_present_count():
 
 def test_the_balance_reaches_the_router_and_makes_the_load_even():
     experts, x = build(), tokens(400)
-    experts.router.weight.data[0] += experts.router.weight.data[1]  # and nothing else of the model has a say
+    experts.router.weight.data[0] += experts.router.weight.data[
+        1
+    ]  # and nothing else of the model has a say
     optimizer = torch.optim.SGD(experts.router.parameters(), lr=1.0)
     x[:, 0] = 3  # a direction that all tokens share, and a router that likes it
     experts.router.weight.data[0, 0] += 2
@@ -122,5 +136,7 @@ def test_under_autocast_probabilities_and_balance_stay_in_fp32():
         out, balance = experts(x)
         assert experts.router(x).dtype == balance.dtype == torch.float32
     assert out.dtype == torch.bfloat16
-    assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()  # of 50 tokens none sits so near a border that it errs
+    assert (
+        (out - exact).abs().mean() < 0.02 * exact.abs().mean()
+    )  # of 50 tokens none sits so near a border that it errs
     torch.testing.assert_close(balance, exact_balance, rtol=0.01, atol=0)

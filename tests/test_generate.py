@@ -27,8 +27,12 @@ from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from nanovlm.vlm import Batch, VisionLanguageModel
 from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
 
-PROMPTS = ["<image>描述图片", "Hi", "What is left of <image>, and what is in <image> below the red circle?",
-           "图中有几个红色的圆形？<image>"]
+PROMPTS = [
+    "<image>描述图片",
+    "Hi",
+    "What is left of <image>, and what is in <image> below the red circle?",
+    "图中有几个红色的圆形？<image>",
+]
 NEW_TOKENS = 30
 
 
@@ -60,19 +64,37 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
     return batch
 
 
-def write(model: VisionLanguageModel, batch: Batch, sampling: Sampling = Sampling(), stop_ids: set[int] = frozenset(),
-          use_cache: bool = True, masked: bool = True) -> list[list[int]]:
+def write(
+    model: VisionLanguageModel,
+    batch: Batch,
+    sampling: Sampling = Sampling(),
+    stop_ids: set[int] = frozenset(),
+    use_cache: bool = True,
+    masked: bool = True,
+) -> list[list[int]]:
     """The rows' tokens over NEW_TOKENS steps, -1 after a stop token; nothing stops unless `stop_ids` says so."""
     with torch.inference_mode():
-        steps = decode(model.decoder, model.embed(batch), batch.input_ids, batch.attention_mask if masked else None,
-                       NEW_TOKENS, stop_ids, sampling, use_cache)
+        steps = decode(
+            model.decoder,
+            model.embed(batch),
+            batch.input_ids,
+            batch.attention_mask if masked else None,
+            NEW_TOKENS,
+            stop_ids,
+            sampling,
+            use_cache,
+        )
         return [list(row) for row in zip(*steps)]
 
 
 def test_cached_uncached_and_batched_answers_are_the_same(model):
     alone = [write(model, prompt_batch(model, [prompt]))[0] for prompt in PROMPTS]
-    assert all(len(answer) == NEW_TOKENS for answer in alone) and len(set(map(tuple, alone))) == len(PROMPTS)
-    assert all(len(set(answer)) > 5 for answer in alone)  # no answer repeats one word, which anything would agree on
+    assert all(len(answer) == NEW_TOKENS for answer in alone) and len(
+        set(map(tuple, alone))
+    ) == len(PROMPTS)
+    assert all(
+        len(set(answer)) > 5 for answer in alone
+    )  # no answer repeats one word, which anything would agree on
     for prompt, answer in zip(PROMPTS, alone):
         assert write(model, prompt_batch(model, [prompt]), use_cache=False)[0] == answer
         assert write(model, prompt_batch(model, [prompt]), masked=False)[0] == answer
@@ -97,7 +119,11 @@ def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
     monkeypatch.setattr(half.decoder, "hidden_states", watched)
     answer = write(half, batch)
     assert set(seen) == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
-    monkeypatch.setattr(importlib.import_module("nanovlm.generate"), "_products_for", lambda inputs: contextlib.nullcontext())
+    monkeypatch.setattr(
+        importlib.import_module("nanovlm.generate"),
+        "_products_for",
+        lambda inputs: contextlib.nullcontext(),
+    )
     assert write(half, batch) == answer
 
 
@@ -124,10 +150,16 @@ def test_an_ended_row_stays_silent_and_leaves_the_others_alone(model, pad_left):
 
 def test_generate_stops_at_the_end_of_turn(model, monkeypatch):
     end = model.chat.end_of_turn_id
-    script = iter(torch.tensor([[5, 6, 7], [end, 8, 9], [11, end, 10], [12, 13, end], [14, 15, 16]]))
-    monkeypatch.setattr(importlib.import_module("nanovlm.generate"), "choose", lambda *_: next(script))
+    script = iter(
+        torch.tensor([[5, 6, 7], [end, 8, 9], [11, end, 10], [12, 13, end], [14, 15, 16]])
+    )
+    monkeypatch.setattr(
+        importlib.import_module("nanovlm.generate"), "choose", lambda *_: next(script)
+    )
     seen = []
-    answers = generate(model, prompt_batch(model, PROMPTS[:3]), max_new_tokens=20, on_tokens=seen.append)
+    answers = generate(
+        model, prompt_batch(model, PROMPTS[:3]), max_new_tokens=20, on_tokens=seen.append
+    )
     assert answers == [[5], [6, 8], [7, 9, 10]]
     assert seen == [[5, 6, 7], [-1, 8, 9], [-1, -1, 10], [-1, -1, -1]]
     assert len(list(script)) == 1  # nothing is asked for once all have ended
@@ -139,16 +171,41 @@ def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
     reference = qwen(tmp_path, family, head_dim=16, vocab_size=211)
     ours = Decoder.from_pretrained(tmp_path)
     ids = torch.randint(211, (3, 9), generator=torch.Generator().manual_seed(0))
-    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=penalty,
-                                  pad_token_id=0, eos_token_id=None)
-    steps = decode(ours, ours.embed_tokens(ids), ids, None, NEW_TOKENS, (), Sampling(repetition_penalty=penalty))
+    expected = reference.generate(
+        ids,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        repetition_penalty=penalty,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    steps = decode(
+        ours,
+        ours.embed_tokens(ids),
+        ids,
+        None,
+        NEW_TOKENS,
+        (),
+        Sampling(repetition_penalty=penalty),
+    )
     assert torch.tensor(list(steps)).T.tolist() == expected[:, 9:].tolist()
 
 
-@pytest.mark.parametrize("sampling", [
-    Sampling(temperature=1.0), Sampling(temperature=0.5), Sampling(temperature=2.0, top_k=3), Sampling(1.0, top_p=0.6),
-    Sampling(1.0, top_p=0.01), Sampling(1.5, top_p=0.8, top_k=5), Sampling(1.0, repetition_penalty=1.7),
-    Sampling(0.7, top_p=0.9, top_k=6, repetition_penalty=0.6), Sampling(1.0, top_k=99)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=2.0, top_k=3),
+        Sampling(1.0, top_p=0.6),
+        Sampling(1.0, top_p=0.01),
+        Sampling(1.5, top_p=0.8, top_k=5),
+        Sampling(1.0, repetition_penalty=1.7),
+        Sampling(0.7, top_p=0.9, top_k=6, repetition_penalty=0.6),
+        Sampling(1.0, top_k=99),
+    ],
+    ids=str,
+)
 def test_choices_follow_the_reference_distribution(sampling):
     vocabulary, draws = 12, 20_000
     logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(5))
@@ -158,7 +215,9 @@ def test_choices_follow_the_reference_distribution(sampling):
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)]
     expected = LogitsProcessorList(warpers)(seen, logits.clone()).softmax(dim=-1)[0]
-    tokens = choose(logits.expand(draws, -1), seen.expand(draws, -1), sampling, torch.Generator().manual_seed(0))
+    tokens = choose(
+        logits.expand(draws, -1), seen.expand(draws, -1), sampling, torch.Generator().manual_seed(0)
+    )
     counts = tokens.bincount(minlength=vocabulary)
     assert not counts[expected == 0].any()
     assert counts[expected > 1e-3].all()
@@ -169,23 +228,32 @@ def test_choices_follow_the_reference_distribution(sampling):
 def test_choosing_leaves_the_logits_alone():
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    choose(logits, torch.zeros(2, 3, dtype=torch.long), Sampling(1.0, 0.5, 3, 1.5), torch.Generator())
+    choose(
+        logits, torch.zeros(2, 3, dtype=torch.long), Sampling(1.0, 0.5, 3, 1.5), torch.Generator()
+    )
     assert torch.equal(logits, before)
 
 
 def test_a_seed_gives_the_same_answer_again(model):
     batch = prompt_batch(model, PROMPTS)
-    first, again, other = (write(model, batch, Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        write(model, batch, Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2)
+    )
     assert first == again != other
     greedy, other_seed = (write(model, batch, Sampling(seed=seed)) for seed in (1, 2))
     assert greedy == other_seed
 
 
-@pytest.mark.parametrize("setting, message", [
-    ({"temperature": -0.1}, "temperature is -0.1; it has to be 0 or more"),
-    ({"top_p": 0.0}, "top_p is 0.0; it has to be above 0 and at most 1"), ({"top_p": 1.1}, "top_p is 1.1"),
-    ({"top_k": -1}, "top_k is -1; it has to be 0 or more"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it has to be above 0")])
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"temperature": -0.1}, "temperature is -0.1; it has to be 0 or more"),
+        ({"top_p": 0.0}, "top_p is 0.0; it has to be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": -1}, "top_k is -1; it has to be 0 or more"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it has to be above 0"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(setting, message):
     with pytest.raises(NanoVLMError, match=message):
         Sampling(**setting)
@@ -195,7 +263,9 @@ def test_a_prompt_that_is_too_long_is_refused(model):
     batch = prompt_batch(model, ["a" * 20])
     length = batch.input_ids.shape[1]
     assert length < 256
-    with pytest.raises(NanoVLMError, match=f"prompt of {length} tokens and 230 new ones exceed .* 256 positions"):
+    with pytest.raises(
+        NanoVLMError, match=f"prompt of {length} tokens and 230 new ones exceed .* 256 positions"
+    ):
         generate(model, batch, max_new_tokens=230)
 
 
@@ -208,7 +278,9 @@ def test_text_is_streamed_in_whole_characters(tokenizer, text):
         assert "\ufffd" not in pieces[-1]
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + streamer.end() == text
-    assert not text.startswith("一只🐕") or "" in pieces  # 🐕 took several tokens, and nothing came before the last of them
+    assert (
+        not text.startswith("一只🐕") or "" in pieces
+    )  # 🐕 took several tokens, and nothing came before the last of them
 
 
 def test_streaming_leaves_out_the_space_that_llamas_tokenizer_puts_before_a_text(tmp_path):
@@ -226,11 +298,26 @@ def test_an_answer_that_stops_inside_a_character_ends_in_one_mark(tokenizer):
 
 
 REAL_PROMPTS = [
-    "你好，请介绍一下你自己。", "中国的首都是哪里？", "用一句话描述春天。", "写一首关于月亮的短诗。", "为什么天空是蓝色的？", "1+1等于几？",
-    "请列出三种水果。", "什么是机器学习？", "把“我喜欢读书”翻译成英文。", "如何煮一碗面条？", "What is the capital of France?",
-    "Write a haiku about the sea.", "Explain gravity to a child.", "List three primary colours.",
-    "What is 12 times 12?", "Translate 'good morning' into Chinese.", "Why do leaves fall in autumn?",
-    "Write a Python function that adds two numbers.", "Who wrote Hamlet?", "Describe a cat in one sentence.",
+    "你好，请介绍一下你自己。",
+    "中国的首都是哪里？",
+    "用一句话描述春天。",
+    "写一首关于月亮的短诗。",
+    "为什么天空是蓝色的？",
+    "1+1等于几？",
+    "请列出三种水果。",
+    "什么是机器学习？",
+    "把“我喜欢读书”翻译成英文。",
+    "如何煮一碗面条？",
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain gravity to a child.",
+    "List three primary colours.",
+    "What is 12 times 12?",
+    "Translate 'good morning' into Chinese.",
+    "Why do leaves fall in autumn?",
+    "Write a Python function that adds two numbers.",
+    "Who wrote Hamlet?",
+    "Describe a cat in one sentence.",
 ]
 
 
@@ -239,14 +326,29 @@ def test_greedy_answers_equal_transformers_on_real_weights():
     if "NANOVLM_REAL" not in os.environ:
         pytest.skip("NANOVLM_REAL does not name a folder with qwen2.5-0.5b")
     folder = Path(os.environ["NANOVLM_REAL"]) / "qwen2.5-0.5b"
-    ours, reference = (cls.from_pretrained(folder, dtype=torch.float32) for cls in (Decoder, Qwen2ForCausalLM))
+    ours, reference = (
+        cls.from_pretrained(folder, dtype=torch.float32) for cls in (Decoder, Qwen2ForCausalLM)
+    )
     tokenizer, their_tokenizer = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     end = tokenizer.special_tokens["<|im_end|>"]
     for prompt in REAL_PROMPTS:
-        ids = their_tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                                  return_tensors="pt", return_dict=False)
-        expected = reference.generate(ids, max_new_tokens=40, do_sample=False, temperature=None, top_p=None, top_k=None,
-                                      repetition_penalty=1.0, eos_token_id=end, pad_token_id=end)[0, ids.shape[1]:]
+        ids = their_tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=False,
+        )
+        expected = reference.generate(
+            ids,
+            max_new_tokens=40,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[0, ids.shape[1] :]
         steps = [row[0] for row in decode(ours, ours.embed_tokens(ids), ids, None, 40, {end})]
         answer = tokenizer.decode([token for token in steps if token >= 0])
         assert answer == their_tokenizer.decode(expected, skip_special_tokens=True), prompt

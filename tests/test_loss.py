@@ -20,8 +20,19 @@ def inputs(rows: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Ten
     return hidden_states.requires_grad_(), weight.requires_grad_(), targets
 
 
-@pytest.mark.parametrize("rows, vocabulary", [(1, 61), (2, 61), (CHUNK - 1, 61), (CHUNK, 61), (CHUNK + 1, 61),
-                                              (2 * CHUNK + 77, 61), (5 * CHUNK, 3), (CHUNK + 3, 5003)])
+@pytest.mark.parametrize(
+    "rows, vocabulary",
+    [
+        (1, 61),
+        (2, 61),
+        (CHUNK - 1, 61),
+        (CHUNK, 61),
+        (CHUNK + 1, 61),
+        (2 * CHUNK + 77, 61),
+        (5 * CHUNK, 3),
+        (CHUNK + 3, 5003),
+    ],
+)
 def test_loss_and_gradients_equal_pytorch(rows, vocabulary):
     hidden_states, weight, targets = inputs(rows, vocabulary)
     expected = F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum")
@@ -29,15 +40,19 @@ def test_loss_and_gradients_equal_pytorch(rows, vocabulary):
     ours = chunked_cross_entropy(hidden_states, weight, targets)
     assert ours.shape == () and ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    gradients = torch.autograd.grad(ours / 3, (hidden_states, weight))  # scaled, as accumulation does
+    gradients = torch.autograd.grad(
+        ours / 3, (hidden_states, weight)
+    )  # scaled, as accumulation does
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("learned", ["hidden_states", "weight"])
 def test_only_what_learns_gets_a_gradient(learned):
     hidden_states, weight, targets = inputs(300)
-    expected = torch.autograd.grad(F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum"),
-                                   hidden_states if learned == "hidden_states" else weight)[0]
+    expected = torch.autograd.grad(
+        F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum"),
+        hidden_states if learned == "hidden_states" else weight,
+    )[0]
     hidden_states.requires_grad_(learned == "hidden_states")
     weight.requires_grad_(learned == "weight")
     chunked_cross_entropy(hidden_states, weight, targets).backward()
@@ -76,7 +91,9 @@ def test_without_gradients_and_without_targets():
     hidden_states, weight, targets = inputs(10)
     with torch.no_grad():
         ours = chunked_cross_entropy(hidden_states, weight, targets)
-    torch.testing.assert_close(ours, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum").detach())
+    torch.testing.assert_close(
+        ours, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum").detach()
+    )
     nothing = chunked_cross_entropy(hidden_states[:0], weight, targets[:0])
     nothing.backward()
     assert nothing.item() == 0 and not hidden_states.grad.any() and not weight.grad.any()
@@ -85,7 +102,9 @@ def test_without_gradients_and_without_targets():
 def test_large_logits_stay_finite():
     hidden_states, weight, targets = inputs(8)
     ours = chunked_cross_entropy(hidden_states * 1e3, weight, targets)
-    torch.testing.assert_close(ours, F.cross_entropy(hidden_states * 1e3 @ weight.T, targets, reduction="sum"))
+    torch.testing.assert_close(
+        ours, F.cross_entropy(hidden_states * 1e3 @ weight.T, targets, reduction="sum")
+    )
 
 
 def test_bfloat16_activations_and_an_fp32_head():
@@ -104,7 +123,9 @@ def test_bfloat16_activations_and_an_fp32_head():
 
 def test_autocast_multiplies_in_bfloat16_and_gives_fp32_gradients():
     hidden_states, weight, targets = inputs(200)
-    expected = torch.autograd.grad(chunked_cross_entropy(hidden_states, weight, targets), (hidden_states, weight))
+    expected = torch.autograd.grad(
+        chunked_cross_entropy(hidden_states, weight, targets), (hidden_states, weight)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         ours = chunked_cross_entropy(hidden_states, weight, targets)
     ours.backward()
@@ -135,8 +156,18 @@ def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained)
     """Through a decoder whose last block or whose head too learns: gradients of the plain formula, in chunks of memory."""
     torch.manual_seed(0)
     rows, vocabulary, width = 4 * CHUNK, 5003, 16
-    decoder = Decoder(DecoderConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=32, num_hidden_layers=1,
-                                    num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied))
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=tied,
+        )
+    )
     decoder.embed_tokens.requires_grad_(tied and trained)
     decoder.head_weight.requires_grad_(trained)
     ids, targets = torch.randint(vocabulary, (2, 8, rows // 8))
@@ -153,7 +184,9 @@ def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
     assert max(shape.numel() for shape in made.shapes) == CHUNK * vocabulary
     assert made.shapes.count((CHUNK, vocabulary)) and not made.shapes.count((rows, vocabulary))
-    assert any(shape.numel() == vocabulary * width for shape in made.shapes) == trained  # a frozen head has no gradient
+    assert (
+        any(shape.numel() == vocabulary * width for shape in made.shapes) == trained
+    )  # a frozen head has no gradient
 
 
 @pytest.mark.parametrize("rows", [0, 1, CHUNK, 2 * CHUNK + 77])
@@ -165,20 +198,30 @@ def test_token_log_probabilities_and_gradients_equal_pytorch(rows):
     ours = token_log_probabilities(hidden_states, weight, targets)
     assert ours.shape == (rows,) and ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    gradients, expected_gradients = (torch.autograd.grad((values * factors).sum(), (hidden_states, weight))
-                                     for values in (ours, expected))
+    gradients, expected_gradients = (
+        torch.autograd.grad((values * factors).sum(), (hidden_states, weight))
+        for values in (ours, expected)
+    )
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
     for learned in (hidden_states, weight):  # alone, it gets the same gradient
         other = weight if learned is hidden_states else hidden_states
-        values = token_log_probabilities(*(one.detach() if one is other else one for one in (hidden_states, weight)), targets)
-        torch.testing.assert_close(torch.autograd.grad(values @ factors, learned)[0],
-                                   expected_gradients[0 if learned is hidden_states else 1], atol=1e-5, rtol=1e-5)
+        values = token_log_probabilities(
+            *(one.detach() if one is other else one for one in (hidden_states, weight)), targets
+        )
+        torch.testing.assert_close(
+            torch.autograd.grad(values @ factors, learned)[0],
+            expected_gradients[0 if learned is hidden_states else 1],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_token_log_probabilities_keep_no_logits():
     hidden_states, weight, targets = inputs(3 * CHUNK, 501)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         token_log_probabilities(hidden_states, weight, targets)
     assert max(kept) == 501 * WIDTH  # the head itself; one chunk of logits has 501 · CHUNK numbers
 
@@ -189,5 +232,10 @@ def test_token_log_probabilities_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         ours = token_log_probabilities(hidden_states, weight, targets)
     torch.testing.assert_close(ours, expected, atol=0.1, rtol=0.02)
-    for gradient, right in zip(*(torch.autograd.grad(values.sum(), (hidden_states, weight)) for values in (ours, expected))):
-        assert gradient.dtype == torch.float32 and float((gradient - right).norm() / right.norm()) < 0.02
+    for gradient, right in zip(
+        *(torch.autograd.grad(values.sum(), (hidden_states, weight)) for values in (ours, expected))
+    ):
+        assert (
+            gradient.dtype == torch.float32
+            and float((gradient - right).norm() / right.norm()) < 0.02
+        )

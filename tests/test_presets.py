@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.runs import metrics
 
 import infer
 from nanovlm.chat import Message
@@ -32,6 +31,7 @@ from nanovlm.training.optimizer import build_optimizer, set_learning_rates
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import PRESETS, Settings, load_settings
 from nanovlm.vlm import Batch, VisionLanguageModel
+from tests.runs import metrics
 
 FIVE = ("svlm", "smolvlm-qwen3", "mary", "basic-vlm", "zero-qwen-vl")
 
@@ -48,10 +48,24 @@ class Toy:
 
     def stage(self, name: str, out: Path, **changes) -> Settings:
         """The settings of a stage for a few steps into `out`, from the model of `first_stage`."""
-        settings = load_settings(name, ["--preset", self.name, "--tiny", "--data", str(self.data / "train.jsonl")])
-        return dataclasses.replace(settings, **{
-            "val": "", "val_fraction": 0.0, "out": str(out), "batch_size": 4, "max_steps": 4, "log_every": 1, "save_every": 2,
-            "device": "cpu", "init": settings.init and str(self.folder / "stage1" / "model"), **changes})
+        settings = load_settings(
+            name, ["--preset", self.name, "--tiny", "--data", str(self.data / "train.jsonl")]
+        )
+        return dataclasses.replace(
+            settings,
+            **{
+                "val": "",
+                "val_fraction": 0.0,
+                "out": str(out),
+                "batch_size": 4,
+                "max_steps": 4,
+                "log_every": 1,
+                "save_every": 2,
+                "device": "cpu",
+                "init": settings.init and str(self.folder / "stage1" / "model"),
+                **changes,
+            },
+        )
 
     def pixels(self, number: int) -> torch.Tensor:
         """The pictures that the eyes see of one of the world's images."""
@@ -60,26 +74,40 @@ class Toy:
     def image(self, number: int) -> Image.Image:
         return open_image(sorted((self.data / "images" / "train").glob("*.png"))[number])
 
-    def batch(self, question: str = "描述图片", answer: str = "一个圆。", images: int = 1, first: int = 0) -> Batch:
+    def batch(
+        self, question: str = "描述图片", answer: str = "一个圆。", images: int = 1, first: int = 0
+    ) -> Batch:
         """One sample about `images` images, as a run makes it."""
-        messages = [Message.parse("user", "<image>" * images + question), Message.parse("assistant", answer)]
+        messages = [
+            Message.parse("user", "<image>" * images + question),
+            Message.parse("assistant", answer),
+        ]
         shown = [self.image(first + number) for number in range(images)]
-        encoded = self.model.chat.encode(messages, [self.model.image_tokens(*image.size) for image in shown])
+        encoded = self.model.chat.encode(
+            messages, [self.model.image_tokens(*image.size) for image in shown]
+        )
         batch = collate([Row.of(encoded)], self.model.chat.image_token_id)
         batch.pixels = torch.cat([image_pixels(image, self.model.config.image) for image in shown])
         return batch
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        return self.model.decoder.hidden_states(self.model.embed(batch), batch.attention_mask,
-                                                groups=self.model.image_groups(batch))[0]
+        return self.model.decoder.hidden_states(
+            self.model.embed(batch), batch.attention_mask, groups=self.model.image_groups(batch)
+        )[0]
 
 
 @pytest.fixture(scope="module", params=FIVE)
 def toy(request, tiny, tmp_path_factory) -> Toy:
     settings = load_settings("stage1", ["--preset", request.param, "--tiny"])
     torch.manual_seed(settings.seed)
-    toy = Toy(request.param, settings, build_model(settings), tiny.data, tmp_path_factory.mktemp(request.param))
+    toy = Toy(
+        request.param,
+        settings,
+        build_model(settings),
+        tiny.data,
+        tmp_path_factory.mktemp(request.param),
+    )
     toy.model.save_pretrained(toy.folder / "model")
     return toy
 
@@ -147,15 +175,32 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
     assert len(learned.image_positions) == features.shape[:2].numel() > 0
 
     asked: list[Batch] = []
-    monkeypatch.setattr(answers, "generate", lambda model, batch, *rest: asked.append(batch) or [[]])
+    monkeypatch.setattr(
+        answers, "generate", lambda model, batch, *rest: asked.append(batch) or [[]]
+    )
     monkeypatch.setattr(infer, "generate", lambda model, batch, *rest: asked.append(batch) or [[]])
     list(answer_records(toy.model, records))
-    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, records[0].images), "第0问", "--model", str(toy.folder / "model"),
-                                      "--device", "cpu", "--dtype", "fp32"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "infer.py",
+            *map(str, records[0].images),
+            "第0问",
+            "--model",
+            str(toy.folder / "model"),
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+        ],
+    )
     infer.main()
     assert len(asked) == 2
     for prompt in asked:
-        assert torch.equal(prompt.pixels, learned.pixels) and torch.equal(prompt.image_positions, learned.image_positions)
+        assert torch.equal(prompt.pixels, learned.pixels) and torch.equal(
+            prompt.image_positions, learned.image_positions
+        )
         length = prompt.input_ids.shape[1]
         assert torch.equal(prompt.input_ids, learned.input_ids[:, :length])
         assert length == learned.target_positions[0] + 1  # up to where the answer begins
@@ -164,30 +209,63 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
 def test_infer_answers_about_several_images(toy: Toy, monkeypatch, capsys):
     """The whole way through infer.py, none of it replaced, gives what the model at hand answers."""
     records = _records(toy, images=3)
-    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, records[0].images), "第0问", "--model", str(toy.folder / "model"),
-                                      "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "4"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "infer.py",
+            *map(str, records[0].images),
+            "第0问",
+            "--model",
+            str(toy.folder / "model"),
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+            "--max-new-tokens",
+            "4",
+        ],
+    )
     infer.main()
-    assert capsys.readouterr().out.strip() == next(answer_records(toy.model, records, max_new_tokens=4))
+    assert capsys.readouterr().out.strip() == next(
+        answer_records(toy.model, records, max_new_tokens=4)
+    )
 
 
 def _records(toy: Toy, images: int, turns: int = 1) -> list:
     """A record about pictures that are as large as no eyes want them, of several turns."""
     names = [f"{number}.png" for number in range(images)]
     for number, name in enumerate(names):
-        values = np.random.default_rng(number).integers(0, 256, (61 + 20 * number, 90, 3), dtype=np.uint8)
+        values = np.random.default_rng(number).integers(
+            0, 256, (61 + 20 * number, 90, 3), dtype=np.uint8
+        )
         Image.fromarray(values).save(toy.folder / name)
     messages = []
     for turn in range(turns):
-        messages += [{"role": "user", "content": ("<image>\n" * images if turn == 0 else "") + f"第{turn}问"},
-                     {"role": "assistant", "content": f"答{turn}"}]
+        messages += [
+            {
+                "role": "user",
+                "content": ("<image>\n" * images if turn == 0 else "") + f"第{turn}问",
+            },
+            {"role": "assistant", "content": f"答{turn}"},
+        ]
     path = toy.folder / "own.jsonl"
     path.write_text(json.dumps({"images": names, "messages": messages}, ensure_ascii=False))
     return read_records(path)[0]
 
 
 def _batches(toy: Toy, records: list) -> Batches:
-    return Batches(records, toy.model.chat, toy.model.config.image, toy.model.image_length, batch_size=len(records), share=1,
-                   max_length=1024, seed=0, shuffle=False)
+    return Batches(
+        records,
+        toy.model.chat,
+        toy.model.config.image,
+        toy.model.image_length,
+        batch_size=len(records),
+        share=1,
+        max_length=1024,
+        seed=0,
+        shuffle=False,
+    )
 
 
 def _loaded(toy: Toy, records: list) -> Batch:
@@ -217,7 +295,9 @@ def test_a_model_that_knows_an_answer_stops_after_it(toy: Toy):
         loss.backward()
         optimizer.step()
     end = int(batch.target_positions[0]) + 1
-    prompt = dataclasses.replace(batch, input_ids=batch.input_ids[:, :end], attention_mask=batch.attention_mask[:, :end])
+    prompt = dataclasses.replace(
+        batch, input_ids=batch.input_ids[:, :end], attention_mask=batch.attention_mask[:, :end]
+    )
     assert model.tokenizer.decode(generate(model, prompt, max_new_tokens=20)[0]) == "答0"
 
 
@@ -228,12 +308,15 @@ def test_labels_do_not_depend_on_what_the_words_say(toy: Toy):
     batch = toy.batch(question="".join(f"{frame}{answer}" for frame in frames), answer=answer)
     tokens = toy.model.tokenizer.encode(answer)
     assert batch.targets.tolist() == [*tokens, toy.model.chat.end_of_turn_id]
-    assert batch.target_positions.tolist() == list(range(int(batch.target_positions[0]),
-                                                         int(batch.target_positions[0]) + len(tokens) + 1))
+    assert batch.target_positions.tolist() == list(
+        range(int(batch.target_positions[0]), int(batch.target_positions[0]) + len(tokens) + 1)
+    )
 
 
 def test_a_missing_image_is_counted_and_not_faked(toy: Toy):
-    record = dataclasses.replace(_records(toy, images=1)[0], images=(toy.data / "images" / "gone.png",))
+    record = dataclasses.replace(
+        _records(toy, images=1)[0], images=(toy.data / "images" / "gone.png",)
+    )
     loaded = _batches(toy, [record])[0]
     assert loaded.batch is None and len(loaded.skipped) == 1 and "gone.png" in loaded.skipped[0]
 
@@ -244,20 +327,38 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
         embeddings = toy.model.embed(batch)
     options = dict(max_new_tokens=12, stop_ids={-1}, groups=toy.model.image_groups(batch))
     cached, uncached = (
-        list(decode(toy.model.decoder, embeddings, batch.input_ids, None, use_cache=use_cache, **options))
-        for use_cache in (True, False))
+        list(
+            decode(
+                toy.model.decoder, embeddings, batch.input_ids, None, use_cache=use_cache, **options
+            )
+        )
+        for use_cache in (True, False)
+    )
     assert cached == uncached and len(cached) == 12
     # A model of random weights may say one word over and over, whatever it sees: so the vectors of given words, too.
     words = toy.model.tokenizer.encode("一个红色的圆。")
     with torch.no_grad():
-        whole = torch.cat((embeddings, toy.model.decoder.embed_tokens(torch.tensor([words]))), dim=1)
+        whole = torch.cat(
+            (embeddings, toy.model.decoder.embed_tokens(torch.tensor([words]))), dim=1
+        )
         groups = toy.model.image_groups(batch)
         groups = groups if groups is None else torch.nn.functional.pad(groups, (0, len(words)))
-        cache, start, parts = toy.model.decoder.new_cache(1, whole.shape[1]), embeddings.shape[1], []
-        for first, last in ((0, start), *((end - 1, end) for end in range(start + 1, whole.shape[1] + 1))):
+        cache, start, parts = (
+            toy.model.decoder.new_cache(1, whole.shape[1]),
+            embeddings.shape[1],
+            [],
+        )
+        for first, last in (
+            (0, start),
+            *((end - 1, end) for end in range(start + 1, whole.shape[1] + 1)),
+        ):
             seen = groups if groups is None else groups[:, :last]
-            parts.append(toy.model.decoder.hidden_states(whole[:, first:last], cache=cache, groups=seen))
-        at_once = toy.model.decoder.hidden_states(whole, prompt_lengths=torch.tensor([start]), groups=groups)
+            parts.append(
+                toy.model.decoder.hidden_states(whole[:, first:last], cache=cache, groups=seen)
+            )
+        at_once = toy.model.decoder.hidden_states(
+            whole, prompt_lengths=torch.tensor([start]), groups=groups
+        )
     torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=0)
 
 
@@ -273,8 +374,14 @@ def test_only_what_a_stage_names_moves(toy: Toy):
             for number in range(4):  # of a choice of experts, each token moves a few
                 model(toy.batch(first=number)).backward()
             optimizer.step()
-        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-        assert moved == {name for name in before if _is_named(name, settings, len(model.decoder.blocks))}, stage
+        moved = {
+            name
+            for name, parameter in model.named_parameters()
+            if not torch.equal(parameter, before[name])
+        }
+        assert moved == {
+            name for name in before if _is_named(name, settings, len(model.decoder.blocks))
+        }, stage
 
 
 def _is_named(parameter: str, settings: Settings, blocks: int) -> bool:
@@ -286,7 +393,9 @@ def _is_named(parameter: str, settings: Settings, blocks: int) -> bool:
         return False
     if settings.lora_rank:
         targets = settings.lora_targets.split(",")
-        return name.endswith(("lora_A", "lora_B")) and any(f".{target}." in name for target in targets)
+        return name.endswith(("lora_A", "lora_B")) and any(
+            f".{target}." in name for target in targets
+        )
     if not settings.text_layers:
         return True
     if name.startswith("blocks."):
@@ -306,33 +415,58 @@ def test_a_resumed_run_goes_on_to_the_same_losses(toy: Toy, first_stage: Path, t
     run_stage(toy.stage("stage1", run, resume=True))
     assert metrics(run) == metrics(first_stage) and len(metrics(run)) == 4
     assert all(math.isfinite(line["loss"]) for line in metrics(run))
-    assert (run / "model/model.safetensors").read_bytes() == (first_stage / "model/model.safetensors").read_bytes()
+    assert (run / "model/model.safetensors").read_bytes() == (
+        first_stage / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_saved_adapters_hold_the_projector(toy: Toy, first_stage: Path, tmp_path: Path):
-    run_stage(toy.stage("stage2", tmp_path / "run", lora_rank=2, text_layers=0, text_embedding=False, train="projector,text",
-                        max_steps=2))
+    run_stage(
+        toy.stage(
+            "stage2",
+            tmp_path / "run",
+            lora_rank=2,
+            text_layers=0,
+            text_embedding=False,
+            train="projector,text",
+            max_steps=2,
+        )
+    )
     adapted = VisionLanguageModel.from_pretrained(first_stage / "model")
     load_adapter(adapted, tmp_path / "run" / "adapter")
-    started, trained = (VisionLanguageModel.from_pretrained(run / "model") for run in (first_stage, tmp_path / "run"))
+    started, trained = (
+        VisionLanguageModel.from_pretrained(run / "model")
+        for run in (first_stage, tmp_path / "run")
+    )
     for name, parameter in trained.projector.named_parameters():
         assert torch.equal(parameter, adapted.projector.get_parameter(name))
         assert not torch.equal(parameter, started.projector.get_parameter(name))
     assert read_json(tmp_path / "run" / "adapter" / "adapter.json")["rank"] == 2
 
 
-def test_each_stage_goes_on_from_the_one_before_and_the_last_is_asked(toy: Toy, first_stage: Path, tmp_path: Path):
+def test_each_stage_goes_on_from_the_one_before_and_the_last_is_asked(
+    toy: Toy, first_stage: Path, tmp_path: Path
+):
     """What the commands do, with a validation and its answers; and with pairs, where a stage prefers answers to others."""
     run, records = first_stage, {"val": str(toy.data / "val.jsonl"), "val_samples": 2}
     image = _records(toy, images=1)[0].images[0]
-    pairs = [{"image": str(image), "prompt": "描述图片", "chosen": f"对{n}。", "rejected": f"错{n}。"} for n in range(4)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    pairs = [
+        {"image": str(image), "prompt": "描述图片", "chosen": f"对{n}。", "rejected": f"错{n}。"}
+        for n in range(4)
+    ]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    )
     for stage in stages_of(toy.name)[1:]:
         source = {"data": str(tmp_path / "pairs.jsonl")} if stage == "dpo" else records
-        run_stage(toy.stage(stage, tmp_path / stage, init=str(run / "model"), max_steps=2, **source))
+        run_stage(
+            toy.stage(stage, tmp_path / stage, init=str(run / "model"), max_steps=2, **source)
+        )
         run = tmp_path / stage
         assert all(math.isfinite(line["loss"]) for line in metrics(run))
     model = VisionLanguageModel.from_pretrained(run / "model")
     assert model.config == toy.model.config
-    said = list(answer_records(model, read_records(toy.data / "val.jsonl")[0][:3], max_new_tokens=4))
+    said = list(
+        answer_records(model, read_records(toy.data / "val.jsonl")[0][:3], max_new_tokens=4)
+    )
     assert len(said) == 3

@@ -26,7 +26,9 @@ READMES = ("README.md", "README.zh-CN.md")
 TEXTS = {name: (REPOSITORY / name).read_text(encoding="utf-8") for name in READMES}
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 MADE_BY_OTHERS = ("runs/", "data/scenes/", "$")  # made by an earlier command, or the reader's own
-pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules after import:RuntimeWarning:runpy")  # tests import it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* found in sys.modules after import:RuntimeWarning:runpy"
+)  # tests import it
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl"}
 
 
@@ -65,7 +67,11 @@ def help_of(*program: str) -> str:
 
 
 def unknown_flags(words: list[str], help_text: str) -> list[str]:
-    return [flag for flag in words if flag.startswith("--") and not re.search(rf"(?<!\S){flag}(?![\w-])", help_text)]
+    return [
+        flag
+        for flag in words
+        if flag.startswith("--") and not re.search(rf"(?<!\S){flag}(?![\w-])", help_text)
+    ]
 
 
 def test_there_are_commands():
@@ -75,27 +81,51 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command)[:60])
 def test_a_command_can_be_run_as_it_stands(command):
     if command[0] == "torchrun":  # its own flags, then ours
-        command = ("python", *command[next(place for place, word in enumerate(command) if word.endswith(".py")):])
+        command = (
+            "python",
+            *command[next(place for place, word in enumerate(command) if word.endswith(".py")) :],
+        )
     assert command[0] == "python", "every command is python's or torchrun's"
     if command[1] == "-c":
         compile(command[2], "README", "exec")
     elif command[1:3] == ("-m", "pip"):
-        assert command[3:5] == ("install", "-r") and command[5] in REQUIREMENTS and len(command) == 6
+        assert (
+            command[3:5] == ("install", "-r") and command[5] in REQUIREMENTS and len(command) == 6
+        )
     elif command[1:3] == ("-m", "pytest"):
-        markers = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
-        rest = [word for word in command[3:] if not (REPOSITORY / word).is_file() and not word.startswith("-r")]
+        markers = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"][
+            "ini_options"
+        ]["markers"]
+        rest = [
+            word
+            for word in command[3:]
+            if not (REPOSITORY / word).is_file() and not word.startswith("-r")
+        ]
         known = [marker.split(":")[0] for marker in markers]
-        assert not rest or rest[0] == "-m" and all(word in (*known, "or", "not") for word in rest[1].split()) and len(rest) == 2
+        assert (
+            not rest
+            or rest[0] == "-m"
+            and all(word in (*known, "or", "not") for word in rest[1].split())
+            and len(rest) == 2
+        )
     elif command[1].startswith("train_stage"):
         stage = command[1].removeprefix("train_").removesuffix(".py")
-        load_settings(stage, [PLACEHOLDERS.get(word, word) for word in command[2:]])  # raises on anything unknown
+        load_settings(
+            stage, [PLACEHOLDERS.get(word, word) for word in command[2:]]
+        )  # raises on anything unknown
         assert (REPOSITORY / command[1]).is_file()
     else:
         program = command[1:3] if command[1] == "-m" else command[1:2]
-        rest = command[1 + len(program):]
-        flags_of_training = help_of("train_stage1.py") if program == ("-m", "nanovlm.memory") else ""
+        rest = command[1 + len(program) :]
+        flags_of_training = (
+            help_of("train_stage1.py") if program == ("-m", "nanovlm.memory") else ""
+        )
         assert not unknown_flags(rest, help_of(*program) + flags_of_training)
-        for path in (word for word in rest if "/" in word and not word.startswith("--") and not word.startswith(MADE_BY_OTHERS)):
+        for path in (
+            word
+            for word in rest
+            if "/" in word and not word.startswith("--") and not word.startswith(MADE_BY_OTHERS)
+        ):
             assert (REPOSITORY / path).exists(), path
         if "--control" in rest:
             assert rest[rest.index("--control") + 1] in ("blind", "shuffled")
@@ -107,10 +137,19 @@ def test_the_training_scripts_print_their_help(name):
 
 
 def test_flags_named_in_the_text_exist():
-    known = "".join(help_of(*program) for program in
-                    (("train_stage1.py",), ("infer.py",), ("-m", "nanovlm.evaluation"), ("-m", "nanovlm.bench"),
-                     ("-m", "nanovlm.memory"), ("-m", "nanovlm.report"), ("data_tools/pack_tar.py",),
-                     ("data_tools/make_preferences.py",)))
+    known = "".join(
+        help_of(*program)
+        for program in (
+            ("train_stage1.py",),
+            ("infer.py",),
+            ("-m", "nanovlm.evaluation"),
+            ("-m", "nanovlm.bench"),
+            ("-m", "nanovlm.memory"),
+            ("-m", "nanovlm.report"),
+            ("data_tools/pack_tar.py",),
+            ("data_tools/make_preferences.py",),
+        )
+    )
     for text in TEXTS.values():
         flags = [flag for flag in re.findall(r"`(--[a-z0-9_-]+)", text) if flag != "--help"]
         assert flags and not unknown_flags(flags, known)
@@ -120,7 +159,9 @@ def test_both_languages_have_the_same_structure():
     english, chinese = TEXTS.values()
     assert code_blocks(english) == code_blocks(chinese)
     for pattern in (r"^#+ ", r"^- ", r"^\|", r"^$", r"<!-- .* -->"):
-        assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, chinese, re.MULTILINE), pattern
+        assert re.findall(pattern, english, re.MULTILINE) == re.findall(
+            pattern, chinese, re.MULTILINE
+        ), pattern
 
 
 def test_both_languages_give_the_same_figures():
@@ -136,18 +177,29 @@ def test_a_reader_need_not_scroll_for_long(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_links_and_pictures_exist(name):
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if "://" not in target]
+    targets = [
+        target for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if "://" not in target
+    ]
     assert targets and not [target for target in targets if not (REPOSITORY / target).exists()]
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_the_file_map_is_complete_and_true(name):
     rows = re.findall(r"^\| ((?:`[^`]+` ?)+)\|", TEXTS[name], re.MULTILINE)
-    named = {path for row in rows for path in re.findall(r"`([^`]+)`", row) if "/" in path or path.endswith(".py")}
+    named = {
+        path
+        for row in rows
+        for path in re.findall(r"`([^`]+)`", row)
+        if "/" in path or path.endswith(".py")
+    }
     assert not [path for path in named if not (REPOSITORY / path).exists()]
     package = REPOSITORY / "nanovlm"
     there = {f"nanovlm/{path.name}" for path in package.glob("*.py") if path.name != "__init__.py"}
-    there |= {f"nanovlm/{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    there |= {
+        f"nanovlm/{path.name}/"
+        for path in package.iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
     there |= {path.name for path in REPOSITORY.glob("*.py")} | {"data_tools/", "tests/"}
     assert there == named
 
@@ -162,14 +214,23 @@ def test_the_records_shown_are_records(tmp_path):
 
 def test_packages_are_pinned_and_within_the_ranges_of_pyproject():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    ranges = {"requirements.txt": project["dependencies"],
-              "requirements-dev.txt": project["optional-dependencies"]["dev"]}
+    ranges = {
+        "requirements.txt": project["dependencies"],
+        "requirements-dev.txt": project["optional-dependencies"]["dev"],
+    }
     for name in REQUIREMENTS:
         lines = (REPOSITORY / name).read_text().splitlines()
-        pins = {line.split("==")[0]: line.split("==")[1] for line in lines if not line.startswith("-r ")}
-        admitted = {requirement.name: requirement.specifier for requirement in map(Requirement, ranges[name])}
+        pins = {
+            line.split("==")[0]: line.split("==")[1] for line in lines if not line.startswith("-r ")
+        }
+        admitted = {
+            requirement.name: requirement.specifier
+            for requirement in map(Requirement, ranges[name])
+        }
         assert pins.keys() == admitted.keys(), name
-        assert not [package for package, version in pins.items() if version not in admitted[package]]
+        assert not [
+            package for package, version in pins.items() if version not in admitted[package]
+        ]
     assert "-r requirements.txt" in (REPOSITORY / "requirements-dev.txt").read_text().splitlines()
 
 
@@ -178,9 +239,15 @@ def test_ci_runs_what_the_readme_says():
     assert script.stat().st_mode & 0o111, "has to be executable"
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    for promised in ("python -m pip install -r requirements.txt", "python -m pip install -r requirements-dev.txt",
-                     "python -m pytest", "python train_stage1.py", "python train_stage2.py",
-                     'python infer.py nanovlm/assets/scene.png "描述图片"', "python -m nanovlm.evaluation"):
+    for promised in (
+        "python -m pip install -r requirements.txt",
+        "python -m pip install -r requirements-dev.txt",
+        "python -m pytest",
+        "python train_stage1.py",
+        "python train_stage2.py",
+        'python infer.py nanovlm/assets/scene.png "描述图片"',
+        "python -m nanovlm.evaluation",
+    ):
         assert promised in text, promised
     (short,) = re.findall(r"^short=\((.*)\)$", text, re.MULTILINE)
     load_settings("stage1", short.split())
@@ -190,7 +257,14 @@ def test_the_picture_is_what_the_script_draws(tmp_path):
     """Other versions of its font renderer may shade an edge differently; other sizes or words show."""
     for name, data in zip(("architecture.png", "scene.png"), draw_architecture()):
         (tmp_path / name).write_bytes(data)
-        drawn, shipped = (Image.open(folder / name).convert("L") for folder in (tmp_path, REPOSITORY / "nanovlm/assets"))
+        drawn, shipped = (
+            Image.open(folder / name).convert("L")
+            for folder in (tmp_path, REPOSITORY / "nanovlm/assets")
+        )
         assert drawn.size == shipped.size
-        differing = sum(ImageChops.difference(drawn, shipped).point(lambda value: 255 * (value > 64)).histogram()[255:])
+        differing = sum(
+            ImageChops.difference(drawn, shipped)
+            .point(lambda value: 255 * (value > 64))
+            .histogram()[255:]
+        )
         assert differing < 100, f"{name}: run data_tools/draw_architecture.py"

@@ -17,7 +17,10 @@ from nanovlm.weights.pretrained import VISION_FAMILIES
 from tests.reference.models import randomise
 
 FIXTURE = Path(__file__).parent / "fixtures" / "qwen_vl_vision.safetensors"
-CONFIG = {"model_type": "qwen_vl_vision", **json.loads(FIXTURE.with_suffix(".json").read_text())["visual"]}
+CONFIG = {
+    "model_type": "qwen_vl_vision",
+    **json.loads(FIXTURE.with_suffix(".json").read_text())["visual"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,10 @@ def fixture() -> dict[str, Tensor]:
 def folder(fixture, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen_vl")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file({name: tensor for name, tensor in fixture.items() if not name.startswith("fixture.")},
-              folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in fixture.items() if not name.startswith("fixture.")},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -45,8 +50,15 @@ def test_qwen_vl_equals_the_published_implementation(vision, fixture):
     for size, pixels in ((56, fixture["fixture.pixels"]), (112, fixture["fixture.pixels_112"])):
         pooled = fixture["fixture.pooled" if size == 56 else "fixture.pooled_112"]
         for ours in (vision(pixels), vision.patches(pixels)):
-            torch.testing.assert_close(ours, pooled, atol=2e-5, rtol=0)  # of numbers with a standard deviation of 1.3
-    torch.testing.assert_close(vision.patches(fixture["fixture.pixels"], layer=3), fixture["fixture.hidden"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                ours, pooled, atol=2e-5, rtol=0
+            )  # of numbers with a standard deviation of 1.3
+    torch.testing.assert_close(
+        vision.patches(fixture["fixture.pixels"], layer=3),
+        fixture["fixture.hidden"],
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 @torch.inference_mode()
@@ -66,19 +78,39 @@ def test_how_many_vectors_an_image_gives_and_how_wide_they_are(vision):
         pixels = torch.randn(1, 3, *size)
         for layer in (-1, -2, 0, 3):
             features = vision.patches(pixels, layer)
-            assert features.shape[1:] == (config.num_features(*size, layer), config.feature_size(layer))
+            assert features.shape[1:] == (
+                config.num_features(*size, layer),
+                config.feature_size(layer),
+            )
     assert (config.num_features(112, 112), config.feature_size()) == (16, 256)
     assert (config.num_features(112, 112, -2), config.feature_size(-2)) == (64, 104)
 
 
 def test_the_release_has_256_positions_and_256_queries():
-    config = VisionConfig.from_hf({"model_type": "qwen_vl_vision", "heads": 16, "image_size": 448, "image_start_id": 151857,
-                                   "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096, "patch_size": 14, "width": 1664})
-    assert (config.image_size, config.intermediate_size, config.num_features(448, 448)) == (224, 8192, 256)
+    config = VisionConfig.from_hf(
+        {
+            "model_type": "qwen_vl_vision",
+            "heads": 16,
+            "image_size": 448,
+            "image_start_id": 151857,
+            "layers": 48,
+            "mlp_ratio": 4.9231,
+            "output_dim": 4096,
+            "patch_size": 14,
+            "width": 1664,
+        }
+    )
+    assert (config.image_size, config.intermediate_size, config.num_features(448, 448)) == (
+        224,
+        8192,
+        256,
+    )
     with torch.device("meta"):
         model = VisionTransformer(config)
     assert model.position_embedding.shape == (1, 256, 1664)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1.94e9, rel=0.01)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
+        1.94e9, rel=0.01
+    )
 
 
 def test_the_positions_are_those_of_the_checkpoint(fixture):
@@ -107,27 +139,42 @@ def test_a_table_for_fewer_places_keeps_their_order():
 
 
 def test_every_tensor_of_the_checkpoint_has_its_place(fixture, folder, tmp_path):
-    tensors = {name.removeprefix("transformer.visual."): tensor for name, tensor in fixture.items()
-               if not name.startswith("fixture.")}
+    tensors = {
+        name.removeprefix("transformer.visual."): tensor
+        for name, tensor in fixture.items()
+        if not name.startswith("fixture.")
+    }
     bare = tmp_path / "bare.safetensors"
     save_file(tensors, bare)
     config = VisionConfig.from_hf(CONFIG)
-    load_into(VisionTransformer(config), open_checkpoint(bare), VISION_FAMILIES["qwen_vl_vision"].names(config))
+    load_into(
+        VisionTransformer(config),
+        open_checkpoint(bare),
+        VISION_FAMILIES["qwen_vl_vision"].names(config),
+    )
     for name in tensors:
-        if name == "attn_pool.pos_embed" or "resblocks.1" in name or "resblocks.2" in name:  # computed; as in the first block
+        if (
+            name == "attn_pool.pos_embed" or "resblocks.1" in name or "resblocks.2" in name
+        ):  # computed; as in the first block
             continue
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
         save_file(rest, tmp_path / "less.safetensors")
         with pytest.raises(NanoVLMError, match="missing"):
-            load_into(VisionTransformer(config), open_checkpoint(tmp_path / "less.safetensors"),
-                      VISION_FAMILIES["qwen_vl_vision"].names(config))
+            load_into(
+                VisionTransformer(config),
+                open_checkpoint(tmp_path / "less.safetensors"),
+                VISION_FAMILIES["qwen_vl_vision"].names(config),
+            )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"n_queries": 15}, "num_queries is 15; it has to be a square number"),
-    ({"output_dim": 254}, "its width is a multiple of 4"),
-    ({"n_querys": 16}, "unknown key 'n_querys'; did you mean 'n_queries'?"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_queries": 15}, "num_queries is 15; it has to be a square number"),
+        ({"output_dim": 254}, "its width is a multiple of 4"),
+        ({"n_querys": 16}, "unknown key 'n_querys'; did you mean 'n_queries'?"),
+    ],
+)
 def test_what_no_resampler_has_is_refused(change, message):
     with pytest.raises(NanoVLMError, match=message):
         VisionConfig.from_hf(CONFIG | change)

@@ -42,7 +42,16 @@ ALPHABETS = [
     "ſ'sStTrReEvVmMlLdDK'’ ",
     "\u07fd\u0898\u1ac1\U00011938\U00011935\U00011930\U00016d63\U00016d67\U0001611e\U00010efd\u0301\u0323a",
 ]
-FRAGMENTS = [*SPECIAL, "<tool_call>", "</tool_call>", "ệ!", "e\u0323\u0302!", "ệ!\u0338", "<|im_", "end|>"]
+FRAGMENTS = [
+    *SPECIAL,
+    "<tool_call>",
+    "</tool_call>",
+    "ệ!",
+    "e\u0323\u0302!",
+    "ệ!\u0338",
+    "<|im_",
+    "end|>",
+]
 FRAGMENTS += ["'ll", "'RE", "\r\n", "    ", "http://a.b/c?d=1", "１２"]
 
 
@@ -54,7 +63,11 @@ def random_text(rng: random.Random) -> str:
         if kind < 0.55:
             pieces += rng.choices(rng.choice(ALPHABETS), k=rng.randint(1, 20))
         elif kind < 0.7:
-            pieces += (chr(code) for code in rng.choices(range(0x110000), k=8) if not 0xD800 <= code <= 0xDFFF)
+            pieces += (
+                chr(code)
+                for code in rng.choices(range(0x110000), k=8)
+                if not 0xD800 <= code <= 0xDFFF
+            )
         elif kind < 0.8:
             pieces += map(chr, rng.choices(range(0x80, 0x3400), k=8))
         elif kind < 0.9:
@@ -66,7 +79,9 @@ def random_text(rng: random.Random) -> str:
     return "".join(pieces)
 
 
-def assert_agrees(ours: BytePairTokenizer, reference: tokenizers.Tokenizer, texts: list[str]) -> None:
+def assert_agrees(
+    ours: BytePairTokenizer, reference: tokenizers.Tokenizer, texts: list[str]
+) -> None:
     """Ids and decoded text equal the reference's, for a user's text and for the program's."""
     for as_user, encode in ((True, ours.encode), (False, ours.encode_with_special)):
         reference.encode_special_tokens = as_user
@@ -74,7 +89,9 @@ def assert_agrees(ours: BytePairTokenizer, reference: tokenizers.Tokenizer, text
             ids = encode(text)
             assert ids == reference.encode(text, add_special_tokens=False).ids, ascii(text)
             for skip in (False, True):
-                assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip), ascii(text)
+                assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip), (
+                    ascii(text)
+                )
 
 
 def train_reference(
@@ -96,7 +113,9 @@ def train_reference(
 
 def qwen_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +137,21 @@ def ours(folder: Path) -> BytePairTokenizer:
 
 def test_equals_tokenizers_on_random_text(ours, reference):
     rng = random.Random(0)
-    assert_agrees(ours, reference, CORPUS + ["", " ", "\r\n"] + [random_text(rng) for _ in range(4000)])
+    assert_agrees(
+        ours, reference, CORPUS + ["", " ", "\r\n"] + [random_text(rng) for _ in range(4000)]
+    )
 
 
 @pytest.mark.parametrize(
     "pre_tokenizer",
     [
         pre_tokenizers.ByteLevel(add_prefix_space=False),
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
         pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split("red", "isolated"),
@@ -141,7 +166,9 @@ def test_equals_tokenizers_with_other_patterns(pre_tokenizer, tmp_path):
     reference = train_reference(pre_tokenizer, None)
     reference.save(str(tmp_path / "tokenizer.json"))
     rng = random.Random(1)
-    assert_agrees(load_tokenizer(tmp_path), reference, CORPUS + [random_text(rng) for _ in range(500)])
+    assert_agrees(
+        load_tokenizer(tmp_path), reference, CORPUS + [random_text(rng) for _ in range(500)]
+    )
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
@@ -167,12 +194,17 @@ def test_equals_tokenizers_on_a_file_like_smollm2s(tmp_path):
     """Its special tokens come first in the vocabulary, and digits stand alone."""
     reference = tokenizers.Tokenizer(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     reference.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     reference.train_from_iterator(CORPUS * 4, trainer)
     reference.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
@@ -184,13 +216,17 @@ def test_equals_tokenizers_on_a_file_like_smollm2s(tmp_path):
 def test_equals_tokenizers_on_a_file_like_llama_3s(tmp_path):
     """Up to three digits together, words of the vocabulary whether merges lead to them or not, and a post-processor."""
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
-    reference = train_reference(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), None)
+    reference = train_reference(
+        pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), None
+    )
     begin = "<|begin_of_text|>"
     reference.add_special_tokens([begin])
     reference.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, reference.token_to_id(begin))]),
+            processors.TemplateProcessing(
+                f"{begin} $A", special_tokens=[(begin, reference.token_to_id(begin))]
+            ),
         ]
     )
     document = json.loads(reference.to_str())
@@ -211,7 +247,12 @@ def test_the_first_qwens_special_tokens_follow_its_vocabulary(ours, folder, tmp_
         "model_max_length": 32768, "tokenizer_class": "QWenTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}))  # fmt: skip
     qwen = load_tokenizer(tmp_path)
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *(f"<|extra_{number}|>" for number in range(205)),
+    ]
     assert qwen.special_tokens == {name: len(vocab) + number for number, name in enumerate(names)}
     assert qwen.vocab_size == len(vocab) + 208  # 151,643 + 208 in the published one
     rng = random.Random(13)
@@ -222,7 +263,9 @@ def test_the_first_qwens_special_tokens_follow_its_vocabulary(ours, folder, tmp_
     assert qwen.encode_with_special("狗<|extra_0|>")[-1] == len(vocab) + 3
     qwen.save(tmp_path)  # a tokenizer.json, which goes before the tiktoken file
     again = load_tokenizer(tmp_path)
-    assert again.special_tokens == qwen.special_tokens and again.encode(CORPUS[0]) == qwen.encode(CORPUS[0])
+    assert again.special_tokens == qwen.special_tokens and again.encode(CORPUS[0]) == qwen.encode(
+        CORPUS[0]
+    )
 
 
 def test_character_classes_equal_those_of_tokenizers_for_every_code_point():
@@ -240,7 +283,11 @@ def test_normalization_equals_that_of_tokenizers_around_every_code_point():
             assert nfc(text) == reference.normalize_str(text), hex(code)
     rng = random.Random(10)
     for length in range(1, 300):  # long runs of marks
-        text = "".join(rng.choices("a\u0301\u0323\u0334\u0345\u0344\u07fd", [1, 30, 30, 30, 30, 5, 1], k=length))
+        text = "".join(
+            rng.choices(
+                "a\u0301\u0323\u0334\u0345\u0344\u07fd", [1, 30, 30, 30, 30, 5, 1], k=length
+            )
+        )
         assert nfc(text) == reference.normalize_str(text), ascii(text)
 
 
@@ -249,7 +296,10 @@ def test_equals_the_real_qwen_tokenizer_on_20000_strings():
     if not real:
         pytest.skip("NANOVLM_REAL does not name a folder with qwen2.5-0.5b")
     path = Path(real) / "qwen2.5-0.5b"
-    reference, ours = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")), load_tokenizer(path)
+    reference, ours = (
+        tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
+        load_tokenizer(path),
+    )
     rng = random.Random(2)
     assert_agrees(ours, reference, [random_text(rng) for _ in range(20_000)])
 
@@ -258,7 +308,10 @@ def test_special_tokens_never_come_from_user_text(ours):
     specials = set(ours.special_tokens.values())
     assert set(ours.special_tokens) == set(SPECIAL)
     rng = random.Random(3)
-    for text in ["".join(rng.choices(SPECIAL + FRAGMENTS + ["<", "|", ">", "＜|im_end|＞"], k=8)) for _ in range(300)]:
+    for text in [
+        "".join(rng.choices(SPECIAL + FRAGMENTS + ["<", "|", ">", "＜|im_end|＞"], k=8))
+        for _ in range(300)
+    ]:
         ids = ours.encode(text)
         assert not specials & set(ids)
         assert ours.decode(ids) == nfc(text)
@@ -299,7 +352,10 @@ def test_ids_survive_saving_adding_and_pickling(ours, reference, tmp_path):
 def test_the_older_file_formats_give_the_same_ids(ours, folder, tmp_path):
     document = json.loads((folder / "tokenizer.json").read_text())
     model, added = document["model"], document["added_tokens"]
-    config = {"added_tokens_decoder": {token.pop("id"): token for token in added}, "tokenizer_class": "Qwen2Tokenizer"}
+    config = {
+        "added_tokens_decoder": {token.pop("id"): token for token in added},
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
     pairs, tik = tmp_path / "pairs", tmp_path / "tik"
     for path in (pairs, tik):
         path.mkdir()
@@ -319,7 +375,9 @@ def test_the_older_file_formats_give_the_same_ids(ours, folder, tmp_path):
             assert other.encode_with_special(text) == ours.encode_with_special(text), ascii(text)
 
 
-@pytest.mark.parametrize("unit", ["a", "abcdefg", "狗", "é", " ", "\n", "\u0301", "e\u0301", "\u0301\u0323", " 狗"])
+@pytest.mark.parametrize(
+    "unit", ["a", "abcdefg", "狗", "é", " ", "\n", "\u0301", "e\u0301", "\u0301\u0323", " 狗"]
+)
 def test_time_grows_in_step_with_length(ours, unit):
     def seconds(length: int) -> float:
         text = unit * (length // len(unit))
@@ -362,16 +420,31 @@ def damaged(folder: Path, target: Path, change) -> Path:
         (lambda d: d.update(pre_tokenizer=None), "ByteLevel"),
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "behavior"),
-        (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{Han}+"}), "p{Han}"),
-        (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a"}), "regular expression"),
-        (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": 3}), "not laid out"),
-        (lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space"),
+        (
+            lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{Han}+"}),
+            "p{Han}",
+        ),
+        (
+            lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a"}),
+            "regular expression",
+        ),
+        (
+            lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": 3}),
+            "not laid out",
+        ),
+        (
+            lambda d: d["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            "add_prefix_space",
+        ),
         (lambda d: d.update(decoder={"type": "WordPiece"}), "decoder"),
         (lambda d: d.update(truncation={"max_length": 3}), "truncation"),
         (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"),
         (lambda d: d["added_tokens"][0].update(id=3), "has the same id"),
         (lambda d: d["added_tokens"][0].update(content="!"), "already in the vocabulary"),
-        (lambda d: d["added_tokens"][0].update(content="!", id=d["model"]["vocab"]["!"]), "ordinary text"),
+        (
+            lambda d: d["added_tokens"][0].update(content="!", id=d["model"]["vocab"]["!"]),
+            "ordinary text",
+        ),
         (lambda d: d["added_tokens"].append("x"), "added token"),
         (lambda d: d.update(added_tokens=3), "not laid out"),
     ],
@@ -393,7 +466,10 @@ def test_damaged_or_unsupported_files_say_so_in_one_line(folder, tmp_path, chang
         ({"a.tiktoken": "IQ== 0\n"}, "lacks 255"),
         ({"a.tiktoken": "", "b.tiktoken": ""}, "leave one"),
         ({"a.tiktoken": "", "tokenizer_config.json": '{"tokenizer_class": "Odd"}'}, "Odd"),
-        ({"a.tiktoken": "", "tokenizer_config.json": '{"added_tokens_decoder": [1]}'}, "added_tokens_decoder"),
+        (
+            {"a.tiktoken": "", "tokenizer_config.json": '{"added_tokens_decoder": [1]}'},
+            "added_tokens_decoder",
+        ),
         ({"tokenizer.model": ""}, "not a SentencePiece model"),
         ({"tokenizer.model": "hello, I am text"}, "not a SentencePiece model"),
         ({"x.model": "\x0a\x7f"}, "not a SentencePiece model"),
@@ -423,7 +499,11 @@ def train_sentence_piece(**settings) -> bytes:
 
 
 SENTENCE_PIECE = {
-    "plain bpe": {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "plain bpe": {
+        "model_type": "bpe",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    },
     "unigram with its defaults": {"model_type": "unigram"},
 }
 
@@ -483,7 +563,9 @@ def test_sentence_piece_survives_saving_and_pickling(sentence_piece_model, tmp_p
     (tmp_path / "added_tokens.json").write_text('{"<x>": 3}')
     with pytest.raises(NanoVLMError, match="has id 3"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(sentence_piece_model[: len(sentence_piece_model) // 2])
+    (tmp_path / "tokenizer.model").write_bytes(
+        sentence_piece_model[: len(sentence_piece_model) // 2]
+    )
     with pytest.raises(NanoVLMError, match="tokenizer.model"):
         load_tokenizer(tmp_path)
 
@@ -493,14 +575,26 @@ def test_a_llama_folder_is_read_from_its_sentence_piece_model(tmp_path):
     reference = llama_folder(tmp_path)
     ours = load_tokenizer(tmp_path)
     assert isinstance(ours, SentencePieceTokenizer) and ours.puts_space
-    size = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).vocab_size()
-    assert ours.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": size, "<pad>": size + 1}
+    size = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "tokenizer.model")
+    ).vocab_size()
+    assert ours.special_tokens == {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "<image>": size,
+        "<pad>": size + 1,
+    }
     assert ours.vocab_size == len(reference)
     rng = random.Random(14)
-    texts = [text.replace("\0", "") for text in CORPUS + [random_text(rng) for _ in range(500)]]  # which ends a C string
+    texts = [
+        text.replace("\0", "") for text in CORPUS + [random_text(rng) for _ in range(500)]
+    ]  # which ends a C string
     for text in filter(None, texts):
         if not any(token in text for token in ours.special_tokens):
-            assert ours.encode(text) == reference.encode(text, add_special_tokens=False), ascii(text)
+            assert ours.encode(text) == reference.encode(text, add_special_tokens=False), ascii(
+                text
+            )
     text = "<s>USER: <image>描述图片</s>"
     assert ours.encode_with_special(text) == reference.encode(text, add_special_tokens=False)
 
@@ -510,18 +604,35 @@ def test_tokens_beside_a_sentence_piece_model(tmp_path):
     size = load_tokenizer(tmp_path).vocab_size
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size - 2, "<pad>": size - 1}))  # once more, as in LLaVA
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(
-        {"eos_token": {"content": "</s>"}, "pad_token": "<pad>", "additional_special_tokens": ["<sep>"]}))
-    assert load_tokenizer(tmp_path).special_tokens["<sep>"] == size  # only named, so it gets the next id
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({"<image>": size - 2, "<pad>": size - 1})
+    )  # once more, as in LLaVA
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps(
+            {
+                "eos_token": {"content": "</s>"},
+                "pad_token": "<pad>",
+                "additional_special_tokens": ["<sep>"],
+            }
+        )
+    )
+    assert (
+        load_tokenizer(tmp_path).special_tokens["<sep>"] == size
+    )  # only named, so it gets the next id
     (tmp_path / "special_tokens_map.json").write_text('{"sep_token": "▁the"}')
-    with pytest.raises(NanoVLMError, match="tokenizer.model: special token '▁the': ordinary text gives that piece too"):
+    with pytest.raises(
+        NanoVLMError,
+        match="tokenizer.model: special token '▁the': ordinary text gives that piece too",
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "special_tokens_map.json").unlink()
     cases = [
         ({"2": {"content": "<s>", "special": True}}, "'<s>' has id 2, expected 1"),
         ({str(size): {"content": "<x>", "special": False}}, "'<x>' is not special"),
-        ({str(size + 7): {"content": "<x>", "special": True}}, f"has id {size + 7}, expected {size}"),
+        (
+            {str(size + 7): {"content": "<x>", "special": True}},
+            f"has id {size + 7}, expected {size}",
+        ),
         ({str(size): {"content": "▁the", "special": True}}, "ordinary text gives that piece too"),
     ]
     for added, message in cases:
@@ -531,5 +642,7 @@ def test_tokens_beside_a_sentence_piece_model(tmp_path):
         assert "\n" not in str(caught.value)
     path.write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(NanoVLMError, match="put the tokenizer.model that this was made from beside it"):
+    with pytest.raises(
+        NanoVLMError, match="put the tokenizer.model that this was made from beside it"
+    ):
         load_tokenizer(tmp_path)

@@ -23,11 +23,18 @@ VARIANTS = {
     "registers": {"registers": 4},
     "swiglu and registers": {"swiglu": True, "registers": 3},
 }
-SIZES = [(28, 28), (42, 42), (49, 21), (14, 70)]  # the table's own, larger, and two that are not square
+SIZES = [
+    (28, 28),
+    (42, 42),
+    (49, 21),
+    (14, 70),
+]  # the table's own, larger, and two that are not square
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
-def pair(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[VisionTransformer, PreTrainedModel]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory
+) -> tuple[VisionTransformer, PreTrainedModel]:
     folder = tmp_path_factory.mktemp("dinov2")
     reference = dinov2(folder, **request.param)
     return VisionTransformer.from_pretrained(folder), reference
@@ -52,7 +59,9 @@ def test_equals_the_reference(pair, size):
     expected = reference(pixels, output_hidden_states=True)
     first_patch = 1 + ours.config.num_register_tokens
     torch.testing.assert_close(ours(pixels), expected.last_hidden_state, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.patches(pixels), expected.last_hidden_state[:, first_patch:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.patches(pixels), expected.last_hidden_state[:, first_patch:], atol=1e-5, rtol=0
+    )
     for layer in (-4, -3, -2, 0, 1, 2, 3):  # -1 is after the norm, as tested above
         expected_patches = expected.hidden_states[layer][:, first_patch:]
         torch.testing.assert_close(ours.patches(pixels, layer), expected_patches, atol=1e-5, rtol=0)
@@ -67,7 +76,11 @@ def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     half = VisionTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     features = half(pixels.bfloat16())
     assert features.dtype == torch.bfloat16
-    theirs = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels.bfloat16()).last_hidden_state
+    theirs = (
+        type(reference)
+        .from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels.bfloat16())
+        .last_hidden_state
+    )
     error, their_error = (features - exact).abs(), (theirs - exact).abs()
     assert error.mean() < 0.01 and error.max() < 0.1  # on features of standard deviation 1.2 to 1.4
     assert error.mean() < 1.2 * their_error.mean()
@@ -86,19 +99,29 @@ def test_size_and_layer_are_checked(plain):
     with pytest.raises(NanoVLMError, match="30×28 pixels is not made of 7-pixel patches"):
         plain(picture(30, 28))
     for layer in (4, -5):
-        with pytest.raises(NanoVLMError, match=f"layer {layer} of .* with 3 blocks; take one from -4 to 3"):
+        with pytest.raises(
+            NanoVLMError, match=f"layer {layer} of .* with 3 blocks; take one from -4 to 3"
+        ):
             plain.patches(picture(28, 28), layer)
 
 
-def reference_states(reference: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def reference_states(
+    reference: PreTrainedModel, pixels: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The reference's last state and those before each block, with the position table resized where it has to be asked."""
-    asked = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in signature(reference.forward).parameters else {}
+    asked = (
+        {"interpolate_pos_encoding": True}
+        if "interpolate_pos_encoding" in signature(reference.forward).parameters
+        else {}
+    )
     output = reference(pixels, output_hidden_states=True, **asked)
     return output.last_hidden_state, output.hidden_states
 
 
 @pytest.fixture(scope="module", params=[*TOWERS, "siglip", "clip", "smolvlm", "idefics3"])
-def loaded(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[VisionTransformer, PreTrainedModel, Path]:
+def loaded(
+    request: pytest.FixtureRequest, tmp_path_factory
+) -> tuple[VisionTransformer, PreTrainedModel, Path]:
     """Ours and the reference's, of a tower's folder or a whole model's."""
     folder = tmp_path_factory.mktemp(request.param)
     reference = (tower if request.param in TOWERS else whole_model)(folder, request.param)
@@ -115,7 +138,9 @@ def test_every_family_equals_its_reference(loaded, size):
     torch.testing.assert_close(ours(pixels), last, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.patches(pixels), last[:, first_patch:], atol=1e-5, rtol=0)
     for layer in (-2, -3, -4, 0, 2, 3):
-        torch.testing.assert_close(ours.patches(pixels, layer), states[layer][:, first_patch:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours.patches(pixels, layer), states[layer][:, first_patch:], atol=1e-5, rtol=0
+        )
         shape = ours.config.num_features(*size, layer), ours.config.feature_size(layer)
         assert ours.patches(pixels, layer).shape[1:] == shape
     assert ours(pixels).shape[1] == ours.config.num_tokens(*size)
@@ -129,8 +154,10 @@ def test_every_family_in_bfloat16_is_as_close_to_fp32_as_its_reference_is(loaded
     features = VisionTransformer.from_pretrained(folder, dtype=torch.bfloat16)(pixels.bfloat16())
     half = type(reference)(reference.config)
     half.load_state_dict(reference.state_dict())
-    error, their_error = ((states - exact).abs() for states in (features, reference_states(
-        half.bfloat16().eval(), pixels.bfloat16())[0]))
+    error, their_error = (
+        (states - exact).abs()
+        for states in (features, reference_states(half.bfloat16().eval(), pixels.bfloat16())[0])
+    )
     assert features.dtype == torch.bfloat16
     assert error.mean() < 0.02 and error.max() < 0.15  # on features of standard deviation 1 to 2
     assert error.mean() < 1.2 * their_error.mean()
@@ -164,10 +191,15 @@ def test_older_files_name_the_tower_and_hold_its_position_numbers(tmp_path):
     reference = tower(tmp_path, "clip_vision_model")
     file = SafetensorsFile(tmp_path / "model.safetensors")
     older = {f"vision_model.{name}": file.tensor(name) for name in file.keys()}
-    save_file(older | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "model.safetensors")
+    save_file(
+        older | {"vision_model.embeddings.position_ids": torch.arange(17)[None]},
+        tmp_path / "model.safetensors",
+    )
     with torch.inference_mode():
         ours, pixels = VisionTransformer.from_pretrained(tmp_path), picture(28, 28)
-        torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("model_type", ["siglip", "clip", "smolvlm"])
@@ -185,34 +217,82 @@ def test_a_tensor_that_no_part_of_the_model_has_is_an_error(model_type, tmp_path
 def test_hub_files_leave_out_the_reference_defaults():
     for config_class, _ in TOWERS.values():
         config = config_class()
-        assert VisionConfig.from_hf({"model_type": config.model_type}) == VisionConfig.from_hf(config.to_dict())
-    whole = VisionConfig.from_hf({"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}})
+        assert VisionConfig.from_hf({"model_type": config.model_type}) == VisionConfig.from_hf(
+            config.to_dict()
+        )
+    whole = VisionConfig.from_hf(
+        {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
+    )
     assert whole == VisionConfig.from_hf({"model_type": "siglip_vision_model"})
-    older = {"model_type": "clip", "vision_config": {"patch_size": 14, "top_k": 50}, "vision_config_dict": {"hidden_size": 960}}
+    older = {
+        "model_type": "clip",
+        "vision_config": {"patch_size": 14, "top_k": 50},
+        "vision_config_dict": {"hidden_size": 960},
+    }
     config = VisionConfig.from_hf(older | {"vision_config": {"patch_size": 14}})
     assert (config.patch_size, config.hidden_size) == (14, 960)
-    assert VisionConfig.from_hf(older) == config  # a generation's setting in a tower's table, as in the oldest files
+    assert (
+        VisionConfig.from_hf(older) == config
+    )  # a generation's setting in a tower's table, as in the oldest files
 
 
 def test_smolvlm2_256m():
-    config = VisionConfig.from_hf({"model_type": "smolvlm", "vision_config": {
-        "hidden_size": 768, "image_size": 512, "max_image_size": {"longest_edge": 512}, "model_type": "smolvlm_vision",
-        "num_attention_heads": 12, "patch_size": 16, "size": {"longest_edge": 2048}, "tie_word_embeddings": False,
-        "use_base_siglip": False}})
-    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_act) == (12, 3072, "gelu_pytorch_tanh")
-    assert (config.layer_norm_eps, config.num_features(512, 512), config.class_token) == (1e-6, 1024, False)
+    config = VisionConfig.from_hf(
+        {
+            "model_type": "smolvlm",
+            "vision_config": {
+                "hidden_size": 768,
+                "image_size": 512,
+                "max_image_size": {"longest_edge": 512},
+                "model_type": "smolvlm_vision",
+                "num_attention_heads": 12,
+                "patch_size": 16,
+                "size": {"longest_edge": 2048},
+                "tie_word_embeddings": False,
+                "use_base_siglip": False,
+            },
+        }
+    )
+    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_act) == (
+        12,
+        3072,
+        "gelu_pytorch_tanh",
+    )
+    assert (config.layer_norm_eps, config.num_features(512, 512), config.class_token) == (
+        1e-6,
+        1024,
+        False,
+    )
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"model_type": "siglip2"}, "NaFlex.* not implemented; take a SigLIP 2 of a fixed size"),
-    ({"model_type": "siglip_vision_model", "hidden_act": "relu"}, "hidden_act is 'relu'; implemented are gelu, gelu_py"),
-    ({"model_type": ["clip"]}, "model_type is .'clip'.; implemented are"),
-    ({"model_type": "clip_vision_model", "num_channels": 1}, "num_channels = 1 is not implemented"),
-    ({"model_type": "clip_vision_model", "patch_sise": 14}, "unknown key 'patch_sise'; did you mean 'patch_size'?"),
-    ({"model_type": "clip", "vision_config": {"hidden_sise": 8}}, "unknown key 'hidden_sise'; did you mean 'hidden_size'?"),
-    ({"model_type": "siglip", "vision_confg": {}}, "key 'vision_config' is missing"),
-    ({"model_type": "smolvlm", "vision_config": {"image_size": [512, 512]}}, "image_size is .512, 512., expected a value"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model_type": "siglip2"}, "NaFlex.* not implemented; take a SigLIP 2 of a fixed size"),
+        (
+            {"model_type": "siglip_vision_model", "hidden_act": "relu"},
+            "hidden_act is 'relu'; implemented are gelu, gelu_py",
+        ),
+        ({"model_type": ["clip"]}, "model_type is .'clip'.; implemented are"),
+        (
+            {"model_type": "clip_vision_model", "num_channels": 1},
+            "num_channels = 1 is not implemented",
+        ),
+        (
+            {"model_type": "clip_vision_model", "patch_sise": 14},
+            "unknown key 'patch_sise'; did you mean 'patch_size'?",
+        ),
+        (
+            {"model_type": "clip", "vision_config": {"hidden_sise": 8}},
+            "unknown key 'hidden_sise'; did you mean 'hidden_size'?",
+        ),
+        ({"model_type": "siglip", "vision_confg": {}}, "key 'vision_config' is missing"),
+        (
+            {"model_type": "smolvlm", "vision_config": {"image_size": [512, 512]}},
+            "image_size is .512, 512., expected a value",
+        ),
+    ],
+)
 def test_what_is_not_implemented_is_refused_in_a_line(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NanoVLMError, match=message) as raised:
@@ -231,4 +311,6 @@ def test_equals_the_reference_on_real_weights():
         pixels = picture(*size)[:1]
         expected = reference(pixels, output_hidden_states=True)
         torch.testing.assert_close(ours(pixels), expected.last_hidden_state, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours.patches(pixels, -2), expected.hidden_states[-2][:, 1:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours.patches(pixels, -2), expected.hidden_states[-2][:, 1:], atol=1e-4, rtol=0
+        )

@@ -38,8 +38,8 @@ def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
     generator = torch.Generator().manual_seed(0)
     placeholder, length = model.chat.image_token_id, model.image_length
     ids = torch.randint(300, (3, 16), generator=generator)
-    ids[0, 3:3 + length] = placeholder
-    ids[1, 0:length] = ids[1, 7:7 + length] = placeholder
+    ids[0, 3 : 3 + length] = placeholder
+    ids[1, 0:length] = ids[1, 7 : 7 + length] = placeholder
     mask = torch.ones_like(ids)
     mask[0, 13:] = mask[2, 9:] = 0
     learned = (torch.rand(ids.shape, generator=generator) < 0.5) & (mask > 0) & (ids != placeholder)
@@ -55,10 +55,22 @@ def naive_loss(model: VisionLanguageModel, batch: Batch, labels: Tensor) -> Tens
     visual_tokens = iter(model.projector(model.vision(batch.pixels)[:, 1:]).flatten(0, 1))
     rows = []
     for ids in batch.input_ids:
-        rows.append(torch.stack([next(visual_tokens) if token == model.chat.image_token_id
-                                 else model.decoder.embed_tokens.weight[token] for token in ids]))
-    logits = model.decoder.logits(model.decoder.hidden_states(torch.stack(rows), batch.attention_mask))
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        rows.append(
+            torch.stack(
+                [
+                    next(visual_tokens)
+                    if token == model.chat.image_token_id
+                    else model.decoder.embed_tokens.weight[token]
+                    for token in ids
+                ]
+            )
+        )
+    logits = model.decoder.logits(
+        model.decoder.hidden_states(torch.stack(rows), batch.attention_mask)
+    )
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def test_loss_and_gradients_equal_the_naive_ones(either):
@@ -71,8 +83,9 @@ def test_loss_and_gradients_equal_the_naive_ones(either):
         gradients[-1]["loss"] = loss.detach()
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=2e-5,
-                                   msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, gradients[1][name], rtol=1e-5, atol=2e-5, msg=lambda text: f"{name}: {text}"
+        )
         assert name == "loss" or gradient.any(), f"{name} has no gradient"
 
 
@@ -84,7 +97,9 @@ def test_only_positions_with_a_label_pass_the_head(model, monkeypatch):
         return hidden_states.sum()
 
     monkeypatch.setattr(vlm, "chunked_cross_entropy", recorded)
-    monkeypatch.setattr(model.decoder, "logits", lambda _: pytest.fail("all positions went through the head"))
+    monkeypatch.setattr(
+        model.decoder, "logits", lambda _: pytest.fail("all positions went through the head")
+    )
     batch, labels = make_batch(model)
     model(batch)
     assert seen == [(int((labels != IGNORED).sum()), 32)]
@@ -94,8 +109,12 @@ def test_only_positions_with_a_label_pass_the_head(model, monkeypatch):
 def test_changing_an_image_changes_what_follows_it_and_nothing_else(model):
     batch, _ = make_batch(model)
     other = dataclasses.replace(batch, pixels=batch.pixels.clone())
-    other.pixels[2] += torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))  # the second one of row 1
-    before, after = (model.decoder.hidden_states(model.embed(one), one.attention_mask) for one in (batch, other))
+    other.pixels[2] += torch.randn(
+        3, 28, 28, generator=torch.Generator().manual_seed(1)
+    )  # the second one of row 1
+    before, after = (
+        model.decoder.hidden_states(model.embed(one), one.attention_mask) for one in (batch, other)
+    )
     change = model.decoder.logits(before - after).abs().amax(dim=-1)
     assert not change[[0, 2]].any() and not change[1, :7].any()
     assert (change[1, 7:] > 1e-2).all()
@@ -117,7 +136,11 @@ def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
     tokenizer.save(tmp_path)
     other = VisionLanguageModel.from_pretrained(tmp_path)
     batch, _ = make_batch(model)
-    moved = batch.input_ids.flatten().index_fill(0, batch.image_positions, other.chat.image_token_id).view_as(batch.input_ids)
+    moved = (
+        batch.input_ids.flatten()
+        .index_fill(0, batch.image_positions, other.chat.image_token_id)
+        .view_as(batch.input_ids)
+    )
     moved = dataclasses.replace(batch, input_ids=moved)
     assert other(moved) == model(batch)
     for penalty in (1.0, 1.3):
@@ -134,19 +157,27 @@ def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
 @torch.inference_mode()
 def test_vision_layer_is_the_one_looked_at(tmp_path):
     model = tiny_vlm(tmp_path)
-    deeper = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("linear"),
-                                            ImageConfig(28, 28), vision_layer=-2)
+    deeper = VisionLanguageModel.from_parts(
+        tmp_path / "vision",
+        tmp_path / "text",
+        ProjectorConfig("linear"),
+        ImageConfig(28, 28),
+        vision_layer=-2,
+    )
     pixels = torch.randn(1, 3, 28, 28)
     assert torch.equal(deeper.look(pixels), model.vision.patches(pixels, -2))
     assert not torch.equal(deeper.look(pixels), model.look(pixels))
     assert deeper.image_length == 16
 
 
-@pytest.mark.parametrize("images, message", [
-    (2, "the text has 12 image placeholders and 2 pictures of 4 visual tokens fill 8"),
-    (4, "the text has 12 image placeholders and 4 pictures of 4 visual tokens fill 16"),
-    (0, "the text has 12 image placeholders and 0 pictures of 4 visual tokens fill 0"),
-])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (2, "the text has 12 image placeholders and 2 pictures of 4 visual tokens fill 8"),
+        (4, "the text has 12 image placeholders and 4 pictures of 4 visual tokens fill 16"),
+        (0, "the text has 12 image placeholders and 0 pictures of 4 visual tokens fill 0"),
+    ],
+)
 def test_placeholders_and_pictures_have_to_match(model, images, message):
     batch, _ = make_batch(model)
     pixels = torch.randn(images, 3, 28, 28) if images else None
@@ -163,12 +194,18 @@ def test_a_saved_folder_is_the_same_model(either, tmp_path, dtype):
     assert loaded.config == either.config and not loaded.training
     assert loaded.state_dict().keys() == either.state_dict().keys()
     for name, tensor in either.state_dict().items():
-        assert loaded.state_dict()[name].dtype == dtype and torch.equal(loaded.state_dict()[name], tensor), name
+        assert loaded.state_dict()[name].dtype == dtype and torch.equal(
+            loaded.state_dict()[name], tensor
+        ), name
     assert loaded.tokenizer.encode("一个 red circle") == either.tokenizer.encode("一个 red circle")
     batch, _ = make_batch(either)
     with torch.inference_mode():
         assert torch.equal(loaded(batch), either(batch))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def test_loading_casts_when_asked(model, tmp_path):
@@ -177,7 +214,10 @@ def test_loading_casts_when_asked(model, tmp_path):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     batch, labels = make_batch(model)
     with torch.inference_mode():
-        exact, rounded = float(model(batch)), float(half(batch))  # pixels are cast to what the eyes compute in
+        exact, rounded = (
+            float(model(batch)),
+            float(half(batch)),
+        )  # pixels are cast to what the eyes compute in
     assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
 
 
@@ -187,19 +227,46 @@ def change_config(folder: Path, change) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda config: config.update(vision_layers=-2), "unknown key 'vision_layers'; did you mean 'vision_layer'?"),
-    (lambda config: config["text"].update(rope_tetha=1.0), "unknown key 'rope_tetha'; did you mean 'rope_theta'?"),
-    (lambda config: config["projector"].update(kind="mpl"), "projector 'mpl' is not known"),
-    (lambda config: config["chat"].update(template="alpaca"), "chat template 'alpaca' is not known"),
-    (lambda config: config["projector"].update(scale=0), "ProjectorConfig: scale is 0; it has to be above 0"),
-    (lambda config: config.update(vision_layer="last"), "vision_layer is 'last', expected a whole number"),
-    (lambda config: config.pop("image"), "key 'image' is missing"),
-    (lambda config: config.update(model_type="llava"), "model_type is 'llava', expected 'nanovlm'"),
-    (lambda config: config.update(bidirectional_images=1), "bidirectional_images is 1, expected true or false"),
-    (lambda config: config["vision"].update(hidden_size=48), "do not fit VisionLanguageModel"),
-    (lambda config: config["text"].update(vocab_size=100), "the tokenizer knows 326 tokens and the decoder 100"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda config: config.update(vision_layers=-2),
+            "unknown key 'vision_layers'; did you mean 'vision_layer'?",
+        ),
+        (
+            lambda config: config["text"].update(rope_tetha=1.0),
+            "unknown key 'rope_tetha'; did you mean 'rope_theta'?",
+        ),
+        (lambda config: config["projector"].update(kind="mpl"), "projector 'mpl' is not known"),
+        (
+            lambda config: config["chat"].update(template="alpaca"),
+            "chat template 'alpaca' is not known",
+        ),
+        (
+            lambda config: config["projector"].update(scale=0),
+            "ProjectorConfig: scale is 0; it has to be above 0",
+        ),
+        (
+            lambda config: config.update(vision_layer="last"),
+            "vision_layer is 'last', expected a whole number",
+        ),
+        (lambda config: config.pop("image"), "key 'image' is missing"),
+        (
+            lambda config: config.update(model_type="llava"),
+            "model_type is 'llava', expected 'nanovlm'",
+        ),
+        (
+            lambda config: config.update(bidirectional_images=1),
+            "bidirectional_images is 1, expected true or false",
+        ),
+        (lambda config: config["vision"].update(hidden_size=48), "do not fit VisionLanguageModel"),
+        (
+            lambda config: config["text"].update(vocab_size=100),
+            "the tokenizer knows 326 tokens and the decoder 100",
+        ),
+    ],
+)
 def test_a_changed_config_is_refused(model, tmp_path, change, message):
     model.save_pretrained(tmp_path)
     change_config(tmp_path, change)
@@ -217,21 +284,32 @@ def test_a_config_names_its_folder(model, tmp_path):
 def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
     reference = dinov2(tmp_path / "vision", registers=2)
     qwen(tmp_path / "text", "qwen3", vocab_size=len(byte_pair(tmp_path / "text")), head_dim=16)
-    model = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("bilinear", grid=2),
-                                           ImageConfig(42, 42))
+    model = VisionLanguageModel.from_parts(
+        tmp_path / "vision",
+        tmp_path / "text",
+        ProjectorConfig("bilinear", grid=2),
+        ImageConfig(42, 42),
+    )
     pixels = torch.randn(1, 3, 42, 42)
     with torch.inference_mode():
-        torch.testing.assert_close(model.look(pixels), reference(pixels).last_hidden_state[:, 3:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.look(pixels), reference(pixels).last_hidden_state[:, 3:], atol=1e-5, rtol=0
+        )
     assert model.image_length == 4
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert VLMConfig.from_dict({"model_type": "nanovlm", **dataclasses.asdict(model.config)}) == model.config
+    assert (
+        VLMConfig.from_dict({"model_type": "nanovlm", **dataclasses.asdict(model.config)})
+        == model.config
+    )
 
 
 def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
     """With a SentencePiece vocabulary, Vicuna's template and the placeholder among its added tokens."""
     dinov2(tmp_path / "vision")
     qwen(tmp_path / "text", "llama", vocab_size=len(sentence_piece(tmp_path / "text")))
-    model = VisionLanguageModel.from_parts(tmp_path / "vision", tmp_path / "text", ProjectorConfig("mlp"), ImageConfig(28, 28))
+    model = VisionLanguageModel.from_parts(
+        tmp_path / "vision", tmp_path / "text", ProjectorConfig("mlp"), ImageConfig(28, 28)
+    )
     model.save_pretrained(tmp_path / "model")
     again = VisionLanguageModel.from_pretrained(tmp_path / "model")
     assert again.config == model.config and again.chat.config.template == "vicuna"
@@ -252,22 +330,34 @@ def scratch(tmp_path_factory) -> VisionLanguageModel:
 
 
 def hidden_states(model: VisionLanguageModel, batch: Batch) -> Tensor:
-    return model.decoder.hidden_states(model.embed(batch), batch.attention_mask, groups=model.image_groups(batch))
+    return model.decoder.hidden_states(
+        model.embed(batch), batch.attention_mask, groups=model.image_groups(batch)
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both ways"])
 @torch.inference_mode()
-def test_the_end_of_an_image_reaches_its_first_token_only_if_asked_for(scratch, bidirectional, monkeypatch):
-    monkeypatch.setattr(scratch, "config", dataclasses.replace(scratch.config, bidirectional_images=bidirectional))
+def test_the_end_of_an_image_reaches_its_first_token_only_if_asked_for(
+    scratch, bidirectional, monkeypatch
+):
+    monkeypatch.setattr(
+        scratch, "config", dataclasses.replace(scratch.config, bidirectional_images=bidirectional)
+    )
     batch, _ = make_batch(scratch)
     embeddings = scratch.embed(batch)
     other = embeddings.clone()
-    other[1, 10] += torch.randn(40, generator=torch.Generator().manual_seed(1))  # the last of the second image of row 1
-    before, after = (scratch.decoder.hidden_states(one, batch.attention_mask, groups=scratch.image_groups(batch))
-                     for one in (embeddings, other))
+    other[1, 10] += torch.randn(
+        40, generator=torch.Generator().manual_seed(1)
+    )  # the last of the second image of row 1
+    before, after = (
+        scratch.decoder.hidden_states(one, batch.attention_mask, groups=scratch.image_groups(batch))
+        for one in (embeddings, other)
+    )
     changed = (before - after).abs().amax(dim=-1) > 1e-3
     assert not changed[[0, 2]].any()
-    assert changed[1].tolist() == [False] * (7 if bidirectional else 10) + [True] * (9 if bidirectional else 6)
+    assert changed[1].tolist() == [False] * (7 if bidirectional else 10) + [True] * (
+        9 if bidirectional else 6
+    )
 
 
 def test_images_are_numbered_through_the_batch_and_words_are_not(scratch, model):
@@ -288,12 +378,18 @@ def test_left_padding_packing_and_a_shared_beginning_leave_images_as_they_are(sc
     def run(ids: Tensor, mask: list[int], pixels: Tensor) -> Tensor:
         places = (ids == placeholder).nonzero()[:, 0]
         none = torch.zeros(0, dtype=torch.long)
-        return hidden_states(scratch, Batch(ids[None], torch.tensor([mask]), places, none, none, pixels))[0]
+        return hidden_states(
+            scratch, Batch(ids[None], torch.tensor([mask]), places, none, none, pixels)
+        )[0]
 
     expected = run(ids, [1] * 9, pixels[:1])
     packed = run(torch.cat((other, ids)), [1] * 6 + [SEGMENT + 1] * 9, pixels.flip(0))
     torch.testing.assert_close(packed[6:], expected, atol=2e-5, rtol=0)
-    shared = run(torch.cat((torch.zeros(2, dtype=torch.long), ids, ids[7:])), [0] * 2 + [1] * 7 + [2] * 2 + [3] * 2, pixels[:1])
+    shared = run(
+        torch.cat((torch.zeros(2, dtype=torch.long), ids, ids[7:])),
+        [0] * 2 + [1] * 7 + [2] * 2 + [3] * 2,
+        pixels[:1],
+    )
     torch.testing.assert_close(shared[2:], torch.cat((expected, expected[7:])), atol=2e-5, rtol=0)
 
 
@@ -303,8 +399,13 @@ def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
     balance: list[Tensor] = []
     scratch.train()
     try:
-        scratch.decoder.hidden_states(scratch.embed(batch), batch.attention_mask, positions=batch.target_positions,
-                                      groups=scratch.image_groups(batch), balance=balance)
+        scratch.decoder.hidden_states(
+            scratch.embed(batch),
+            batch.attention_mask,
+            positions=batch.target_positions,
+            groups=scratch.image_groups(batch),
+            balance=balance,
+        )
         loss = scratch(batch)
     finally:
         scratch.eval()
@@ -335,14 +436,31 @@ def test_from_scratch_cached_and_uncached_answers_agree(scratch, pad_left):
         index = (torch.arange(16) - shift[:, None]) % 16
         ids, mask = batch.input_ids.gather(1, index), batch.attention_mask.gather(1, index)
         places = ((ids == scratch.chat.image_token_id) & (mask > 0)).flatten().nonzero()[:, 0]
-        batch = dataclasses.replace(batch, input_ids=ids, attention_mask=mask, image_positions=places)
+        batch = dataclasses.replace(
+            batch, input_ids=ids, attention_mask=mask, image_positions=places
+        )
     groups, answers = scratch.image_groups(batch), []
     with torch.inference_mode():
         embeddings = scratch.embed(batch)
     for use_cache in (True, False):
-        answers.append(list(decode(scratch.decoder, embeddings, batch.input_ids, batch.attention_mask, 8, {-2},
-                                   use_cache=use_cache, groups=groups)))
+        answers.append(
+            list(
+                decode(
+                    scratch.decoder,
+                    embeddings,
+                    batch.input_ids,
+                    batch.attention_mask,
+                    8,
+                    {-2},
+                    use_cache=use_cache,
+                    groups=groups,
+                )
+            )
+        )
     assert answers[0] == answers[1]
     assert [list(row) for row in zip(*answers[0])] == generate(scratch, batch, 8)
-    with pytest.raises(NanoVLMError, match="a prompt of 16 tokens and 60 new ones exceed the decoder's 64 positions"):
+    with pytest.raises(
+        NanoVLMError,
+        match="a prompt of 16 tokens and 60 new ones exceed the decoder's 64 positions",
+    ):
         generate(scratch, batch, 60)

@@ -44,18 +44,24 @@ def main() -> None:
     if arguments.rounds < 1:
         raise NanoVLMError("--rounds has to be above 0")
     if arguments.rung:
-        print(json.dumps(ladder.measure(arguments.rung, arguments.weights, device, arguments.rounds)))
+        print(
+            json.dumps(ladder.measure(arguments.rung, arguments.weights, device, arguments.rounds))
+        )
         return
     if arguments.ladder:
         figures = ladder.climb(arguments.weights, device, arguments.rounds, list(ladder.RUNGS))
         print(json.dumps(figures) if arguments.json else ladder.table(figures))
         return
-    bench = Bench(device, dtype, image_token_id=_vocabulary(arguments.weights) - 1)  # an id that no text here uses
+    bench = Bench(
+        device, dtype, image_token_id=_vocabulary(arguments.weights) - 1
+    )  # an id that no text here uses
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
-    say(f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}")
+    say(
+        f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}"
+    )
     names = ["nanovlm", "transformers"]
     if importlib.util.find_spec("transformers") is None:
         names.remove("transformers")
@@ -64,7 +70,9 @@ def main() -> None:
     print(json.dumps(figures) if arguments.json else _table(figures))
 
 
-def _measure(bench: Bench, tasks: list[str], names: list[str], arguments: argparse.Namespace) -> Figures:
+def _measure(
+    bench: Bench, tasks: list[str], names: list[str], arguments: argparse.Namespace
+) -> Figures:
     """All tasks, in the table's order."""
     figures: Figures = {}
     if "memory" in tasks:  # in processes of their own
@@ -83,10 +91,15 @@ def _time(bench: Bench, task: str, sides: list[Side], rounds: int) -> Figures:
     measure = {side.name: getattr(bench, task)(side) for side in sides}
     for warm_up in measure.values():
         warm_up()
-    measured = [{name: function() for name, function in measure.items()}
-                for _ in tqdm(range(rounds), desc=task, unit="round", leave=False)]
-    return {row: {name: statistics.median(one[name][row] for one in measured) for name in measure}
-            for row in ROWS if ROWS[row].task == task}
+    measured = [
+        {name: function() for name, function in measure.items()}
+        for _ in tqdm(range(rounds), desc=task, unit="round", leave=False)
+    ]
+    return {
+        row: {name: statistics.median(one[name][row] for one in measured) for name in measure}
+        for row in ROWS
+        if ROWS[row].task == task
+    }
 
 
 def _peak_memory(name: str) -> float:
@@ -94,13 +107,16 @@ def _peak_memory(name: str) -> float:
     command = [sys.executable, "-m", "nanovlm.bench", *sys.argv[1:], "--peak-memory-of", name]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:
-        raise NanoVLMError(f"the process that measures the memory of {name} ended with code {child.returncode}; see above")
+        raise NanoVLMError(
+            f"the process that measures the memory of {name} ended with code {child.returncode}; see above"
+        )
     return float(child.stdout)
 
 
 def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
     if name == "transformers":
         from nanovlm.bench.reference import Transformers  # only where it is installed
+
         side_class = Transformers
     else:
         side_class = NanoVLM
@@ -115,7 +131,9 @@ def _table(figures: Figures) -> str:
     lines = [f"{'':44} {'unit':>10} {'nanovlm':>10} {'transformers':>13} {'ratio':>6}"]
     for name, figure in figures.items():
         row, ours, theirs = ROWS[name], figure["nanovlm"], figure.get("transformers")
-        other = f"{theirs:13.3g} {row.ratio(ours, theirs):5.2f}×" if theirs else f"{'—':>13} {'—':>6}"
+        other = (
+            f"{theirs:13.3g} {row.ratio(ours, theirs):5.2f}×" if theirs else f"{'—':>13} {'—':>6}"
+        )
         lines.append(f"{row.title:44} {row.unit:>10} {ours:10.3g} {other}")
     return "\n".join(lines)
 
@@ -129,17 +147,32 @@ def _vocabulary(weights: Path) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}")
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)")
+    parser.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)"
+    )
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation")
-    parser.add_argument("--ladder", action="store_true", help="train with bf16, packing, compiling, checkpointing added in turn")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation",
+    )
+    parser.add_argument(
+        "--ladder",
+        action="store_true",
+        help="train with bf16, packing, compiling, checkpointing added in turn",
+    )
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")
-    parser.add_argument("--peak-memory-of", choices=["nanovlm", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peak-memory-of", choices=["nanovlm", "transformers"], help=argparse.SUPPRESS
+    )
     return parser
 
 

@@ -30,7 +30,10 @@ from nanovlm.training.settings import Settings
 from nanovlm.vlm import Batch, VisionLanguageModel
 
 SAMPLES = 8  # a step
-TEXT_LENGTHS = (16, 224)  # tokens of a sample after its 64 visual ones: the shortest and the longest
+TEXT_LENGTHS = (
+    16,
+    224,
+)  # tokens of a sample after its 64 visual ones: the shortest and the longest
 GRID = 8
 PACK = 512  # tokens of a packed row
 
@@ -54,16 +57,31 @@ RUNGS = {
 }
 
 
-def climb(weights: Path, device: torch.device, rounds: int, names: list[str]) -> dict[str, dict[str, float]]:
+def climb(
+    weights: Path, device: torch.device, rounds: int, names: list[str]
+) -> dict[str, dict[str, float]]:
     """Measure the rungs `names`, each in a fresh process: rung → figure. Differences of loss are against the first."""
     figures: dict[str, dict[str, float]] = {}
     for name in names:
         say(f"{name} …")
-        command = [sys.executable, "-m", "nanovlm.bench", "--weights", str(weights), "--device", device.type,
-                   "--rounds", str(rounds), "--rung", name]
+        command = [
+            sys.executable,
+            "-m",
+            "nanovlm.bench",
+            "--weights",
+            str(weights),
+            "--device",
+            device.type,
+            "--rounds",
+            str(rounds),
+            "--rung",
+            name,
+        ]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if child.returncode:
-            raise NanoVLMError(f"the process that measures {name!r} ended with code {child.returncode}; see above")
+            raise NanoVLMError(
+                f"the process that measures {name!r} ended with code {child.returncode}; see above"
+            )
         figures[name] = json.loads(child.stdout)
     return figures
 
@@ -73,8 +91,12 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
     filled, peak memory in GB, and the loss of the first and the last step."""
     rung, settings = RUNGS[name], Settings(train="projector,text", lr=1e-5, beta2=0.95)
     torch.manual_seed(0)
-    model = VisionLanguageModel.from_parts(weights / VISION, weights / TEXT, ProjectorConfig("bilinear", GRID),
-                                           ImageConfig(IMAGE_SIZE, IMAGE_SIZE))
+    model = VisionLanguageModel.from_parts(
+        weights / VISION,
+        weights / TEXT,
+        ProjectorConfig("bilinear", GRID),
+        ImageConfig(IMAGE_SIZE, IMAGE_SIZE),
+    )
     precision = Precision(rung.dtype, device)
     freeze(model, settings)
     precision.place(model)
@@ -94,7 +116,9 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
         with precision.autocast():
             loss = model(batch) / len(batch.targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))  # waits for the device, too
@@ -102,8 +126,14 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     step = sorted(seconds[1:])[rounds // 2]
-    return {"samples": SAMPLES / step, "tokens": tokens / step, "fill": tokens / batch.input_ids.numel(),
-            "memory": peak_memory(device) / 1e9, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {
+        "samples": SAMPLES / step,
+        "tokens": tokens / step,
+        "fill": tokens / batch.input_ids.numel(),
+        "memory": peak_memory(device) / 1e9,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
 
 
 def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
@@ -114,8 +144,10 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
     for number in range(SAMPLES):
         length = lengths.randint(*TEXT_LENGTHS)
         text = torch.randint(image, (length,), generator=generator).tolist()
-        labels = [IGNORED] * (model.image_length + length // 2) + text[length // 2:]
-        rows.append(Row.of(Encoded([image] * model.image_length + text, labels), (Path(str(number)),)))
+        labels = [IGNORED] * (model.image_length + length // 2) + text[length // 2 :]
+        rows.append(
+            Row.of(Encoded([image] * model.image_length + text, labels), (Path(str(number)),))
+        )
     pixels = torch.randn(SAMPLES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     if packed:
         rows = [join(line) for line in first_fit_decreasing(rows, PACK)]
@@ -128,10 +160,19 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
 def table(figures: dict[str, dict[str, float]]) -> str:
     """One line a rung; speed and memory also as ratios to the first, losses as differences from its own."""
     base = next(iter(figures.values()))
-    lines = [f"{'':18}{'samples/s':>10}{'':>8}{'tokens/s':>10}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"]
+    lines = [
+        f"{'':18}{'samples/s':>10}{'':>8}{'tokens/s':>10}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"
+    ]
     for name, row in figures.items():
-        lines.append(f"{name:18}{row['samples']:10.3g}{row['samples'] / base['samples']:7.2f}×{row['tokens']:10.0f}{row['fill']:8.0%}"
-                     f"{row['memory']:8.2f}{row['memory'] / base['memory']:7.2f}×{row['first_loss'] - base['first_loss']:+20.5f}"
-                     f"{row['last_loss'] - base['last_loss']:+10.5f}")
+        lines.append(
+            f"{name:18}{row['samples']:10.3g}{row['samples'] / base['samples']:7.2f}×{row['tokens']:10.0f}{row['fill']:8.0%}"
+            f"{row['memory']:8.2f}{row['memory'] / base['memory']:7.2f}×{row['first_loss'] - base['first_loss']:+20.5f}"
+            f"{row['last_loss'] - base['last_loss']:+10.5f}"
+        )
     first = next(iter(figures))
-    return "\n".join([*lines, f"losses of {first}: {base['first_loss']:.3f} at the first step, {base['last_loss']:.3f} at the last"])
+    return "\n".join(
+        [
+            *lines,
+            f"losses of {first}: {base['first_loss']:.3f} at the first step, {base['last_loss']:.3f} at the last",
+        ]
+    )

@@ -18,13 +18,20 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, weights: Path, device: torch.device, dtype: torch.dtype, image_token_id: int) -> None:
+    def __init__(
+        self, weights: Path, device: torch.device, dtype: torch.dtype, image_token_id: int
+    ) -> None:
         logging.disable_progress_bar()
         vision = AutoModel.from_pretrained(weights / VISION, dtype=dtype)
         decoder = AutoModel.from_pretrained(weights / TEXT, dtype=dtype)
         config = LlavaConfig(
-            vision_config=vision.config, text_config=decoder.config, image_token_id=image_token_id,
-            vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True)
+            vision_config=vision.config,
+            text_config=decoder.config,
+            image_token_id=image_token_id,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=True,
+        )
         with torch.device("meta"):  # laid out without memory: every part is put in below
             self.model = LlavaForConditionalGeneration(config)
         self.model.model.vision_tower, self.model.model.language_model = vision, decoder
@@ -35,18 +42,26 @@ class Transformers:
             theirs.weight = nn.Parameter(ours.weight.detach())
             theirs.bias = nn.Parameter(ours.bias.detach())
         self.model.to(device, dtype).eval()
-        self.model.generation_config = GenerationConfig(do_sample=False)  # without an end, so that lengths are fixed
+        self.model.generation_config = GenerationConfig(
+            do_sample=False
+        )  # without an end, so that lengths are fixed
         self.vision, self.projector, self.decoder = vision, layers, decoder
 
     def compile(self) -> None:
         for tower in (self.vision, self.decoder):
-            for blocks in (module for module in tower.modules() if isinstance(module, nn.ModuleList)):
+            for blocks in (
+                module for module in tower.modules() if isinstance(module, nn.ModuleList)
+            ):
                 for block in blocks:
                     block.compile()
 
     def prepare(self, work: Work) -> dict[str, Any]:
-        return {"input_ids": work.input_ids, "attention_mask": torch.ones_like(work.input_ids),
-                "pixel_values": work.pixels, "labels": work.labels}
+        return {
+            "input_ids": work.input_ids,
+            "attention_mask": torch.ones_like(work.input_ids),
+            "pixel_values": work.pixels,
+            "labels": work.labels,
+        }
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.vision(pixels).last_hidden_state
@@ -54,10 +69,14 @@ class Transformers:
     def loss(self, prepared: dict[str, Any]) -> Tensor:
         return self.model(**prepared, use_cache=False).loss
 
-    def generate(self, prepared: dict[str, Any], new_tokens: int, on_token: Callable[[], None]) -> list[int]:
+    def generate(
+        self, prepared: dict[str, Any], new_tokens: int, on_token: Callable[[], None]
+    ) -> list[int]:
         inputs = {name: tensor for name, tensor in prepared.items() if name != "labels"}
-        written = self.model.generate(**inputs, max_new_tokens=new_tokens, streamer=_Announcer(on_token))
-        return written[0, inputs["input_ids"].shape[1]:].tolist()
+        written = self.model.generate(
+            **inputs, max_new_tokens=new_tokens, streamer=_Announcer(on_token)
+        )
+        return written[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 class _Announcer(BaseStreamer):

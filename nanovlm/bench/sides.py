@@ -63,14 +63,28 @@ class NanoVLM:
 
     name = "nanovlm"
 
-    def __init__(self, weights: Path, device: torch.device, dtype: torch.dtype, image_token_id: int) -> None:
-        self.model = VisionLanguageModel.from_parts(weights / VISION, weights / TEXT, ProjectorConfig("mlp"),
-                                                    ImageConfig(IMAGE_SIZE, IMAGE_SIZE))
-        self.model.projector = new_projector(self.model.config.vision.hidden_size, self.model.config.text.hidden_size)
+    def __init__(
+        self, weights: Path, device: torch.device, dtype: torch.dtype, image_token_id: int
+    ) -> None:
+        self.model = VisionLanguageModel.from_parts(
+            weights / VISION,
+            weights / TEXT,
+            ProjectorConfig("mlp"),
+            ImageConfig(IMAGE_SIZE, IMAGE_SIZE),
+        )
+        self.model.projector = new_projector(
+            self.model.config.vision.hidden_size, self.model.config.text.hidden_size
+        )
         self.model.to(device, dtype).eval()
-        self.vision, self.projector, self.decoder = self.model.vision, self.model.projector, self.model.decoder
+        self.vision, self.projector, self.decoder = (
+            self.model.vision,
+            self.model.projector,
+            self.model.decoder,
+        )
         # What LLaVA models look at: the last block's output, before the final norm.
-        self.model.config = dataclasses.replace(self.model.config, vision_layer=len(self.vision.blocks))
+        self.model.config = dataclasses.replace(
+            self.model.config, vision_layer=len(self.vision.blocks)
+        )
         self.image_token_id = image_token_id
 
     def compile(self) -> None:
@@ -80,9 +94,14 @@ class NanoVLM:
     def prepare(self, work: Work) -> Batch:
         targets = work.labels.flatten()
         positions = (targets != IGNORED).nonzero()[:, 0]
-        return Batch(work.input_ids, torch.ones_like(work.input_ids),
-                     (work.input_ids == self.image_token_id).flatten().nonzero()[:, 0],
-                     positions - 1, targets[positions], work.pixels)
+        return Batch(
+            work.input_ids,
+            torch.ones_like(work.input_ids),
+            (work.input_ids == self.image_token_id).flatten().nonzero()[:, 0],
+            positions - 1,
+            targets[positions],
+            work.pixels,
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.vision(pixels)
@@ -94,8 +113,14 @@ class NanoVLM:
         tokens = []
         with torch.inference_mode():
             embeddings = self.model.embed(prepared)
-            for (token,) in decode(self.decoder, embeddings, prepared.input_ids, prepared.attention_mask, new_tokens,
-                                   stop_ids={-1}):
+            for (token,) in decode(
+                self.decoder,
+                embeddings,
+                prepared.input_ids,
+                prepared.attention_mask,
+                new_tokens,
+                stop_ids={-1},
+            ):
                 tokens.append(token)
                 on_token()
         return tokens

@@ -40,12 +40,20 @@ ROWS = {
 }
 
 
-def make_work(batch: int, text_length: int, labelled: int, image_token_id: int, device: torch.device,
-              dtype: torch.dtype) -> Work:
+def make_work(
+    batch: int,
+    text_length: int,
+    labelled: int,
+    image_token_id: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Work:
     """Random pixels and text, always the same; the last `labelled` tokens of each row are learned."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    text = torch.randint(image_token_id, (batch, text_length), generator=generator)  # all ids below the placeholder's
+    text = torch.randint(
+        image_token_id, (batch, text_length), generator=generator
+    )  # all ids below the placeholder's
     input_ids = torch.cat((torch.full((batch, VISUAL_TOKENS), image_token_id), text), dim=1)
     labels = torch.full_like(input_ids, IGNORED)
     labels[:, -labelled:] = input_ids[:, -labelled:]
@@ -81,11 +89,15 @@ class Bench:
         step = self.training_step(side, self.work(4, 64, 32), ("projector", "decoder"))
         return lambda: {"stage2": 4 / self.seconds(step)}
 
-    def training_step(self, side: Side, work: Work, learning: tuple[str, ...]) -> Callable[[], None]:
+    def training_step(
+        self, side: Side, work: Work, learning: tuple[str, ...]
+    ) -> Callable[[], None]:
         """Forward, backward and AdamW, all in the dtype of the weights."""
         for part in ("vision", "projector", "decoder"):
             getattr(side, part).requires_grad_(part in learning)
-        parameters = [parameter for part in learning for parameter in getattr(side, part).parameters()]
+        parameters = [
+            parameter for part in learning for parameter in getattr(side, part).parameters()
+        ]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
         prepared = side.prepare(work)
 
@@ -146,8 +158,12 @@ def compare(bench: Bench, ours: Side, theirs: Side) -> str:
             features.append(side.encode(work.pixels).float())
             losses.append(float(side.loss(prepared)))
         tokens.append(side.generate(prepared, 1 + NEW_TOKENS, lambda: None))
-    equal = next((index for index, (one, other) in enumerate(zip(*tokens)) if one != other), len(tokens[0]))
+    equal = next(
+        (index for index, (one, other) in enumerate(zip(*tokens)) if one != other), len(tokens[0])
+    )
     difference = float((features[0] - features[1]).abs().max())
-    return (f"on the same input, features differ by at most {difference:.2g} of {float(features[1].abs().max()):.2g} "
-            f"and the loss by {abs(losses[0] - losses[1]):.2g} of {losses[1]:.4g}; "
-            f"the first {equal} of {len(tokens[0])} greedy tokens are equal")
+    return (
+        f"on the same input, features differ by at most {difference:.2g} of {float(features[1].abs().max()):.2g} "
+        f"and the loss by {abs(losses[0] - losses[1]):.2g} of {losses[1]:.4g}; "
+        f"the first {equal} of {len(tokens[0])} greedy tokens are equal"
+    )

@@ -34,7 +34,9 @@ class Row:
     @classmethod
     def of(cls, encoded: Encoded, images: tuple[Path, ...] = (), record: str = "") -> "Row":
         """A sample in a row of its own."""
-        return cls(encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images, (record,))
+        return cls(
+            encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images, (record,)
+        )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -42,7 +44,7 @@ class Row:
 
 def chunks(items: list, size: int) -> list[list]:
     """`items` in order, `size` at a time."""
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
@@ -53,12 +55,20 @@ def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     """
     sequences = [sample.encoded.input_ids for sample in samples]
     # A branch starts before its first label, since the token that predicts a label has to stand right before it.
-    first_labels = [next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED) for sample in samples]
+    first_labels = [
+        next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED)
+        for sample in samples
+    ]
     shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
     if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
         return [Row.of(sample.encoded, sample.images, sample.record) for sample in samples]
-    row = Row(sequences[0][:shared], [IGNORED] * shared, [1] * shared, samples[0].images,
-              tuple(sample.record for sample in samples))
+    row = Row(
+        sequences[0][:shared],
+        [IGNORED] * shared,
+        [1] * shared,
+        samples[0].images,
+        tuple(sample.record for sample in samples),
+    )
     for branch, sample in enumerate(samples, start=2):
         row.input_ids += sample.encoded.input_ids[shared:]
         row.labels += sample.encoded.labels[shared:]
@@ -77,13 +87,23 @@ def collate(rows: Sequence[Row], image_token_id: int, pad_left: bool = False) ->
         padded = torch.full((len(rows), length), padding)
         for line, row in zip(padded, rows):
             values = torch.tensor(getattr(row, name))
-            line[-len(values):] = values if pad_left else line[-len(values):]
-            line[:len(values)] = line[:len(values)] if pad_left else values
+            line[-len(values) :] = values if pad_left else line[-len(values) :]
+            line[: len(values)] = line[: len(values)] if pad_left else values
         return padded
 
-    input_ids, labels, attention_mask = stack("input_ids", 0), stack("labels", IGNORED), stack("attention_mask", 0)
+    input_ids, labels, attention_mask = (
+        stack("input_ids", 0),
+        stack("labels", IGNORED),
+        stack("attention_mask", 0),
+    )
     targets = labels.flatten()
     target_index = (targets != IGNORED).nonzero()[:, 0]
-    return Batch(input_ids=input_ids, attention_mask=attention_mask,
-                 image_positions=((input_ids == image_token_id) & (attention_mask > 0)).flatten().nonzero()[:, 0],
-                 target_positions=target_index - 1, targets=targets[target_index])
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        image_positions=((input_ids == image_token_id) & (attention_mask > 0))
+        .flatten()
+        .nonzero()[:, 0],
+        target_positions=target_index - 1,
+        targets=targets[target_index],
+    )

@@ -31,7 +31,9 @@ from nanovlm.vlm import Batch
 class Loaded:
     """A batch, the records in it, and why others are not."""
 
-    batch: Batch | None  # None when every record of it had to be skipped, or other processes have all there is
+    batch: (
+        Batch | None
+    )  # None when every record of it had to be skipped, or other processes have all there is
     records: list[str] = field(default_factory=list)  # by name, in the order of the rows
     tokens: int = 0  # without padding
     skipped: list[str] = field(default_factory=list)
@@ -45,7 +47,9 @@ class Loaded:
 
     def pin_memory(self) -> "Loaded":
         """What the loader calls where batches go on to a GPU."""
-        return self if self.batch is None else dataclasses.replace(self, batch=self.batch.pin_memory())
+        return (
+            self if self.batch is None else dataclasses.replace(self, batch=self.batch.pin_memory())
+        )
 
 
 @dataclass
@@ -73,9 +77,24 @@ class Batches(Dataset):
     tokenizes the whole window, and decodes the images of its own batches only.
     """
 
-    def __init__(self, records: Sequence[Record], chat: Chat, image: ImageConfig, image_length: int, *, batch_size: int,
-                 share: int, max_length: int, seed: int, shuffle: bool = True, pack: int = 0, bucket: int = 1, rank: int = 0,
-                 world: int = 1, features: "dict[Path, Tensor] | None" = None) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        chat: Chat,
+        image: ImageConfig,
+        image_length: int,
+        *,
+        batch_size: int,
+        share: int,
+        max_length: int,
+        seed: int,
+        shuffle: bool = True,
+        pack: int = 0,
+        bucket: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        features: "dict[Path, Tensor] | None" = None,
+    ) -> None:
         """`image_length` is the number of visual tokens a picture takes. `batch_size` is the number of records that one
         process takes. `share` is how many samples of one image may share a row. `features` are patch vectors to use in
         place of pixels, (n, P, C_v) an image. This process is number `rank` of `world`."""
@@ -92,15 +111,21 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> Loaded:
         if not self.pack and self.bucket == 1:
-            samples, skipped, cut = self._read((number * self.world + self.rank) * self.batch_size, self.batch_size)
+            samples, skipped, cut = self._read(
+                (number * self.world + self.rank) * self.batch_size, self.batch_size
+            )
             return self._load([[row] for row in self._share(samples, self.share)], skipped, cut)
         number, place = divmod(number, self.bucket)
         if self._window is None or self._window.number != number:
             self._window = self._plan(number)
         lines = deal(self._window.batches[place], self.world)[self.rank]
-        return self._load(lines, self._window.skipped if place == self.rank == 0 else [], self._window.cut)
+        return self._load(
+            lines, self._window.skipped if place == self.rank == 0 else [], self._window.cut
+        )
 
-    def loader(self, first: int, last: int, workers: int, pin_memory: bool = False) -> Iterator[Loaded]:
+    def loader(
+        self, first: int, last: int, workers: int, pin_memory: bool = False
+    ) -> Iterator[Loaded]:
         """Batches `first` to `last` - 1 in order, prepared by `workers` processes (`prepare_ahead`)."""
         return prepare_ahead(self, first, last, workers, pin_memory)
 
@@ -135,13 +160,17 @@ class Batches(Dataset):
         return samples, skipped, cut
 
     def _encode(self, record: Record) -> tuple[Sample, bool]:
-        encoded = self.chat.encode(record.messages, [self._image_tokens(path) for path in record.images])
+        encoded = self.chat.encode(
+            record.messages, [self._image_tokens(path) for path in record.images]
+        )
         packed_tighter = 0 < self.pack < self.max_length
         limit, flag = (self.pack, "--pack") if packed_tighter else (self.max_length, "--max-length")
         truncated = len(encoded.input_ids) > limit
         if truncated:
             if self.chat.image_token_id in encoded.input_ids[limit:]:
-                raise NanoVLMError(f"an image lies beyond {limit} tokens and an image is never cut; raise {flag}")
+                raise NanoVLMError(
+                    f"an image lies beyond {limit} tokens and an image is never cut; raise {flag}"
+                )
             del encoded.input_ids[limit:], encoded.labels[limit:]
         if all(label == IGNORED for label in encoded.labels):
             raise NanoVLMError(f"no word of an answer lies within {limit} tokens; raise {flag}")
@@ -171,7 +200,9 @@ class Batches(Dataset):
             readable = []
             for row in line:
                 try:
-                    pixels |= {path: self._look_up(path) for path in row.images if path not in pixels}
+                    pixels |= {
+                        path: self._look_up(path) for path in row.images if path not in pixels
+                    }
                     readable.append(row)
                 except NanoVLMError as error:
                     skipped += [f"{record}: {error}" for record in row.records]
@@ -181,10 +212,14 @@ class Batches(Dataset):
         batch = collate(rows, self.chat.image_token_id)
         if images := [pixels[path] for row in rows for path in row.images]:
             pictures = torch.cat(images)
-            batch.patches, batch.pixels = (pictures, None) if self.features is not None else (None, pictures)
+            batch.patches, batch.pixels = (
+                (pictures, None) if self.features is not None else (None, pictures)
+            )
         records = [record for row in rows for record in row.records]
         cut = [record for record in cut if record in records]
-        return Loaded(batch, records, sum(map(len, rows)), skipped, cut, batch.input_ids.numel(), len(images))
+        return Loaded(
+            batch, records, sum(map(len, rows)), skipped, cut, batch.input_ids.numel(), len(images)
+        )
 
     def _look_up(self, path: Path) -> Tensor:
         """An image's pictures, or what the eyes see in them."""

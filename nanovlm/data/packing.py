@@ -33,11 +33,17 @@ def join(line: Sequence[Row]) -> Row:
     """A line as one row whose tokens see those of their own sample only (`visibility`)."""
     if len(line) == 1:
         return line[0]
-    return Row([token for row in line for token in row.input_ids],
-               [label for row in line for label in row.labels],
-               [segment * SEGMENT + number for segment, row in enumerate(line) for number in row.attention_mask],
-               tuple(image for row in line for image in row.images),
-               tuple(record for row in line for record in row.records))
+    return Row(
+        [token for row in line for token in row.input_ids],
+        [label for row in line for label in row.labels],
+        [
+            segment * SEGMENT + number
+            for segment, row in enumerate(line)
+            for number in row.attention_mask
+        ],
+        tuple(image for row in line for image in row.images),
+        tuple(record for row in line for record in row.records),
+    )
 
 
 def cut_by_length(lines: Sequence[Line], count: int) -> list[list[Line]]:
@@ -50,7 +56,9 @@ def cut_by_length(lines: Sequence[Line], count: int) -> list[list[Line]]:
     batches, start = [], 0
     for left in range(count, 0, -1):
         share, end, taken = sum(records[start:]) / left, start, 0
-        while end < len(lines) and (end == start or end + left <= len(lines) and taken + records[end] / 2 < share):
+        while end < len(lines) and (
+            end == start or end + left <= len(lines) and taken + records[end] / 2 < share
+        ):
             taken += records[end]
             end += 1
         batches.append(lines[start:end])

@@ -27,7 +27,9 @@ from nanovlm.vlm import Batch
 ANSWERS = ("chosen", "rejected")
 
 
-def read_pairs(data: str | Path, images: str | Path | None = None) -> tuple[list[Record], list[str]]:
+def read_pairs(
+    data: str | Path, images: str | Path | None = None
+) -> tuple[list[Record], list[str]]:
     """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise as `read_records`.
 
     The record of a pair ends with the chosen answer and holds the rejected one as `rejected`.
@@ -42,7 +44,9 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
     rest = {key: value for key, value in entry.items() if key not in (*ANSWERS, "prompt")}
     for name in ANSWERS:
         if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise NanoVLMError(f"{where}: has no text in {name!r}; a pair has a chosen and a rejected answer")
+            raise NanoVLMError(
+                f"{where}: has no text in {name!r}; a pair has a chosen and a rejected answer"
+            )
     if entry["chosen"].strip() == entry["rejected"].strip():
         raise NanoVLMError(f"{where}: chosen and rejected are the same")
     if "prompt" in entry:
@@ -50,11 +54,17 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
             raise NanoVLMError(f"{where}: has a prompt and other turns; give one of them")
         rest["messages"] = [{"role": "user", "content": _with_markers(entry)}]
     llava = "messages" not in rest
-    answer = {"from": "gpt", "value": entry["chosen"]} if llava else {"role": "assistant", "content": entry["chosen"]}
+    answer = (
+        {"from": "gpt", "value": entry["chosen"]}
+        if llava
+        else {"role": "assistant", "content": entry["chosen"]}
+    )
     turns = rest.get("conversations" if llava else "messages")
     if not isinstance(turns, list):
         raise NanoVLMError(f"{where}: has no prompt, messages or conversations")
-    record = parse_record({**rest, "conversations" if llava else "messages": [*turns, answer]}, where, folder)
+    record = parse_record(
+        {**rest, "conversations" if llava else "messages": [*turns, answer]}, where, folder
+    )
     if len(record.messages) < 2 or record.messages[-2].role != "user":
         raise NanoVLMError(f"{where}: the turn before the answers is not the user's")
     return dataclasses.replace(record, rejected=entry["rejected"])
@@ -63,7 +73,12 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
 def _with_markers(entry: dict[str, Any]) -> Any:
     """The prompt with a place for each image; what is no text is for others to complain about."""
     prompt, images = entry["prompt"], entry.get("images", entry.get("image")) or []
-    if not isinstance(prompt, str) or not isinstance(images, (str, list)) or not images or IMAGE_MARKER in prompt:
+    if (
+        not isinstance(prompt, str)
+        or not isinstance(images, (str, list))
+        or not images
+        or IMAGE_MARKER in prompt
+    ):
         return prompt
     return IMAGE_MARKER * (1 if isinstance(images, str) else len(images)) + "\n" + prompt
 
@@ -72,8 +87,12 @@ def _with_markers(entry: dict[str, Any]) -> Any:
 class PairBatch(Batch):
     """A batch of P pairs. Its targets are those of each pair's chosen answer, then of its rejected one, pair by pair."""
 
-    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (2P,) targets of each answer
-    reference: Tensor = field(default_factory=lambda: torch.zeros(0, 2))  # (P, 2) both answers' log-probabilities, once known
+    lengths: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
+    )  # (2P,) targets of each answer
+    reference: Tensor = field(
+        default_factory=lambda: torch.zeros(0, 2)
+    )  # (P, 2) both answers' log-probabilities, once known
 
     @classmethod
     def of(cls, batch: Batch) -> "PairBatch":
@@ -97,16 +116,24 @@ class PairBatches(Batches):
         samples, cut = [], False
         for messages in (record.messages, rejected):
             sample, is_cut = super()._encode(dataclasses.replace(record, messages=messages))
-            samples.append(Sample(_last_answer_labelled(sample.encoded), sample.images, sample.record))
+            samples.append(
+                Sample(_last_answer_labelled(sample.encoded), sample.images, sample.record)
+            )
             cut = cut or is_cut
         if samples[0].encoded.input_ids == samples[1].encoded.input_ids:
-            raise NanoVLMError(f"chosen and rejected are the same up to {self.max_length} tokens"
-                               + ("; raise --max-length" if cut else ""))
+            raise NanoVLMError(
+                f"chosen and rejected are the same up to {self.max_length} tokens"
+                + ("; raise --max-length" if cut else "")
+            )
         if self.reference is not None and record.where not in self.reference:
-            raise NanoVLMError("could not be read when the reference's log-probabilities were computed")
+            raise NanoVLMError(
+                "could not be read when the reference's log-probabilities were computed"
+            )
         (row,) = share_prefix(samples, self.chat.image_token_id)
         if self.pack and len(row) > self.pack:
-            raise NanoVLMError(f"the pair takes {len(row)} tokens and a row has {self.pack}; raise --pack")
+            raise NanoVLMError(
+                f"the pair takes {len(row)} tokens and a row has {self.pack}; raise --pack"
+            )
         return dataclasses.replace(row, records=(record.where,)), cut
 
     def _share(self, samples: Sequence[Row], share: int) -> list[Row]:

@@ -21,7 +21,13 @@ from nanovlm.chat import IMAGE_MARKER, Message
 from nanovlm.errors import NanoVLMError
 
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-READ = ("image", "images", "conversations", "messages", "references")  # the keys that everybody reads
+READ = (
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "references",
+)  # the keys that everybody reads
 MAX_SKIPPED = 0.01  # share of unusable records above which a run stops: beyond stray damage, something is wrong
 MAX_NAMED = 50  # of the reasons listed when it does
 
@@ -38,8 +44,11 @@ class Record:
     rejected: str = ""  # of a pair (`preferences`), the answer that is worse than the closing one
 
 
-def read_records(data: str | Path, images: str | Path | None = None,
-                 parse: "Callable[[Any, str, Path], Record] | None" = None) -> tuple[list[Record], list[str]]:
+def read_records(
+    data: str | Path,
+    images: str | Path | None = None,
+    parse: "Callable[[Any, str, Path], Record] | None" = None,
+) -> tuple[list[Record], list[str]]:
     """All usable records of the `record_files` that `data` names, and a line for each one skipped.
 
     Image paths are relative to `images`, by default the file's own folder. An empty file is an error, and so are more
@@ -47,7 +56,10 @@ def read_records(data: str | Path, images: str | Path | None = None,
     """
     records, skipped = [], []
     for path in record_files(data):
-        folder, before = path.parent if images is None else Path(images), len(records) + len(skipped)
+        folder, before = (
+            path.parent if images is None else Path(images),
+            len(records) + len(skipped),
+        )
         if not folder.is_dir():
             raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
         for where, entry in read_entries(path):
@@ -67,9 +79,15 @@ def record_files(data: str | Path) -> list[Path]:
         return [Path(data)]
     files: set[Path] = set()
     for name in (name.strip() for name in str(data).split(",")):
-        found = [name] if not glob.has_magic(name) or Path(name).exists() else glob.glob(name, recursive=True)
+        found = (
+            [name]
+            if not glob.has_magic(name) or Path(name).exists()
+            else glob.glob(name, recursive=True)
+        )
         if not found:
-            raise NanoVLMError(f"{name}: no file matches this pattern; check it, and put it in quotes")
+            raise NanoVLMError(
+                f"{name}: no file matches this pattern; check it, and put it in quotes"
+            )
         files |= set(map(Path, found))
     return sorted(files)
 
@@ -79,12 +97,15 @@ def check_skipped(skipped: Sequence[str], total: int) -> None:
     if len(skipped) > MAX_SKIPPED * total:
         lines = [f"  {reason}" for reason in skipped[:MAX_NAMED]]
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
-        raise NanoVLMError(f"{len(skipped)} of {total} records cannot be used, more than {MAX_SKIPPED:.0%}; "
-                           "mend or remove them:\n" + "\n".join(lines))
+        raise NanoVLMError(
+            f"{len(skipped)} of {total} records cannot be used, more than {MAX_SKIPPED:.0%}; "
+            "mend or remove them:\n" + "\n".join(lines)
+        )
 
 
 def parse_record(entry: Any, where: str, folder: Path) -> Record:
     """Check one record and resolve its image paths; raises with `where` and the reason."""
+
     def fail(reason: str) -> NanoVLMError:
         return NanoVLMError(f"{where}: {reason}")
 
@@ -106,15 +127,27 @@ def parse_record(entry: Any, where: str, folder: Path) -> Record:
         raise fail(str(error)) from None
     places = sum(message.num_images for message in messages)
     if places != len(images):
-        raise fail(f"the text has {places} {IMAGE_MARKER} markers and the record {len(images)} images")
+        raise fail(
+            f"the text has {places} {IMAGE_MARKER} markers and the record {len(images)} images"
+        )
     references = entry.get("references", [])
-    if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
+    if not isinstance(references, list) or not all(
+        isinstance(reference, str) for reference in references
+    ):
         raise fail("references is not a list of texts")
     if messages[-1].role != ("user" if references else "assistant"):
-        raise fail("the last turn is not the assistant's" if not references else
-                   "a record with references has to end with the user's question")
-    return Record(where, images, messages, tuple(references),
-                  {key: value for key, value in entry.items() if key not in READ})
+        raise fail(
+            "the last turn is not the assistant's"
+            if not references
+            else "a record with references has to end with the user's question"
+        )
+    return Record(
+        where,
+        images,
+        messages,
+        tuple(references),
+        {key: value for key, value in entry.items() if key not in READ},
+    )
 
 
 def _messages(entry: dict[str, Any]) -> Iterator[Message]:
@@ -124,10 +157,14 @@ def _messages(entry: dict[str, Any]) -> Iterator[Message]:
     if not isinstance(turns, list) or not turns:
         raise NanoVLMError("has neither messages nor conversations with a turn in it")
     for turn in turns:
-        role, text = (turn.get(role_key), turn.get(text_key)) if isinstance(turn, dict) else (None, None)
+        role, text = (
+            (turn.get(role_key), turn.get(text_key)) if isinstance(turn, dict) else (None, None)
+        )
         role = LLAVA_ROLES.get(role, role) if llava and isinstance(role, str) else role
         if role not in ("system", "user", "assistant"):
-            raise NanoVLMError(f"a turn has {role_key} = {role!r}, expected {'human or gpt' if llava else 'user or assistant'}")
+            raise NanoVLMError(
+                f"a turn has {role_key} = {role!r}, expected {'human or gpt' if llava else 'user or assistant'}"
+            )
         if not isinstance(text, str) or not text.strip():
             raise NanoVLMError(f"a {role} turn has no text in {text_key!r}")
         yield Message.parse(role, text)
@@ -144,7 +181,9 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
     text = "".join(lines)
     entries = _parse_json(text) if text.strip() else []
     if not isinstance(entries, list):
-        raise NanoVLMError(f"{path}: is not a JSON list of records; name a file with one record a line .jsonl")
+        raise NanoVLMError(
+            f"{path}: is not a JSON list of records; name a file with one record a line .jsonl"
+        )
     for number, entry in enumerate(entries, start=1):
         yield f"{path}: record {number}", entry
 
@@ -160,7 +199,9 @@ def _lines(path: Path) -> Iterator[str]:
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
-        raise NanoVLMError(f"{path}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8") from None
+        raise NanoVLMError(
+            f"{path}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8"
+        ) from None
 
 
 def _parse_json(text: str) -> Any:

@@ -16,7 +16,14 @@ from nanovlm.data.records import Record, read_records
 from nanovlm.device import choose_device, choose_dtype
 from nanovlm.errors import CommandParser, NanoVLMError, run, say
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
-from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, same_items, tokenize, wrong_objects
+from nanovlm.evaluation.metrics import (
+    bleu,
+    cider_d,
+    exact_match,
+    same_items,
+    tokenize,
+    wrong_objects,
+)
 from nanovlm.files import to_jsonl, write_atomically
 from nanovlm.vlm import VisionLanguageModel
 
@@ -27,21 +34,34 @@ def main() -> None:
     if arguments.limit < 0 or arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
     if arguments.answers and not arguments.answers.parent.is_dir():
-        raise NanoVLMError(f"{arguments.answers.parent}: is not a folder; make it, so that --answers can be written")
+        raise NanoVLMError(
+            f"{arguments.answers.parent}: is not a folder; make it, so that --answers can be written"
+        )
     records, skipped = read_records(arguments.data, arguments.images)
     for reason in skipped:
         say(f"skipped: {reason}")
-    records = records[:arguments.limit or None]
+    records = records[: arguments.limit or None]
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = VisionLanguageModel.from_pretrained(arguments.model, dtype).to(device)
     say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
-    stream = answer_records(model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control)
-    answers = list(tqdm(stream, total=len(records), desc=f"answering ({arguments.control} control)", unit="question",
-                        dynamic_ncols=True))
+    stream = answer_records(
+        model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
+    )
+    answers = list(
+        tqdm(
+            stream,
+            total=len(records),
+            desc=f"answering ({arguments.control} control)",
+            unit="question",
+            dynamic_ncols=True,
+        )
+    )
     if arguments.answers:
-        lines = ({"where": record.where, "answer": answer, "references": references_of(record)}
-                 for record, answer in zip(records, answers))
+        lines = (
+            {"where": record.where, "answer": answer, "references": references_of(record)}
+            for record, answer in zip(records, answers)
+        )
         write_atomically(arguments.answers, to_jsonl(lines))
     print(json.dumps(score(records, answers)))
 
@@ -59,17 +79,29 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
     for kind, outcomes in sorted(exact.items()):
         if kind:
             say(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}")
-    described = [(answer, references_of(record)) for record, answer in zip(records, answers) if _is_description(record)]
+    described = [
+        (answer, references_of(record))
+        for record, answer in zip(records, answers)
+        if _is_description(record)
+    ]
     chair = wrong_objects(*map(list, zip(*described))) if described else {}
     if chair:
-        say(f"of the objects named in descriptions {chair['chair_i']:.2%} are wrong; {chair['chair_s']:.2%} of descriptions "
-            "name a wrong one")
-    tokens, reference_tokens = [tokenize(answer) for answer in answers], [[tokenize(text) for text in references_of(record)]
-                                                                         for record in records]
+        say(
+            f"of the objects named in descriptions {chair['chair_i']:.2%} are wrong; {chair['chair_s']:.2%} of descriptions "
+            "name a wrong one"
+        )
+    tokens, reference_tokens = (
+        [tokenize(answer) for answer in answers],
+        [[tokenize(text) for text in references_of(record)] for record in records],
+    )
     outcomes = [outcome for group in exact.values() for outcome in group]
-    return {"exact": round(sum(outcomes) / len(outcomes), 6), "cider_d": round(cider_d(tokens, reference_tokens), 6),
-            "bleu_4": round(bleu(tokens, reference_tokens), 6), **{name: round(rate, 6) for name, rate in chair.items()},
-            "n": len(records)}
+    return {
+        "exact": round(sum(outcomes) / len(outcomes), 6),
+        "cider_d": round(cider_d(tokens, reference_tokens), 6),
+        "bleu_4": round(bleu(tokens, reference_tokens), 6),
+        **{name: round(rate, 6) for name, rate in chair.items()},
+        "n": len(records),
+    }
 
 
 def _is_description(record: Record) -> bool:
@@ -78,15 +110,47 @@ def _is_description(record: Record) -> bool:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as runs/stage2/model")
-    parser.add_argument("--data", required=True, metavar="FILE",
-                        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the records' folder)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N records only")
-    parser.add_argument("--control", choices=CONTROLS, default="none", help="blank the images, or swap them")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="questions answered at once (default: 32)")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="also write every answer here, one JSON object a line")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model folder, such as runs/stage2/model",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: the records' folder)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="take the first N records only"
+    )
+    parser.add_argument(
+        "--control", choices=CONTROLS, default="none", help="blank the images, or swap them"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions answered at once (default: 32)",
+    )
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="also write every answer here, one JSON object a line",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     return parser

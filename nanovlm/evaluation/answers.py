@@ -16,8 +16,14 @@ from nanovlm.vlm import VisionLanguageModel
 CONTROLS = ("none", "blind", "shuffled")
 
 
-def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_new_tokens: int = 64, batch_size: int = 32,
-                   control: str = "none", sampling: Sampling = Sampling()) -> Iterator[str]:
+def answer_records(
+    model: VisionLanguageModel,
+    records: Sequence[Record],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    control: str = "none",
+    sampling: Sampling = Sampling(),
+) -> Iterator[str]:
     """Answer each record's last question, in order. A closing assistant turn is left out of the prompt.
 
     `control="blind"` blanks every image to the mean colour; `"shuffled"` gives each question another image of the
@@ -29,11 +35,17 @@ def answer_records(model: VisionLanguageModel, records: Sequence[Record], max_ne
     others = other_images(records) if control == "shuffled" else {}
     for start in range(0, len(records), batch_size):
         rows, pixels = [], []
-        for record in records[start:start + batch_size]:
-            messages = record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
+        for record in records[start : start + batch_size]:
+            messages = (
+                record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
+            )
             images = [open_image(others.get(path, path)) for path in record.images]
             tokens = [model.image_tokens(*image.size) for image in images]
-            rows.append(Row.of(model.chat.encode(messages, tokens, add_generation_prompt=True), record.images))
+            rows.append(
+                Row.of(
+                    model.chat.encode(messages, tokens, add_generation_prompt=True), record.images
+                )
+            )
             pixels += [image_pixels(image, model.config.image) for image in images]
         batch = collate(rows, model.chat.image_token_id, pad_left=True)
         if pixels:

@@ -8,11 +8,15 @@ from collections import Counter
 from nanovlm.errors import NanoVLMError
 
 MAX_ORDER = 4  # CIDEr-D averages over n-grams of 1 to 4 tokens
-LENGTH_SIGMA = 6.0  # tokens: how fast CIDEr-D punishes an answer longer or shorter than its reference
+LENGTH_SIGMA = (
+    6.0  # tokens: how fast CIDEr-D punishes an answer longer or shorter than its reference
+)
 CIDER_SCALE = 10.0  # published CIDEr-D figures are ten times the mean similarity
 
 # Unified ideographs with their extensions, compatibility ideographs, kana and hangul.
-CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+CJK = re.compile(
+    "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 
 NGram = tuple[str, ...]
@@ -71,8 +75,12 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
     question every n-gram weighs log(1/1) = 0 and the score is 0. The range is 0 to 10.
     """
     _check(answers, references)
-    reference_counts = [[_count_ngrams(tokens, MAX_ORDER) for tokens in group] for group in references]
-    document_frequency = Counter(ngram for group in reference_counts for ngram in set().union(*group))
+    reference_counts = [
+        [_count_ngrams(tokens, MAX_ORDER) for tokens in group] for group in references
+    ]
+    document_frequency = Counter(
+        ngram for group in reference_counts for ngram in set().union(*group)
+    )
     log_documents = math.log(len(references))
 
     def weigh(counts: Counter[NGram]) -> tuple[dict[NGram, float], list[float]]:
@@ -105,7 +113,10 @@ def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4
     shorter of two equally close). There is no smoothing: without one matching n-gram the score is nearly 0.
     """
     _check(answers, references)
-    small, tiny = 1e-9, 1e-15  # the reference scorer's guards against 0 / 0, kept so that results are equal
+    small, tiny = (
+        1e-9,
+        1e-15,
+    )  # the reference scorer's guards against 0 / 0, kept so that results are equal
     correct, guessed = [0] * n, [0] * n
     answer_length = reference_length = 0
     for answer, group in zip(answers, references):
@@ -117,8 +128,12 @@ def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4
         for order in range(n):
             guessed[order] += max(0, len(answer) - order)
         answer_length += len(answer)
-        reference_length += min((abs(len(reference) - len(answer)), len(reference)) for reference in group)[1]
-    precision = math.prod((right + tiny) / (all_ + small) for right, all_ in zip(correct, guessed)) ** (1 / n)
+        reference_length += min(
+            (abs(len(reference) - len(answer)), len(reference)) for reference in group
+        )[1]
+    precision = math.prod(
+        (right + tiny) / (all_ + small) for right, all_ in zip(correct, guessed)
+    ) ** (1 / n)
     ratio = (answer_length + tiny) / (reference_length + small)
     return precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
 
@@ -145,7 +160,9 @@ def _check(answers: list[list[str]], references: list[list[list[str]]]) -> None:
         )
     for index, group in enumerate(references):
         if not group:
-            raise NanoVLMError(f"question {index} has no reference answer; add one or leave the question out")
+            raise NanoVLMError(
+                f"question {index} has no reference answer; add one or leave the question out"
+            )
 
 
 def _count_ngrams(tokens: list[str], longest: int) -> Counter[NGram]:
@@ -158,7 +175,10 @@ def _count_ngrams(tokens: list[str], longest: int) -> Counter[NGram]:
 
 
 def _clipped_cosine(
-    weights: dict[NGram, float], norms: list[float], reference_weights: dict[NGram, float], reference_norms: list[float]
+    weights: dict[NGram, float],
+    norms: list[float],
+    reference_weights: dict[NGram, float],
+    reference_norms: list[float],
 ) -> float:
     """Cosine per n-gram order, averaged, where repeating an n-gram earns no more than the reference's weight for it."""
     products = [0.0] * MAX_ORDER

@@ -32,7 +32,11 @@ from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings, load_settings, stage_names
 
-MODEL = [field.name for field in dataclasses.fields(Settings) if field.metadata["group"] == "model" and field.name != "init"]
+MODEL = [
+    field.name
+    for field in dataclasses.fields(Settings)
+    if field.metadata["group"] == "model" and field.name != "init"
+]
 
 
 def main() -> None:
@@ -42,9 +46,13 @@ def main() -> None:
         if getattr(own, name) < 0:
             raise NanoVLMError(f"--{name} is {getattr(own, name):g}; it has to be above 0")
     if own.gpu and own.measure and not torch.cuda.is_available():
-        raise NanoVLMError("--measure with --gpu needs a GPU, and there is none here; leave one of them out")
+        raise NanoVLMError(
+            "--measure with --gpu needs a GPU, and there is none here; leave one of them out"
+        )
     if own.forward and (own.gpu or own.measure):
-        raise NanoVLMError("--forward trains nothing and runs on this machine; leave --gpu and --measure out")
+        raise NanoVLMError(
+            "--forward trains nothing and runs on this machine; leave --gpu and --measure out"
+        )
     names = _names(own.stage, flags)
     if own.forward or own.take_forward:
         settings = _settings(names[0], flags)
@@ -55,7 +63,12 @@ def main() -> None:
         settings = _settings(names[0], flags)
         config, precision = model_config(settings), _precision(settings, bool(own.gpu))
         give_back_freed_memory()  # holes between blocks are the allocator's doing and no need of the training
-        take_steps(random_model(config, settings, precision), work_of(config, settings, own.tokens), settings, precision)
+        take_steps(
+            random_model(config, settings, precision),
+            work_of(config, settings, own.tokens),
+            settings,
+            precision,
+        )
         print(json.dumps(peak_memory(precision.device)))
         return
     stages = [_stage(name, _settings(name, flags), own) for name in names]
@@ -68,7 +81,9 @@ def _names(asked: str, flags: list[str]) -> list[str]:
     """The stages that --stage asks for; of a file without stages, such as a run's settings.toml, the one that it is."""
     if asked == "all":
         return stage_names(flags) or ["run"]
-    return ["stage1", "stage2"] if asked == "both" else [f"stage{asked}" if asked.isdigit() else asked]
+    return (
+        ["stage1", "stage2"] if asked == "both" else [f"stage{asked}" if asked.isdigit() else asked]
+    )
 
 
 def _settings(name: str, flags: list[str]) -> Settings:
@@ -76,7 +91,9 @@ def _settings(name: str, flags: list[str]) -> Settings:
     settings = load_settings("stage2", [*flags, "--stage", name])
     other_parts = settings.vision or settings.text  # than those of the model that may be there
     if settings.init and (other_parts or not Path(settings.init, "config.json").exists()):
-        first = load_settings("stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init])
+        first = load_settings(
+            "stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init]
+        )
         unsaid = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
         settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unsaid})
     return settings
@@ -92,26 +109,45 @@ def _precision(settings: Settings, gpu: bool = False) -> Precision:
 def _stage(name: str, settings: Settings, own: argparse.Namespace) -> Stage:
     config, precision = model_config(settings), _precision(settings, bool(own.gpu))
     work = work_of(config, settings, own.tokens)
-    return Stage(name, settings, config, work, precision,
-                 predict(config, settings, work, precision, program_bytes(precision)))
+    return Stage(
+        name,
+        settings,
+        config,
+        work,
+        precision,
+        predict(config, settings, work, precision, program_bytes(precision)),
+    )
 
 
 def _report(stage: Stage, own: argparse.Namespace) -> str:
     """What a stage is, its table, and whatever else is asked for."""
     settings, config, work, precision = stage.settings, stage.config, stage.work, stage.precision
-    lines = [f"{stage.name}: training {settings.train}; {work.rows} rows of {work.length} tokens"
-             + f"{', each with a pair of answers' * (work.pairs > 0)}, {work.images} "
-             f"{'pictures' if config.image.max_pictures > 1 else 'images'} of {config.image.height}×{config.image.width}; "
-             f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}", _table(stage.prediction)]
+    lines = [
+        f"{stage.name}: training {settings.train}; {work.rows} rows of {work.length} tokens"
+        + f"{', each with a pair of answers' * (work.pairs > 0)}, {work.images} "
+        f"{'pictures' if config.image.max_pictures > 1 else 'images'} of {config.image.height}×{config.image.width}; "
+        f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}",
+        _table(stage.prediction),
+    ]
     if settings.cache_features:
-        kept = math.prod(feature_shape(config, images=1000 * config.image.max_pictures)) * precision.dtype.itemsize
-        lines.append(f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept "
-                     "(--cache-features)")
+        kept = (
+            math.prod(feature_shape(config, images=1000 * config.image.max_pictures))
+            * precision.dtype.itemsize
+        )
+        lines.append(
+            f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept "
+            "(--cache-features)"
+        )
     if own.gpu:
         lines.append(advice(config, settings, own.tokens, stage.prediction, own.gpu))
     if own.measure:
-        measured, peak = measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name]), stage.prediction.peak
-        lines.append(f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {peak / measured - 1:+.1%}")
+        measured, peak = (
+            measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name]),
+            stage.prediction.peak,
+        )
+        lines.append(
+            f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {peak / measured - 1:+.1%}"
+        )
     return "\n".join(lines)
 
 
@@ -121,24 +157,53 @@ def _table(prediction: Prediction) -> str:
     for term in TERMS:
         values = [terms.get(term, 0) / 1e9 for terms in prediction.moments.values()]
         if any(values):
-            lines.append(f"{term:14}" + "".join(f"{value:11.3f}" if value else f"{'—':>11}" for value in values))
-    lines.append(f"{'total':14}" + "".join(f"{total / 1e9:11.3f}" for total in prediction.totals.values()))
+            lines.append(
+                f"{term:14}"
+                + "".join(f"{value:11.3f}" if value else f"{'—':>11}" for value in values)
+            )
+    lines.append(
+        f"{'total':14}" + "".join(f"{total / 1e9:11.3f}" for total in prediction.totals.values())
+    )
     return "\n".join([*lines, f"peak {prediction.peak / 1e9:.3f} GB"])
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m nanovlm.memory", description=__doc__,
-                           formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gpu", type=float, default=0, metavar="GB",
-                        help="predict for a GPU of so much memory, and how to fit it")
-    parser.add_argument("--tokens", type=int, default=0, metavar="N",
-                        help="tokens of each of --batch-size rows, images included\n"
-                             "(default: rows shared or packed as set, 64 words a sample)")
-    parser.add_argument("--stage", metavar="NAME", default="all",
-                        help="stage to predict: 1, 2, both of them, or a name such as dpo (default: all of the preset)")
-    parser.add_argument("--measure", action="store_true", help="also take two steps with random weights, and compare")
-    parser.add_argument("--forward", action="store_true",
-                        help="build the model at full size with random weights, read an image and a question, and compare")
+    parser = CommandParser(
+        prog="python -m nanovlm.memory",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--gpu",
+        type=float,
+        default=0,
+        metavar="GB",
+        help="predict for a GPU of so much memory, and how to fit it",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of each of --batch-size rows, images included\n"
+        "(default: rows shared or packed as set, 64 words a sample)",
+    )
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        default="all",
+        help="stage to predict: 1, 2, both of them, or a name such as dpo (default: all of the preset)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also take two steps with random weights, and compare",
+    )
+    parser.add_argument(
+        "--forward",
+        action="store_true",
+        help="build the model at full size with random weights, read an image and a question, and compare",
+    )
     parser.add_argument("--take-steps", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--take-forward", action="store_true", help=argparse.SUPPRESS)
     parser.epilog = f"published shapes: --vision {', '.join(EYES)}; --text {', '.join(VOICES)}"

@@ -37,7 +37,11 @@ class Computing:
 
     def writes_out(self, queries: int, keys: int) -> bool:
         """Whether attention is written out (`attend`), which keeps every score; a fused kernel keeps one number a query."""
-        return self.device == "cpu" and self.dtype != torch.float32 and queries * keys <= WRITTEN_OUT_LIMIT
+        return (
+            self.device == "cpu"
+            and self.dtype != torch.float32
+            and queries * keys <= WRITTEN_OUT_LIMIT
+        )
 
     def dropout(self, numbers: float, rate: float) -> float:
         """What dropout keeps: a factor a number, of which CUDA's kernel says in a byte whether it is 0."""
@@ -55,8 +59,14 @@ class Kept:
     working: float
 
 
-def decoder_block(block: DecoderBlock, config: DecoderConfig, rows: int, length: int, positions: int,
-                  computing: Computing) -> Kept:
+def decoder_block(
+    block: DecoderBlock,
+    config: DecoderConfig,
+    rows: int,
+    length: int,
+    positions: int,
+    computing: Computing,
+) -> Kept:
     """A block that a gradient flows through. Of the tokens, `positions` pass its MLP: in the last block, those that
     predict a label."""
     attention, mlp, size, tokens = block.attention, block.mlp, computing.size, rows * length
@@ -77,9 +87,14 @@ def decoder_block(block: DecoderBlock, config: DecoderConfig, rows: int, length:
         kept += attended + tokens * heads * FP32 + rows * length * length * size
     gate = positions * config.intermediate_size * size
     kept += positions * (config.hidden_size * size + stats)  # the second norm
-    kept += _mlp(mlp, config, positions, size) + computing.dropout((tokens + positions) * config.hidden_size, config.dropout)
-    kept += sum(_adapter_bytes(layer, positions if path.startswith("mlp") else tokens, size)
-                for path, layer in block.named_modules() if isinstance(layer, LoRALinear))
+    kept += _mlp(mlp, config, positions, size) + computing.dropout(
+        (tokens + positions) * config.hidden_size, config.dropout
+    )
+    kept += sum(
+        _adapter_bytes(layer, positions if path.startswith("mlp") else tokens, size)
+        for path, layer in block.named_modules()
+        if isinstance(layer, LoRALinear)
+    )
 
     in_attention = 2 * scores if written_out else 2 * projected
     working = max(3 * gate, in_attention) + 2 * stream + _matrix_bytes(block, size)
@@ -91,7 +106,9 @@ def _mlp(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> flo
     if isinstance(mlp, Experts):
         return _experts(mlp, config, tokens, size)
     into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
-    return tokens * config.hidden_size * size * _any_learns(*into) + _inside(mlp, config, tokens, size)
+    return tokens * config.hidden_size * size * _any_learns(*into) + _inside(
+        mlp, config, tokens, size
+    )
 
 
 def _inside(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
@@ -114,13 +131,23 @@ def _experts(experts: Experts, config: DecoderConfig, tokens: float, size: int) 
 def reducing(reducer: Reducer, tokens: int, computing: Computing) -> float:
     """What the reducer of wide embeddings keeps, and its cast weights."""
     size, learned = computing.size, learns(reducer)
-    wide, narrow, width = reducer.down.in_features, reducer.down.out_features, reducer.up.out_features
+    wide, narrow, width = (
+        reducer.down.in_features,
+        reducer.down.out_features,
+        reducer.up.out_features,
+    )
     kept = tokens * (wide * learned + narrow * (1 + learned) + width) * size + 2 * tokens * FP32
     return kept + cast_bytes(reducer, computing)
 
 
-def vision_block(block: VisionBlock, config: VisionConfig, images: int, tokens: int, computing: Computing,
-                 stream_size: int) -> Kept:
+def vision_block(
+    block: VisionBlock,
+    config: VisionConfig,
+    images: int,
+    tokens: int,
+    computing: Computing,
+    stream_size: int,
+) -> Kept:
     """A block of the eyes that learns, for `tokens` an image. Its residual stream has numbers of `stream_size` bytes: the
     position table, which learns in fp32, makes it fp32."""
     count, size = images * tokens, computing.size
@@ -147,39 +174,69 @@ def resampling(resampler: Resampler, images: int, patches: int, computing: Compu
     # and its result.
     kept = seen * (resampler.kv_proj.in_features * size + width * (FP32 + 2 * size))
     kept += given * width * (FP32 + size) + 2 * queries * width * FP32
-    return kept + _cross_attention(resampler.attention.num_heads, width, images, queries, patches, computing) + cast_bytes(
-        resampler, computing)
+    return (
+        kept
+        + _cross_attention(
+            resampler.attention.num_heads, width, images, queries, patches, computing
+        )
+        + cast_bytes(resampler, computing)
+    )
 
 
-def _cross_attention(heads: int, width: int, images: int, queries: int, patches: int, computing: Computing) -> float:
+def _cross_attention(
+    heads: int, width: int, images: int, queries: int, patches: int, computing: Computing
+) -> float:
     """Keys and values, the scores or one number a query, and what attention gives before its last matrix."""
     scores = patches * computing.size if computing.writes_out(queries, patches) else FP32
-    return images * (2 * patches * width * computing.size + queries * (heads * scores + width * computing.size))
+    return images * (
+        2 * patches * width * computing.size + queries * (heads * scores + width * computing.size)
+    )
 
 
-def projecting(projector: nn.Module, images: int, patches: int, tokens: int, eyes_learn: bool, computing: Computing) -> float:
+def projecting(
+    projector: nn.Module,
+    images: int,
+    patches: int,
+    tokens: int,
+    eyes_learn: bool,
+    computing: Computing,
+) -> float:
     """What a projector that a gradient flows through keeps, and its cast weights: of `patches` an image it makes `tokens`.
     The weights that read patches are not needed again unless the eyes learn."""
     size, learned, given = computing.size, learns(projector), images * tokens
     layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
     wide = layers[-1].out_features
-    readers = [projector.attention.k_proj, projector.attention.v_proj] if hasattr(projector, "attention") else layers[:1]
+    readers = (
+        [projector.attention.k_proj, projector.attention.v_proj]
+        if hasattr(projector, "attention")
+        else layers[:1]
+    )
     kept = given * wide * size + cast_bytes(projector, computing)  # the visual tokens
     kept -= 0 if eyes_learn else sum(cast_bytes(layer, computing) for layer in readers)
-    if not isinstance(projector, ResamplerProjector):  # the activation's input, its result, the first matrix's input
-        return kept + given * size * (layers[0].in_features * learned + wide * (1 + learned) * (len(layers) > 1))
+    if not isinstance(
+        projector, ResamplerProjector
+    ):  # the activation's input, its result, the first matrix's input
+        return kept + given * size * (
+            layers[0].in_features * learned + wide * (1 + learned) * (len(layers) > 1)
+        )
     width = projector.queries.shape[1]
     kept += images * patches * width * size * learned
-    kept += _cross_attention(projector.attention.num_heads, width, images, tokens, patches, computing)
+    kept += _cross_attention(
+        projector.attention.num_heads, width, images, tokens, patches, computing
+    )
     # Two norms in fp32 and what they give, the activations of two MLPs and what they give.
-    return kept + given * (2 * width * (FP32 + size * learned) + (4 * width + wide) * size * (1 + learned))
+    return kept + given * (
+        2 * width * (FP32 + size * learned) + (4 * width + wide) * size * (1 + learned)
+    )
 
 
 def looking(config: VisionConfig, images: int, tokens: int, computing: Computing) -> float:
     """What a frozen pair of eyes needs at most at a time, in one of its blocks: the stream, the normed stream, and either
     attention or the MLP; or in their resampler: its two vectors a patch, and the keys and values made of them."""
     vector = images * tokens * config.hidden_size
-    scores = images * config.num_attention_heads * tokens * tokens * computing.writes_out(tokens, tokens)
+    scores = (
+        images * config.num_attention_heads * tokens * tokens * computing.writes_out(tokens, tokens)
+    )
     inner = images * tokens * config.intermediate_size * min(3, _inner_vectors(config))
     block = (2 * vector + max(4 * vector + 2 * scores, inner)) * computing.size
     return max(block, images * tokens * config.output_size * 2 * (FP32 + computing.size))
@@ -190,12 +247,23 @@ def reading(decoder: Decoder, tokens: int, computing: Computing) -> float:
     embeddings, the stream and the normed stream, and either attention or the MLP of one block, one matrix decoded if
     quantised; or the logits."""
     config, size = decoder.config, computing.size
-    projected = tokens * (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim * size
-    scores = config.num_attention_heads * tokens * tokens * size * computing.writes_out(tokens, tokens)
-    passing = config.experts_per_token + 1 if config.num_experts else 1  # a token's experts, or all it gives to a shared one
+    projected = (
+        tokens
+        * (config.num_attention_heads + 2 * config.num_key_value_heads)
+        * config.head_dim
+        * size
+    )
+    scores = (
+        config.num_attention_heads * tokens * tokens * size * computing.writes_out(tokens, tokens)
+    )
+    passing = (
+        config.experts_per_token + 1 if config.num_experts else 1
+    )  # a token's experts, or all it gives to a shared one
     inner = tokens * passing * (2 * config.intermediate_size + config.hidden_size) * size
     block = max(2 * projected + 2 * scores, inner) + _matrix_bytes(decoder, size)
-    stream = tokens * (config.input_size * (config.embedding_size > 0) + 3 * config.hidden_size) * size
+    stream = (
+        tokens * (config.input_size * (config.embedding_size > 0) + 3 * config.hidden_size) * size
+    )
     return stream + tokens * tokens * (1 + size) + max(block, config.vocab_size * (size + FP32))
 
 
@@ -206,8 +274,11 @@ def _inner_vectors(config: VisionConfig) -> int:
 
 def _any_learns(*layers: nn.Module) -> bool:
     """Whether weights of one of these layers get a gradient, for which their input is kept."""
-    return any(isinstance(layer, LoRALinear) or (isinstance(layer, nn.Linear) and layer.weight.requires_grad)
-               for layer in layers)
+    return any(
+        isinstance(layer, LoRALinear)
+        or (isinstance(layer, nn.Linear) and layer.weight.requires_grad)
+        for layer in layers
+    )
 
 
 def _adapter_bytes(layer: LoRALinear, tokens: int, size: int) -> float:
@@ -224,7 +295,15 @@ def cast_bytes(module: nn.Module, computing: Computing) -> int:
 
 def _matrix_bytes(module: nn.Module, size: int) -> int:
     """The largest matrix once more: the gradient of its cast copy, or itself decoded."""
-    learning = [parameter.numel() * size for parameter in module.parameters() if parameter.requires_grad]
-    quantized = [layer.in_features * layer.out_features for layer in module.modules() if isinstance(layer, QuantizedLinear)]
-    decoded = [count * size + min(count, AT_ONCE) * 2 * FP32 for count in quantized]  # a part of it at a time in fp32
+    learning = [
+        parameter.numel() * size for parameter in module.parameters() if parameter.requires_grad
+    ]
+    quantized = [
+        layer.in_features * layer.out_features
+        for layer in module.modules()
+        if isinstance(layer, QuantizedLinear)
+    ]
+    decoded = [
+        count * size + min(count, AT_ONCE) * 2 * FP32 for count in quantized
+    ]  # a part of it at a time in fp32
     return max(learning + decoded, default=0)

@@ -16,10 +16,16 @@ LOW_RANKS = (64, 16)  # of adapters, as a last resort
 
 def on_gpu(settings: Settings) -> Precision:
     """How a run computes on a GPU of whatever machine: there may be none here."""
-    return Precision(DTYPES.get(settings.dtype, torch.bfloat16), torch.device("cuda"), settings.stochastic_rounding)
+    return Precision(
+        DTYPES.get(settings.dtype, torch.bfloat16),
+        torch.device("cuda"),
+        settings.stochastic_rounding,
+    )
 
 
-def advice(config: VLMConfig, settings: Settings, tokens: int, prediction: Prediction, gigabytes: float) -> str:
+def advice(
+    config: VLMConfig, settings: Settings, tokens: int, prediction: Prediction, gigabytes: float
+) -> str:
     """Whether it fits and, if not, what to change, each on top of those before it. `tokens`: see `work_of`."""
     if prediction.peak <= gigabytes * 1e9:
         return f"fits {gigabytes:g} GB"
@@ -29,13 +35,19 @@ def advice(config: VLMConfig, settings: Settings, tokens: int, prediction: Predi
         if all(getattr(settings, name) == value for name, value in changes.items()):
             continue
         changed = dataclasses.replace(settings, **changes)
-        if (lower := predict(config, changed, work_of(config, changed, tokens), on_gpu(changed), 0).peak) > 0.99 * peak:
+        if (
+            lower := predict(
+                config, changed, work_of(config, changed, tokens), on_gpu(changed), 0
+            ).peak
+        ) > 0.99 * peak:
             continue  # several batches a step need room for the sum of their gradients
         settings, peak = changed, lower
         mark = "  ← the first that fits" if peak <= gigabytes * 1e9 and not fits else ""
         fits = fits or bool(mark)
         lines.append(f"  {flags:58}{peak / 1e9:8.2f} GB{mark}")
-    return "\n".join(lines if fits else [*lines, "  nothing of this fits; take a smaller model or shorter rows"])
+    return "\n".join(
+        lines if fits else [*lines, "  nothing of this fits; take a smaller model or shorter rows"]
+    )
 
 
 def _changes(settings: Settings) -> list[tuple[str, dict]]:
@@ -55,6 +67,15 @@ def _changes(settings: Settings) -> list[tuple[str, dict]]:
         return changes
     return changes + [
         ("--lora-rank 64", rank),
-        ("--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank), {"quantize": "nf4", **rank}),
-        *((f"--lora-rank {low}", {"lora_rank": min(settings.lora_rank or 64, low)} if text else {}) for low in LOW_RANKS),
+        (
+            "--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank),
+            {"quantize": "nf4", **rank},
+        ),
+        *(
+            (
+                f"--lora-rank {low}",
+                {"lora_rank": min(settings.lora_rank or 64, low)} if text else {},
+            )
+            for low in LOW_RANKS
+        ),
     ]

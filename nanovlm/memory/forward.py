@@ -24,12 +24,20 @@ def forward_report(config: VLMConfig, settings: Settings, precision: Precision) 
     counted = skeleton(config)
     predicted = predict_forward(model, precision, program_bytes(precision))
     measured, seconds, building = measured_apart([*sys.argv[1:], "--take-forward"])
-    parts = ", ".join(f"{name} {parameters(part) / 1e6:.1f}M" for name, part in (
-        ("eyes", counted.vision), ("projector", counted.projector), ("voice", counted.decoder)))
-    return (f"{parameters(counted) / 1e6:.1f}M parameters: {parts}; {settings.quantize or str(precision.dtype)[6:]} on "
-            f"{precision.device.type}\n{visual_tokens(counted)}\n"
-            f"read the largest with {TEXT_TOKENS} words in {seconds:.1f} s; the weights were made in {building:.1f} s\n"
-            f"predicted {predicted / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {predicted / measured - 1:+.1%}")
+    parts = ", ".join(
+        f"{name} {parameters(part) / 1e6:.1f}M"
+        for name, part in (
+            ("eyes", counted.vision),
+            ("projector", counted.projector),
+            ("voice", counted.decoder),
+        )
+    )
+    return (
+        f"{parameters(counted) / 1e6:.1f}M parameters: {parts}; {settings.quantize or str(precision.dtype)[6:]} on "
+        f"{precision.device.type}\n{visual_tokens(counted)}\n"
+        f"read the largest with {TEXT_TOKENS} words in {seconds:.1f} s; the weights were made in {building:.1f} s\n"
+        f"predicted {predicted / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {predicted / measured - 1:+.1%}"
+    )
 
 
 def predict_forward(model: VisionLanguageModel, precision: Precision, program: float) -> float:
@@ -40,7 +48,12 @@ def predict_forward(model: VisionLanguageModel, precision: Precision, program: f
     eyes = looking(config.vision, work.images, tokens_in_eyes(model), computing)
     eyes += pixels * computing.size * (computing.size < FP32)  # cast
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return program + weights + pixels * FP32 + max(eyes, reading(model.decoder, work.length, computing))
+    return (
+        program
+        + weights
+        + pixels * FP32
+        + max(eyes, reading(model.decoder, work.length, computing))
+    )
 
 
 @torch.inference_mode()
@@ -51,8 +64,12 @@ def take_forward(config: VLMConfig, settings: Settings, precision: Precision) ->
     model = filled(_model(config, settings, precision), precision.device)
     batch = _work(model).batch(config, model.image_length).to(precision.device)
     built = time.perf_counter()
-    hidden_states = model.decoder.hidden_states(model.embed(batch), batch.attention_mask, positions=batch.target_positions,
-                                                groups=model.image_groups(batch))
+    hidden_states = model.decoder.hidden_states(
+        model.embed(batch),
+        batch.attention_mask,
+        positions=batch.target_positions,
+        groups=model.image_groups(batch),
+    )
     model.decoder.logits(hidden_states).float().sum().item()  # waits for the device
     return json.dumps([peak_memory(precision.device), time.perf_counter() - built, built - began])
 

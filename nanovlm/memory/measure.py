@@ -26,7 +26,9 @@ from nanovlm.vlm import VisionLanguageModel, VLMConfig
 PATTERN = 1_000_003  # random numbers that weights repeat; a prime, so that no two rows of a matrix are the same
 
 
-def random_model(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
+def random_model(
+    config: VLMConfig, settings: Settings, precision: Precision
+) -> VisionLanguageModel:
     """A model with random weights, each made in the number format and on the device where a run holds it."""
     model = filled(prepared(config, settings, precision), precision.device)
     if settings.checkpointing:
@@ -44,21 +46,27 @@ def filled(model: VisionLanguageModel, device: torch.device) -> VisionLanguageMo
         pattern = pattern.to(device, parameter.dtype)
         flat = parameter.view(-1)
         for start in range(0, len(flat), PATTERN):
-            part = flat[start:start + PATTERN]
-            part.copy_(pattern[:len(part)])
+            part = flat[start : start + PATTERN]
+            part.copy_(pattern[: len(part)])
     for buffer in model.buffers():  # quantised matrices: any bits are a matrix
         buffer.zero_()
     return model
 
 
-def take_steps(model: VisionLanguageModel, work: Work, settings: Settings, precision: Precision, steps: int = 2) -> None:
+def take_steps(
+    model: VisionLanguageModel, work: Work, settings: Settings, precision: Precision, steps: int = 2
+) -> None:
     """Steps as the training loop takes them, each of `settings.accumulate` batches."""
     objective = objective_of(settings)
     optimizer = build_optimizer(model, settings)
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for _ in range(steps):
         for _ in range(settings.accumulate):
-            batch = work.batch(model.config, model.image_length, precision.dtype if settings.cache_features else None)
+            batch = work.batch(
+                model.config,
+                model.image_length,
+                precision.dtype if settings.cache_features else None,
+            )
             with precision.autocast():
                 loss = objective(model, batch.to(precision.device))[0]
             precision.scaled(loss / objective.count(batch)).backward()
@@ -73,16 +81,30 @@ def program_bytes(precision: Precision) -> int:
     if precision.device.type == "cuda":
         return 0
     settings = Settings(train="projector,text,vision")
-    config = VLMConfig(VisionConfig(16, 32, 2, 2, image_size=28), DecoderConfig(64, 16, 32, 2, 2, 1, 8), ProjectorConfig(),
-                       ImageConfig(28, 28), ChatConfig())
+    config = VLMConfig(
+        VisionConfig(16, 32, 2, 2, image_size=28),
+        DecoderConfig(64, 16, 32, 2, 2, 1, 8),
+        ProjectorConfig(),
+        ImageConfig(28, 28),
+        ChatConfig(),
+    )
     small = Precision(precision.dtype, precision.device)
-    take_steps(random_model(config, settings, small), Work(rows=1, length=8, images=1, targets=2), settings, small)
+    take_steps(
+        random_model(config, settings, small),
+        Work(rows=1, length=8, images=1, targets=2),
+        settings,
+        small,
+    )
     return peak_memory(precision.device)
 
 
 def measured_apart(arguments: list[str]) -> Any:
     """What this command prints when it is run once more with `arguments`, in a process of its own."""
-    child = subprocess.run([sys.executable, "-m", "nanovlm.memory", *arguments], stdout=subprocess.PIPE, text=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "nanovlm.memory", *arguments], stdout=subprocess.PIPE, text=True
+    )
     if child.returncode:
-        raise NanoVLMError(f"the process that measures ended with code {child.returncode}; see above")
+        raise NanoVLMError(
+            f"the process that measures ended with code {child.returncode}; see above"
+        )
     return json.loads(child.stdout)

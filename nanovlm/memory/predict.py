@@ -6,7 +6,17 @@ import torch
 
 from nanovlm.loss import CHUNK
 from nanovlm.memory.activations import (
-    FP32, Computing, Kept, cast_bytes, decoder_block, looking, projecting, reducing, resampling, vision_block)
+    FP32,
+    Computing,
+    Kept,
+    cast_bytes,
+    decoder_block,
+    looking,
+    projecting,
+    reducing,
+    resampling,
+    vision_block,
+)
 from nanovlm.memory.shapes import Work, prepared
 from nanovlm.training.adamw import SLICE
 from nanovlm.training.freezing import learns
@@ -15,7 +25,17 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel, VLMConfig
 
-TERMS = ("program", "weights", "gradients", "optimizer", "images", "activations", "casts", "output head", "working set")
+TERMS = (
+    "program",
+    "weights",
+    "gradients",
+    "optimizer",
+    "images",
+    "activations",
+    "casts",
+    "output head",
+    "working set",
+)
 TEMPORARIES = 10  # fp32 tensors of a slice that LeanAdamW holds at a time, at most
 
 
@@ -34,7 +54,9 @@ class Prediction:
         return max(self.totals.values())
 
 
-def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precision, program: float) -> Prediction:
+def predict(
+    config: VLMConfig, settings: Settings, work: Work, precision: Precision, program: float
+) -> Prediction:
     """The bytes of a step of `work`, from the second step on, when the optimizer's state is there.
 
     `precision` says how and on which device a run computes. `program` is what the process holds without a model: nothing
@@ -47,28 +69,64 @@ def predict(config: VLMConfig, settings: Settings, work: Work, precision: Precis
         "program": program,
         "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         "optimizer": sum(state_bytes(parameter, settings) for parameter in learning),
-        "images": 0 if settings.cache_features else work.images * 3 * config.image.height * config.image.width * FP32,
+        "images": 0
+        if settings.cache_features
+        else work.images * 3 * config.image.height * config.image.width * FP32,
     }
     gradients = sum(parameter.nbytes for parameter in learning)
-    earlier = gradients if settings.accumulate > 1 else 0  # those of the batches before are there all along
+    earlier = (
+        gradients if settings.accumulate > 1 else 0
+    )  # those of the batches before are there all along
     blocks, head = _blocks(model, work, computing), _head(model, work, computing, earlier > 0)
-    largest = max(blocks, key=lambda block: block.activations + block.working, default=Kept(0, 0, 0, 0))
+    largest = max(
+        blocks, key=lambda block: block.activations + block.working, default=Kept(0, 0, 0, 0)
+    )
     activations = _around_blocks(model, work, computing) + sum(
-        block.input if settings.checkpointing else block.activations for block in blocks)
+        block.input if settings.checkpointing else block.activations for block in blocks
+    )
     casts = largest.casts if settings.checkpointing else sum(block.casts for block in blocks)
-    again = largest.activations if settings.checkpointing else 0  # one block is computed anew at a time
-    return Prediction({
-        "eyes": {**always, "gradients": earlier, "working set": _looking(model, work, computing, settings)},
-        "head": {**always, "gradients": earlier, "activations": activations,
-                 "casts": 0 if settings.checkpointing else casts, "output head": head.forward},
-        "backward": {**always, "gradients": earlier, "activations": activations, "casts": casts,
-                     "output head": head.gradient, "working set": max(largest.working + again, head.backward)},
-        "its end": {**always, "gradients": gradients, "output head": head.waiting,
-                    "working set": max(largest.activations + largest.working, head.embedding_gradient)},
-        "update": {**always, "gradients": gradients,
-                   "working set": 0 if settings.optimizer == "adamw" and not settings.stochastic_rounding
-                   else TEMPORARIES * FP32 * min(SLICE, max(parameter.numel() for parameter in learning))},
-    })
+    again = (
+        largest.activations if settings.checkpointing else 0
+    )  # one block is computed anew at a time
+    return Prediction(
+        {
+            "eyes": {
+                **always,
+                "gradients": earlier,
+                "working set": _looking(model, work, computing, settings),
+            },
+            "head": {
+                **always,
+                "gradients": earlier,
+                "activations": activations,
+                "casts": 0 if settings.checkpointing else casts,
+                "output head": head.forward,
+            },
+            "backward": {
+                **always,
+                "gradients": earlier,
+                "activations": activations,
+                "casts": casts,
+                "output head": head.gradient,
+                "working set": max(largest.working + again, head.backward),
+            },
+            "its end": {
+                **always,
+                "gradients": gradients,
+                "output head": head.waiting,
+                "working set": max(largest.activations + largest.working, head.embedding_gradient),
+            },
+            "update": {
+                **always,
+                "gradients": gradients,
+                "working set": 0
+                if settings.optimizer == "adamw" and not settings.stochastic_rounding
+                else TEMPORARIES
+                * FP32
+                * min(SLICE, max(parameter.numel() for parameter in learning)),
+            },
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -85,19 +143,35 @@ class _Head:
 
 def _head(model: VisionLanguageModel, work: Work, computing: Computing, added: bool) -> _Head:
     """`added` says whether gradients are added to those of batches before."""
-    weight, size, embedding = model.decoder.head_weight, computing.size, model.decoder.embed_tokens.weight
+    weight, size, embedding = (
+        model.decoder.head_weight,
+        computing.size,
+        model.decoder.embed_tokens.weight,
+    )
     learned, tied = weight.requires_grad, embedding is weight
     logits = min(CHUNK, work.targets) * len(weight)
     hidden = work.targets * weight.shape[1] * size
     cast = weight.numel() * size if weight.dtype != computing.dtype else 0
     if work.pairs:  # the backward pass makes logits anew, in two copies beside the softmax, and the gradient with them
         forward = logits * (2 * FP32 + size) + 2 * hidden + cast
-        backward = logits * (2 * FP32 + size) + cast + (learned * weight.numel() * size if cast else 0)
+        backward = (
+            logits * (2 * FP32 + size) + cast + (learned * weight.numel() * size if cast else 0)
+        )
     else:  # the gradient is made with the logits
-        forward = logits * (FP32 + (0 if size == FP32 else size)) + 2 * hidden + cast + learned * weight.numel() * size
+        forward = (
+            logits * (FP32 + (0 if size == FP32 else size))
+            + 2 * hidden
+            + cast
+            + learned * weight.numel() * size
+        )
         backward = learned * cast
-    return _Head(forward, hidden + learned * weight.nbytes, backward, waiting=learned * weight.nbytes * (tied and added),
-                 embedding_gradient=embedding.nbytes * embedding.requires_grad * (tied or added))
+    return _Head(
+        forward,
+        hidden + learned * weight.nbytes,
+        backward,
+        waiting=learned * weight.nbytes * (tied and added),
+        embedding_gradient=embedding.nbytes * embedding.requires_grad * (tied or added),
+    )
 
 
 def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> list[Kept]:
@@ -109,21 +183,30 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
     for block in model.vision.blocks[:looked]:
         flows = flows or learns(block)
         if flows:
-            stream = FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
-            kept.append(vision_block(block, vision, work.images, tokens_in_eyes(model), computing, stream))
+            stream = (
+                FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
+            )
+            kept.append(
+                vision_block(block, vision, work.images, tokens_in_eyes(model), computing, stream)
+            )
     flows = _flows_into_decoder(model, work)
     for block in model.decoder.blocks:
         flows = flows or learns(block)
         if flows:
-            positions = work.targets if block is model.decoder.blocks[-1] else work.rows * work.length
+            positions = (
+                work.targets if block is model.decoder.blocks[-1] else work.rows * work.length
+            )
             kept.append(decoder_block(block, text, work.rows, work.length, positions, computing))
     return kept
 
 
 def _flows_into_decoder(model: VisionLanguageModel, work: Work) -> bool:
     """Whether a gradient is wanted of what enters the decoder's first block."""
-    below = [getattr(model.decoder, name) for name in ("embed_tokens", "reducer", "position_embedding")
-             if hasattr(model.decoder, name)]
+    below = [
+        getattr(model.decoder, name)
+        for name in ("embed_tokens", "reducer", "position_embedding")
+        if hasattr(model.decoder, name)
+    ]
     return any(map(learns, [*below, *[model.vision, model.projector] * (work.images > 0)]))
 
 
@@ -145,20 +228,31 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
     """Of that, what images need."""
     config, size, vision = model.config, computing.size, model.vision
     height, width = config.image.height, config.image.width
-    kept = work.images * tokens_in_eyes(model) * config.vision.hidden_size * FP32 * (
-        learns(vision.embedding_norm) + learns(vision.norm))
+    kept = (
+        work.images
+        * tokens_in_eyes(model)
+        * config.vision.hidden_size
+        * FP32
+        * (learns(vision.embedding_norm) + learns(vision.norm))
+    )
     if learns(vision.patch_embedding):
         kept += work.images * 3 * height * width * (size if size < FP32 else 0)
         kept += cast_bytes(vision.patch_embedding, computing)
     if config.vision.num_queries and config.vision_layer == -1 and learns(vision.resampler):
-        kept += resampling(vision.resampler, work.images, config.vision.num_patches(height, width), computing)
+        kept += resampling(
+            vision.resampler, work.images, config.vision.num_patches(height, width), computing
+        )
     if learns(model.projector) or learns(vision):
         features = config.vision.num_features(height, width, config.vision_layer)
-        kept += projecting(model.projector, work.images, features, model.image_length, learns(vision), computing)
+        kept += projecting(
+            model.projector, work.images, features, model.image_length, learns(vision), computing
+        )
     return kept
 
 
-def _looking(model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings) -> float:
+def _looking(
+    model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings
+) -> float:
     if settings.cache_features or learns(model.vision):
         return 0
     return looking(model.config.vision, work.images, tokens_in_eyes(model), computing)

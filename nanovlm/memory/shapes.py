@@ -32,18 +32,31 @@ class Work:
     targets: int
     pairs: int = 0
 
-    def batch(self, config: VLMConfig, image_length: int, features: torch.dtype | None = None) -> Batch:
+    def batch(
+        self, config: VLMConfig, image_length: int, features: torch.dtype | None = None
+    ) -> Batch:
         """Random words and pixels of this shape, or in place of pixels patch vectors of the dtype `features`. The images'
         places come first in each row, its labels last."""
         ids = torch.randint(config.text.vocab_size, (self.rows, self.length))
         positions = torch.arange(self.rows * self.length).view(self.rows, self.length)
         labelled, pictured = self.targets // self.rows, self.images * image_length // self.rows
-        image_positions, target_positions = positions[:, :pictured].flatten(), positions[:, -labelled - 1:-1].flatten()
-        batch = Batch(ids, torch.ones_like(ids), image_positions, target_positions,
-                      torch.randint(config.text.vocab_size, (self.targets,)))
+        image_positions, target_positions = (
+            positions[:, :pictured].flatten(),
+            positions[:, -labelled - 1 : -1].flatten(),
+        )
+        batch = Batch(
+            ids,
+            torch.ones_like(ids),
+            image_positions,
+            target_positions,
+            torch.randint(config.text.vocab_size, (self.targets,)),
+        )
         if self.pairs:
-            batch = PairBatch(**vars(batch), lengths=torch.full((2 * self.pairs,), self.targets // self.pairs // 2),
-                              reference=torch.zeros(self.pairs, 2))
+            batch = PairBatch(
+                **vars(batch),
+                lengths=torch.full((2 * self.pairs,), self.targets // self.pairs // 2),
+                reference=torch.zeros(self.pairs, 2),
+            )
         if features:
             batch.patches = torch.randn(feature_shape(config, self.images), dtype=features)
         else:
@@ -75,27 +88,44 @@ def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) ->
         rows, length = math.ceil(settings.batch_size / share), image_length + share * text
     words = length - images_a_row * image_length
     if words < (3 * images_a_row if pairs else 2):
-        raise NanoVLMError(f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
-                           + ("--tokens" if tokens else "--pack"))
+        raise NanoVLMError(
+            f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
+            + ("--tokens" if tokens else "--pack")
+        )
     images = rows * images_a_row
     if pairs:
-        return Work(rows, length, images * config.image.max_pictures, images * 2 * (words // images_a_row // 3), images)
+        return Work(
+            rows,
+            length,
+            images * config.image.max_pictures,
+            images * 2 * (words // images_a_row // 3),
+            images,
+        )
     return Work(rows, length, images * config.image.max_pictures, rows * max(1, words // 2))
 
 
 def model_config(settings: Settings) -> VLMConfig:
     """The shapes `settings` start from: those of --vision and --text, folders or names of published ones, or --init's."""
-    if settings.init and not (settings.vision or settings.text) and Path(settings.init, "config.json").exists():
+    if (
+        settings.init
+        and not (settings.vision or settings.text)
+        and Path(settings.init, "config.json").exists()
+    ):
         return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
-    config = planned_config(dataclasses.replace(
-        settings, vision=settings.vision or "dinov2-small", text=settings.text or "qwen2.5-0.5b"))
+    config = planned_config(
+        dataclasses.replace(
+            settings, vision=settings.vision or "dinov2-small", text=settings.text or "qwen2.5-0.5b"
+        )
+    )
     return toy_model(config).config if settings.tiny else config
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
     """The model on the meta device: every shape and no weight. No words either, since no shape depends on them."""
     special = {token for template in TEMPLATES.values() for token in template.special}
-    words = SimpleNamespace(vocab_size=0, special_tokens=dict.fromkeys((config.chat.image_token, *special), 0))
+    words = SimpleNamespace(
+        vocab_size=0, special_tokens=dict.fromkeys((config.chat.image_token, *special), 0)
+    )
     with torch.device("meta"):
         return VisionLanguageModel(config, words)
 

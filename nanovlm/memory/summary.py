@@ -32,17 +32,29 @@ class Stage:
 def summary(stages: list[Stage]) -> str:
     """Parameters of each part, how many of them learn in each stage and the stage's peak; visual tokens of an image."""
     settings, model = stages[0].settings, skeleton(stages[0].config)
-    names = {"vision": f"eyes {Path(settings.vision).name}", "projector": f"projector {model.config.projector.kind}",
-             "text": f"voice {Path(settings.text_shape or settings.text).name}"}
+    names = {
+        "vision": f"eyes {Path(settings.vision).name}",
+        "projector": f"projector {model.config.projector.kind}",
+        "text": f"voice {Path(settings.text_shape or settings.text).name}",
+    }
     learning = [prepared(stage.config, stage.settings, stage.precision) for stage in stages]
     rows = [["", "parameters", *(f"{stage.name} learns" for stage in stages)]]
     for part in ("vision", "projector", "text"):
-        rows.append([names[part].strip(), _millions(parameters(getattr(model, PARTS[part]))),
-                     *(_learning(getattr(learner, PARTS[part])) for learner in learning)])
+        rows.append(
+            [
+                names[part].strip(),
+                _millions(parameters(getattr(model, PARTS[part]))),
+                *(_learning(getattr(learner, PARTS[part])) for learner in learning),
+            ]
+        )
     rows.append(["together", _millions(parameters(model)), *map(_learning, learning)])
-    rows.append(["peak of a step", "", *(f"{stage.prediction.peak / 1e9:.2f} GB" for stage in stages)])
+    rows.append(
+        ["peak of a step", "", *(f"{stage.prediction.peak / 1e9:.2f} GB" for stage in stages)]
+    )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
     return "\n".join([*lines, *_experts(model.decoder), visual_tokens(model)])
 
 
@@ -52,8 +64,10 @@ def visual_tokens(model: VisionLanguageModel) -> str:
     if image.max_pictures == 1:
         return f"an image of {image.height}×{image.width} takes {each} visual tokens"
     rows, columns = tile_grid(*PHOTO, image)
-    return (f"an image takes up to {model.max_image_length} visual tokens ({image.max_pictures} pictures of {each}), a photo "
-            f"of 4:3 {(rows * columns + 1) * each} ({rows}×{columns} tiles and the whole)")
+    return (
+        f"an image takes up to {model.max_image_length} visual tokens ({image.max_pictures} pictures of {each}), a photo "
+        f"of 4:3 {(rows * columns + 1) * each} ({rows}×{columns} tiles and the whole)"
+    )
 
 
 def parameters(module: nn.Module) -> int:
@@ -64,9 +78,18 @@ def parameters(module: nn.Module) -> int:
 def _experts(decoder: nn.Module) -> list[str]:
     """A line on how much of the decoder a token passes, where there is a choice."""
     choices = [module for module in decoder.modules() if isinstance(module, Experts)]
-    passed_by = sum(parameters(module.experts) * (1 - module.per_token / len(module.experts)) for module in choices)
-    return [f"a token passes {_millions(parameters(decoder) - passed_by)} of the voice: {choices[0].per_token} of "
-            f"{len(choices[0].experts)} experts, and {len(choices[0].shared_experts)} shared"] if choices else []
+    passed_by = sum(
+        parameters(module.experts) * (1 - module.per_token / len(module.experts))
+        for module in choices
+    )
+    return (
+        [
+            f"a token passes {_millions(parameters(decoder) - passed_by)} of the voice: {choices[0].per_token} of "
+            f"{len(choices[0].experts)} experts, and {len(choices[0].shared_experts)} shared"
+        ]
+        if choices
+        else []
+    )
 
 
 def _learning(module: nn.Module) -> str:

@@ -13,12 +13,31 @@ from nanovlm.tokenizer.byte_pair import AddedToken, BytePairTokenizer
 from nanovlm.tokenizer.pretokenize import GPT2_PATTERN
 from nanovlm.tokenizer.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 
-__all__ = ["AddedToken", "BytePairTokenizer", "SentencePieceTokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "AddedToken",
+    "BytePairTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+]
 
 
 # The first Qwen's special tokens stand in its published code, not in a file; they follow the vocabulary.
-QWEN1_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-NAMED_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+QWEN1_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+)
+NAMED_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 def _read_added(folder: Path) -> tuple[list[AddedToken], dict]:
@@ -27,10 +46,13 @@ def _read_added(folder: Path) -> tuple[list[AddedToken], dict]:
     config = read_json(path) if path.exists() else {}
     try:
         return [
-            AddedToken.from_json({"id": int(id), **spec}) for id, spec in config.get("added_tokens_decoder", {}).items()
+            AddedToken.from_json({"id": int(id), **spec})
+            for id, spec in config.get("added_tokens_decoder", {}).items()
         ], config
     except (AttributeError, TypeError, ValueError):
-        raise NanoVLMError(f"{path}: added_tokens_decoder is not an object of ids and tokens; damaged file?") from None
+        raise NanoVLMError(
+            f"{path}: added_tokens_decoder is not an object of ids and tokens; damaged file?"
+        ) from None
     except NanoVLMError as error:
         raise NanoVLMError(f"{path}: {error}") from None
 
@@ -53,9 +75,13 @@ def _read_sentence_piece(path: Path) -> SentencePieceTokenizer:
     added_tokens, config = _read_added(path.parent)
     for token in added_tokens:
         if not token.special:
-            raise NanoVLMError(f"{path.parent / 'tokenizer_config.json'}: added token {token.content!r} is not special, which "
-                               "is not implemented for SentencePiece; use a tokenizer without it")
-    tokenizer = SentencePieceTokenizer.from_file(path, {token.content: token.id for token in added_tokens})
+            raise NanoVLMError(
+                f"{path.parent / 'tokenizer_config.json'}: added token {token.content!r} is not special, which "
+                "is not implemented for SentencePiece; use a tokenizer without it"
+            )
+    tokenizer = SentencePieceTokenizer.from_file(
+        path, {token.content: token.id for token in added_tokens}
+    )
     for text in _named_special(path.parent, config):
         try:
             tokenizer.add_special_token(text)
@@ -80,7 +106,9 @@ def _is_converted(folder: Path) -> bool:
     if not (folder / MODEL_FILE).exists():
         return False
     model = read_json(folder / "tokenizer.json").get("model")
-    return isinstance(model, dict) and (model.get("byte_fallback") is True or model.get("type") == "Unigram")
+    return isinstance(model, dict) and (
+        model.get("byte_fallback") is True or model.get("type") == "Unigram"
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -102,13 +130,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if folder / preferred in found:
             found = [folder / preferred]
         if len(found) > 1:
-            raise NanoVLMError(f"{folder}: holds {len(found)} {suffix} files ({found[0].name}, …); leave one")
+            raise NanoVLMError(
+                f"{folder}: holds {len(found)} {suffix} files ({found[0].name}, …); leave one"
+            )
         if found and suffix == ".model":
             return _read_sentence_piece(found[0])
         if found:
             added_tokens, name, cutting = _read_cutting(folder)
             following = QWEN1_SPECIAL_TOKENS if name == "QWenTokenizer" and not added_tokens else ()
-            return BytePairTokenizer.from_tiktoken(found[0], added_tokens, special_tokens=following, **cutting)
+            return BytePairTokenizer.from_tiktoken(
+                found[0], added_tokens, special_tokens=following, **cutting
+            )
     raise NanoVLMError(
         f"{folder}: holds no tokenizer; expected tokenizer.json, vocab.json + merges.txt, *.tiktoken or *.model"
     )

@@ -41,7 +41,9 @@ class Tokenizer(ABC):
 
 def spelling_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds tokens as they are spelled, the longest first; without tokens it finds nothing."""
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+    return re.compile(
+        "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
+    )
 
 
 def without_surrogates(text: str) -> str:

@@ -12,7 +12,14 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json, write_atomically
 from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
 from nanovlm.tokenizer.merges import BytePairEncoder, merge, spell, unspell
-from nanovlm.tokenizer.pretokenize import QWEN_PATTERN, check_settings, cut, nfc, read_pre_tokenizer, reads_nfc
+from nanovlm.tokenizer.pretokenize import (
+    QWEN_PATTERN,
+    check_settings,
+    cut,
+    nfc,
+    read_pre_tokenizer,
+    reads_nfc,
+)
 
 
 @contextmanager
@@ -23,7 +30,9 @@ def _naming(path: Path) -> Iterator[None]:
     except NanoVLMError as error:
         raise NanoVLMError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise NanoVLMError(f"{path}: is not laid out as such a file should be ({error}); damaged file?") from None
+        raise NanoVLMError(
+            f"{path}: is not laid out as such a file should be ({error}); damaged file?"
+        ) from None
 
 
 def _read_text(path: Path) -> str:
@@ -47,7 +56,11 @@ class AddedToken:
     @classmethod
     def from_json(cls, spec: dict) -> "AddedToken":
         """Read an entry of `added_tokens`."""
-        if not isinstance(spec, dict) or type(spec.get("id")) is not int or not isinstance(spec.get("content"), str):
+        if (
+            not isinstance(spec, dict)
+            or type(spec.get("id")) is not int
+            or not isinstance(spec.get("content"), str)
+        ):
             raise NanoVLMError(f"added token {spec!r:.80} has no id or content; damaged file?")
         check_settings(
             f"added token {spec['content']!r}", spec, id=None, content=None, special=(True, False),
@@ -79,12 +92,18 @@ class BytePairTokenizer(Tokenizer):
         pipeline: dict,
         ignore_merges: bool = False,
     ):
-        if not isinstance(vocab, dict) or not all(type(id) is int and id >= 0 for id in vocab.values()):
-            raise NanoVLMError("vocabulary: expected an object of tokens and whole numbers; damaged file?")
+        if not isinstance(vocab, dict) or not all(
+            type(id) is int and id >= 0 for id in vocab.values()
+        ):
+            raise NanoVLMError(
+                "vocabulary: expected an object of tokens and whole numbers; damaged file?"
+            )
         self._vocab, self._pipeline, self._ignore_merges = vocab, pipeline, ignore_merges
         self._tokens = {id: token for token, id in vocab.items()}
         if len(self._tokens) != len(vocab):
-            raise NanoVLMError(f"vocabulary: {len(vocab) - len(self._tokens)} ids are used twice; damaged file?")
+            raise NanoVLMError(
+                f"vocabulary: {len(vocab) - len(self._tokens)} ids are used twice; damaged file?"
+            )
         self._nfc = reads_nfc(pipeline.get("normalizer"))
         self._patterns = read_pre_tokenizer(pipeline.get("pre_tokenizer"))
         self._encoder = BytePairEncoder(vocab, merges)
@@ -99,18 +118,26 @@ class BytePairTokenizer(Tokenizer):
             if not token.content or token.id < 0:
                 raise NanoVLMError(f"{what}: is empty, or below 0; damaged file?")
             if self._tokens.get(token.id, token.content) != token.content:
-                raise NanoVLMError(f"{what}: {self._tokens[token.id]!r} has the same id; damaged file?")
+                raise NanoVLMError(
+                    f"{what}: {self._tokens[token.id]!r} has the same id; damaged file?"
+                )
             if self._vocab.get(token.content, token.id) != token.id or token.content in self._added:
                 raise NanoVLMError(f"{what}: is already in the vocabulary; choose another text")
             if token.special:
                 if token.id in self._encoder.reachable:
-                    raise NanoVLMError(f"{what}: is special, yet ordinary text gives that id too; choose another text")
+                    raise NanoVLMError(
+                        f"{what}: is special, yet ordinary text gives that id too; choose another text"
+                    )
                 self.special_tokens[token.content] = token.id
             self._added[token.content], self._tokens[token.id] = token, token.content
             self.vocab_size = max(self.vocab_size, token.id + 1)
         # Two rounds as in `tokenizers`: spellings looked for in the text as it came, then in the normalized text.
         raw = {token.content: token for token in self._added.values() if not token.normalized}
-        normalized = {self._normalize(token.content): token for token in self._added.values() if token.normalized}
+        normalized = {
+            self._normalize(token.content): token
+            for token in self._added.values()
+            if token.normalized
+        }
         self._rounds = [(spelling_pattern(raw), raw), (spelling_pattern(normalized), normalized)]
 
     @classmethod
@@ -120,25 +147,43 @@ class BytePairTokenizer(Tokenizer):
         document = read_json(path)
         with _naming(path):
             model = document.pop("model", None)
-            if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
-                raise NanoVLMError("model: is not byte-pair encoding (BPE) with merges; use another tokenizer")
+            if (
+                not isinstance(model, dict)
+                or model.get("type", "BPE") != "BPE"
+                or "merges" not in model
+            ):
+                raise NanoVLMError(
+                    "model: is not byte-pair encoding (BPE) with merges; use another tokenizer"
+                )
             check_settings(
                 "model", model, type=None, vocab=None, merges=None, dropout=(None, 0), ignore_merges=(True, False),
                 continuing_subword_prefix=(None, ""), end_of_word_suffix=(None, ""),
                 # With all 256 bytes in the vocabulary nothing is unknown, and these have no effect.
                 unk_token=None, fuse_unk=None, byte_fallback=None,
             )  # fmt: skip
-            added_tokens = [AddedToken.from_json(spec) for spec in document.pop("added_tokens", None) or []]
+            added_tokens = [
+                AddedToken.from_json(spec) for spec in document.pop("added_tokens", None) or []
+            ]
             check_settings(
                 "tokenizer", document, version=None, truncation=(None,), padding=(None,), normalizer=None,
                 pre_tokenizer=None, decoder=None, post_processor=None,  # it acts only with add_special_tokens=True
             )  # fmt: skip
             decoder = document.get("decoder")
             if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-                raise NanoVLMError(f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel, or put the "
-                                   "tokenizer.model that this was made from beside it")
-            merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-            return cls(model.get("vocab"), merges, added_tokens, document, model.get("ignore_merges", False))
+                raise NanoVLMError(
+                    f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel, or put the "
+                    "tokenizer.model that this was made from beside it"
+                )
+            merges = (
+                pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]
+            )
+            return cls(
+                model.get("vocab"),
+                merges,
+                added_tokens,
+                document,
+                model.get("ignore_merges", False),
+            )
 
     @classmethod
     def from_vocab_merges(
@@ -151,7 +196,11 @@ class BytePairTokenizer(Tokenizer):
     ) -> "BytePairTokenizer":
         """Read GPT-2's two files. They name neither special tokens nor a pattern, which is taken to be Qwen's."""
         lines = _read_text(Path(merges_path)).split("\n")
-        merges = (line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version"))
+        merges = (
+            line.rstrip("\r").split(" ")
+            for line in lines
+            if line.strip() and not line.startswith("#version")
+        )
         vocab = read_json(vocab_path)
         with _naming(Path(merges_path).parent):
             return cls(vocab, merges, _as_added(added_tokens), _pipeline(pattern, use_nfc))
@@ -179,7 +228,9 @@ class BytePairTokenizer(Tokenizer):
                     token, id = line.split()
                     vocab[spell(base64.b64decode(token, validate=True))] = int(id)
                 except (ValueError, binascii.Error):
-                    raise NanoVLMError(f"{path}:{number}: is not a token in base64 and its id; damaged file?") from None
+                    raise NanoVLMError(
+                        f"{path}:{number}: is not a token in base64 and its id; damaged file?"
+                    ) from None
         with _naming(path):
             ranks: dict[tuple[int, int], int] = {}
             merged, merges = [], []
@@ -192,7 +243,10 @@ class BytePairTokenizer(Tokenizer):
                         merged.append(id)
                         merges.append((tokens[pair[0]], tokens[pair[1]]))
             following = enumerate(special_tokens, max(vocab.values(), default=-1) + 1)
-            added_tokens = [*_as_added(added_tokens), *(AddedToken(id, content) for id, content in following)]
+            added_tokens = [
+                *_as_added(added_tokens),
+                *(AddedToken(id, content) for id, content in following),
+            ]
             return cls(vocab, merges, added_tokens, _pipeline(pattern, use_nfc), ignore_merges=True)
 
     def _normalize(self, text: str) -> str:
@@ -261,7 +315,9 @@ class BytePairTokenizer(Tokenizer):
             "byte_fallback": False,
             "ignore_merges": self._ignore_merges,
             "vocab": self._vocab,
-            "merges": [f"{self._tokens[left]} {self._tokens[right]}" for left, right in self._encoder.pairs],
+            "merges": [
+                f"{self._tokens[left]} {self._tokens[right]}" for left, right in self._encoder.pairs
+            ],
         }
         document = {
             "version": "1.0",
@@ -277,13 +333,27 @@ class BytePairTokenizer(Tokenizer):
 
 def _as_added(tokens: Iterable[AddedToken] | dict[str, int]) -> Iterable[AddedToken]:
     """Added tokens, from themselves or from special tokens' texts and ids."""
-    return [AddedToken(id, content) for content, id in tokens.items()] if isinstance(tokens, dict) else tokens
+    return (
+        [AddedToken(id, content) for content, id in tokens.items()]
+        if isinstance(tokens, dict)
+        else tokens
+    )
 
 
 def _pipeline(pattern: str, use_nfc: bool) -> dict:
     """What a `tokenizer.json` would say outside its model, for files that do not say it."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {
         "normalizer": {"type": "NFC"} if use_nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},

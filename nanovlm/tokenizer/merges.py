@@ -13,7 +13,9 @@ from nanovlm.errors import NanoVLMError
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _SHIFTED = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_SHIFTED)}
+BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + i) for i, byte in enumerate(_SHIFTED)
+}
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 _TO_LATIN_1 = {ord(character): byte for character, byte in CHARACTER_TO_BYTE.items()}
 
@@ -100,7 +102,9 @@ class BytePairEncoder:
     def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
         missing = [byte for byte, character in BYTE_TO_CHARACTER.items() if character not in vocab]
         if missing:
-            raise NanoVLMError(f"vocabulary lacks {len(missing)} of the 256 bytes (0x{missing[0]:02x}…); damaged?")
+            raise NanoVLMError(
+                f"vocabulary lacks {len(missing)} of the 256 bytes (0x{missing[0]:02x}…); damaged?"
+            )
         self._byte_ids = [vocab[BYTE_TO_CHARACTER[byte]] for byte in range(256)]
         self._ranks: dict[tuple[int, int], int] = {}
         self._merged: list[int] = []
@@ -110,7 +114,9 @@ class BytePairEncoder:
                 self._ranks[vocab[left], vocab[right]] = rank
                 self._merged.append(vocab[left + right])
             except (KeyError, TypeError, ValueError):
-                raise NanoVLMError(f"merge {rank}: {pair!r:.80} is not two tokens that make one; damaged?") from None
+                raise NanoVLMError(
+                    f"merge {rank}: {pair!r:.80} is not two tokens that make one; damaged?"
+                ) from None
         self.reachable = {*self._byte_ids, *self._merged}  # every id that `encode` can give
         self._neighbours = _Neighbours(vocab)
         self._cache: dict[str, list[int]] = {}

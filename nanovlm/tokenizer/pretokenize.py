@@ -36,7 +36,9 @@ NEW_MARKS_SINCE_UNICODE_9 = (
     "10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 "
     "16ff0-16ff1 1e130-1e136 1e2ae 1e2ec-1e2ef"
 )
-WHITE_SPACE = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"  # Unicode's; Python's `\s` adds 1c to 1f
+WHITE_SPACE = (
+    "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"  # Unicode's; Python's `\s` adds 1c to 1f
+)
 
 
 def _ranges(table: str) -> list[tuple[int, int]]:
@@ -68,9 +70,13 @@ def _character_classes() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _normalization_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """What normalization may touch, and in it long runs of combining marks."""
-    inert = " ".join([NEW_MARKS_SINCE_UNICODE_9, NEW_IN_UNICODE_15_AND_16["L"], NEW_IN_UNICODE_15_AND_16["M"]])
+    inert = " ".join(
+        [NEW_MARKS_SINCE_UNICODE_9, NEW_IN_UNICODE_15_AND_16["L"], NEW_IN_UNICODE_15_AND_16["M"]]
+    )
     touched = re.compile(f"[^{_set(_ranges(inert))}]+")
-    marks = (chr(code) for code in range(0x20000) if unicodedata.combining(chr(code)))  # the higher planes have none
+    marks = (
+        chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))
+    )  # the higher planes have none
     return touched, re.compile(f"[{''.join(filter(touched.match, marks))}]{{32,}}")
 
 
@@ -93,23 +99,33 @@ def translate_pattern(pattern: str) -> re.Pattern[str]:
         elif token == r"\S" and not in_set:
             token = "[^" + classes[r"\s"] + "]"
         elif token[0] == "\\" and token[1].isalnum() and token not in (r"\r", r"\n", r"\t"):
-            raise NanoVLMError(f"pattern {pattern!r}: {token} is not implemented; use a tokenizer without it")
+            raise NanoVLMError(
+                f"pattern {pattern!r}: {token} is not implemented; use a tokenizer without it"
+            )
         elif token in ("[", "&&") if in_set else token in ("^", "$", "}+"):
-            raise NanoVLMError(f"pattern {pattern!r}: {token!r} here is not implemented; use a tokenizer without it")
+            raise NanoVLMError(
+                f"pattern {pattern!r}: {token!r} here is not implemented; use a tokenizer without it"
+            )
         elif token in "[]":
             in_set = token == "["
         translated.append(token)
     try:
         return re.compile("".join(translated))
     except re.error as error:
-        raise NanoVLMError(f"pattern {pattern!r} is not a regular expression `re` can read: {error}") from None
+        raise NanoVLMError(
+            f"pattern {pattern!r} is not a regular expression `re` can read: {error}"
+        ) from None
 
 
 def check_settings(what: str, spec: dict, **implemented: tuple | None) -> None:
     """Refuse a setting that is not among the `implemented` values of its key; None stands for any value."""
     for key, value in spec.items():
-        if key not in implemented or (implemented[key] is not None and value not in implemented[key]):
-            raise NanoVLMError(f"{what}: {key} = {value!r:.80} is not implemented; use a tokenizer without it")
+        if key not in implemented or (
+            implemented[key] is not None and value not in implemented[key]
+        ):
+            raise NanoVLMError(
+                f"{what}: {key} = {value!r:.80} is not implemented; use a tokenizer without it"
+            )
 
 
 def _steps(spec: dict | None, children: str) -> list[dict]:
@@ -128,7 +144,9 @@ def reads_nfc(normalizer: dict | None) -> bool:
     steps = _steps(normalizer, "normalizers")
     for step in steps:
         if step["type"] != "NFC":
-            raise NanoVLMError(f"normalizer {step['type']} is not implemented; use a tokenizer with NFC or none")
+            raise NanoVLMError(
+                f"normalizer {step['type']} is not implemented; use a tokenizer with NFC or none"
+            )
     return bool(steps)
 
 
@@ -140,18 +158,35 @@ def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
     patterns = []
     *cuts, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
     if last["type"] != "ByteLevel":
-        raise NanoVLMError(f"pre-tokenizer: ends with {last['type']}; only byte-level ones (ByteLevel) are read")
+        raise NanoVLMError(
+            f"pre-tokenizer: ends with {last['type']}; only byte-level ones (ByteLevel) are read"
+        )
     for step in cuts:
         if step["type"] == "Split" and isinstance(step.get("pattern"), dict):
-            check_settings("Split", step, type=None, pattern=None, behavior=("Isolated",), invert=(False,))
+            check_settings(
+                "Split", step, type=None, pattern=None, behavior=("Isolated",), invert=(False,)
+            )
             regex, literal = step["pattern"].get("Regex"), step["pattern"].get("String", "")
-            patterns.append(re.compile(re.escape(literal)) if regex is None else translate_pattern(regex))
+            patterns.append(
+                re.compile(re.escape(literal)) if regex is None else translate_pattern(regex)
+            )
         elif step["type"] == "Digits":
             check_settings("Digits", step, type=None, individual_digits=(True, False))
-            patterns.append(translate_pattern(r"\p{N}" if step.get("individual_digits") else r"\p{N}+"))
+            patterns.append(
+                translate_pattern(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            )
         else:
-            raise NanoVLMError(f"pre-tokenizer {step['type']} is not implemented; use a tokenizer without it")
-    check_settings("ByteLevel", last, type=None, add_prefix_space=(False,), trim_offsets=None, use_regex=(True, False))
+            raise NanoVLMError(
+                f"pre-tokenizer {step['type']} is not implemented; use a tokenizer without it"
+            )
+    check_settings(
+        "ByteLevel",
+        last,
+        type=None,
+        add_prefix_space=(False,),
+        trim_offsets=None,
+        use_regex=(True, False),
+    )
     if last.get("use_regex", True):
         patterns.append(translate_pattern(GPT2_PATTERN))
     return patterns

@@ -56,7 +56,10 @@ def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, in
 def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
     """The text and type of each piece, whether a space begins a text, and the model without user-defined pieces."""
     pieces, patched = [], bytearray(model)
-    puts_space = {3: True, 4: True}  # add_dummy_prefix, remove_extra_whitespaces: true unless the model says otherwise
+    puts_space = {
+        3: True,
+        4: True,
+    }  # add_dummy_prefix, remove_extra_whitespaces: true unless the model says otherwise
     for part, start, end in _fields(model, 0, len(model)):
         if part == 1:
             piece, kind = "", 1
@@ -92,9 +95,13 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = SentencePieceProcessor(model_proto=patched)
         except (ValueError, IndexError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            raise NanoVLMError(f"is not a SentencePiece model, or a damaged one ({reason})") from None
+            raise NanoVLMError(
+                f"is not a SentencePiece model, or a damaged one ({reason})"
+            ) from None
         self.special_tokens = {
-            piece: id for id, (piece, kind) in enumerate(self._pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+            piece: id
+            for id, (piece, kind) in enumerate(self._pieces)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         }
         self._texts = {id: text for text, id in self.special_tokens.items()}
         self._spellings = spelling_pattern(self.special_tokens)
@@ -103,21 +110,29 @@ class SentencePieceTokenizer(Tokenizer):
         self._added: dict[str, int] = {}
         for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
             if (next_id := self.add_special_token(text)) != id:
-                raise NanoVLMError(f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; of another model?")
+                raise NanoVLMError(
+                    f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; of another model?"
+                )
 
     @classmethod
-    def from_file(cls, path: str | Path, added_tokens: dict[str, int] | None = None) -> "SentencePieceTokenizer":
+    def from_file(
+        cls, path: str | Path, added_tokens: dict[str, int] | None = None
+    ) -> "SentencePieceTokenizer":
         """Read a model file, and the `added_tokens.json` beside it if there is one; `added_tokens` are those that another
         file tells of, which may name the model's own once more."""
         path = Path(path)
         added_path = path.with_name(ADDED_TOKENS_FILE)
         added_tokens = (added_tokens or {}) | (read_json(added_path) if added_path.exists() else {})
         if not all(type(id) is int for id in added_tokens.values()):
-            raise NanoVLMError(f"{added_path}: expected an object of texts and whole numbers; damaged file?")
+            raise NanoVLMError(
+                f"{added_path}: expected an object of texts and whole numbers; damaged file?"
+            )
         try:
             return cls(path.read_bytes(), added_tokens)
         except OSError as error:
-            raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+            raise NanoVLMError(
+                f"{path}: cannot be read ({error.strerror}); check the path"
+            ) from None
         except NanoVLMError as error:
             raise NanoVLMError(f"{path}: {error}") from None
 
@@ -153,7 +168,9 @@ class SentencePieceTokenizer(Tokenizer):
             if not text:
                 raise NanoVLMError("special token '': is empty; give it a text")
             if text in self._ordinary:
-                raise NanoVLMError(f"special token {text!r}: ordinary text gives that piece too; choose another text")
+                raise NanoVLMError(
+                    f"special token {text!r}: ordinary text gives that piece too; choose another text"
+                )
             self.special_tokens[text] = self._added[text] = self.vocab_size
             self._texts[self.vocab_size] = text
             self._spellings = spelling_pattern(self.special_tokens)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nanovlm.training.blockwise import BLOCK, dequantize, quantize
 
-SLICE = 2 ** 20  # numbers updated at once, in fp32; whole blocks
+SLICE = 2**20  # numbers updated at once, in fp32; whole blocks
 SMALLEST = 4096  # elements below which 8 bits save nothing worth their error: norms and biases
 
 
@@ -20,11 +20,22 @@ class LeanAdamW(torch.optim.Optimizer):
     The state is of tensors alone, on the parameter's device; nothing waits for it.
     """
 
-    def __init__(self, parameters: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, *, eight_bit: bool = False, stochastic_rounding: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        eight_bit: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
         super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.eight_bit, self.stochastic_rounding = eight_bit, stochastic_rounding
-        self.found_inf: Tensor | None = None  # where it is 1, a step changes nothing, as in torch's fused AdamW
+        self.found_inf: Tensor | None = (
+            None  # where it is 1, a step changes nothing, as in torch's fused AdamW
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -33,17 +44,30 @@ class LeanAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, **{name: group[name] for name in self.defaults})
 
-    def _update(self, parameter: nn.Parameter, lr: float, betas: tuple[float, float], eps: float,
-                weight_decay: float) -> None:
+    def _update(
+        self,
+        parameter: nn.Parameter,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
         state = self.state[parameter] or self._start(parameter)
-        taken = torch.ones_like(state["step"]) if self.found_inf is None else 1 - self.found_inf.to(parameter.device)
+        taken = (
+            torch.ones_like(state["step"])
+            if self.found_inf is None
+            else 1 - self.found_inf.to(parameter.device)
+        )
         state["step"] += taken
         corrections = [_correction(beta, state["step"].clamp(min=1)) for beta in betas]
         step_size, spread = taken * lr / corrections[0], corrections[1].sqrt()
         all_weights, all_gradients = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, parameter.numel(), SLICE):
             part = slice(start, min(start + SLICE, parameter.numel()))
-            weights, gradient = all_weights[part].float(), all_gradients[part].float()  # of fp32 the slices themselves
+            weights, gradient = (
+                all_weights[part].float(),
+                all_gradients[part].float(),
+            )  # of fp32 the slices themselves
             gradient = torch.where(taken > 0, gradient, 0.0)
             average, square = _read(state, "exp_avg", part), _read(state, "exp_avg_sq", part)
             average.lerp_(gradient, taken * (1 - betas[0]))
@@ -53,7 +77,9 @@ class LeanAdamW(torch.optim.Optimizer):
             _write(state, "exp_avg", part, average, taken)
             _write(state, "exp_avg_sq", part, square, taken)
             if parameter.dtype != torch.float32:
-                all_weights[part] = stochastic_round(weights) if self.stochastic_rounding else weights
+                all_weights[part] = (
+                    stochastic_round(weights) if self.stochastic_rounding else weights
+                )
 
     def _start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Moments of zero, in the parameter's shape, and their scales where they are codes."""
@@ -63,7 +89,9 @@ class LeanAdamW(torch.optim.Optimizer):
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind] = torch.zeros_like(parameter, dtype=torch.uint8 if coded else torch.float32)
             if coded:
-                state[f"{kind}_scale"] = torch.zeros(-(-parameter.numel() // BLOCK), dtype=torch.float32, device=device)
+                state[f"{kind}_scale"] = torch.zeros(
+                    -(-parameter.numel() // BLOCK), dtype=torch.float32, device=device
+                )
         return state
 
 
@@ -73,8 +101,10 @@ def stochastic_round(values: Tensor) -> Tensor:
     bf16 is the upper half of fp32's bits: a random lower half is added, which carries as often as the value lies near
     the next one up, and the lower half cut off. Infinities and not-a-numbers stay what they are.
     """
-    bits = torch.empty_like(values, dtype=torch.int32).random_(0, 2 ** 16).add_(values.view(torch.int32))
-    rounded = bits.bitwise_and_(-(2 ** 16)).view(torch.float32)
+    bits = (
+        torch.empty_like(values, dtype=torch.int32).random_(0, 2**16).add_(values.view(torch.int32))
+    )
+    rounded = bits.bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 

@@ -34,14 +34,18 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
     try:  # here, and not in the first step
         torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown device
-        raise NanoVLMError(f"--compile: torch.compile does not work on {device} here ({first_line(error)}); install a C++ compiler, "
-                           "on CUDA also Triton, or leave --compile out") from None
+        raise NanoVLMError(
+            f"--compile: torch.compile does not work on {device} here ({first_line(error)}); install a C++ compiler, "
+            "on CUDA also Triton, or leave --compile out"
+        ) from None
     hide_from_compiler(model)
     for module in model.modules():
         if isinstance(module, Experts):  # whose shapes are what the router says
             module.mix = torch.compiler.disable(module.mix)
     for block in _blocks(model):
-        block.forward = functools.partial(_without_cache, block.forward, torch.compile(block.forward, dynamic=True))
+        block.forward = functools.partial(
+            _without_cache, block.forward, torch.compile(block.forward, dynamic=True)
+        )
 
 
 def _blocks(model: VisionLanguageModel) -> Iterator[nn.Module]:
@@ -49,8 +53,15 @@ def _blocks(model: VisionLanguageModel) -> Iterator[nn.Module]:
     yield from model.decoder.blocks
 
 
-def _without_cache(forward: Callable[..., Tensor], replacement: Callable[..., Tensor], hidden_states: Tensor, *arguments,
-                   cache: KVCache | None = None, layer: int = 0, **options) -> Tensor:
+def _without_cache(
+    forward: Callable[..., Tensor],
+    replacement: Callable[..., Tensor],
+    hidden_states: Tensor,
+    *arguments,
+    cache: KVCache | None = None,
+    layer: int = 0,
+    **options,
+) -> Tensor:
     """`replacement` wherever there is no cache. Only a cache asks for the block's number, and to compiled code each
     number would be a new case."""
     if cache is None:
@@ -58,8 +69,23 @@ def _without_cache(forward: Callable[..., Tensor], replacement: Callable[..., Te
     return forward(hidden_states, *arguments, cache=cache, layer=layer, **options)
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], dropout: bool, hidden_states: Tensor, *arguments,
-                  **options) -> Tensor:
-    if not (torch.is_grad_enabled() and (hidden_states.requires_grad or learns(block))):  # nothing is kept
+def _checkpointed(
+    block: nn.Module,
+    forward: Callable[..., Tensor],
+    dropout: bool,
+    hidden_states: Tensor,
+    *arguments,
+    **options,
+) -> Tensor:
+    if not (
+        torch.is_grad_enabled() and (hidden_states.requires_grad or learns(block))
+    ):  # nothing is kept
         return forward(hidden_states, *arguments, **options)
-    return checkpoint(forward, hidden_states, *arguments, use_reentrant=False, preserve_rng_state=dropout, **options)
+    return checkpoint(
+        forward,
+        hidden_states,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=dropout,
+        **options,
+    )

@@ -24,7 +24,12 @@ from nanovlm.training.shares import gather, scatter, wait
 from nanovlm.weights.loading import open_checkpoint
 from nanovlm.weights.safetensors import save_file
 
-WEIGHTS, MOMENTS, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+WEIGHTS, MOMENTS, STATE, SUMS = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "SHA256SUMS",
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,7 +37,9 @@ class NoRoom(NanoVLMError):
     """A checkpoint that did not fit on the disk. Those before it are as they were."""
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `run/checkpoints/step_N` (N is `state["progress"]["step"]`), in place of an older one of that name.
 
     Afterwards the newest `keep` remain, and the one whose state has the smallest `val_loss`. Raises NoRoom when the
@@ -50,17 +57,26 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         save_file(weights, temporary / WEIGHTS)
         save_file(moments, temporary / MOMENTS)
         write_json(temporary / STATE, state)
-        write_atomically(temporary / SUMS, "".join(f"{_digest(temporary / name)}  {name}\n" for name in (WEIGHTS, MOMENTS, STATE)))
+        write_atomically(
+            temporary / SUMS,
+            "".join(f"{_digest(temporary / name)}  {name}\n" for name in (WEIGHTS, MOMENTS, STATE)),
+        )
     except (OSError, NanoVLMError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if getattr(error.__cause__ or error, "errno", None) not in FULL:
             raise
         size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
         whole = list_checkpoints(run)
-        raise NoRoom(f"{folder}: no room for this checkpoint, which takes {size / 1e6:,.1f} MB where "
-                     f"{shutil.disk_usage(run).free / 1e6:,.1f} MB are free; "
-                     + (f"{whole[-1].name} stays and --resume goes on from it" if whole else "there is none before it")
-                     + " once there is room") from None
+        raise NoRoom(
+            f"{folder}: no room for this checkpoint, which takes {size / 1e6:,.1f} MB where "
+            f"{shutil.disk_usage(run).free / 1e6:,.1f} MB are free; "
+            + (
+                f"{whole[-1].name} stays and --resume goes on from it"
+                if whole
+                else "there is none before it"
+            )
+            + " once there is room"
+        ) from None
     _discard(folder)
     os.rename(temporary, folder)
     flush_folder(folder.parent)
@@ -68,7 +84,9 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     return folder
 
 
-def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Restore the newest whole checkpoint of `run` into `model` and `optimizer`; returns its state.
 
     A damaged one is named, set aside as `damaged_step_N`, and the one before it is taken.
@@ -77,14 +95,19 @@ def load_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         _set_damaged_aside(run)
     wait()
     if not (whole := list_checkpoints(run)):
-        raise NanoVLMError(f"{run}: holds no whole checkpoint to resume from; start the run without --resume in another folder")
+        raise NanoVLMError(
+            f"{run}: holds no whole checkpoint to resume from; start the run without --resume in another folder"
+        )
     _restore(whole[-1], model, optimizer)
     return read_json(whole[-1] / STATE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    return sorted(
+        (run / "checkpoints").glob("step_*"),
+        key=lambda folder: int(folder.name.removeprefix("step_")),
+    )
 
 
 def _set_damaged_aside(run: Path) -> None:
@@ -94,7 +117,9 @@ def _set_damaged_aside(run: Path) -> None:
         aside = folder.with_name(f"damaged_{folder.name}")
         _discard(aside)
         os.rename(folder, aside)
-        say(f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it")
+        say(
+            f"{folder}: {damage}; set aside as {aside.name}, going on from the checkpoint before it"
+        )
 
 
 def _damage(folder: Path) -> str:
@@ -121,19 +146,29 @@ def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         kinds.setdefault(name, []).append(kind)
     for name, parameter in trained.items():
         if name not in weights.keys() or weights.shape(name) != tuple(parameter.shape):
-            raise NanoVLMError(f"{folder}: has no {name} of shape {tuple(parameter.shape)}; resume with the settings of the run")
+            raise NanoVLMError(
+                f"{folder}: has no {name} of shape {tuple(parameter.shape)}; resume with the settings of the run"
+            )
         parameter.data.copy_(scatter(weights.tensor(name), parameter))
-        optimizer.state[parameter] = {kind: scatter(moments.tensor(f"{kind}/{name}"), parameter)
-                                      for kind in kinds.get(name, ())}
+        optimizer.state[parameter] = {
+            kind: scatter(moments.tensor(f"{kind}/{name}"), parameter)
+            for kind in kinds.get(name, ())
+        }
     if extra := set(weights.keys()) - set(trained):
-        raise NanoVLMError(f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run")
+        raise NanoVLMError(
+            f"{folder}: also trained {sorted(extra)[0]}; resume with the settings of the run"
+        )
 
 
 def _prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` and the best, and what a killed process left half written."""
     whole = list_checkpoints(run)
     losses = {folder: _val_loss(folder) for folder in whole}
-    best = min((folder for folder in whole if losses[folder] is not None), key=lambda folder: losses[folder], default=None)
+    best = min(
+        (folder for folder in whole if losses[folder] is not None),
+        key=lambda folder: losses[folder],
+        default=None,
+    )
     for old in whole[:-keep]:
         if old != best:
             _discard(old)
@@ -144,7 +179,9 @@ def _prune(run: Path, keep: int) -> None:
 def _val_loss(folder: Path) -> float | None:
     try:
         return read_json(folder / STATE).get("val_loss")
-    except NanoVLMError:  # damaged since it was written: it will be named if a run ever has to resume from it
+    except (
+        NanoVLMError
+    ):  # damaged since it was written: it will be named if a run ever has to resume from it
         return None
 
 
@@ -163,9 +200,14 @@ def _digest(path: Path) -> str:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{kind}/{name}": tensor for name, parameter in _trained(model).items()
-            for kind, tensor in optimizer.state[parameter].items()}
+    return {
+        f"{kind}/{name}": tensor
+        for name, parameter in _trained(model).items()
+        for kind, tensor in optimizer.state[parameter].items()
+    }

@@ -48,7 +48,9 @@ class Recipe:
     @property
     def _source(self) -> list[str]:
         named = (("--preset", self.preset), ("--config", self.config))
-        return [part for flag, value in named if value for part in (flag, value)] + ["--tiny"] * self.tiny
+        return [part for flag, value in named if value for part in (flag, value)] + [
+            "--tiny"
+        ] * self.tiny
 
     @property
     def _script(self) -> str:
@@ -72,14 +74,20 @@ def next_commands(recipe: Recipe, settings: Settings) -> list[str]:
     if recipe.stage == "stage1":
         following = following or Recipe("stage2")
     else:
-        commands.append('python infer.py IMAGE "描述图片"' + (
-            "" if settings.out == "runs/stage2" else f" --model {shlex.quote(str(model))}"))
+        commands.append(
+            'python infer.py IMAGE "描述图片"'
+            + ("" if settings.out == "runs/stage2" else f" --model {shlex.quote(str(model))}")
+        )
     if following is not None:
         planned, usual = following.settings, replace(following, stage=recipe.stage).settings
         known = planned.data and settings.data == usual.data
-        commands.append(" && ".join([*(preparations(planned, model) if known else []), f"python {following.command}"]) + (
-            "" if planned.init == str(model) else f" --init {shlex.quote(str(model))}") + (
-            "" if known else " --data FILE.jsonl"))
+        commands.append(
+            " && ".join(
+                [*(preparations(planned, model) if known else []), f"python {following.command}"]
+            )
+            + ("" if planned.init == str(model) else f" --init {shlex.quote(str(model))}")
+            + ("" if known else " --data FILE.jsonl")
+        )
     return commands
 
 

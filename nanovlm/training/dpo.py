@@ -27,7 +27,11 @@ class DPO:
     measures = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
     def __init__(self, settings: Settings) -> None:
-        self.beta, self.label_smoothing, self.sft_weight = settings.beta, settings.label_smoothing, settings.sft_weight
+        self.beta, self.label_smoothing, self.sft_weight = (
+            settings.beta,
+            settings.label_smoothing,
+            settings.sft_weight,
+        )
 
     def count(self, batch: Batch) -> int:
         return len(PairBatch.of(batch).lengths) // 2
@@ -39,10 +43,14 @@ class DPO:
         log_probabilities = answer_log_probabilities(model, batch)  # (P, 2)
         rewards = self.beta * (log_probabilities - batch.reference)
         margins = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(margins) - self.label_smoothing * F.logsigmoid(-margins)
+        losses = -(1 - self.label_smoothing) * F.logsigmoid(
+            margins
+        ) - self.label_smoothing * F.logsigmoid(-margins)
         if self.sft_weight:
             losses = losses - self.sft_weight * log_probabilities[:, 0] / batch.lengths[::2]
-        told = torch.stack(((margins > 0).to(margins), margins, rewards[:, 0], rewards[:, 1])).detach()
+        told = torch.stack(
+            ((margins > 0).to(margins), margins, rewards[:, 0], rewards[:, 1])
+        ).detach()
         return torch.cat((losses[None], told)).sum(dim=1)
 
 
@@ -57,4 +65,6 @@ def answer_log_probabilities(model: VisionLanguageModel, batch: PairBatch) -> Te
     number = torch.arange(len(batch.lengths), device=tokens.device)
     answer_of = number.repeat_interleave(batch.lengths, output_size=len(tokens))
     # A sum over a masked square: unlike `index_add` it takes one order on every device, so runs come out the same.
-    return torch.where(answer_of == number[:, None], tokens, 0.0).sum(dim=1).view(len(number) // 2, 2)
+    return (
+        torch.where(answer_of == number[:, None], tokens, 0.0).sum(dim=1).view(len(number) // 2, 2)
+    )

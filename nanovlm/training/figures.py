@@ -12,9 +12,21 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 
 from nanovlm.files import atomic_path
 
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without a normal weight will do
-CHINESE_FONTS = ("pingfang", "hiragino sans gb", "msyh", "simhei", "notosanscjk", "notosanssc", "sourcehansans", "wqy",
-                 "droidsansfallback", "arial unicode")  # how the names of their files begin
+logging.getLogger("matplotlib.font_manager").setLevel(
+    logging.ERROR
+)  # a font without a normal weight will do
+CHINESE_FONTS = (
+    "pingfang",
+    "hiragino sans gb",
+    "msyh",
+    "simhei",
+    "notosanscjk",
+    "notosanssc",
+    "sourcehansans",
+    "wqy",
+    "droidsansfallback",
+    "arial unicode",
+)  # how the names of their files begin
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -19,18 +19,28 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
     given. With the word embeddings learns all between them and the first block: a reducer, a table of positions.
     """
     decoder, vision = model.decoder, model.vision
-    for name, layers, blocks in (("text", settings.text_layers, decoder.blocks), ("vision", settings.vision_layers, vision.blocks)):
+    for name, layers, blocks in (
+        ("text", settings.text_layers, decoder.blocks),
+        ("vision", settings.vision_layers, vision.blocks),
+    ):
         if layers > len(blocks):
-            raise NanoVLMError(f"--{name}-layers is {layers} and there are {len(blocks)} blocks; give at most as many")
+            raise NanoVLMError(
+                f"--{name}-layers is {layers} and there are {len(blocks)} blocks; give at most as many"
+            )
         if layers and name not in settings.trained_parts:
-            raise NanoVLMError(f"--{name}-layers {layers} says how deep {name} learns, but --train does not name {name}")
+            raise NanoVLMError(
+                f"--{name}-layers {layers} says how deep {name} learns, but --train does not name {name}"
+            )
     model.requires_grad_(False)
     for part, attribute in PARTS.items():
         if part in settings.trained_parts:
             getattr(model, attribute).requires_grad_(True)
     for layers, tower in ((settings.text_layers, decoder), (settings.vision_layers, vision)):
         if layers:
-            above = [*tower.blocks[-layers:], *(getattr(tower, name) for name in AFTER_BLOCKS if hasattr(tower, name))]
+            above = [
+                *tower.blocks[-layers:],
+                *(getattr(tower, name) for name in AFTER_BLOCKS if hasattr(tower, name)),
+            ]
             tower.requires_grad_(False)
             for module in above:
                 module.requires_grad_(True)
@@ -52,17 +62,26 @@ def learns(module: nn.Module) -> bool:
 def describe(model: VisionLanguageModel, settings: Settings) -> str:
     """A table: for each part its parameters, those that learn, their rate, and the bytes of weights, gradients and
     optimizer state."""
-    lines = [f"{'part':12}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"]
+    lines = [
+        f"{'part':12}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"
+    ]
     totals = [0.0] * 5
     for part, attribute in PARTS.items():
         module = getattr(model, attribute)
         parameters, buffers = list(module.parameters()), list(module.buffers())
-        quantized = sum(layer.in_features * layer.out_features for layer in module.modules()
-                        if isinstance(layer, QuantizedLinear))
+        quantized = sum(
+            layer.in_features * layer.out_features
+            for layer in module.modules()
+            if isinstance(layer, QuantizedLinear)
+        )
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        row = [sum(map(torch.numel, parameters)) + quantized, sum(map(torch.numel, learning)),
-               sum(tensor.nbytes for tensor in parameters + buffers), sum(tensor.nbytes for tensor in learning),
-               sum(state_bytes(tensor, settings) for tensor in learning)]
+        row = [
+            sum(map(torch.numel, parameters)) + quantized,
+            sum(map(torch.numel, learning)),
+            sum(tensor.nbytes for tensor in parameters + buffers),
+            sum(tensor.nbytes for tensor in learning),
+            sum(state_bytes(tensor, settings) for tensor in learning),
+        ]
         totals = [total + value for total, value in zip(totals, row)]
         lines.append(_line(part, f"{settings.peak_lr(part):.0e}" if learning else "—", row))
     return "\n".join([*lines, _line("together", "", totals)])

@@ -21,21 +21,33 @@ from nanovlm.vlm import Batch, VisionLanguageModel
 class Sharded:
     """`model`, brought to its device and number format block by block, a share of each to every process."""
 
-    def __init__(self, model: VisionLanguageModel, precision: Precision, world: int, features: bool) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, precision: Precision, world: int, features: bool
+    ) -> None:
         """With `features`, batches bring patch vectors and the eyes do not run."""
-        from torch.distributed.device_mesh import init_device_mesh  # imported where they are needed: they take a moment
+        from torch.distributed.device_mesh import (
+            init_device_mesh,
+        )  # imported where they are needed: they take a moment
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         self.model, self._whole = model, _without_weights(model)
         image, eyes = model.config.image, model.config.vision
         layer = model.config.vision_layer
         shape = (1, eyes.num_features(image.height, image.width, layer), eyes.feature_size(layer))
-        self._blank = ({"patches": torch.zeros(shape, dtype=precision.dtype)} if features else
-                       {"pixels": torch.zeros(1, 3, image.height, image.width)})
+        self._blank = (
+            {"patches": torch.zeros(shape, dtype=precision.dtype)}
+            if features
+            else {"pixels": torch.zeros(1, 3, image.height, image.width)}
+        )
         blocks, running = model.vision.blocks, 0 if features else eyes.blocks_below(layer)
-        idle = [model.vision] if features else blocks[running:]  # fully_shard expects what it shards to run
+        idle = (
+            [model.vision] if features else blocks[running:]
+        )  # fully_shard expects what it shards to run
         ignored = {parameter for module in idle for parameter in module.parameters()}
-        policy = MixedPrecisionPolicy(param_dtype=None if precision.dtype == torch.float32 else precision.dtype,
-                                      reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if precision.dtype == torch.float32 else precision.dtype,
+            reduce_dtype=torch.float32,
+        )
         mesh = init_device_mesh(precision.device.type, (world,))
         for unit in (*model.decoder.blocks, *blocks[:running], model):
             precision.place(unit)
@@ -55,12 +67,23 @@ class Sharded:
         rows, length = batch.input_ids.shape
         longer = max(length, image_length)
         input_ids, attention_mask = torch.zeros(2, rows + 1, longer, dtype=torch.int64)
-        input_ids[:rows, :length], attention_mask[:rows, :length] = batch.input_ids, batch.attention_mask
-        input_ids[rows, :image_length], attention_mask[rows, :image_length] = self.model.chat.image_token_id, 1
+        input_ids[:rows, :length], attention_mask[:rows, :length] = (
+            batch.input_ids,
+            batch.attention_mask,
+        )
+        input_ids[rows, :image_length], attention_mask[rows, :image_length] = (
+            self.model.chat.image_token_id,
+            1,
+        )
         return dataclasses.replace(
-            batch, input_ids=input_ids, attention_mask=attention_mask,
+            batch,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             image_positions=rows * longer + torch.arange(image_length),
-            target_positions=batch.target_positions // length * longer + batch.target_positions % length, **self._blank)
+            target_positions=batch.target_positions // length * longer
+            + batch.target_positions % length,
+            **self._blank,
+        )
 
     def finish_gradients(self, saw_images: bool) -> None:
         """Where no process saw an image, take back the zeros of the blank ones, so that no momentum moves the eyes."""
@@ -70,7 +93,9 @@ class Sharded:
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
         """`clip_grad_norm_` over all shares."""
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [
+            local(parameter.grad) for parameter in parameters if parameter.grad is not None
+        ]
         norm = nn.utils.get_total_norm(gradients).float().square()
         dist.all_reduce(norm)
         if gradients:
@@ -84,7 +109,9 @@ class Sharded:
             return None
         self._whole.load_state_dict(weights, assign=True)
         for module in self._whole.modules():
-            for name, buffer in module.named_buffers(recurse=False):  # of quantised matrices, which every process holds whole
+            for name, buffer in module.named_buffers(
+                recurse=False
+            ):  # of quantised matrices, which every process holds whole
                 setattr(module, name, buffer.cpu())
         return self._whole
 
@@ -99,6 +126,8 @@ def broadcast(module: nn.Module) -> None:
 def _without_weights(model: VisionLanguageModel) -> VisionLanguageModel:
     """The same model with parameters that take no memory, to be given their values later."""
     kept = [*model.buffers(), model.tokenizer, model.chat]
-    empty = {id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-             for parameter in model.parameters()}
+    empty = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
     return copy.deepcopy(model, {id(thing): thing for thing in kept} | empty)

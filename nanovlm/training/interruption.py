@@ -8,7 +8,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self.signal = 0  # the one that asked, or 0
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def _ask(self, number: int, _) -> None:

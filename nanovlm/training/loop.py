@@ -43,7 +43,9 @@ class Progress:
     slots: int = 0  # places for tokens in the batches, padding included
     loss_sum: float = 0.0
     target_count: int = 0  # labelled tokens, or what else the objective counts
-    measures: list[float] = field(default_factory=list)  # sums of what the objective tells beside the loss
+    measures: list[float] = field(
+        default_factory=list
+    )  # sums of what the objective tells beside the loss
     bad_in_a_row: int = 0
     best_val_loss: float | None = None
 
@@ -59,8 +61,18 @@ class Taken:
     records: list[str]
 
 
-def train(model: VisionLanguageModel, objective: Objective, batches: Batches, validation: Batches | None, settings: Settings,
-          precision: Precision, total_steps: int, run: Path, parallel: Parallel, tracker: Tracker) -> None:
+def train(
+    model: VisionLanguageModel,
+    objective: Objective,
+    batches: Batches,
+    validation: Batches | None,
+    settings: Settings,
+    precision: Precision,
+    total_steps: int,
+    run: Path,
+    parallel: Parallel,
+    tracker: Tracker,
+) -> None:
     """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
 
     A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens (or what else `objective`
@@ -70,18 +82,41 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
     """
     optimizer = build_optimizer(model, settings)
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    facts = {"records to learn from": len(batches.records),
-             "records a step takes": settings.batch_size * settings.accumulate * parallel.world}
-    progress = _resume(run, model, optimizer, precision, facts, settings, parallel) if settings.resume else Progress()
-    log, bad_steps = RunLog(run, progress.step, precision.device), BadSteps(run, progress.step, settings.max_bad_steps)
+    facts = {
+        "records to learn from": len(batches.records),
+        "records a step takes": settings.batch_size * settings.accumulate * parallel.world,
+    }
+    progress = (
+        _resume(run, model, optimizer, precision, facts, settings, parallel)
+        if settings.resume
+        else Progress()
+    )
+    log, bad_steps = (
+        RunLog(run, progress.step, precision.device),
+        BadSteps(run, progress.step, settings.max_bad_steps),
+    )
     utilisation = Utilisation(model, precision.device, precision.dtype)
-    samples = Samples(run, validation.records, progress.step) if validation is not None and parallel.is_main else None
+    samples = (
+        Samples(run, validation.records, progress.step)
+        if validation is not None and parallel.is_main
+        else None
+    )
     tracker.start(progress.step)
     skipped, taken = Skipped(len(batches.records), parallel), list[Taken]()
-    loader = batches.loader(progress.step * settings.accumulate, total_steps * settings.accumulate, settings.workers,
-                            pin_memory=precision.device.type == "cuda")
-    bar = tqdm(total=total_steps, initial=progress.step, desc="training", unit="step", dynamic_ncols=True,
-               disable=not parallel.is_main)
+    loader = batches.loader(
+        progress.step * settings.accumulate,
+        total_steps * settings.accumulate,
+        settings.workers,
+        pin_memory=precision.device.type == "cuda",
+    )
+    bar = tqdm(
+        total=total_steps,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not parallel.is_main,
+    )
     model.train()
     with bar, closing(tracker), Interruption() as interruption:
         while progress.step < total_steps:
@@ -94,8 +129,12 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
             sums = torch.zeros(1 + len(objective.measures), device=precision.device)
             for batch in parallel.passes(loaded):
                 with precision.autocast():
-                    batch_sums = objective(model, batch.to(precision.device))  # over the batch's labelled tokens
-                if batch_sums.requires_grad:  # without images, a projector that learns alone has nothing to learn
+                    batch_sums = objective(
+                        model, batch.to(precision.device)
+                    )  # over the batch's labelled tokens
+                if (
+                    batch_sums.requires_grad
+                ):  # without images, a projector that learns alone has nothing to learn
                     precision.scaled(batch_sums[0] / max(step_targets, 1)).backward()
                 sums += batch_sums.detach()
 
@@ -103,7 +142,9 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
             sums = parallel.sum(sums)
             fits = precision.unscale(learning, parallel.largest)
             grad_norm = parallel.clip(learning, settings.clip).to(sums)
-            set_learning_rates(optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr))
+            set_learning_rates(
+                optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr)
+            )
             # Where it is 1, the step changes nothing. It stays on the device, as all else here, so that no step waits.
             optimizer.found_inf = (~torch.isfinite(sums[0] + grad_norm)).float()
             if fits and step_targets:
@@ -111,20 +152,40 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
-            taken.append(Taken(progress.step, torch.cat((grad_norm[None], sums)), step_targets,
-                               [where for item in loaded for where in item.records]))
+            taken.append(
+                Taken(
+                    progress.step,
+                    torch.cat((grad_norm[None], sums)),
+                    step_targets,
+                    [where for item in loaded for where in item.records],
+                )
+            )
             bar.update()
             last = progress.step == total_steps
             stopping = parallel.largest(0 if last else interruption.signal)
-            validates = validation is not None and (last or settings.val_every and progress.step % settings.val_every == 0)
+            validates = validation is not None and (
+                last or settings.val_every and progress.step % settings.val_every == 0
+            )
             logs = progress.step % settings.log_every == 0 or last or validates
             saves = progress.step % settings.save_every == 0 or last or stopping
             if logs or saves:
-                grad_norm = _settle(taken, progress, bad_steps, precision, parallel)  # waits until the device is done
+                grad_norm = _settle(
+                    taken, progress, bad_steps, precision, parallel
+                )  # waits until the device is done
             with log.clock_stopped():
-                val = validate(model, objective, validation, precision, parallel) if validates else {}
+                val = (
+                    validate(model, objective, validation, precision, parallel) if validates else {}
+                )
                 if logs:
-                    _log(log, progress, objective, optimizer, grad_norm, val | utilisation.read(log.trained_seconds), bar)
+                    _log(
+                        log,
+                        progress,
+                        objective,
+                        optimizer,
+                        grad_norm,
+                        val | utilisation.read(log.trained_seconds),
+                        bar,
+                    )
                     tracker.log(log.lines[-1])
                 if validates and (whole := parallel.whole(model)) is not None:
                     samples.answer(whole, progress.step, precision)
@@ -134,17 +195,26 @@ def train(model: VisionLanguageModel, objective: Objective, batches: Batches, va
                 if last or stopping:
                     log.draw()
             if stopping:
-                flags = shlex.join([*Recipe.of_command("stage1").flags, "--resume", "--out", str(run)])
-                say(f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
-                    f"{parallel.launcher} {Path(sys.argv[0]).name} {flags}")
+                flags = shlex.join(
+                    [*Recipe.of_command("stage1").flags, "--resume", "--out", str(run)]
+                )
+                say(
+                    f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
+                    f"{parallel.launcher} {Path(sys.argv[0]).name} {flags}"
+                )
                 parallel.end()
                 raise SystemExit(128 + stopping)
     skipped.summarise()
 
 
 @torch.no_grad()
-def validate(model: VisionLanguageModel, objective: Objective, batches: Batches, precision: Precision,
-             parallel: Parallel) -> dict[str, float | None]:
+def validate(
+    model: VisionLanguageModel,
+    objective: Objective,
+    batches: Batches,
+    precision: Precision,
+    parallel: Parallel,
+) -> dict[str, float | None]:
     """The mean loss per labelled token over all of `batches`, which several processes take in turn, and what else the
     objective tells: of cross entropy its exponential, the perplexity."""
     model.eval()
@@ -154,15 +224,23 @@ def validate(model: VisionLanguageModel, objective: Objective, batches: Batches,
         batch = parallel.complete(batches[number].batch if number < len(batches) else None)
         if batch is not None:
             with precision.autocast():
-                sums = [had + more for had, more in zip(sums, objective(model, batch.to(precision.device)).tolist())]
+                sums = [
+                    had + more
+                    for had, more in zip(
+                        sums, objective(model, batch.to(precision.device)).tolist()
+                    )
+                ]
             count += objective.count(batch)
     parallel.reshard()
     model.train()
     *sums, count = total(*sums, count)
-    told = {"val_loss": sums[0] / max(count, 1)} | {f"val_{name}": value / max(count, 1)
-                                                    for name, value in zip(objective.measures, sums[1:])}
+    told = {"val_loss": sums[0] / max(count, 1)} | {
+        f"val_{name}": value / max(count, 1) for name, value in zip(objective.measures, sums[1:])
+    }
     if not objective.measures:
-        told["val_perplexity"] = math.exp(min(told["val_loss"], 700.0))  # beyond that a float has no room
+        told["val_perplexity"] = math.exp(
+            min(told["val_loss"], 700.0)
+        )  # beyond that a float has no room
     finite = all(map(math.isfinite, told.values()))  # for what is not, JSON has no word
     return told if finite else dict.fromkeys(told)
 
@@ -172,8 +250,12 @@ def _count(loaded: list[Loaded], objective: Objective, progress: Progress, skipp
     or what else the objective counts."""
     targets, samples, tokens, images, slots, lost = total(
         sum(objective.count(item.batch) for item in loaded if item.batch is not None),
-        *(sum(getattr(item, name) for item in loaded) for name in ("samples", "tokens", "images", "slots")),
-        sum(len(item.skipped) + len(item.cut) for item in loaded))
+        *(
+            sum(getattr(item, name) for item in loaded)
+            for name in ("samples", "tokens", "images", "slots")
+        ),
+        sum(len(item.skipped) + len(item.cut) for item in loaded),
+    )
     progress.samples += samples
     progress.tokens += tokens
     progress.images += images
@@ -192,44 +274,90 @@ def _is_best(progress: Progress, val: dict[str, float]) -> bool:
     return True
 
 
-def _settle(taken: list[Taken], progress: Progress, bad_steps: BadSteps, precision: Precision, parallel: Parallel) -> float:
+def _settle(
+    taken: list[Taken],
+    progress: Progress,
+    bad_steps: BadSteps,
+    precision: Precision,
+    parallel: Parallel,
+) -> float:
     """Read the numbers of the steps taken, all at once; name the bad ones. Returns the last gradient norm.
 
     Under a loss scaler gradients may overflow now and then: it drops the step by itself.
     """
-    for one, (norm, loss, *measures) in zip(taken, torch.stack([one.numbers for one in taken]).tolist()):
+    for one, (norm, loss, *measures) in zip(
+        taken, torch.stack([one.numbers for one in taken]).tolist()
+    ):
         if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
             progress.loss_sum += loss
-            progress.measures = [had + more for had, more in zip(progress.measures or [0.0] * len(measures), measures)]
+            progress.measures = [
+                had + more
+                for had, more in zip(progress.measures or [0.0] * len(measures), measures)
+            ]
             progress.target_count += one.targets
             progress.bad_in_a_row = 0
         else:
             progress.bad_in_a_row += 1
-            bad_steps.note(one.step, loss, norm, parallel.all_lines(one.records), progress.bad_in_a_row)
+            bad_steps.note(
+                one.step, loss, norm, parallel.all_lines(one.records), progress.bad_in_a_row
+            )
     taken.clear()
     return norm
 
 
-def _log(log: RunLog, progress: Progress, objective: Objective, optimizer: torch.optim.Optimizer, grad_norm: float,
-         more: dict[str, float | None], bar: tqdm) -> None:
+def _log(
+    log: RunLog,
+    progress: Progress,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    grad_norm: float,
+    more: dict[str, float | None],
+    bar: tqdm,
+) -> None:
     loss = progress.loss_sum / progress.target_count if progress.target_count else None
-    told = dict(zip(objective.measures, (value / max(progress.target_count, 1) for value in progress.measures)))
+    told = dict(
+        zip(
+            objective.measures,
+            (value / max(progress.target_count, 1) for value in progress.measures),
+        )
+    )
     rates: dict[str, float] = {}
-    for group in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
+    for (
+        group
+    ) in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
         rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
-    line = {"step": progress.step, "loss": loss, **told, "lr": max(rates.values()), **rates,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            "samples": progress.samples, "tokens": progress.tokens, "images": progress.images,
-            "slots": progress.slots, **more}
+    line = {
+        "step": progress.step,
+        "loss": loss,
+        **told,
+        "lr": max(rates.values()),
+        **rates,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
+        "samples": progress.samples,
+        "tokens": progress.tokens,
+        "images": progress.images,
+        "slots": progress.slots,
+        **more,
+    }
     speed = log.write(line)
     progress.loss_sum, progress.target_count, progress.measures = 0.0, 0, []
     shown = "—" if loss is None else f"{loss:.3f}"
     shown += "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in told.items())
-    bar.set_postfix_str(f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s")
+    bar.set_postfix_str(
+        f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s"
+    )
 
 
-def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, progress: Progress, precision: Precision,
-          facts: dict[str, int], val: dict[str, float | None], settings: Settings) -> None:
+def _save(
+    run: Path,
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    precision: Precision,
+    facts: dict[str, int],
+    val: dict[str, float | None],
+    settings: Settings,
+) -> None:
     state = {"progress": asdict(progress), "val_loss": val.get("val_loss"), "facts": facts}
     if precision.scaler is not None:
         state["scaler"] = vars(precision.scaler)
@@ -241,8 +369,15 @@ def _save(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimize
         say(f"{error}; training goes on")
 
 
-def _resume(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer, precision: Precision,
-            facts: dict[str, int], settings: Settings, parallel: Parallel) -> Progress:
+def _resume(
+    run: Path,
+    model: VisionLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    facts: dict[str, int],
+    settings: Settings,
+    parallel: Parallel,
+) -> Progress:
     """Go back to the newest whole checkpoint. `facts`, which no setting alone decides, have to be what they were."""
     if not parallel.largest(len(list_checkpoints(run))):
         say(f"{run}: stopped before its first checkpoint, so it starts again")
@@ -250,8 +385,10 @@ def _resume(run: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimi
     state = load_checkpoint(run, model, optimizer)
     for what, now in facts.items():
         if state["facts"][what] != now and not settings.allow_changes:
-            raise NanoVLMError(f"{run}: {what} were {state['facts'][what]} and are {now} now; give the run what it had (its data; "
-                               "processes × --batch-size × --accumulate), or go on all the same with --allow-changes")
+            raise NanoVLMError(
+                f"{run}: {what} were {state['facts'][what]} and are {now} now; give the run what it had (its data; "
+                "processes × --batch-size × --accumulate), or go on all the same with --allow-changes"
+            )
     if precision.scaler is not None and "scaler" in state:
         vars(precision.scaler).update(state["scaler"])
     progress = Progress(**state["progress"])

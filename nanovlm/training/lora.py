@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): small matrices that learn beside frozen ones, and can be merged into them.
 
-    run/adapter/adapter.safetensors   the adapters, the projector, and whatever else learned
-    run/adapter/adapter.json          rank, alpha, targets, and the model they belong to
+run/adapter/adapter.safetensors   the adapters, the projector, and whatever else learned
+run/adapter/adapter.json          rank, alpha, targets, and the model they belong to
 """
 
 import dataclasses
@@ -48,8 +48,14 @@ class LoRAConfig:
     @classmethod
     def from_settings(cls, settings: Settings) -> "LoRAConfig":
         base = settings.init or f"{settings.vision} + {settings.text}"
-        return cls(settings.lora_rank, settings.lora_alpha or 2.0 * settings.lora_rank, settings.lora_targets,
-                   settings.lora_dropout, settings.text_layers, base)
+        return cls(
+            settings.lora_rank,
+            settings.lora_alpha or 2.0 * settings.lora_rank,
+            settings.lora_targets,
+            settings.lora_dropout,
+            settings.text_layers,
+            base,
+        )
 
 
 class LoRALinear(nn.Module):
@@ -79,24 +85,39 @@ class LoRALinear(nn.Module):
 def plain_weight(layer: nn.Linear | QuantizedLinear | LoRALinear) -> Tensor:
     """The one matrix that a layer multiplies by, (out, in) in fp32; of an adapter W + alpha/rank · B A."""
     if isinstance(layer, LoRALinear):
-        return plain_weight(layer.base).addmm(layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
-    return layer.dequantize(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight.float()
+        return plain_weight(layer.base).addmm(
+            layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale
+        )
+    return (
+        layer.dequantize(torch.float32)
+        if isinstance(layer, QuantizedLinear)
+        else layer.weight.float()
+    )
 
 
 def add_adapters(decoder: Decoder, config: LoRAConfig) -> None:
     """Wrap the layers that `config` names, among those of the decoder's blocks, in place."""
     if any(isinstance(module, LoRALinear) for module in decoder.modules()):
-        raise NanoVLMError("the model has LoRA adapters already; merge them before others are added")
-    names = [f"blocks.{number}.{name}" for number in range(len(decoder.blocks))[-config.layers:]  # [-0:] are all
-             for name, module in decoder.blocks[number].named_modules()
-             if type(module) is nn.Linear or isinstance(module, QuantizedLinear)]  # no router, which is more than its matrix
+        raise NanoVLMError(
+            "the model has LoRA adapters already; merge them before others are added"
+        )
+    names = [
+        f"blocks.{number}.{name}"
+        for number in range(len(decoder.blocks))[-config.layers :]  # [-0:] are all
+        for name, module in decoder.blocks[number].named_modules()
+        if type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    ]  # no router, which is more than its matrix
     chosen: set[str] = set()
     for target in filter(None, map(str.strip, config.targets.split(","))):
-        matching = {name for name in names if fnmatchcase(name, target) or name.endswith(f".{target}")}
+        matching = {
+            name for name in names if fnmatchcase(name, target) or name.endswith(f".{target}")
+        }
         if not matching:
             known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.0)
-            raise NanoVLMError(f"--lora-targets: no layer of the decoder is {target!r}; the nearest is {near[0]!r}")
+            raise NanoVLMError(
+                f"--lora-targets: no layer of the decoder is {target!r}; the nearest is {near[0]!r}"
+            )
         chosen |= matching
     if not chosen:
         raise NanoVLMError("--lora-targets names no layer; name some, such as q_proj,v_proj")
@@ -128,11 +149,15 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Deferred]:
     to `dtype`, and each made only when it is written. The model stays as it is."""
     tensors: dict[str, Deferred] = {}
     for path, module in model.named_modules():
-        path = path.removesuffix(".base")  # what an adapter wraps bears the adapter's name; met second, it adds its bias
+        path = path.removesuffix(
+            ".base"
+        )  # what an adapter wraps bears the adapter's name; met second, it adds its bias
         if isinstance(module, (LoRALinear, QuantizedLinear)):
             layer = module.base if isinstance(module, LoRALinear) else module
             shape = layer.out_features, layer.in_features
-            tensors.setdefault(f"{path}.weight", Deferred(shape, dtype, partial(plain_weight, module)))
+            tensors.setdefault(
+                f"{path}.weight", Deferred(shape, dtype, partial(plain_weight, module))
+            )
         if not isinstance(module, LoRALinear):
             for name, parameter in module.named_parameters(recurse=False):
                 shape = tuple(parameter.shape)
@@ -144,8 +169,11 @@ def save_adapter(model: VisionLanguageModel, folder: Path, config: LoRAConfig) -
     """Write what a base model lacks: what learned, and the projector in any case."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
-    tensors = {name: parameter for name, parameter in model.named_parameters()
-               if parameter.requires_grad or name.startswith("projector.")}
+    tensors = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name.startswith("projector.")
+    }
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
@@ -160,16 +188,24 @@ def load_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
     stored = open_checkpoint(folder / ADAPTER_FILE)
     add_adapters(model.decoder, config)
     places = dict(model.named_parameters())
-    needed = {name for name in places if name.startswith("projector.") or name.endswith((".lora_A", ".lora_B"))}
+    needed = {
+        name
+        for name in places
+        if name.startswith("projector.") or name.endswith((".lora_A", ".lora_B"))
+    }
     advice = f"the adapter belongs to {config.base_model or 'another model'}"
     for name in sorted(needed | set(stored.keys())):
         if name not in stored.keys():
             raise NanoVLMError(f"{stored.path}: lacks {name}; {advice}")
         if name not in places:
-            raise NanoVLMError(f"{stored.path}: holds {name}, for which the model has no place; {advice}")
+            raise NanoVLMError(
+                f"{stored.path}: holds {name}, for which the model has no place; {advice}"
+            )
         if stored.shape(name) != tuple(places[name].shape):
-            raise NanoVLMError(f"{stored.path}: {name} has shape {stored.shape(name)}, in the model "
-                               f"{tuple(places[name].shape)}; {advice}")
+            raise NanoVLMError(
+                f"{stored.path}: {name} has shape {stored.shape(name)}, in the model "
+                f"{tuple(places[name].shape)}; {advice}"
+            )
     for name in stored.keys():
         places[name].copy_(stored.tensor(name))
 

@@ -31,7 +31,9 @@ def learning_layers(model: nn.Module) -> list[Layer]:
         by_depth: dict[int, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                by_depth.setdefault(_depth(name, len(getattr(module, "blocks", ()))), []).append(parameter)
+                by_depth.setdefault(_depth(name, len(getattr(module, "blocks", ()))), []).append(
+                    parameter
+                )
         layers += [Layer(part, depth, by_depth[depth]) for depth in sorted(by_depth)]
     return layers
 
@@ -51,19 +53,34 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     """
     groups: dict[tuple, dict] = {}
     for layer in learning_layers(model):
-        rate = settings.peak_lr(layer.part) * settings.layer_decay ** layer.depth
+        rate = settings.peak_lr(layer.part) * settings.layer_decay**layer.depth
         for parameter in layer.parameters:
             decays = parameter.dim() >= 2
-            group = groups.setdefault((layer.part, rate, decays), {
-                "params": [], "part": layer.part, "peak_lr": rate, "lr": 0.0,
-                "weight_decay": settings.weight_decay if decays else 0.0})
+            group = groups.setdefault(
+                (layer.part, rate, decays),
+                {
+                    "params": [],
+                    "part": layer.part,
+                    "peak_lr": rate,
+                    "lr": 0.0,
+                    "weight_decay": settings.weight_decay if decays else 0.0,
+                },
+            )
             group["params"].append(parameter)
     betas = (0.9, settings.beta2)
-    on_mps = any(parameter.device.type == "mps" for group in groups.values() for parameter in group["params"])
-    if settings.optimizer == "adamw" and not settings.stochastic_rounding and not on_mps:  # whose kernel ignores `found_inf`
+    on_mps = any(
+        parameter.device.type == "mps" for group in groups.values() for parameter in group["params"]
+    )
+    if (
+        settings.optimizer == "adamw" and not settings.stochastic_rounding and not on_mps
+    ):  # whose kernel ignores `found_inf`
         return torch.optim.AdamW(list(groups.values()), betas=betas, fused=True)
-    return LeanAdamW(list(groups.values()), betas=betas, eight_bit=settings.optimizer == "adamw8bit",
-                     stochastic_rounding=settings.stochastic_rounding)
+    return LeanAdamW(
+        list(groups.values()),
+        betas=betas,
+        eight_bit=settings.optimizer == "adamw8bit",
+        stochastic_rounding=settings.stochastic_rounding,
+    )
 
 
 def state_bytes(parameter: nn.Parameter, settings: Settings) -> int:

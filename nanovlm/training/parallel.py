@@ -27,8 +27,12 @@ from nanovlm.training.settings import Settings
 from nanovlm.training.shares import total, wait
 from nanovlm.vlm import Batch, VisionLanguageModel
 
-BUCKET = 25 * 2**20 // 4  # numbers sent at once, 25 MB of fp32: large enough for the network, small beside the model
-SILENCE = timedelta(minutes=30)  # after which a process that does not answer counts as lost; rank 0 may be writing
+BUCKET = (
+    25 * 2**20 // 4
+)  # numbers sent at once, 25 MB of fp32: large enough for the network, small beside the model
+SILENCE = timedelta(
+    minutes=30
+)  # after which a process that does not answer counts as lost; rank 0 may be writing
 
 
 class Parallel:
@@ -41,27 +45,41 @@ class Parallel:
         self._sharded: Sharded | None = None
         if self.world == 1:
             return
-        if settings.parallel == "fsdp" and (settings.optimizer != "adamw" or settings.stochastic_rounding):
-            raise NanoVLMError("--parallel fsdp shares out what plain AdamW keeps; take --optimizer adamw without "
-                               "--stochastic-rounding, or --parallel ddp")
+        if settings.parallel == "fsdp" and (
+            settings.optimizer != "adamw" or settings.stochastic_rounding
+        ):
+            raise NanoVLMError(
+                "--parallel fsdp shares out what plain AdamW keeps; take --optimizer adamw without "
+                "--stochastic-rounding, or --parallel ddp"
+            )
         if settings.stochastic_rounding and settings.lora_dropout:
-            raise NanoVLMError("--stochastic-rounding needs the same random numbers in every process and --lora-dropout other "
-                               "ones; leave one of them out")
+            raise NanoVLMError(
+                "--stochastic-rounding needs the same random numbers in every process and --lora-dropout other "
+                "ones; leave one of them out"
+            )
         if device.type == "cuda":
             number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if number >= count:
-                raise NanoVLMError(f"process {number} of this machine has no GPU, there are {count}; lower --nproc_per_node")
+                raise NanoVLMError(
+                    f"process {number} of this machine has no GPU, there are {count}; lower --nproc_per_node"
+                )
             self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
         elif device.type != "cpu":
-            raise NanoVLMError(f"several processes cannot share {device.type}; start one without torchrun, or take --device cpu")
+            raise NanoVLMError(
+                f"several processes cannot share {device.type}; start one without torchrun, or take --device cpu"
+            )
         if dist.is_initialized():
             return
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SILENCE)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SILENCE
+            )
         except (RuntimeError, ValueError) as error:
-            raise NanoVLMError(f"the processes do not find each other ({first_line(error)}); "
-                               "start them with torchrun") from None
+            raise NanoVLMError(
+                f"the processes do not find each other ({first_line(error)}); "
+                "start them with torchrun"
+            ) from None
 
     @property
     def launcher(self) -> str:
@@ -104,23 +122,33 @@ class Parallel:
         text = json.dumps(lines).encode()
         ends = torch.tensor(self.each(len(text))).cumsum(0).tolist()
         shared = torch.zeros(ends[-1], dtype=torch.uint8)
-        shared[ends[self.rank] - len(text):ends[self.rank]] = torch.tensor(list(text), dtype=torch.uint8)
+        shared[ends[self.rank] - len(text) : ends[self.rank]] = torch.tensor(
+            list(text), dtype=torch.uint8
+        )
         dist.all_reduce(shared)
-        return [line for start, end in zip([0, *ends], ends) for line in json.loads(bytes(shared[start:end].tolist()))]
+        return [
+            line
+            for start, end in zip([0, *ends], ends)
+            for line in json.loads(bytes(shared[start:end].tolist()))
+        ]
 
     def check_same(self, what: str, number: int) -> None:
         """Refuse a number that is not the same in all processes, since they would take different steps."""
         if len(set(numbers := self.each(number))) > 1:
-            raise NanoVLMError(f"the processes have {', '.join(map(str, numbers))} {what}, by rank; "
-                               "give all machines the same files and flags")
+            raise NanoVLMError(
+                f"the processes have {', '.join(map(str, numbers))} {what}, by rank; "
+                "give all machines the same files and flags"
+            )
 
     # ---- the model and its gradients
 
     def place(self, model: VisionLanguageModel, precision: Precision) -> None:
         """Bring the model to its device and number format, as rank 0 has it."""
         if self.world > 1 and self.settings.stochastic_rounding and model.config.text.dropout:
-            raise NanoVLMError("--stochastic-rounding needs the same random numbers in every process and the decoder's dropout "
-                               "other ones; leave it out")
+            raise NanoVLMError(
+                "--stochastic-rounding needs the same random numbers in every process and the decoder's dropout "
+                "other ones; leave it out"
+            )
         if self.settings.parallel == "fsdp" and self.world > 1:
             self._sharded = Sharded(model, precision, self.world, self.settings.cache_features)
             return

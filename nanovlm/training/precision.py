@@ -16,18 +16,22 @@ class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): the loss is multiplied so that small gradients do not
     vanish, the gradients divided again; a step that overflows is dropped and the factor halved."""
 
-    scale: float = 2.0 ** 16
+    scale: float = 2.0**16
     growth_interval: int = 1000  # steps without overflow after which the factor doubles
     good_steps: int = 0
 
     def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
         """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Reads one number
         back from the device, which fp16 alone has to pay for. `largest` is over the processes that share them."""
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [
+            local(parameter.grad) for parameter in parameters if parameter.grad is not None
+        ]
         if not gradients:  # a step without images gives the projector none
             return True
         torch._foreach_mul_(gradients, 1 / self.scale)
-        finite = not largest(not torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        finite = not largest(
+            not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        )
         if finite:
             self.good_steps += 1
             if self.good_steps % self.growth_interval == 0:
@@ -43,10 +47,14 @@ class Precision:
     With `stochastic_rounding` those that learn are kept in bf16 too; the optimizer rounds at random (`adamw.py`).
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, stochastic_rounding: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, stochastic_rounding: bool = False
+    ) -> None:
         if stochastic_rounding and dtype != torch.bfloat16:
-            raise NanoVLMError("--stochastic-rounding keeps what learns in bf16 and this run computes in "
-                               f"{str(dtype).removeprefix('torch.')}; take --dtype bf16 where there is one, or leave it out")
+            raise NanoVLMError(
+                "--stochastic-rounding keeps what learns in bf16 and this run computes in "
+                f"{str(dtype).removeprefix('torch.')}; take --dtype bf16 where there is one, or leave it out"
+            )
         self.dtype, self.device = dtype, device
         self.learned_dtype = torch.bfloat16 if stochastic_rounding else torch.float32
         self.scaler = LossScaler() if dtype == torch.float16 else None

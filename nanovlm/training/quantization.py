@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 BLOCK = 64  # weights of NF4 that share a scale
 SCALE_BLOCK = 256  # scales of NF4 that share a scale of their own
-AT_ONCE = 2**21  # weights decoded at a time: little beside the matrix in fp32, and on a CPU still in its cache
+AT_ONCE = (
+    2**21
+)  # weights decoded at a time: little beside the matrix in fp32, and on a CPU still in its cache
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -39,7 +41,11 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.in_features, self.out_features, self.dtype = (
+            linear.in_features,
+            linear.out_features,
+            linear.weight.dtype,
+        )
         self.bias = linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -60,7 +66,9 @@ class QuantizedLinear(nn.Module):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             rows[part] = self.decode(self.codes[part]).mul_(scales[part])
-        return rows.view(-1)[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+        return rows.view(-1)[: self.out_features * self.in_features].view(
+            self.out_features, self.in_features
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         if torch.is_autocast_enabled(inputs.device.type):
@@ -88,22 +96,38 @@ class NF4Linear(QuantizedLinear):
         scales = blocks.abs().amax(dim=1)
         levels = nf4_levels().to(blocks.device)
         boundaries = (levels[1:] + levels[:-1]) / 2
-        nearest = torch.bucketize(blocks / _divisor(scales), boundaries, out_int32=True).to(torch.uint8)
+        nearest = torch.bucketize(blocks / _divisor(scales), boundaries, out_int32=True).to(
+            torch.uint8
+        )
         mean = scales.mean()
         spread = _in_blocks(scales - mean, SCALE_BLOCK)
         steps = spread.abs().amax(dim=1) / 127
-        self._keep(codes=nearest[:, 0::2] << 4 | nearest[:, 1::2], levels=levels,
-                   scale_codes=(spread / _divisor(steps)).round().to(torch.int8), scale_steps=steps, scale_mean=mean)
+        self._keep(
+            codes=nearest[:, 0::2] << 4 | nearest[:, 1::2],
+            levels=levels,
+            scale_codes=(spread / _divisor(steps)).round().to(torch.int8),
+            scale_steps=steps,
+            scale_mean=mean,
+        )
 
     def scales(self) -> Tensor:
         spread = self.scale_codes.float() * self.scale_steps.view(torch.float32)[:, None]
-        return (spread + self.scale_mean.view(torch.float32)).clamp_(min=0).view(-1)[:len(self.codes)]
+        return (
+            (spread + self.scale_mean.view(torch.float32)).clamp_(min=0).view(-1)[: len(self.codes)]
+        )
 
     def decode(self, codes: Tensor) -> Tensor:
         # A byte is two weights. Looked up as one number of eight bytes, they cost one access instead of two.
         levels = self.levels.view(torch.float32)
-        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(torch.int64)  # (256, 1)
-        return pairs.view(-1).index_select(0, codes.reshape(-1).int()).view(torch.float32).view(len(codes), BLOCK)
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(
+            torch.int64
+        )  # (256, 1)
+        return (
+            pairs.view(-1)
+            .index_select(0, codes.reshape(-1).int())
+            .view(torch.float32)
+            .view(len(codes), BLOCK)
+        )
 
 
 class Int8Linear(QuantizedLinear):
@@ -154,7 +178,9 @@ def nf4_levels() -> Tensor:
     # the last of 16 even shares of probability, averaged, as there are 15 levels below 1 and 16 with it.
     outermost = 1 - (1 / (2 * 15) + 1 / (2 * 16)) / 2
     shares = [torch.linspace(0.5, outermost, count + 1, dtype=torch.float64) for count in (8, 7)]
-    above, below = (torch.special.ndtri(share) for share in shares)  # both begin with the quantile of a half, which is 0
+    above, below = (
+        torch.special.ndtri(share) for share in shares
+    )  # both begin with the quantile of a half, which is 0
     return (torch.cat((-below.flip(0)[:-1], above)) / above[-1]).float()
 
 

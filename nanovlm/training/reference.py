@@ -27,13 +27,28 @@ from nanovlm.training.settings import Settings
 from nanovlm.vlm import VisionLanguageModel
 
 FILE = "reference.jsonl"
-MATTERS = ("val_fraction", "val_samples", "seed", "max_length", "pack", "dtype", "quantize")  # settings, beside the files
+MATTERS = (
+    "val_fraction",
+    "val_samples",
+    "seed",
+    "max_length",
+    "pack",
+    "dtype",
+    "quantize",
+)  # settings, beside the files
 
-Reference = dict[str, tuple[float, float]]  # a record's name → log-probabilities of its chosen and its rejected answer
+Reference = dict[
+    str, tuple[float, float]
+]  # a record's name → log-probabilities of its chosen and its rejected answer
 
 
-def reference_of(model: VisionLanguageModel, parts: Sequence[PairBatches], settings: Settings, precision: Precision,
-                 parallel: Parallel) -> Reference:
+def reference_of(
+    model: VisionLanguageModel,
+    parts: Sequence[PairBatches],
+    settings: Settings,
+    precision: Precision,
+    parallel: Parallel,
+) -> Reference:
     """The log-probabilities of all pairs of `parts` under `model`, which has not learned yet; those of a resumed run are read.
 
     Pairs that cannot be read are missing. Raises where the file was made from other data, another model or other settings.
@@ -45,23 +60,53 @@ def reference_of(model: VisionLanguageModel, parts: Sequence[PairBatches], setti
     for batches in parts:
         reference |= compute(model, batches, settings, precision, parallel)
     if is_main():
-        lines = [{"where": where, "chosen": chosen, "rejected": rejected} for where, (chosen, rejected) in reference.items()]
+        lines = [
+            {"where": where, "chosen": chosen, "rejected": rejected}
+            for where, (chosen, rejected) in reference.items()
+        ]
         write_atomically(path, to_jsonl([made_from, *lines]))
     return reference
 
 
 @torch.no_grad()
-def compute(model: VisionLanguageModel, batches: PairBatches, settings: Settings, precision: Precision,
-            parallel: Parallel) -> Reference:
+def compute(
+    model: VisionLanguageModel,
+    batches: PairBatches,
+    settings: Settings,
+    precision: Precision,
+    parallel: Parallel,
+) -> Reference:
     """The same for one set of pairs, of which each process takes its part."""
     place = {record.where: number for number, record in enumerate(batches.records)}
-    found = torch.zeros(len(place), 3, device=precision.device)  # both answers', and 1 where there are any
-    in_order = PairBatches(batches.records, batches.chat, batches.image, batches.image_length, batch_size=batches.batch_size,
-                           share=1, max_length=batches.max_length, seed=0, shuffle=False, rank=parallel.rank,
-                           world=parallel.world, features=batches.features)
+    found = torch.zeros(
+        len(place), 3, device=precision.device
+    )  # both answers', and 1 where there are any
+    in_order = PairBatches(
+        batches.records,
+        batches.chat,
+        batches.image,
+        batches.image_length,
+        batch_size=batches.batch_size,
+        share=1,
+        max_length=batches.max_length,
+        seed=0,
+        shuffle=False,
+        rank=parallel.rank,
+        world=parallel.world,
+        features=batches.features,
+    )
     model.eval()
-    loader = in_order.loader(0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda")
-    for loaded in tqdm(loader, total=len(in_order), desc="reference", unit="batch", dynamic_ncols=True, disable=not is_main()):
+    loader = in_order.loader(
+        0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda"
+    )
+    for loaded in tqdm(
+        loader,
+        total=len(in_order),
+        desc="reference",
+        unit="batch",
+        dynamic_ncols=True,
+        disable=not is_main(),
+    ):
         if (batch := parallel.complete(loaded.batch)) is None:
             continue
         with precision.autocast():
@@ -73,30 +118,49 @@ def compute(model: VisionLanguageModel, batches: PairBatches, settings: Settings
     values = parallel.sum(found).tolist()
     for where, numbers in zip(place, values):
         if not all(map(math.isfinite, numbers)):
-            raise NanoVLMError(f"{where}: the starting model gives this pair no finite log-probability; take --dtype fp32 to "
-                               "see whether the number format is at fault")
-    return {where: (chosen, rejected) for where, (chosen, rejected, there) in zip(place, values) if there}
+            raise NanoVLMError(
+                f"{where}: the starting model gives this pair no finite log-probability; take --dtype fp32 to "
+                "see whether the number format is at fault"
+            )
+    return {
+        where: (chosen, rejected)
+        for where, (chosen, rejected, there) in zip(place, values)
+        if there
+    }
 
 
 def fingerprint(settings: Settings) -> dict[str, str | int | float]:
     """What the log-probabilities depend on: digests of the records and of the model folder, and settings."""
-    data, val = (_digest(record_files(name)) if name else "" for name in (settings.data, settings.val))
+    data, val = (
+        _digest(record_files(name)) if name else "" for name in (settings.data, settings.val)
+    )
     model = _digest([path for path in sorted(Path(settings.init).iterdir()) if path.is_file()])
-    return {"data": data, "val": val, "images": settings.images, "init": model,
-            **{name: getattr(settings, name) for name in MATTERS}}
+    return {
+        "data": data,
+        "val": val,
+        "images": settings.images,
+        "init": model,
+        **{name: getattr(settings, name) for name in MATTERS},
+    }
 
 
 def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
     try:
         was, *lines = read_jsonl(path)
-        different = [f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]]
+        different = [
+            f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]
+        ]
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise NanoVLMError(f"{path}: is missing or damaged, and the run has moved on from the model it was computed with; "
-                           "start the run again in another folder") from None
+        raise NanoVLMError(
+            f"{path}: is missing or damaged, and the run has moved on from the model it was computed with; "
+            "start the run again in another folder"
+        ) from None
     if different:
-        raise NanoVLMError(f"{path}: was computed with another {', '.join(different)} than the run has now; give it what it "
-                           "had, or start it again in another folder")
+        raise NanoVLMError(
+            f"{path}: was computed with another {', '.join(different)} than the run has now; give it what it "
+            "had, or start it again in another folder"
+        )
     return reference
 
 

@@ -23,7 +23,9 @@ class RunLog:
     def __init__(self, run: Path, start_step: int, device: torch.device) -> None:
         self.run, self.path, self.device = run, run / "metrics.jsonl", device
         self.lines = keep_lines(self.path, start_step)
-        self._start = time.perf_counter() - max((line["seconds"] for line in self.lines), default=0.0)
+        self._start = time.perf_counter() - max(
+            (line["seconds"] for line in self.lines), default=0.0
+        )
         self._last = self.lines[-1] if self.lines else {}
         self._since = self._drawn = time.perf_counter()  # from when the seconds of training count
         self._stopped: float | None = None  # when the clock of training was stopped
@@ -56,12 +58,21 @@ class RunLog:
         and the peak of memory so far in GB.
         """
         now, elapsed = time.perf_counter(), self.trained_seconds
-        gained = {key: line[key] - self._last.get(key, 0) for key in ("samples", "tokens", "images", "slots")}
+        gained = {
+            key: line[key] - self._last.get(key, 0)
+            for key in ("samples", "tokens", "images", "slots")
+        }
         speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
-        self.lines.append({
-            **line, **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
-            "fill": round(gained["tokens"] / max(gained["slots"], 1), 4), "data_wait": round(self._waited / elapsed, 4),
-            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3), "seconds": round(now - self._start, 3)})
+        self.lines.append(
+            {
+                **line,
+                **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
+                "fill": round(gained["tokens"] / max(gained["slots"], 1), 4),
+                "data_wait": round(self._waited / elapsed, 4),
+                "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
+                "seconds": round(now - self._start, 3),
+            }
+        )
         self._last, self._since, self._waited = line, self._stopped or now, 0.0
         append_lines(self.path, self.lines[-1:])
         if now - self._drawn > DRAW_EVERY:
@@ -73,7 +84,9 @@ class RunLog:
         self._drawn = time.perf_counter()
         if not is_main():
             return
-        figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 6.6), constrained_layout=True)
+        figure, ((loss, rate), (norm, speed)) = plt.subplots(
+            2, 2, figsize=(11, 6.6), constrained_layout=True
+        )
         loss.plot(*series(self.lines, "loss"), label="training")
         loss.plot(*series(self.lines, "val_loss"), "o-", label="validation")
         for name in sorted({key for line in self.lines for key in line if key.startswith("lr_")}):
@@ -82,8 +95,12 @@ class RunLog:
         speed.plot(*series(self.lines, "tokens_per_second"))
         speed.set_ylim(bottom=0)
         what = "pair" if "margin" in self._last else "labelled token"
-        for axes, title in ((loss, f"loss per {what}"), (rate, "learning rate"),
-                            (norm, "gradient norm before clipping"), (speed, "tokens per second")):
+        for axes, title in (
+            (loss, f"loss per {what}"),
+            (rate, "learning rate"),
+            (norm, "gradient norm before clipping"),
+            (speed, "tokens per second"),
+        ):
             axes.set(title=title, xlabel="optimizer step")
             axes.grid(alpha=0.3)
         loss.legend()
@@ -94,7 +111,9 @@ class RunLog:
 
 def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     """The lines up to `start_step`, cutting the later ones off the file: a resumed run is going to write them again."""
-    lines = [line for line in (read_jsonl(path) if path.exists() else []) if line["step"] <= start_step]
+    lines = [
+        line for line in (read_jsonl(path) if path.exists() else []) if line["step"] <= start_step
+    ]
     if path.exists() and is_main():
         write_atomically(path, to_jsonl(lines))
     return lines

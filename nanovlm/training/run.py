@@ -34,7 +34,9 @@ from nanovlm.training.settings import Settings, to_toml
 from nanovlm.training.tracking import Tracker, build_tracker
 from nanovlm.vlm import VisionLanguageModel
 
-ENCODED_AT_ONCE = 8  # pictures, when features are cached: few enough that a block stays in the CPU cache
+ENCODED_AT_ONCE = (
+    8  # pictures, when features are cached: few enough that a block stays in the CPU cache
+)
 
 
 def run_stage(settings: Settings) -> Path:
@@ -46,9 +48,14 @@ def run_stage(settings: Settings) -> Path:
     parallel = Parallel(settings, choose_device(settings.device))
     device = parallel.device
     dtype, why = choose_dtype(settings.dtype, device)
-    say(f"device {device}, {str(dtype).removeprefix('torch.')}" + (f" ({why})" if why else "")
-        + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else ""))
-    settings = dataclasses.replace(settings, dtype=next(name for name, known in DTYPES.items() if known == dtype))
+    say(
+        f"device {device}, {str(dtype).removeprefix('torch.')}"
+        + (f" ({why})" if why else "")
+        + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else "")
+    )
+    settings = dataclasses.replace(
+        settings, dtype=next(name for name, known in DTYPES.items() if known == dtype)
+    )
     precision = Precision(dtype, device, settings.stochastic_rounding)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
@@ -59,9 +66,13 @@ def run_stage(settings: Settings) -> Path:
     features = None
     if settings.cache_features:
         if learns(model.vision):
-            raise NanoVLMError("--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features")
+            raise NanoVLMError(
+                "--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features"
+            )
         precision.place(model.vision)
-        features = encode_images(model, (path for record in records + held_out for path in record.images), precision)
+        features = encode_images(
+            model, (path for record in records + held_out for path in record.images), precision
+        )
     parallel.place(model, precision)
     if settings.compile:
         compile_blocks(model, device)
@@ -70,28 +81,62 @@ def run_stage(settings: Settings) -> Path:
         if device.type == "cpu":
             give_back_freed_memory()
     say(describe(model, settings))
-    options = dict(chat=model.chat, image=model.config.image, image_length=model.image_length, share=settings.share,
-                   max_length=min(settings.max_length, model.config.text.max_position_embeddings),
-                   batch_size=settings.batch_size, seed=settings.seed, features=features)
-    objective, kind = objective_of(settings), PairBatches if settings.objective == "dpo" else Batches
+    options = dict(
+        chat=model.chat,
+        image=model.config.image,
+        image_length=model.image_length,
+        share=settings.share,
+        max_length=min(settings.max_length, model.config.text.max_position_embeddings),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        features=features,
+    )
+    objective, kind = (
+        objective_of(settings),
+        PairBatches if settings.objective == "dpo" else Batches,
+    )
     held_out = _usable(held_out, kind, options)
-    batches = kind(records, **options, pack=settings.pack, bucket=settings.bucket, rank=parallel.rank,
-                   world=parallel.world)
+    batches = kind(
+        records,
+        **options,
+        pack=settings.pack,
+        bucket=settings.bucket,
+        rank=parallel.rank,
+        world=parallel.world,
+    )
     validation = kind(held_out, **options, shuffle=False) if held_out else None
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
-    for what, number in (("records", len(records)), ("held-out records", len(held_out)), ("steps to take", total_steps)):
+    for what, number in (
+        ("records", len(records)),
+        ("held-out records", len(held_out)),
+        ("steps to take", total_steps),
+    ):
         parallel.check_same(what, number)
     if is_main():
         run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / "settings.toml", to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)))
+        write_atomically(
+            run / "settings.toml",
+            to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)),
+        )
     if settings.objective == "dpo":
         parts = [part for part in (batches, validation) if part is not None]
         reference = reference_of(model, parts, settings, precision, parallel)
         for part in parts:
             part.reference = reference
-    train(model, objective, batches, validation, settings, precision, total_steps, run, parallel, tracker)
+    train(
+        model,
+        objective,
+        batches,
+        validation,
+        settings,
+        precision,
+        total_steps,
+        run,
+        parallel,
+        tracker,
+    )
     whole = parallel.whole(model)
     parallel.end()
     if whole is not None:
@@ -105,17 +150,24 @@ def run_stage(settings: Settings) -> Path:
 
 
 @torch.no_grad()
-def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: Precision) -> dict[Path, Tensor]:
+def encode_images(
+    model: VisionLanguageModel, paths: Iterable[Path], precision: Precision
+) -> dict[Path, Tensor]:
     """The patch vectors of each image's pictures, once: path → (n, P, C_v) in the precision of the run, on the CPU.
 
     Images that cannot be read are missing from the result, and their records will be skipped by name.
     """
     unique = sorted(set(paths))
     features: dict[Path, Tensor] = {}
-    for start in tqdm(range(0, len(unique), ENCODED_AT_ONCE), desc="encoding images", unit="batch", dynamic_ncols=True,
-                      disable=not is_main()):
+    for start in tqdm(
+        range(0, len(unique), ENCODED_AT_ONCE),
+        desc="encoding images",
+        unit="batch",
+        dynamic_ncols=True,
+        disable=not is_main(),
+    ):
         pixels = {}
-        for path in unique[start:start + ENCODED_AT_ONCE]:
+        for path in unique[start : start + ENCODED_AT_ONCE]:
             try:
                 pixels[path] = image_pixels(open_image(path), model.config.image)
             except NanoVLMError:
@@ -130,8 +182,14 @@ def encode_images(model: VisionLanguageModel, paths: Iterable[Path], precision: 
 def _check_run_folder(run: Path, resume: bool) -> None:
     if resume and (run / "model").exists():
         raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
-    if not resume and run.exists() and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir())):
-        raise NanoVLMError(f"{run}: holds another run; continue it with --resume, or name another folder with --out")
+    if (
+        not resume
+        and run.exists()
+        and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir()))
+    ):
+        raise NanoVLMError(
+            f"{run}: holds another run; continue it with --resume, or name another folder with --out"
+        )
 
 
 def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
@@ -142,7 +200,9 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     records, skipped = read(settings.data, settings.images or None)
     for record in records:
         if record.references:
-            raise NanoVLMError(f"{record.where}: has references and no answer; it is for evaluation, not for training")
+            raise NanoVLMError(
+                f"{record.where}: has references and no answer; it is for evaluation, not for training"
+            )
     for reason in skipped:
         say(f"skipped: {reason}")
     generator = random.Random(settings.seed)
@@ -153,11 +213,16 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     else:
         records, held_out = _split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
-        held_out = [held_out[index] for index in sorted(generator.sample(range(len(held_out)), settings.val_samples))]
+        held_out = [
+            held_out[index]
+            for index in sorted(generator.sample(range(len(held_out)), settings.val_samples))
+        ]
     return records, held_out
 
 
-def _split(records: list[Record], fraction: float, generator: random.Random) -> tuple[list[Record], list[Record]]:
+def _split(
+    records: list[Record], fraction: float, generator: random.Random
+) -> tuple[list[Record], list[Record]]:
     """Hold out a share of the images with all their records. Images that a record shows together stay together."""
     parents: dict[Path, Path] = {}  # union-find over images; a record without any stands for itself
 
@@ -175,9 +240,13 @@ def _split(records: list[Record], fraction: float, generator: random.Random) -> 
     groups = sorted({group(first_image(record)) for record in records})
     chosen = set(generator.sample(groups, round(fraction * len(groups))))
     if len(chosen) == len(groups):
-        raise NanoVLMError(f"--val-fraction {fraction} of {len(groups)} images leaves none to learn from; lower it")
-    return ([record for record in records if group(first_image(record)) not in chosen],
-            [record for record in records if group(first_image(record)) in chosen])
+        raise NanoVLMError(
+            f"--val-fraction {fraction} of {len(groups)} images leaves none to learn from; lower it"
+        )
+    return (
+        [record for record in records if group(first_image(record)) not in chosen],
+        [record for record in records if group(first_image(record)) in chosen],
+    )
 
 
 def _usable(records: list[Record], kind: type[Batches], options: dict[str, Any]) -> list[Record]:

@@ -24,8 +24,13 @@ def gather(tensor: Tensor) -> Tensor | None:
 def scatter(full: Tensor, like: Tensor) -> Tensor:
     """A copy of `full` as `like` is kept: on its device and, where that one is shared, only this process's share."""
     if full.shape == like.shape and hasattr(like, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor  # imported where it is needed: it takes a moment
-        return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        from torch.distributed.tensor import (
+            distribute_tensor,
+        )  # imported where it is needed: it takes a moment
+
+        return distribute_tensor(
+            full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
     return full.clone().to(like.device)
 
 

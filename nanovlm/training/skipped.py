@@ -11,12 +11,17 @@ class Skipped:
 
     def __init__(self, records: int, parallel: Parallel) -> None:
         self._records, self._parallel = records, parallel
-        self._reasons: dict[str, dict[str, None]] = {"skipped": {}, "cut": {}}  # in the order of coming up
+        self._reasons: dict[str, dict[str, None]] = {
+            "skipped": {},
+            "cut": {},
+        }  # in the order of coming up
 
     def note(self, loaded: list[Loaded]) -> None:
         """Name what is new in these batches, up to MAX_NAMED of each kind. All processes have to call it."""
         for kind, known in self._reasons.items():
-            for reason in self._parallel.all_lines([reason for item in loaded for reason in getattr(item, kind)]):
+            for reason in self._parallel.all_lines(
+                [reason for item in loaded for reason in getattr(item, kind)]
+            ):
                 if reason not in known and len(known) < MAX_NAMED:
                     say(f"{kind}: {reason}")
                 known[reason] = None

@@ -36,7 +36,11 @@ class Tracker:
 
     def log(self, line: dict[str, Any]) -> None:
         """The numbers of one line of metrics.jsonl."""
-        numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
+        numbers = {
+            key: value
+            for key, value in line.items()
+            if key != "step" and isinstance(value, int | float)
+        }
         if self._service is not None:
             self._guarded(self._service.log, numbers, line["step"])
 
@@ -56,8 +60,10 @@ class Tracker:
             return call(*arguments)
         except Exception as error:  # whatever a foreign package may raise
             reason = " ".join(str(error).split())
-            say(f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone; "
-                "the training goes on, and metrics.jsonl has every line")
+            say(
+                f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone; "
+                "the training goes on, and metrics.jsonl has every line"
+            )
             self._service = None
             return None
 
@@ -69,8 +75,10 @@ def build_tracker(settings: Settings, run: Path) -> Tracker:
     try:
         module = importlib.import_module(MODULES[settings.track])
     except Exception as error:  # missing, or broken inside
-        raise NanoVLMError(f"--track {settings.track}: its package cannot be imported ({' '.join(str(error).split())}); "
-                           f"python -m pip install {settings.track}") from None
+        raise NanoVLMError(
+            f"--track {settings.track}: its package cannot be imported ({' '.join(str(error).split())}); "
+            f"python -m pip install {settings.track}"
+        ) from None
     service = {"tensorboard": _TensorBoard, "wandb": _WandB, "swanlab": _SwanLab}[settings.track]
     return Tracker(settings.track, lambda step: service(module, settings, run, step))
 
@@ -79,7 +87,9 @@ class _TensorBoard:
     """Event files in `run/tensorboard`; those of steps that a resumed run takes again are hidden."""
 
     def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
-        self._writer = module.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = module.SummaryWriter(
+            str(run / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         for key, value in numbers.items():
@@ -113,8 +123,15 @@ class _WandB(_Online):
 
     def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
         self._module = module
-        self._run = module.init(project=PROJECT, name=run.resolve().name, id=_service_id(run), resume="allow", dir=str(run),
-                                config=_config(settings), allow_val_change=True)
+        self._run = module.init(
+            project=PROJECT,
+            name=run.resolve().name,
+            id=_service_id(run),
+            resume="allow",
+            dir=str(run),
+            config=_config(settings),
+            allow_val_change=True,
+        )
 
 
 class _SwanLab(_Online):
@@ -122,8 +139,14 @@ class _SwanLab(_Online):
 
     def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
         self._module = self._run = module
-        module.init(project=PROJECT, experiment_name=run.resolve().name, id=_service_id(run), resume="allow",
-                    logdir=str(run / "swanlab"), config=_config(settings))
+        module.init(
+            project=PROJECT,
+            experiment_name=run.resolve().name,
+            id=_service_id(run),
+            resume="allow",
+            logdir=str(run / "swanlab"),
+            config=_config(settings),
+        )
 
 
 def _service_id(run: Path) -> str:

@@ -15,8 +15,12 @@ from nanovlm.weights.safetensors import ALIGNMENT, SafetensorsFile
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LARGE = 2**20  # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache lines
-LINES_PER_KIND = 10  # of a loading report; a wrong config makes hundreds of problems of the same kind
+LARGE = (
+    2**20
+)  # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache lines
+LINES_PER_KIND = (
+    10  # of a loading report; a wrong config makes hundreds of problems of the same kind
+)
 
 
 class Checkpoint:
@@ -67,8 +71,14 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     if path.is_dir():
         found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
         if not found:
-            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
-                               + ("; data_tools/extract_vision.py takes eyes out of .bin files" if list(path.glob("*.bin")) else ""))
+            raise NanoVLMError(
+                f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
+                + (
+                    "; data_tools/extract_vision.py takes eyes out of .bin files"
+                    if list(path.glob("*.bin"))
+                    else ""
+                )
+            )
         path = found[0]
     files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
     return Checkpoint(path, files)
@@ -76,8 +86,12 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
 
 def _open_shards(index: Path) -> list[SafetensorsFile]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise NanoVLMError(f"{index}: weight_map does not give each tensor the name of a file; fetch the index again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise NanoVLMError(
+            f"{index}: weight_map does not give each tensor the name of a file; fetch the index again"
+        )
     names_of: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         names_of.setdefault(shard, set()).add(name)
@@ -85,12 +99,18 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
     files = []
     for shard, names in names_of.items():
         if not _is_plain_name(shard):
-            raise NanoVLMError(f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder")
+            raise NanoVLMError(
+                f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder"
+            )
         file = SafetensorsFile(index.parent / shard)
         if absent := sorted(names - file.keys()):
-            raise NanoVLMError(f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again")
+            raise NanoVLMError(
+                f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again"
+            )
         if extra := sorted(file.keys() - names):
-            raise NanoVLMError(f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again")
+            raise NanoVLMError(
+                f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again"
+            )
         files.append(file)
     return files
 
@@ -131,12 +151,18 @@ def load_into(
     sources: dict[str, _Source] = {}  # by the name in the module
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
     for stored in checkpoint.keys():
-        target = None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
+        target = (
+            None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
+        )
         for name, source in _sources(checkpoint, stored, target):
             if name not in targets:
-                problems["unexpected"].append(f"{_renamed(stored, name)} {checkpoint.shape(stored)}")
+                problems["unexpected"].append(
+                    f"{_renamed(stored, name)} {checkpoint.shape(stored)}"
+                )
             elif name in sources:
-                problems["mapped twice"].append(f"{name}: from {sources[name].stored} and from {stored}")
+                problems["mapped twice"].append(
+                    f"{name}: from {sources[name].stored} and from {stored}"
+                )
             else:
                 sources[name] = source
                 _check_fit(name, targets[name], source, problems)
@@ -189,7 +215,10 @@ class _Source:
 def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[str, _Source]]:
     """What the tensor `stored` fills: nothing, one name, or the several of a `Split`."""
     if isinstance(target, Split):
-        return [(name, _Source(checkpoint, stored, target, index)) for index, name in enumerate(target.names)]
+        return [
+            (name, _Source(checkpoint, stored, target, index))
+            for index, name in enumerate(target.names)
+        ]
     return [] if target is None else [(target, _Source(checkpoint, stored))]
 
 
@@ -220,10 +249,14 @@ PROBLEM_KINDS = {
 
 def _check_fit(name: str, target: Tensor, source: _Source, problems: dict[str, list[str]]) -> None:
     if source.shape != tuple(target.shape):
-        problems["mis-shaped"].append(f"{_renamed(source.stored, name)}: file {source.shape}, model {tuple(target.shape)}")
+        problems["mis-shaped"].append(
+            f"{_renamed(source.stored, name)}: file {source.shape}, model {tuple(target.shape)}"
+        )
     both_floating = source.dtype.is_floating_point and target.dtype.is_floating_point
     if source.dtype != target.dtype and not both_floating:
-        problems["wrong dtype"].append(f"{_renamed(source.stored, name)}: file {source.dtype}, model {target.dtype}")
+        problems["wrong dtype"].append(
+            f"{_renamed(source.stored, name)}: file {source.dtype}, model {target.dtype}"
+        )
 
 
 def _equal(first: _Source, second: _Source) -> bool:
@@ -233,7 +266,9 @@ def _equal(first: _Source, second: _Source) -> bool:
     return torch.equal(one, other)
 
 
-def _raise_problems(module: nn.Module, checkpoint: Checkpoint, problems: dict[str, list[str]]) -> None:
+def _raise_problems(
+    module: nn.Module, checkpoint: Checkpoint, problems: dict[str, list[str]]
+) -> None:
     counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
     if not counts:
         return

@@ -25,7 +25,9 @@ class Split:
     def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """That of each piece of a tensor of `shape`; None where it cannot be split so."""
         parts = self.groups * len(self.names)
-        return (shape[0] // len(self.names), *shape[1:]) if shape and shape[0] % parts == 0 else None
+        return (
+            (shape[0] // len(self.names), *shape[1:]) if shape and shape[0] % parts == 0 else None
+        )
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ NameTable = Mapping[str, Target]
 
 
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
-    return {f"{theirs}{separator}{kind}": _renamed(ours, lambda name: f"{name}.{kind}")
-            for theirs, ours in table.items() for kind in ("weight", "bias")}
+    return {
+        f"{theirs}{separator}{kind}": _renamed(ours, lambda name: f"{name}.{kind}")
+        for theirs, ours in table.items()
+        for kind in ("weight", "bias")
+    }
 
 
 def _renamed(target: Target, rename: Callable[[str], str]) -> Target:
@@ -65,69 +70,80 @@ DINOV2: NameTable = {
     "embeddings.position_embeddings": "position_embedding",
     "encoder.layer.{}.layer_scale1.lambda1": "blocks.{}.attention_scale",
     "encoder.layer.{}.layer_scale2.lambda1": "blocks.{}.mlp_scale",
-    **_with_bias({
-        "embeddings.patch_embeddings.projection": "patch_embedding",
-        "encoder.layer.{}.norm1": "blocks.{}.attention_norm",
-        "encoder.layer.{}.attention.attention.query": "blocks.{}.attention.q_proj",
-        "encoder.layer.{}.attention.attention.key": "blocks.{}.attention.k_proj",
-        "encoder.layer.{}.attention.attention.value": "blocks.{}.attention.v_proj",
-        "encoder.layer.{}.attention.output.dense": "blocks.{}.attention.out_proj",
-        "encoder.layer.{}.norm2": "blocks.{}.mlp_norm",
-        "encoder.layer.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
-        "encoder.layer.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
-        "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",  # the giant's names for the same two
-        "encoder.layer.{}.mlp.weights_out": "blocks.{}.mlp.down_proj",
-        "layernorm": "norm",
-    }),
+    **_with_bias(
+        {
+            "embeddings.patch_embeddings.projection": "patch_embedding",
+            "encoder.layer.{}.norm1": "blocks.{}.attention_norm",
+            "encoder.layer.{}.attention.attention.query": "blocks.{}.attention.q_proj",
+            "encoder.layer.{}.attention.attention.key": "blocks.{}.attention.k_proj",
+            "encoder.layer.{}.attention.attention.value": "blocks.{}.attention.v_proj",
+            "encoder.layer.{}.attention.output.dense": "blocks.{}.attention.out_proj",
+            "encoder.layer.{}.norm2": "blocks.{}.mlp_norm",
+            "encoder.layer.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
+            "encoder.layer.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
+            "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",  # the giant's names for the same two
+            "encoder.layer.{}.mlp.weights_out": "blocks.{}.mlp.down_proj",
+            "layernorm": "norm",
+        }
+    ),
 }
 
 SIGLIP: NameTable = {  # and SmolVLM2's tower
     "embeddings.position_embedding.weight": Unsqueezed(("position_embedding",)),
     "embeddings.position_ids": None,  # 0, 1, 2, …, in older files
-    **_with_bias({
-        "embeddings.patch_embedding": "patch_embedding",
-        "encoder.layers.{}.layer_norm1": "blocks.{}.attention_norm",
-        "encoder.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
-        "encoder.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
-        "encoder.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
-        "encoder.layers.{}.self_attn.out_proj": "blocks.{}.attention.out_proj",
-        "encoder.layers.{}.layer_norm2": "blocks.{}.mlp_norm",
-        "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
-        "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
-        "post_layernorm": "norm",
-    }),
+    **_with_bias(
+        {
+            "embeddings.patch_embedding": "patch_embedding",
+            "encoder.layers.{}.layer_norm1": "blocks.{}.attention_norm",
+            "encoder.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
+            "encoder.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
+            "encoder.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
+            "encoder.layers.{}.self_attn.out_proj": "blocks.{}.attention.out_proj",
+            "encoder.layers.{}.layer_norm2": "blocks.{}.mlp_norm",
+            "encoder.layers.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
+            "encoder.layers.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
+            "post_layernorm": "norm",
+        }
+    ),
 }
 
 CLIP: NameTable = SIGLIP | {
     "embeddings.class_embedding": Unsqueezed(("cls_token",), ones=2),
-    **_with_bias({
-        "pre_layrnorm": "embedding_norm",  # so spelt in every published file
-        "post_layernorm": None,  # of the class token alone, for what is compared with a text
-    }),
+    **_with_bias(
+        {
+            "pre_layrnorm": "embedding_norm",  # so spelt in every published file
+            "post_layernorm": None,  # of the class token alone, for what is compared with a text
+        }
+    ),
 }
 
 
 def qwen_vl_vision(num_attention_heads: int) -> NameTable:
     """Of Qwen-VL's tower. In its blocks, queries, keys and values are one matrix in which each head has its three together."""
+
     def projections(path: str, groups: int = 1) -> Split:
         return Split(tuple(f"{path}.{letter}_proj" for letter in "qkv"), groups)
 
     return {
         "positional_embedding": Unsqueezed(("position_embedding",)),
         "conv1.weight": "patch_embedding.weight",
-        **_with_bias({
-            "ln_pre": "embedding_norm",
-            "transformer.resblocks.{}.ln_1": "blocks.{}.attention_norm",
-            "transformer.resblocks.{}.attn.in_proj": projections("blocks.{}.attention", num_attention_heads),
-            "transformer.resblocks.{}.attn.out_proj": "blocks.{}.attention.out_proj",
-            "transformer.resblocks.{}.ln_2": "blocks.{}.mlp_norm",
-            "transformer.resblocks.{}.mlp.c_fc": "blocks.{}.mlp.up_proj",
-            "transformer.resblocks.{}.mlp.c_proj": "blocks.{}.mlp.down_proj",
-            "attn_pool.ln_q": "resampler.query_norm",
-            "attn_pool.ln_kv": "resampler.kv_norm",
-            "attn_pool.attn.out_proj": "resampler.attention.out_proj",
-            "ln_post": "resampler.norm",
-        }),
+        **_with_bias(
+            {
+                "ln_pre": "embedding_norm",
+                "transformer.resblocks.{}.ln_1": "blocks.{}.attention_norm",
+                "transformer.resblocks.{}.attn.in_proj": projections(
+                    "blocks.{}.attention", num_attention_heads
+                ),
+                "transformer.resblocks.{}.attn.out_proj": "blocks.{}.attention.out_proj",
+                "transformer.resblocks.{}.ln_2": "blocks.{}.mlp_norm",
+                "transformer.resblocks.{}.mlp.c_fc": "blocks.{}.mlp.up_proj",
+                "transformer.resblocks.{}.mlp.c_proj": "blocks.{}.mlp.down_proj",
+                "attn_pool.ln_q": "resampler.query_norm",
+                "attn_pool.ln_kv": "resampler.kv_norm",
+                "attn_pool.attn.out_proj": "resampler.attention.out_proj",
+                "ln_post": "resampler.norm",
+            }
+        ),
         **_with_bias({"attn_pool.attn.in_proj": projections("resampler.attention")}, separator="_"),
         "attn_pool.query": "resampler.queries",
         "attn_pool.pos_embed": None,  # sines and cosines, which are computed
@@ -141,11 +157,13 @@ QWEN: NameTable = {
     "model.layers.{}.input_layernorm.weight": "blocks.{}.attention_norm.weight",
     "model.layers.{}.self_attn.q_norm.weight": "blocks.{}.attention.q_norm.weight",
     "model.layers.{}.self_attn.k_norm.weight": "blocks.{}.attention.k_norm.weight",
-    **_with_bias({
-        "model.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
-        "model.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
-        "model.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
-    }),
+    **_with_bias(
+        {
+            "model.layers.{}.self_attn.q_proj": "blocks.{}.attention.q_proj",
+            "model.layers.{}.self_attn.k_proj": "blocks.{}.attention.k_proj",
+            "model.layers.{}.self_attn.v_proj": "blocks.{}.attention.v_proj",
+        }
+    ),
     "model.layers.{}.self_attn.o_proj.weight": "blocks.{}.attention.out_proj.weight",
     "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
     "model.layers.{}.mlp.gate_proj.weight": "blocks.{}.mlp.gate_proj.weight",
@@ -158,15 +176,22 @@ QWEN: NameTable = {
 LLAMA: NameTable = {  # QWEN's names, which were its own first, and biases that some have
     **QWEN,
     "model.layers.{}.self_attn.o_proj.bias": "blocks.{}.attention.out_proj.bias",
-    **{f"model.layers.{{}}.mlp.{name}.bias": f"blocks.{{}}.mlp.{name}.bias" for name in ("gate_proj", "up_proj", "down_proj")},
+    **{
+        f"model.layers.{{}}.mlp.{name}.bias": f"blocks.{{}}.mlp.{name}.bias"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
     "model.layers.{}.self_attn.rotary_emb.inv_freq": None,  # older files hold the frequencies, which are computed here
 }
 
 QWEN1: NameTable = {  # the first generation: queries, keys and values in one, and of the MLP's matrices the gate second
     "transformer.wte.weight": "embed_tokens.weight",
     "transformer.h.{}.ln_1.weight": "blocks.{}.attention_norm.weight",
-    **{f"transformer.h.{{}}.attn.c_attn.{kind}": Split(tuple(
-        f"blocks.{{}}.attention.{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj"))) for kind in ("weight", "bias")},
+    **{
+        f"transformer.h.{{}}.attn.c_attn.{kind}": Split(
+            tuple(f"blocks.{{}}.attention.{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj"))
+        )
+        for kind in ("weight", "bias")
+    },
     "transformer.h.{}.attn.c_proj.weight": "blocks.{}.attention.out_proj.weight",
     "transformer.h.{}.ln_2.weight": "blocks.{}.mlp_norm.weight",
     "transformer.h.{}.mlp.w1.weight": "blocks.{}.mlp.up_proj.weight",
@@ -181,6 +206,7 @@ QWEN1: NameTable = {  # the first generation: queries, keys and values in one, a
 
 def translate(table: NameTable) -> Callable[[str], Target]:
     """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
+
     def ours(name: str) -> Target:
         block = re.search(r"\.(\d+)\.", name)
         pattern = name if block is None else name.replace(block[0], ".{}.", 1)
@@ -188,6 +214,7 @@ def translate(table: NameTable) -> Callable[[str], Target]:
             return name
         target = table[pattern]
         return target if block is None else _renamed(target, lambda name: name.format(block[1]))
+
     return ours
 
 

@@ -13,7 +13,18 @@ from torch import nn
 from nanovlm.errors import NanoVLMError
 from nanovlm.files import read_json
 from nanovlm.weights.loading import load_into, open_checkpoint
-from nanovlm.weights.names import CLIP, DINOV2, LLAMA, QWEN, QWEN1, SIGLIP, NameTable, Target, qwen_vl_vision, translate
+from nanovlm.weights.names import (
+    CLIP,
+    DINOV2,
+    LLAMA,
+    QWEN,
+    QWEN1,
+    SIGLIP,
+    NameTable,
+    Target,
+    qwen_vl_vision,
+    translate,
+)
 
 
 @dataclass(frozen=True)
@@ -35,31 +46,59 @@ class Family:
         prefix = re.compile(self.prefix)
 
         def name_map(name: str) -> Target:
-            name = name[prefix.match(name).end():]
-            return None if any(fnmatchcase(name, pattern) for pattern in self.unused) else ours(name)
+            name = name[prefix.match(name).end() :]
+            return (
+                None if any(fnmatchcase(name, pattern) for pattern in self.unused) else ours(name)
+            )
+
         return name_map
 
 
-_SIGLIP = Family(SIGLIP, r"(vision_model\.)?", ("head.*", "text_model.*", "logit_scale", "logit_bias"))
-_CLIP = Family(CLIP, r"(vision_model\.)?", ("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"))
-_SMOLVLM = Family(SIGLIP, r"(model\.vision_model\.)?", ("model.text_model.*", "model.connector.*", "lm_head.*"))
+_SIGLIP = Family(
+    SIGLIP, r"(vision_model\.)?", ("head.*", "text_model.*", "logit_scale", "logit_bias")
+)
+_CLIP = Family(
+    CLIP,
+    r"(vision_model\.)?",
+    ("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"),
+)
+_SMOLVLM = Family(
+    SIGLIP, r"(model\.vision_model\.)?", ("model.text_model.*", "model.connector.*", "lm_head.*")
+)
 
 # By the model_type of `config.json`.
 VISION_FAMILIES = {
-    "dinov2": Family(DINOV2), "dinov2_with_registers": Family(DINOV2),
-    "siglip": _SIGLIP, "siglip_vision_model": _SIGLIP,
-    "clip": _CLIP, "clip_vision_model": _CLIP,
-    "smolvlm": _SMOLVLM, "smolvlm_vision": _SMOLVLM, "idefics3": _SMOLVLM, "idefics3_vision": _SMOLVLM,
-    "qwen_vl_vision": Family(lambda config: qwen_vl_vision(config.num_attention_heads), r"(transformer\.visual\.)?"),
+    "dinov2": Family(DINOV2),
+    "dinov2_with_registers": Family(DINOV2),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "smolvlm": _SMOLVLM,
+    "smolvlm_vision": _SMOLVLM,
+    "idefics3": _SMOLVLM,
+    "idefics3_vision": _SMOLVLM,
+    "qwen_vl_vision": Family(
+        lambda config: qwen_vl_vision(config.num_attention_heads), r"(transformer\.visual\.)?"
+    ),
 }
 TEXT_FAMILIES = {
-    "qwen": Family(QWEN1), "qwen2": Family(QWEN), "qwen3": Family(QWEN), "llama": Family(LLAMA), "mistral": Family(LLAMA),
+    "qwen": Family(QWEN1),
+    "qwen2": Family(QWEN),
+    "qwen3": Family(QWEN),
+    "llama": Family(LLAMA),
+    "mistral": Family(LLAMA),
     "nanovlm_decoder": Family({}),  # one made from scratch, under our own names
 }
 
 
-def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str | Path, families: Mapping[str, Family],
-                    dtype: torch.dtype | None = None) -> Any:
+def load_pretrained(
+    model_class: type[nn.Module],
+    config_class: Any,
+    folder: str | Path,
+    families: Mapping[str, Family],
+    dtype: torch.dtype | None = None,
+) -> Any:
     """Build `model_class` from `folder`'s `config.json` and fill it with its tensors under the family's names.
 
     The module is laid out without memory, then each parameter becomes the file's own tensor, cast once if `dtype`
@@ -73,6 +112,11 @@ def load_pretrained(model_class: type[nn.Module], config_class: Any, folder: str
         raise NanoVLMError(f"{folder}: {error}") from None
     with torch.device("meta"):
         model = model_class(config)
-    load_into(model, open_checkpoint(folder), families[published["model_type"]].names(config), dtype=dtype,
-              tied=getattr(model, "tied_names", {}))
+    load_into(
+        model,
+        open_checkpoint(folder),
+        families[published["model_type"]].names(config),
+        dtype=dtype,
+        tied=getattr(model, "tied_names", {}),
+    )
     return model.eval()

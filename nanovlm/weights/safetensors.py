@@ -87,9 +87,13 @@ class SafetensorsFile:
         header_bytes = int.from_bytes(self._mapping[:LENGTH_BYTES], "little")
         self._data_start = LENGTH_BYTES + header_bytes
         if header_bytes > MAX_HEADER_BYTES:
-            raise self._error(f"claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}")
+            raise self._error(
+                f"claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}"
+            )
         if self._data_start > len(self._mapping):
-            raise self._error(f"claims a header of {header_bytes} bytes, but the file has only {len(self._mapping)}")
+            raise self._error(
+                f"claims a header of {header_bytes} bytes, but the file has only {len(self._mapping)}"
+            )
 
         header = self._parse(self._mapping[LENGTH_BYTES : self._data_start])
         self.metadata: dict[str, str] = self._check_metadata(header.pop("__metadata__", {}))
@@ -117,15 +121,21 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         offset = self._data_start + begin
         if offset % dtype.itemsize:
-            stored = torch.frombuffer(self._mapping, dtype=torch.uint8, count=end - begin, offset=offset)
+            stored = torch.frombuffer(
+                self._mapping, dtype=torch.uint8, count=end - begin, offset=offset
+            )
             return stored.clone().view(dtype).view(shape)
-        return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+        return torch.frombuffer(
+            self._mapping, dtype=dtype, count=math.prod(shape), offset=offset
+        ).view(shape)
 
     def forget(self, name: str) -> None:
         """Let go of the memory that reading `name` took, once it has been copied. Read again, it comes from the file;
         what was written to a view of it is lost."""
         _, _, begin, end = self._entry(name)
-        first = -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: neighbours share the rest
+        first = (
+            -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        )  # whole pages: neighbours share the rest
         length = (self._data_start + end) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
@@ -137,7 +147,9 @@ class SafetensorsFile:
             raise NanoVLMError(f"{self.path}: holds no tensor {name!r}") from None
 
     def _error(self, problem: str) -> NanoVLMError:
-        return NanoVLMError(f"{self.path}: {problem}; it is damaged or not a safetensors file, fetch or write it again")
+        return NanoVLMError(
+            f"{self.path}: {problem}; it is damaged or not a safetensors file, fetch or write it again"
+        )
 
     def _parse(self, header: bytes) -> dict:
         if not header.startswith(b"{"):
@@ -148,7 +160,9 @@ class SafetensorsFile:
             raise self._error(f"the header is not valid JSON ({error})") from None
 
     def _check_metadata(self, metadata: object) -> dict[str, str]:
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
             raise self._error("__metadata__ is not an object of strings")
         return metadata
 
@@ -157,7 +171,9 @@ class SafetensorsFile:
             raise self._error(f"tensor {name!r} is not described by dtype, shape and data_offsets")
         dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-            raise NanoVLMError(f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(DTYPES)}")
+            raise NanoVLMError(
+                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(DTYPES)}"
+            )
         if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
             raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -176,18 +192,34 @@ class SafetensorsFile:
         """Every tensor begins where the one before it ends, and the last one ends with the file."""
         available = len(self._mapping) - self._data_start
         position = 0
-        for name, entry in sorted(self._entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        for name, entry in sorted(
+            self._entries.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
             if entry.end > available:
-                raise self._error(f"tensor {name!r} ends at byte {entry.end}, but the data is cut off at {available}")
+                raise self._error(
+                    f"tensor {name!r} ends at byte {entry.end}, but the data is cut off at {available}"
+                )
             if entry.begin != position:
-                problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
-                raise self._error(f"tensor {name!r} at data_offsets [{entry.begin}, {entry.end}] {problem}")
+                problem = (
+                    "overlaps the tensor before it"
+                    if entry.begin < position
+                    else "leaves a hole before it"
+                )
+                raise self._error(
+                    f"tensor {name!r} at data_offsets [{entry.begin}, {entry.end}] {problem}"
+                )
             position = entry.end
         if position != available:
-            raise self._error(f"the tensors end at byte {position} of the data, which has {available}")
+            raise self._error(
+                f"the tensors end at byte {position} of the data, which has {available}"
+            )
 
 
-def save_file(tensors: Mapping[str, Tensor | Deferred], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+def save_file(
+    tensors: Mapping[str, Tensor | Deferred],
+    path: str | Path,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one tensor at a time.
 
     Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on the CPU, or deferred.
@@ -199,11 +231,17 @@ def save_file(tensors: Mapping[str, Tensor | Deferred], path: str | Path, metada
     if metadata and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise NanoVLMError(f"{path}: safetensors metadata must map strings to strings")
     for name, tensor in tensors.items():
-        dense = isinstance(tensor, Deferred) or (tensor.layout == torch.strided and not tensor.is_meta)
+        dense = isinstance(tensor, Deferred) or (
+            tensor.layout == torch.strided and not tensor.is_meta
+        )
         if name == "__metadata__" or tensor.dtype not in DTYPE_NAMES or not dense:
-            where = "deferred" if isinstance(tensor, Deferred) else f"{tensor.layout}, {tensor.device}"
-            raise NanoVLMError(f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {where}); it needs data, a dense "
-                               "layout, a dtype of the format and another name than __metadata__")
+            where = (
+                "deferred" if isinstance(tensor, Deferred) else f"{tensor.layout}, {tensor.device}"
+            )
+            raise NanoVLMError(
+                f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {where}); it needs data, a dense "
+                "layout, a dtype of the format and another name than __metadata__"
+            )
 
     # The format allows no gaps, so order decides alignment: first what fills whole units, then the widest elements.
     def order(name: str) -> tuple[bool, int, str]:
@@ -216,12 +254,18 @@ def save_file(tensors: Mapping[str, Tensor | Deferred], path: str | Path, metada
     for name in ordered:
         tensor = tensors[name]
         offsets = [position, position + tensor.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         position = offsets[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(LENGTH_BYTES + len(encoded)) % ALIGNMENT)
     if len(encoded) > MAX_HEADER_BYTES:
-        raise NanoVLMError(f"{path}: the header would have {len(encoded)} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise NanoVLMError(
+            f"{path}: the header would have {len(encoded)} bytes, the limit is {MAX_HEADER_BYTES}"
+        )
 
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -252,7 +296,9 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
 
 def _are_sizes(value: object) -> bool:
     """Whether `value` is a list of non-negative 64-bit integers; JSON's true and 1.0 are not integers here."""
-    return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_BYTES for size in value)
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size <= MAX_BYTES for size in value
+    )
 
 
 def _short(value: object) -> str:

@@ -7,34 +7,101 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.weights.pretrained import TEXT_FAMILIES
 
 SHARED = dict(
-    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=None, head_dim=None, hidden_act="silu",
-    rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=None, rope_scaling={}, rope_parameters={},
-    attention_bias=False, mlp_bias=False, layer_types=[], use_sliding_window=False, rope_interleaved=False)
-DEFAULTS: dict[str, dict[str, Any]] = {  # of the reference implementation, where a family's file leaves a key out
-    "qwen2": SHARED | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768),
-    "qwen3": SHARED | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768, head_dim=128),
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=None,
+    head_dim=None,
+    hidden_act="silu",
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    rope_theta=None,
+    rope_scaling={},
+    rope_parameters={},
+    attention_bias=False,
+    mlp_bias=False,
+    layer_types=[],
+    use_sliding_window=False,
+    rope_interleaved=False,
+)
+DEFAULTS: dict[
+    str, dict[str, Any]
+] = {  # of the reference implementation, where a family's file leaves a key out
+    "qwen2": SHARED
+    | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768),
+    "qwen3": SHARED
+    | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768, head_dim=128),
     "llama": SHARED | dict(vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048),
-    "mistral": SHARED | dict(vocab_size=32000, intermediate_size=14336, max_position_embeddings=131072,
-                             num_key_value_heads=8),
+    "mistral": SHARED
+    | dict(
+        vocab_size=32000,
+        intermediate_size=14336,
+        max_position_embeddings=131072,
+        num_key_value_heads=8,
+    ),
 }
-IGNORED = ("attention_dropout", "sliding_window", "max_window_layers", "use_mrope", "pretraining_tp", "is_llama_config",
-           "max_sequence_length", "transformers.js_config")
+IGNORED = (
+    "attention_dropout",
+    "sliding_window",
+    "max_window_layers",
+    "use_mrope",
+    "pretraining_tp",
+    "is_llama_config",
+    "max_sequence_length",
+    "transformers.js_config",
+)
 
 QWEN1_DEFAULTS = dict(
-    vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, kv_channels=128,
-    layer_norm_epsilon=1e-6, max_position_embeddings=8192, seq_length=None, rotary_emb_base=10000, rotary_pct=1.0,
-    use_dynamic_ntk=True, use_logn_attn=True, no_bias=True, scale_attn_weights=True, tie_word_embeddings=False)
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=22016,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    kv_channels=128,
+    layer_norm_epsilon=1e-6,
+    max_position_embeddings=8192,
+    seq_length=None,
+    rotary_emb_base=10000,
+    rotary_pct=1.0,
+    use_dynamic_ntk=True,
+    use_logn_attn=True,
+    no_bias=True,
+    scale_attn_weights=True,
+    tie_word_embeddings=False,
+)
 # Dropouts are 0 in every published file and off when it is used; `rope_theta` says `rotary_emb_base` once more, to other
 # programs than the reference; the rest is about kernels, number formats and exports.
-QWEN1_IGNORED = ("attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "softmax_in_fp32",
-                 "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "rope_theta", "tokenizer_class",
-                 "tokenizer_type")
-SAME_NAMES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-              "tie_word_embeddings")
+QWEN1_IGNORED = (
+    "attn_dropout_prob",
+    "emb_dropout_prob",
+    "bf16",
+    "fp16",
+    "fp32",
+    "onnx_safe",
+    "softmax_in_fp32",
+    "use_flash_attn",
+    "use_cache_quantization",
+    "use_cache_kernel",
+    "rope_theta",
+    "tokenizer_class",
+    "tokenizer_type",
+)
+SAME_NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-LLAMA3_ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
-               "original_max_position_embeddings": "original_max_position_embeddings"}
+LLAMA3_ROPE = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
 
 
 def read_text_config(config: dict) -> dict[str, Any]:
@@ -47,17 +114,25 @@ def _read_llama(config: dict) -> dict[str, Any]:
     family = config.get("model_type")
     if family == "mistral" and config.get("sliding_window", 4096) is not None:
         window = config.get("sliding_window", 4096)
-        raise NanoVLMError(f"config.json: sliding_window = {window!r} is not implemented, only null")
+        raise NanoVLMError(
+            f"config.json: sliding_window = {window!r} is not implemented, only null"
+        )
     config = read_hf_config(config, tuple(TEXT_FAMILIES), DEFAULTS.get(family, SHARED), IGNORED)
     require(config, hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
-    require({"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]}, layer_types=[])
+    require(
+        {"layer_types": [kind for kind in config["layer_types"] if kind != "full_attention"]},
+        layer_types=[],
+    )
     if family != "llama":
         require(config, mlp_bias=False)
         if family != "qwen2":  # which has biases, whatever its file says
             require(config, attention_bias=False)
     heads = config["num_attention_heads"]
     return {
-        **{name: config[name] for name in (*SAME_NAMES, "intermediate_size", "rms_norm_eps", "mlp_bias")},
+        **{
+            name: config[name]
+            for name in (*SAME_NAMES, "intermediate_size", "rms_norm_eps", "mlp_bias")
+        },
         **_read_rope(config),
         "qkv_bias": family == "qwen2" or config["attention_bias"],
         "output_bias": family != "qwen2" and config["attention_bias"],
@@ -75,7 +150,9 @@ def _read_rope(config: dict) -> dict[str, Any]:
         given.setdefault("rope_type", given.pop("type"))
     kind = given.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise NanoVLMError(f"{where}: rope_type = {kind!r} is not implemented, only 'default' and 'llama3'")
+        raise NanoVLMError(
+            f"{where}: rope_type = {kind!r} is not implemented, only 'default' and 'llama3'"
+        )
     require(given, where, partial_rotary_factor=1.0)
     scaling = LLAMA3_ROPE if kind == "llama3" else {}
     for key in given:
@@ -84,8 +161,11 @@ def _read_rope(config: dict) -> dict[str, Any]:
     for key in scaling:
         if key not in given:
             raise NanoVLMError(f"{where}: key {key!r} is missing")
-    return {"rope_type": kind, "rope_theta": config["rope_theta"] or given.get("rope_theta", ROPE["rope_theta"]),
-            **{ours: given[theirs] for theirs, ours in scaling.items()}}
+    return {
+        "rope_type": kind,
+        "rope_theta": config["rope_theta"] or given.get("rope_theta", ROPE["rope_theta"]),
+        **{ours: given[theirs] for theirs, ours in scaling.items()},
+    }
 
 
 def _read_qwen1(config: dict) -> dict[str, Any]:
@@ -95,9 +175,13 @@ def _read_qwen1(config: dict) -> dict[str, Any]:
     require(config, rotary_pct=1.0, no_bias=True, scale_attn_weights=True)
     stretched = config["use_dynamic_ntk"] or config["use_logn_attn"]
     if stretched and config["seq_length"] is None:
-        raise NanoVLMError("config.json: key 'seq_length' is missing, which use_dynamic_ntk and use_logn_attn go by")
+        raise NanoVLMError(
+            "config.json: key 'seq_length' is missing, which use_dynamic_ntk and use_logn_attn go by"
+        )
     if type(config["intermediate_size"]) is int and config["intermediate_size"] % 2:
-        raise NanoVLMError(f"config.json: intermediate_size = {config['intermediate_size']} has to be even")
+        raise NanoVLMError(
+            f"config.json: intermediate_size = {config['intermediate_size']} has to be even"
+        )
     return {
         **{name: config[name] for name in SAME_NAMES},
         "intermediate_size": config["intermediate_size"] // 2,

@@ -13,8 +13,18 @@ from tests.reference.models import byte_pair, qwen, save
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hub folders of random weights: 14-pixel patches, so that 224 × 224 pixels are 256 visual tokens."""
     folder = tmp_path_factory.mktemp("weights")
-    save(Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=70)),
-         folder / VISION, seed=0)
+    save(
+        Dinov2Model(
+            Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=70)
+        ),
+        folder / VISION,
+        seed=0,
+    )
     tokenizer = byte_pair(folder / TEXT)
-    qwen(folder / TEXT, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True, max_position_embeddings=512)
+    qwen(
+        folder / TEXT,
+        vocab_size=len(tokenizer) + 1,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
     return folder

@@ -12,9 +12,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"IMAGE_SIZE": 70, "GRID": 2, "SAMPLES": 6, "TEXT_LENGTHS": (4, 24), "PACK": 64}.items():
+    for name, value in {
+        "IMAGE_SIZE": 70,
+        "GRID": 2,
+        "SAMPLES": 6,
+        "TEXT_LENGTHS": (4, 24),
+        "PACK": 64,
+    }.items():
         monkeypatch.setattr(ladder, name, value)
-    monkeypatch.setitem(ladder.RUNGS, "+ packing", ladder.Rung(packed=True))  # in fp32, to be compared exactly
+    monkeypatch.setitem(
+        ladder.RUNGS, "+ packing", ladder.Rung(packed=True)
+    )  # in fp32, to be compared exactly
 
 
 def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
@@ -29,10 +37,16 @@ def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
     assert {len(line) for line in lines} == {len(header)}
 
 
-def test_checkpointing_on_a_cpu_returns_freed_memory_as_a_run_does(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_on_a_cpu_returns_freed_memory_as_a_run_does(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     returned = []
     monkeypatch.setattr(ladder, "give_back_freed_memory", lambda: returned.append(True))
-    monkeypatch.setitem(ladder.RUNGS, "+ checkpointing", ladder.Rung(packed=True, checkpointed=True))
-    plain, checkpointed = (ladder.measure(name, weights, CPU, rounds=1) for name in ("+ packing", "+ checkpointing"))
+    monkeypatch.setitem(
+        ladder.RUNGS, "+ checkpointing", ladder.Rung(packed=True, checkpointed=True)
+    )
+    plain, checkpointed = (
+        ladder.measure(name, weights, CPU, rounds=1) for name in ("+ packing", "+ checkpointing")
+    )
     assert returned == [True]
     assert checkpointed["last_loss"] == pytest.approx(plain["last_loss"], abs=1e-5)

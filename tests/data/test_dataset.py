@@ -38,7 +38,10 @@ def images(tmp_path_factory) -> list[Path]:
 def record(number: int, images: Sequence[Path] = (), answer: str = "") -> Record:
     """A record that its answer tells apart from all others."""
     text = "<image>" * len(images) + f"what is {number % 3}?"
-    messages = (Message.parse("user", text), Message.parse("assistant", answer or f"number {number}"))
+    messages = (
+        Message.parse("user", text),
+        Message.parse("assistant", answer or f"number {number}"),
+    )
     return Record(f"data.jsonl:{number}", tuple(images), messages, (), {})
 
 
@@ -50,7 +53,10 @@ def make(records: Sequence[Record], chat: Chat, **settings) -> Batches:
 @pytest.fixture
 def records(images) -> list[Record]:
     """23 records: four questions to each of five images, and three without one."""
-    return [record(number, images[number % 5:number % 5 + 1] if number < 20 else ()) for number in range(23)]
+    return [
+        record(number, images[number % 5 : number % 5 + 1] if number < 20 else ())
+        for number in range(23)
+    ]
 
 
 def answers(chat: Chat, loaded: Loaded) -> list[str]:
@@ -70,9 +76,13 @@ def assert_same(first: Loaded, second: Loaded) -> None:
 def test_every_record_comes_exactly_once_an_epoch(chat, records, share, batch_size):
     batches = make(records, chat, share=share, batch_size=batch_size)
     total = 3 * len(records)
-    seen = [answer for number in range(-(-total // batch_size)) for answer in answers(chat, batches[number])]
+    seen = [
+        answer
+        for number in range(-(-total // batch_size))
+        for answer in answers(chat, batches[number])
+    ]
     expected = sorted(f"number {number}" for number in range(23))
-    epochs = [seen[start:start + 23] for start in range(0, total, 23)]
+    epochs = [seen[start : start + 23] for start in range(0, total, 23)]
     assert [sorted(epoch) for epoch in epochs] == [expected] * 3
     if batch_size == 1:  # within a batch, records are put in the rows' order
         assert len(set(map(tuple, epochs))) == 3
@@ -84,10 +94,14 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone(chat, records):
     for number in (8, 0, 5, 2, 7):
         assert_same(jumping[number], straight[number])
     other = make(records, chat, seed=4)
-    assert [answers(chat, other[number]) for number in range(5)] != [answers(chat, loaded) for loaded in straight[:5]]
+    assert [answers(chat, other[number]) for number in range(5)] != [
+        answers(chat, loaded) for loaded in straight[:5]
+    ]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a machine with one core
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 2 worker processes"
+)  # on a machine with one core
 def test_any_number_of_workers_prepares_the_same(chat, records):
     batches = make(records, chat)
     expected = [batches[number] for number in range(2, 7)]
@@ -105,13 +119,15 @@ def test_without_shuffling_the_order_is_the_files_and_each_record_comes_once(cha
 
 
 def test_samples_of_one_image_come_together_and_share_a_row(chat, images):
-    records = [record(number, images[number % 5:number % 5 + 1]) for number in range(20)]
+    records = [record(number, images[number % 5 : number % 5 + 1]) for number in range(20)]
     for number in range(5):
         loaded = make(records, chat)[number]
         assert loaded.samples == 4 and len(loaded.batch.pixels) == len(loaded.batch.input_ids) == 1
         asked = {int(answer.removeprefix("number ")) % 5 for answer in answers(chat, loaded)}
         assert len(asked) == 1
-        assert torch.equal(loaded.batch.pixels[0], preprocess(open_image(images[asked.pop()]), PIXELS))
+        assert torch.equal(
+            loaded.batch.pixels[0], preprocess(open_image(images[asked.pop()]), PIXELS)
+        )
     apart = make(records, chat, share=1)[0]
     assert len(apart.batch.pixels) == len(apart.batch.input_ids) == 4
     two_by_two = make(records, chat, share=2)[0]
@@ -120,7 +136,11 @@ def test_samples_of_one_image_come_together_and_share_a_row(chat, images):
 
 def test_tokens_are_counted_without_padding(chat, records):
     loaded = make(records, chat, share=1)[0]
-    assert loaded.tokens == int((loaded.batch.attention_mask > 0).sum()) < loaded.batch.input_ids.numel()
+    assert (
+        loaded.tokens
+        == int((loaded.batch.attention_mask > 0).sum())
+        < loaded.batch.input_ids.numel()
+    )
 
 
 def test_pixels_are_those_of_the_rows_images_in_order(chat, images):
@@ -132,8 +152,10 @@ def test_pixels_are_those_of_the_rows_images_in_order(chat, images):
 
 
 def test_kept_features_take_the_place_of_pixels(chat, images):
-    features = {path: torch.full((1, 16, 24), float(number)) for number, path in enumerate(images[:2])}
-    records = [record(number, images[number:number + 1]) for number in range(3)]
+    features = {
+        path: torch.full((1, 16, 24), float(number)) for number, path in enumerate(images[:2])
+    }
+    records = [record(number, images[number : number + 1]) for number in range(3)]
     loaded = make(records, chat, shuffle=False, batch_size=3, features=features)[0]
     assert loaded.batch.pixels is None and loaded.samples == 2
     assert loaded.batch.patches[:, 0, 0].tolist() == [0, 1]
@@ -143,37 +165,75 @@ def test_kept_features_take_the_place_of_pixels(chat, images):
 def test_an_unreadable_image_is_skipped_and_named(chat, images, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:60])
-    records = [record(0, images[:1]), record(1, [broken]), record(2, [images[1], broken]), record(3, images[1:2])]
+    records = [
+        record(0, images[:1]),
+        record(1, [broken]),
+        record(2, [images[1], broken]),
+        record(3, images[1:2]),
+    ]
     loaded = make(records, chat, shuffle=False)[0]
-    assert answers(chat, loaded) == ["number 0", "number 3"] and loaded.samples == 2 and len(loaded.batch.pixels) == 2
-    assert [reason.split(": ")[:2] for reason in loaded.skipped] == [[f"data.jsonl:{n}", str(broken)] for n in (1, 2)]
+    assert (
+        answers(chat, loaded) == ["number 0", "number 3"]
+        and loaded.samples == 2
+        and len(loaded.batch.pixels) == 2
+    )
+    assert [reason.split(": ")[:2] for reason in loaded.skipped] == [
+        [f"data.jsonl:{n}", str(broken)] for n in (1, 2)
+    ]
     nothing = make(records[1:3], chat, shuffle=False, batch_size=2)[0]
-    assert nothing.batch is None and nothing.samples == nothing.tokens == 0 and len(nothing.skipped) == 2
+    assert (
+        nothing.batch is None
+        and nothing.samples == nothing.tokens == 0
+        and len(nothing.skipped) == 2
+    )
 
 
 def test_text_is_cut_at_the_end_and_said_to_be(chat, images):
     whole = chat.encode(record(0, images[:1], "word " * 30).messages, [ImageTokens(IMAGE_LENGTH)])
     loaded = make([record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=40)[0]
-    assert loaded.batch.input_ids.tolist() == [whole.input_ids[:40]] and loaded.cut == ["data.jsonl:0"]
+    assert loaded.batch.input_ids.tolist() == [whole.input_ids[:40]] and loaded.cut == [
+        "data.jsonl:0"
+    ]
     assert loaded.batch.targets.tolist() == [label for label in whole.labels[:40] if label >= 0]
-    exactly = make([record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=len(whole.input_ids))[0]
+    exactly = make(
+        [record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=len(whole.input_ids)
+    )[0]
     assert exactly.cut == [] and exactly.batch.input_ids.tolist() == [whole.input_ids]
 
 
 def test_an_image_is_never_cut(chat, images):
-    last = Record("data.jsonl:7", tuple(images[:1]), (Message.parse("user", "a"), Message.parse("assistant", "b"),
-                  Message.parse("user", "c <image>"), Message.parse("assistant", "d")), (), {})
+    last = Record(
+        "data.jsonl:7",
+        tuple(images[:1]),
+        (
+            Message.parse("user", "a"),
+            Message.parse("assistant", "b"),
+            Message.parse("user", "c <image>"),
+            Message.parse("assistant", "d"),
+        ),
+        (),
+        {},
+    )
     encoded = chat.encode(last.messages, [ImageTokens(IMAGE_LENGTH)])
-    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(chat.image_token_id)  # right after the image
+    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(
+        chat.image_token_id
+    )  # right after the image
     for max_length in range(end - IMAGE_LENGTH, end):
         loaded = make([last], chat, batch_size=1, max_length=max_length)[0]
         assert loaded.batch is None
-        assert loaded.skipped == [f"data.jsonl:7: an image lies beyond {max_length} tokens and an image is never cut; "
-                                  "raise --max-length"]
-    assert len(make([last], chat, batch_size=1, max_length=end)[0].batch.image_positions) == IMAGE_LENGTH
+        assert loaded.skipped == [
+            f"data.jsonl:7: an image lies beyond {max_length} tokens and an image is never cut; "
+            "raise --max-length"
+        ]
+    assert (
+        len(make([last], chat, batch_size=1, max_length=end)[0].batch.image_positions)
+        == IMAGE_LENGTH
+    )
 
 
 def test_a_record_without_an_answer_left_is_skipped(chat):
     loaded = make([record(3)], chat, batch_size=1, max_length=5)[0]
     assert loaded.batch is None
-    assert loaded.skipped == ["data.jsonl:3: no word of an answer lies within 5 tokens; raise --max-length"]
+    assert loaded.skipped == [
+        "data.jsonl:3: no word of an answer lies within 5 tokens; raise --max-length"
+    ]

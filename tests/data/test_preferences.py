@@ -18,10 +18,18 @@ from nanovlm.vlm import VisionLanguageModel
 from tests.data.test_records import write
 
 PAIR = {"image": "a.jpg", "prompt": "几个？", "chosen": "三个。", "rejected": "两个。"}
-TURNS = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes."},
-         {"role": "user", "content": "How many?"}]
+TURNS = [
+    {"role": "user", "content": "<image>?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "How many?"},
+]
 SEVERAL = {"image": "a.jpg", "messages": TURNS, "chosen": "Three.", "rejected": "Two."}
-LLAVA = {"conversations": [{"from": "human", "value": "Hi"}], "chosen": "Hello.", "rejected": "No.", "id": 7}
+LLAVA = {
+    "conversations": [{"from": "human", "value": "Hi"}],
+    "chosen": "Hello.",
+    "rejected": "No.",
+    "id": 7,
+}
 
 
 @pytest.fixture
@@ -38,10 +46,20 @@ def test_all_forms_are_read(folder, name):
     pairs, skipped = read_pairs(write(folder / name, [PAIR, SEVERAL, LLAVA, two, placed]))
     assert skipped == []
     assert [pair.messages[-1].content + (pair.rejected,) for pair in pairs] == [
-        ("三个。", "两个。"), ("Three.", "Two."), ("Hello.", "No."), ("三个。", "两个。"), ("三个。", "两个。")]
-    assert pairs[0].messages[0] == Message("user", (IMAGE, "\n几个？")) and pairs[0].images == (folder / "a.jpg",)
+        ("三个。", "两个。"),
+        ("Three.", "Two."),
+        ("Hello.", "No."),
+        ("三个。", "两个。"),
+        ("三个。", "两个。"),
+    ]
+    assert pairs[0].messages[0] == Message("user", (IMAGE, "\n几个？")) and pairs[0].images == (
+        folder / "a.jpg",
+    )
     assert len(pairs[1].messages) == 4 and pairs[2].images == () and pairs[2].extra == {"id": 7}
-    assert pairs[3].messages[0] == Message("user", (IMAGE, IMAGE, "\n几个？")) and len(pairs[3].images) == 2
+    assert (
+        pairs[3].messages[0] == Message("user", (IMAGE, IMAGE, "\n几个？"))
+        and len(pairs[3].images) == 2
+    )
     assert pairs[4].messages[0] == Message("user", ("几个 ", IMAGE, " ？"))
 
 
@@ -55,9 +73,18 @@ BAD = {
     "two prompts": (PAIR | {"messages": TURNS}, "has a prompt and other turns"),
     "a prompt that is a number": (PAIR | {"prompt": 3}, "a user turn has no text"),
     "a missing image": (PAIR | {"image": "c.jpg"}, "c.jpg does not exist"),
-    "more markers than images": (PAIR | {"prompt": "<image><image>"}, "has 2 <image> markers and the record 1 images"),
-    "an answer before the answers": (SEVERAL | {"messages": TURNS[:2]}, "the turn before the answers is not the user's"),
-    "no turns": ({"messages": [], "chosen": "a", "rejected": "b"}, "the turn before the answers is not the user's"),
+    "more markers than images": (
+        PAIR | {"prompt": "<image><image>"},
+        "has 2 <image> markers and the record 1 images",
+    ),
+    "an answer before the answers": (
+        SEVERAL | {"messages": TURNS[:2]},
+        "the turn before the answers is not the user's",
+    ),
+    "no turns": (
+        {"messages": [], "chosen": "a", "rejected": "b"},
+        "the turn before the answers is not the user's",
+    ),
 }
 
 
@@ -77,15 +104,31 @@ def model(tiny) -> VisionLanguageModel:
 @pytest.fixture(scope="module")
 def pairs(tiny, tmp_path_factory) -> list:
     """Pairs with one image, two and none, of one turn and several, and of unequal lengths."""
-    images = [json.loads(line)["image"] for line in (tiny.data / "train.jsonl").read_text().splitlines()[::9]]
+    images = [
+        json.loads(line)["image"]
+        for line in (tiny.data / "train.jsonl").read_text().splitlines()[::9]
+    ]
     entries = []
     for number, image in enumerate(images):
         entries += [
-            {"image": image, "prompt": "描述图片", "chosen": "三个。" * (number + 1), "rejected": "三个圆形。"},
-            {"image": [image, images[0]], "prompt": "<image> or <image>?", "chosen": "a", "rejected": "b" * number or "c"},
+            {
+                "image": image,
+                "prompt": "描述图片",
+                "chosen": "三个。" * (number + 1),
+                "rejected": "三个圆形。",
+            },
+            {
+                "image": [image, images[0]],
+                "prompt": "<image> or <image>?",
+                "chosen": "a",
+                "rejected": "b" * number or "c",
+            },
             {"prompt": "你好", "chosen": "a", "rejected": "ab"},
-            SEVERAL | {"image": image}]
-    return read_pairs(write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", entries), tiny.data)[0]
+            SEVERAL | {"image": image},
+        ]
+    return read_pairs(write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", entries), tiny.data)[
+        0
+    ]
 
 
 def make(model: VisionLanguageModel, records, kind=PairBatches, **settings) -> Batches:
@@ -100,17 +143,27 @@ def expected(model: VisionLanguageModel, record) -> list[float]:
     for text in (record.messages[-1].content[0], record.rejected):
         messages = (*record.messages[:-1], Message("assistant", (text,)))
         loaded = make(model, [dataclasses.replace(record, messages=messages)], Batches)[0].batch
-        logits = model.decoder(loaded.input_ids) if loaded.pixels is None else model.decoder.logits(
-            model.decoder.hidden_states(model.embed(loaded)))
+        logits = (
+            model.decoder(loaded.input_ids)
+            if loaded.pixels is None
+            else model.decoder.logits(model.decoder.hidden_states(model.embed(loaded)))
+        )
         answer = model.tokenizer.encode(text) + [model.chat.end_of_turn_id]
         end = loaded.input_ids.shape[1]  # the plain template puts nothing after it
-        assert loaded.input_ids[0, end - len(answer):].tolist() == answer
+        assert loaded.input_ids[0, end - len(answer) :].tolist() == answer
         places = range(end - len(answer), end)
-        sums.append(sum(float(logits[0, place - 1].log_softmax(-1)[token]) for place, token in zip(places, answer)))
+        sums.append(
+            sum(
+                float(logits[0, place - 1].log_softmax(-1)[token])
+                for place, token in zip(places, answer)
+            )
+        )
     return sums
 
 
-@pytest.mark.parametrize("mode", [{}, {"bucket": 3}, {"pack": 200}, {"pack": 200, "bucket": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, {"bucket": 3}, {"pack": 200}, {"pack": 200, "bucket": 2}], ids=str
+)
 def test_a_pair_in_one_row_has_the_log_probabilities_of_rows_of_its_own(model, pairs, mode):
     right = {record.where: expected(model, record) for record in pairs}
     seen = []
@@ -120,7 +173,9 @@ def test_a_pair_in_one_row_has_the_log_probabilities_of_rows_of_its_own(model, p
         assert type(loaded.batch) is PairBatch and len(loaded.batch.lengths) == 2 * loaded.samples
         with torch.no_grad():
             ours = answer_log_probabilities(model, loaded.batch)
-        torch.testing.assert_close(ours, torch.tensor([right[where] for where in loaded.records]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours, torch.tensor([right[where] for where in loaded.records]), atol=1e-5, rtol=1e-5
+        )
         seen += loaded.records
     assert sorted(seen) == sorted(right)
 
@@ -140,28 +195,40 @@ def test_only_the_last_answer_is_labelled(model, pairs):
 def test_targets_go_through_the_head_and_nothing_else_does(model, pairs):
     batch = make(model, pairs)[0].batch
     shapes = []
-    model(batch, lambda hidden, *rest: shapes.append(hidden.shape) or token_log_probabilities(hidden, *rest))
+    model(
+        batch,
+        lambda hidden, *rest: shapes.append(hidden.shape) or token_log_probabilities(hidden, *rest),
+    )
     assert shapes == [(int(batch.lengths.sum()), 16)]
 
 
 def test_what_is_too_long_is_cut_or_skipped_and_named(model, pairs):
-    record = dataclasses.replace(pairs[2], messages=(pairs[2].messages[0], Message("assistant", ("a" * 300,))))
+    record = dataclasses.replace(
+        pairs[2], messages=(pairs[2].messages[0], Message("assistant", ("a" * 300,)))
+    )
     loaded = make(model, [record], max_length=60)[0]
     assert loaded.cut == [record.where] and loaded.samples == 1
     alike = dataclasses.replace(record, rejected="a" * 300 + "b")
     (reason,) = make(model, [alike], max_length=60)[0].skipped
-    assert reason == f"{record.where}: chosen and rejected are the same up to 60 tokens; raise --max-length"
+    assert (
+        reason
+        == f"{record.where}: chosen and rejected are the same up to 60 tokens; raise --max-length"
+    )
     (reason,) = make(model, [record], pack=200)[0].skipped
     assert "raise --pack" in reason
 
 
 def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, pairs):
     batches = make(model, pairs, shuffle=True, seed=1)
-    batches.reference = {record.where: (-float(number), -number - 0.5) for number, record in enumerate(pairs)}
+    batches.reference = {
+        record.where: (-float(number), -number - 0.5) for number, record in enumerate(pairs)
+    }
     (loaded,) = list(batches.loader(1, 2, workers=1))
     numbers = [[record.where for record in pairs].index(where) for where in loaded.records]
     batch = loaded.batch.to("cpu")
-    assert type(batch) is PairBatch and batch.reference.tolist() == [[-number, -number - 0.5] for number in numbers]
+    assert type(batch) is PairBatch and batch.reference.tolist() == [
+        [-number, -number - 0.5] for number in numbers
+    ]
     del batches.reference[pairs[0].where]
     (reason,) = [reason for number in range(len(batches)) for reason in batches[number].skipped]
     assert "could not be read when the reference" in reason

@@ -12,13 +12,28 @@ from nanovlm.chat import IMAGE, Message
 from nanovlm.data.records import check_skipped, parse_record, read_records, record_files
 from nanovlm.errors import NanoVLMError
 
-LLAVA = {"id": 7, "image": "a.jpg", "conversations": [
-    {"from": "human", "value": "<image>\n几个？"}, {"from": "gpt", "value": "三个"}]}
-MESSAGES = {"images": ["a.jpg", "b.jpg"], "messages": [
-    {"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image> or <image>?"},
-    {"role": "assistant", "content": "The first <image>."}]}
+LLAVA = {
+    "id": 7,
+    "image": "a.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\n几个？"},
+        {"from": "gpt", "value": "三个"},
+    ],
+}
+MESSAGES = {
+    "images": ["a.jpg", "b.jpg"],
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "<image> or <image>?"},
+        {"role": "assistant", "content": "The first <image>."},
+    ],
+}
 TEXT = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hi"}]}
-QUESTION = {"image": ["a.jpg"], "messages": [{"role": "user", "content": "<image>?"}], "references": ["a", "b"]}
+QUESTION = {
+    "image": ["a.jpg"],
+    "messages": [{"role": "user", "content": "<image>?"}],
+    "references": ["a", "b"],
+}
 ALL = [LLAVA, MESSAGES, TEXT, QUESTION]
 
 
@@ -34,7 +49,10 @@ def write(path: Path, entries: list[Any]) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
     else:
-        lines = [entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False) for entry in entries]
+        lines = [
+            entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+            for entry in entries
+        ]
         path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
@@ -46,12 +64,22 @@ def test_both_forms_are_read(folder, name):
     llava, messages, text, question = records
     assert llava.messages == (Message("user", (IMAGE, "\n几个？")), Message("assistant", ("三个",)))
     assert llava.images == (folder / "a.jpg",) and llava.references == ()
-    assert messages.messages == (Message("system", ("Be kind.",)), Message("user", (IMAGE, " or ", IMAGE, "?")),
-                                 Message("assistant", ("The first <image>.",)))
+    assert messages.messages == (
+        Message("system", ("Be kind.",)),
+        Message("user", (IMAGE, " or ", IMAGE, "?")),
+        Message("assistant", ("The first <image>.",)),
+    )
     assert messages.images == (folder / "a.jpg", folder / "b.jpg")
-    assert text.images == () and question.references == ("a", "b") and question.extra == {} and llava.extra == {"id": 7}
+    assert (
+        text.images == ()
+        and question.references == ("a", "b")
+        and question.extra == {}
+        and llava.extra == {"id": 7}
+    )
     separator = ":" if name.endswith("jsonl") else ": record "
-    assert [record.where for record in records] == [f"{folder / name}{separator}{number}" for number in (1, 2, 3, 4)]
+    assert [record.where for record in records] == [
+        f"{folder / name}{separator}{number}" for number in (1, 2, 3, 4)
+    ]
 
 
 def test_images_may_lie_elsewhere(folder, tmp_path):
@@ -66,12 +94,19 @@ def test_images_may_lie_elsewhere(folder, tmp_path):
 
 def test_line_numbers_count_blank_lines_and_a_byte_order_mark_is_no_text(folder):
     path = folder / "data.jsonl"
-    path.write_text("\ufeff" + json.dumps(TEXT) + "\n\n  \n" + json.dumps(LLAVA) + "\n\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff" + json.dumps(TEXT) + "\n\n  \n" + json.dumps(LLAVA) + "\n\n", encoding="utf-8"
+    )
     assert [record.where for record in read_records(path)[0]] == [f"{path}:1", f"{path}:4"]
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(folder):
-    entry = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]}
+    entry = {
+        "messages": [
+            {"role": "user", "content": "a\u2028b\x85c"},
+            {"role": "assistant", "content": "d"},
+        ]
+    }
     records, _ = read_records(write(folder / "data.jsonl", [entry, TEXT]))
     assert records[0].messages[0].content == ("a\u2028b\x85c",) and records[1].where.endswith(":2")
 
@@ -91,21 +126,57 @@ BAD = {
     "a missing image": (LLAVA | {"image": "c.jpg"}, "c.jpg does not exist"),
     "a folder as image": (LLAVA | {"image": "."}, "does not exist"),
     "an image that is a number": (LLAVA | {"image": 3}, "image is not a path or a list of paths"),
-    "a list with a number": (LLAVA | {"image": ["a.jpg", 3]}, "image is not a path or a list of paths"),
-    "more markers than images": (MESSAGES | {"images": ["a.jpg"]}, "has 2 <image> markers and the record 1 images"),
-    "more images than markers": (TEXT | {"image": "a.jpg"}, "the text has 0 <image> markers and the record 1 images"),
-    "an unknown role": (turns(("user", "a"), ("tool", "b")), "a turn has role = 'tool', expected user or assistant"),
-    "a role of the other form": (turns(("human", "a"), ("assistant", "b")), "a turn has role = 'human'"),
-    "an unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "from = 'bot', expected human or gpt"),
-    "a speaker that is a list": ({"conversations": [{"from": ["human"], "value": "a"}]}, "from = ['human'], expected human or gpt"),
+    "a list with a number": (
+        LLAVA | {"image": ["a.jpg", 3]},
+        "image is not a path or a list of paths",
+    ),
+    "more markers than images": (
+        MESSAGES | {"images": ["a.jpg"]},
+        "has 2 <image> markers and the record 1 images",
+    ),
+    "more images than markers": (
+        TEXT | {"image": "a.jpg"},
+        "the text has 0 <image> markers and the record 1 images",
+    ),
+    "an unknown role": (
+        turns(("user", "a"), ("tool", "b")),
+        "a turn has role = 'tool', expected user or assistant",
+    ),
+    "a role of the other form": (
+        turns(("human", "a"), ("assistant", "b")),
+        "a turn has role = 'human'",
+    ),
+    "an unknown speaker": (
+        {"conversations": [{"from": "bot", "value": "a"}]},
+        "from = 'bot', expected human or gpt",
+    ),
+    "a speaker that is a list": (
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        "from = ['human'], expected human or gpt",
+    ),
     "a turn that is text": ({"messages": ["hi"]}, "a turn has role = None"),
-    "no text": (turns(("user", "a"), ("assistant", None)), "a assistant turn has no text in 'content'"),
-    "blank text": (turns(("user", " \n"), ("assistant", "b")), "a user turn has no text in 'content'"),
+    "no text": (
+        turns(("user", "a"), ("assistant", None)),
+        "a assistant turn has no text in 'content'",
+    ),
+    "blank text": (
+        turns(("user", " \n"), ("assistant", "b")),
+        "a user turn has no text in 'content'",
+    ),
     "text that is a number": (turns(("user", 3), ("assistant", "b")), "a user turn has no text"),
     "no answer": (turns(("user", "a")), "the last turn is not the assistant's"),
-    "references after an answer": (TEXT | {"references": ["a"]}, "has to end with the user's question"),
-    "references that are text": (QUESTION | {"references": "a"}, "references is not a list of texts"),
-    "a reference that is a number": (QUESTION | {"references": [3]}, "references is not a list of texts"),
+    "references after an answer": (
+        TEXT | {"references": ["a"]},
+        "has to end with the user's question",
+    ),
+    "references that are text": (
+        QUESTION | {"references": "a"},
+        "references is not a list of texts",
+    ),
+    "a reference that is a number": (
+        QUESTION | {"references": [3]},
+        "references is not a list of texts",
+    ),
 }
 
 
@@ -119,7 +190,9 @@ def test_a_bad_record_is_skipped_and_named_with_its_line(folder, entry, reason):
 
 def test_above_one_percent_the_run_stops_with_the_list(folder):
     bad = [LLAVA | {"image": f"{number}.jpg"} for number in range(60)]
-    assert len(read_records(write(folder / "data.jsonl", [TEXT] * 5940 + bad))[1]) == 60  # exactly one percent
+    assert (
+        len(read_records(write(folder / "data.jsonl", [TEXT] * 5940 + bad))[1]) == 60
+    )  # exactly one percent
     path = write(folder / "data.jsonl", [TEXT] * 5939 + bad)
     with pytest.raises(NanoVLMError) as caught:
         read_records(path)
@@ -135,13 +208,18 @@ def test_check_skipped_counts_against_all():
         check_skipped(["a"], 99)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("data.jsonl", b"", "holds no records"), ("data.jsonl", b"\n \n", "holds no records"),
-    ("data.json", b"", "holds no records"), ("data.json", b"[]", "holds no records"),
-    ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
-    ("data.json", b"[1, ", "is not a JSON list of records"),
-    ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("data.jsonl", b"", "holds no records"),
+        ("data.jsonl", b"\n \n", "holds no records"),
+        ("data.json", b"", "holds no records"),
+        ("data.json", b"[]", "holds no records"),
+        ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
+        ("data.json", b"[1, ", "is not a JSON list of records"),
+        ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
+    ],
+)
 def test_a_file_without_records_is_refused(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(NanoVLMError, match=f"{name}: {message}"):
@@ -149,7 +227,9 @@ def test_a_file_without_records_is_refused(folder, name, content, message):
 
 
 def test_a_missing_file_is_named(folder):
-    with pytest.raises(NanoVLMError, match="none.jsonl: cannot be read .No such file or directory.; check the path"):
+    with pytest.raises(
+        NanoVLMError, match="none.jsonl: cannot be read .No such file or directory.; check the path"
+    ):
         read_records(folder / "none.jsonl")
 
 
@@ -161,12 +241,16 @@ def test_parse_record_names_the_place_it_is_given(folder):
 def test_several_files_are_one_list_of_records(folder):
     for name in ("b-2.jsonl", "b-1.jsonl", "a.jsonl"):
         write(folder / name, [TEXT, LLAVA])
-    pattern, listed = folder / "b-*.jsonl", f"{folder}/b-2.jsonl, {folder}/a.jsonl,{folder}/b-*.jsonl"
+    pattern, listed = (
+        folder / "b-*.jsonl",
+        f"{folder}/b-2.jsonl, {folder}/a.jsonl,{folder}/b-*.jsonl",
+    )
     assert record_files(pattern) == [folder / "b-1.jsonl", folder / "b-2.jsonl"]
     assert record_files(listed) == [folder / "a.jsonl", folder / "b-1.jsonl", folder / "b-2.jsonl"]
     records, skipped = read_records(pattern)
-    assert skipped == [] and [record.where for record in records] == [f"{folder}/b-{shard}.jsonl:{line}" for shard in (1, 2)
-                                                                      for line in (1, 2)]
+    assert skipped == [] and [record.where for record in records] == [
+        f"{folder}/b-{shard}.jsonl:{line}" for shard in (1, 2) for line in (1, 2)
+    ]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_or_a_list_is_that_file(folder):
@@ -201,8 +285,11 @@ def test_images_in_tar_files(folder):
             tar.addfile(member, io.BytesIO())
     records, _ = read_records(write(folder / "data.jsonl", [LLAVA | {"image": "x.tar::a.jpg"}]))
     assert records[0].images == (folder / "x.tar::a.jpg",)
-    for name, reason in (("x.tar::b.jpg", "the archive has no such member"), ("x.tar::link.jpg", "is a link"),
-                         ("y.tar::a.jpg", "the archive cannot be read")):
+    for name, reason in (
+        ("x.tar::b.jpg", "the archive has no such member"),
+        ("x.tar::link.jpg", "is a link"),
+        ("y.tar::a.jpg", "the archive cannot be read"),
+    ):
         with pytest.raises(NanoVLMError, match=f"^here: image {folder / name} {reason}"):
             parse_record(LLAVA | {"image": name}, "here", folder)
 

@@ -27,7 +27,14 @@ from tests.test_image import picture
 
 TILES = ImageConfig(28, 28, fit="tiles", max_tiles=3)
 SHAPES = {"square": (60, 60), "wide": (90, 20), "tall": (10, 70), "photo": (64, 48), "dot": (1, 1)}
-GRIDS = {"square": (3, 3), "wide": (1, 3), "tall": (3, 1), "photo": (3, 3), "dot": (3, 3), "turned": (3, 1)}
+GRIDS = {
+    "square": (3, 3),
+    "wide": (1, 3),
+    "tall": (3, 1),
+    "photo": (3, 3),
+    "dot": (3, 3),
+    "turned": (3, 1),
+}
 LENGTH = 4  # visual tokens a picture
 
 
@@ -56,27 +63,43 @@ def images(tmp_path_factory) -> dict[str, Path]:
 
 def record(number: int, *images: Path, answer: str = "") -> Record:
     question = Message("user", (*[part for _ in images for part in (IMAGE, "\n")], "What is left?"))
-    return Record(f"data.jsonl:{number}", images, (question, Message.parse("assistant", answer or f"number {number}")), (), {})
+    return Record(
+        f"data.jsonl:{number}",
+        images,
+        (question, Message.parse("assistant", answer or f"number {number}")),
+        (),
+        {},
+    )
 
 
 def make(model: VisionLanguageModel, records: list[Record], **settings) -> Batches:
     defaults = dict(batch_size=len(records), share=1, max_length=1000, seed=0, shuffle=False)
-    return Batches(records, model.chat, model.config.image, model.image_length, **defaults | settings)
+    return Batches(
+        records, model.chat, model.config.image, model.image_length, **defaults | settings
+    )
 
 
-@pytest.mark.parametrize("names", [[name] for name in GRIDS] + [["wide", "tall"], ["dot", "turned", "wide", "wide"], []])
+@pytest.mark.parametrize(
+    "names", [[name] for name in GRIDS] + [["wide", "tall"], ["dot", "turned", "wide", "wide"], []]
+)
 def test_training_and_asking_take_the_same_ids_and_bytes(model, images, names):
     paths = [images[name] for name in names]
     trained = make(model, [record(0, *paths)])[0].batch
     opened = [open_image(path) for path in paths]
     tokens = [model.image_tokens(*image.size) for image in opened]
     assert tokens == [ImageTokens(LENGTH, *GRIDS[name]) for name in names]
-    prompt = model.chat.encode(record(0, *paths).messages[:1], tokens, add_generation_prompt=True).input_ids
-    assert trained.input_ids[0, :len(prompt)].tolist() == prompt
+    prompt = model.chat.encode(
+        record(0, *paths).messages[:1], tokens, add_generation_prompt=True
+    ).input_ids
+    assert trained.input_ids[0, : len(prompt)].tolist() == prompt
     pictures = sum(image.pictures for image in tokens)
-    assert len(trained.image_positions) == prompt.count(model.chat.image_token_id) == LENGTH * pictures
+    assert (
+        len(trained.image_positions) == prompt.count(model.chat.image_token_id) == LENGTH * pictures
+    )
     if names:
-        assert torch.equal(trained.pixels, torch.cat([image_pixels(image, TILES) for image in opened]))
+        assert torch.equal(
+            trained.pixels, torch.cat([image_pixels(image, TILES) for image in opened])
+        )
         assert len(trained.pixels) == pictures
     assert model(trained).isfinite()
 
@@ -91,7 +114,11 @@ def test_the_evaluation_asks_with_them_too(model, images, monkeypatch):
     assert [len(batch.pixels) for batch in batches] == [4 + 10 + 4] * 2
     for batch in batches:
         assert len(batch.image_positions) == LENGTH * len(batch.pixels)
-    own = [int((row == model.chat.image_token_id).sum()) // LENGTH for batch in batches for row in batch.input_ids]
+    own = [
+        int((row == model.chat.image_token_id).sum()) // LENGTH
+        for batch in batches
+        for row in batch.input_ids
+    ]
     assert own[:3] == [4, 14, 0] and own[3:] in ([4, 14, 0], [10, 8, 0])
 
 
@@ -100,24 +127,33 @@ def test_kept_features_give_the_same_loss(model, images, tmp_path):
     records = [record(number, path) for number, path in enumerate(images.values())]
     features = encode_images(model, images.values(), Precision(torch.float32, torch.device("cpu")))
     assert {name: len(features[path]) for name, path in images.items()} == {
-        name: rows * columns + 1 for name, (rows, columns) in GRIDS.items()}
+        name: rows * columns + 1 for name, (rows, columns) in GRIDS.items()
+    }
     kept, seen = make(model, records, features=features)[0].batch, make(model, records)[0].batch
     assert kept.pixels is None and kept.patches.shape == (len(seen.pixels), 16, 24)
     assert float(model(kept)) == pytest.approx(float(model(seen)), rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", [dict(share=4), dict(pack=900), dict(pack=900, share=4), dict(bucket=2, batch_size=6)])
+@pytest.mark.parametrize(
+    "layout", [dict(share=4), dict(pack=900), dict(pack=900, share=4), dict(bucket=2, batch_size=6)]
+)
 @torch.inference_mode()
 def test_rows_that_are_shared_packed_or_sorted_have_the_same_loss(model, images, layout):
-    records = [record(number, images[name], answer=f"the {number}. circle") for number, name in enumerate(
-        ["wide"] * 4 + ["square"] * 2 + ["tall"] * 3)] + [record(9, images["tall"], images["wide"]), record(10), record(11)]
+    records = [
+        record(number, images[name], answer=f"the {number}. circle")
+        for number, name in enumerate(["wide"] * 4 + ["square"] * 2 + ["tall"] * 3)
+    ] + [record(9, images["tall"], images["wide"]), record(10), record(11)]
     plain = make(model, records)[0]
     batches = make(model, records, **{"bucket": 1} | layout)
     laid_out = [batches[number] for number in range(layout.get("bucket", 1))]
-    assert sum(loaded.samples for loaded in laid_out) == 12 and not any(loaded.skipped for loaded in laid_out)
+    assert sum(loaded.samples for loaded in laid_out) == 12 and not any(
+        loaded.skipped for loaded in laid_out
+    )
     for loaded in laid_out:
         assert len(loaded.batch.image_positions) == LENGTH * len(loaded.batch.pixels)
-    assert sum(float(model(loaded.batch)) for loaded in laid_out) == pytest.approx(float(model(plain.batch)), rel=1e-5)
+    assert sum(float(model(loaded.batch)) for loaded in laid_out) == pytest.approx(
+        float(model(plain.batch)), rel=1e-5
+    )
     if layout.get("share"):
         assert sum(len(loaded.batch.pixels) for loaded in laid_out) < len(plain.batch.pixels)
 
@@ -127,7 +163,10 @@ def test_an_image_is_never_cut_between_its_tiles(model, images):
     end = int(batch.image_positions[-1]) + 1
     for limit in (end - 1, end - LENGTH, int(batch.image_positions[0]) + 1):
         loaded = make(model, [record(0, images["wide"])], max_length=limit)[0]
-        assert loaded.batch is None and "an image is never cut; raise --max-length" in loaded.skipped[0]
+        assert (
+            loaded.batch is None
+            and "an image is never cut; raise --max-length" in loaded.skipped[0]
+        )
 
 
 def test_an_unreadable_image_is_skipped_and_named(model, images, tmp_path):
@@ -135,12 +174,19 @@ def test_an_unreadable_image_is_skipped_and_named(model, images, tmp_path):
     header.write_bytes(images["photo"].read_bytes()[:20])
     rest.write_bytes(images["photo"].read_bytes()[:-2000])
     missing = Path(str(images["turned"]).replace("turned", "missing"))
-    records = [record(0, images["photo"]), record(1, header), record(2, rest), record(3, images["wide"], missing)]
+    records = [
+        record(0, images["photo"]),
+        record(1, header),
+        record(2, rest),
+        record(3, images["wide"], missing),
+    ]
     for layout in (dict(), dict(pack=1000), dict(bucket=1, share=2)):
         loaded = make(model, records, **layout)[0]
         assert loaded.records == ["data.jsonl:0"] and len(loaded.batch.pixels) == 10
         assert sorted(reason.split(": ")[:2] for reason in loaded.skipped) == [
-            [f"data.jsonl:{number}", str(path)] for number, path in ((1, header), (2, rest), (3, missing))]
+            [f"data.jsonl:{number}", str(path)]
+            for number, path in ((1, header), (2, rest), (3, missing))
+        ]
 
 
 def test_sizes_are_read_from_headers_and_only_for_tiles(model, images, monkeypatch):
@@ -168,7 +214,13 @@ def test_a_folder_keeps_its_tiles(model, images, tmp_path):
     again = VisionLanguageModel.from_pretrained(tmp_path)
     assert again.config.image == TILES and again.image_tokens(90, 20) == ImageTokens(LENGTH, 1, 3)
     assert again.max_image_length == 10 * LENGTH
-    rows = [Row.of(again.chat.encode([Message("user", (IMAGE,))], [ImageTokens(LENGTH, 1, 3)], add_generation_prompt=True))]
+    rows = [
+        Row.of(
+            again.chat.encode(
+                [Message("user", (IMAGE,))], [ImageTokens(LENGTH, 1, 3)], add_generation_prompt=True
+            )
+        )
+    ]
     batch = collate(rows, again.chat.image_token_id)
     batch.pixels = image_pixels(open_image(images["wide"]), TILES)
     assert generate(again, batch, 3) == generate(model, batch, 3)

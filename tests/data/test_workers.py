@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with fewer cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # on a machine with fewer cores
 
 
 class Processes(Dataset):
@@ -38,7 +40,9 @@ def test_signals_are_left_to_the_parent():
 
 
 def test_a_worker_that_dies_is_said_in_one_line_where_its_item_is_asked_for(monkeypatch, capfd):
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds it waits for the others to end
+    monkeypatch.setattr(
+        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1
+    )  # seconds it waits for the others to end
     items = prepare_ahead(Processes(deadly=8), 0, 20, workers=2)
     next(items)
     with pytest.raises(NanoVLMError) as caught:
@@ -46,7 +50,9 @@ def test_a_worker_that_dies_is_said_in_one_line_where_its_item_is_asked_for(monk
             for _ in range(10):  # nothing raises here, though a worker may be dead by now
                 time.sleep(0.001)
             next(items)
-    assert "a process that prepares batches died" in str(caught.value) and "\n" not in str(caught.value)
+    assert "a process that prepares batches died" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
     assert "--workers" in str(caught.value) and "Traceback" not in capfd.readouterr().err
 
 
@@ -67,10 +73,18 @@ def test_without_workers_items_are_made_here():
 def test_workers_end_with_their_parent_though_they_heed_no_signal(tmp_path):
     """Also where something, such as a traceback, keeps the loader alive until Python exits."""
     script = tmp_path / "script.py"
-    script.write_text("import os, sys\nfrom nanovlm.data.workers import prepare_ahead\n"
-                      "from tests.data.test_workers import Processes\n"
-                      "items = prepare_ahead(Processes(), 0, 100, workers=1)\n"
-                      "next(items)\nsys.exit(3)\n")
-    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True,
-                          timeout=60, check=False)  # waits until the worker, too, has closed its end of the pipes
+    script.write_text(
+        "import os, sys\nfrom nanovlm.data.workers import prepare_ahead\n"
+        "from tests.data.test_workers import Processes\n"
+        "items = prepare_ahead(Processes(), 0, 100, workers=1)\n"
+        "next(items)\nsys.exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )  # waits until the worker, too, has closed its end of the pipes
     assert done.returncode == 3 and done.stderr == ""

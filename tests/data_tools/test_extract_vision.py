@@ -26,55 +26,92 @@ PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def take_out(call):
     """Run the command: `take_out(folder)` into its folder "eyes"."""
+
     def completed(source: Path, out: Path | None = None) -> subprocess.CompletedProcess[str]:
         return call(extract_vision.main, source, "--out", out or source / "eyes")
+
     return completed
 
 
 @pytest.fixture
 def fails(take_out):
     """It ends in one line with these words, and writes no weights."""
+
     def refused(source: Path, message: str) -> None:
         done = take_out(source)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
         assert not (source / "eyes" / "model.safetensors").exists()
+
     return refused
 
 
 def rename(folder: Path, change) -> None:
     """Give the tensors of a folder other names, as other versions of the library wrote them."""
     file = SafetensorsFile(folder / "model.safetensors")
-    save_file({change(name): file.tensor(name) for name in file.keys()}, folder / "model.safetensors")
+    save_file(
+        {change(name): file.tensor(name) for name in file.keys()}, folder / "model.safetensors"
+    )
 
 
-@pytest.mark.parametrize("model_type, text", [
-    ("siglip", "logit_bias, logit_scale, text_model"), ("clip", "logit_scale, text_model"), ("llava", "language_model"),
-    ("smolvlm", "lm_head, model.connector, model.text_model"), ("idefics3", "lm_head, model.connector, model.text_model")])
+@pytest.mark.parametrize(
+    "model_type, text",
+    [
+        ("siglip", "logit_bias, logit_scale, text_model"),
+        ("clip", "logit_scale, text_model"),
+        ("llava", "language_model"),
+        ("smolvlm", "lm_head, model.connector, model.text_model"),
+        ("idefics3", "lm_head, model.connector, model.text_model"),
+    ],
+)
 @torch.inference_mode()
 def test_the_tower_of_a_whole_model(model_type, text, tmp_path, take_out):
     reference = whole_model(tmp_path, model_type)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor"})
+    )
     taken, left = take_out(tmp_path).stderr.splitlines()
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
     torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
-    assert read_json(tmp_path / "eyes" / "preprocessor_config.json") == {"image_processor_type": "ViTImageProcessor"}
+    assert read_json(tmp_path / "eyes" / "preprocessor_config.json") == {
+        "image_processor_type": "ViTImageProcessor"
+    }
     tensors = SafetensorsFile(tmp_path / "eyes" / "model.safetensors").keys()
     assert f"{len(tensors)} tensors, 0.1 MB" in taken and text in left
-    for name, model_class in (("siglip", SiglipVisionModel), ("clip", CLIPVisionModel), ("llava", CLIPVisionModel)):
+    for name, model_class in (
+        ("siglip", SiglipVisionModel),
+        ("clip", CLIPVisionModel),
+        ("llava", CLIPVisionModel),
+    ):
         if name == model_type:  # what comes out is a hub folder for others too
             theirs = model_class.from_pretrained(tmp_path / "eyes")
-            torch.testing.assert_close(ours(PIXELS), theirs(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                ours(PIXELS), theirs(PIXELS).last_hidden_state, atol=1e-5, rtol=0
+            )
 
 
-@pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."],
+)
 @torch.inference_mode()
 def test_every_name_that_llavas_tower_has_had(prefix, tmp_path, take_out):
     reference = whole_model(tmp_path, "llava")
-    rename(tmp_path, lambda name: prefix + name.removeprefix("vision_tower.") if name.startswith("vision_tower.") else name)
+    rename(
+        tmp_path,
+        lambda name: (
+            prefix + name.removeprefix("vision_tower.")
+            if name.startswith("vision_tower.")
+            else name
+        ),
+    )
     assert take_out(tmp_path).returncode == 0
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
-    torch.testing.assert_close(ours.patches(PIXELS, -2), reference(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:],
-                               atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.patches(PIXELS, -2),
+        reference(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:],
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 @torch.inference_mode()
@@ -102,13 +139,22 @@ def qwen_vl(folder: Path) -> dict[str, Tensor]:
     tensors = {name: file.tensor(name) for name in file.keys()}
     eyes = [name for name in tensors if name.startswith("transformer.visual.")]
     visual = {**read_json(FIXTURE.with_suffix(".json"))["visual"], "image_start_id": 151857}
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "hidden_size": 8, "visual": visual}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen", "hidden_size": 8, "visual": visual})
+    )
     places = {"transformer.wte.weight": 1}
     for number, names in ((2, eyes[::2]), (3, eyes[1::2])):
         places |= dict.fromkeys(names, number)
-        torch.save({name: tensors[name] for name in names}, folder / f"pytorch_model-0000{number}-of-00003.bin")
-    weight_map = {name: f"pytorch_model-0000{number}-of-00003.bin" for name, number in places.items()}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        torch.save(
+            {name: tensors[name] for name in names},
+            folder / f"pytorch_model-0000{number}-of-00003.bin",
+        )
+    weight_map = {
+        name: f"pytorch_model-0000{number}-of-00003.bin" for name, number in places.items()
+    }
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return tensors
 
 
@@ -118,9 +164,15 @@ def test_qwen_vl(tmp_path, take_out):
     done = take_out(tmp_path)
     assert done.returncode == 0
     ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
-    torch.testing.assert_close(ours(tensors["fixture.pixels_112"]), tensors["fixture.pooled_112"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        ours(tensors["fixture.pixels_112"]), tensors["fixture.pooled_112"], atol=2e-5, rtol=0
+    )
     image = ImageConfig.from_hf(read_json(tmp_path / "eyes" / "preprocessor_config.json"))
-    assert (image.height, image.fit, image.resample) == (56, "squash", "bicubic")  # the release: 448
+    assert (image.height, image.fit, image.resample) == (
+        56,
+        "squash",
+        "bicubic",
+    )  # the release: 448
     assert image.mean == (0.48145466, 0.4578275, 0.40821073)
     assert "1 tensors (transformer.wte)" in done.stderr
 
@@ -169,13 +221,18 @@ def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, take_ou
     assert not (tmp_path / "eyes" / "model.safetensors").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read as Linux tells it")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak is read as Linux tells it"
+)
 def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
     """What a process needs at most that takes 3 MB of eyes from 250 MB of pickles."""
     qwen_vl(tmp_path)
     index = read_json(tmp_path / "pytorch_model.bin.index.json")
     shard = tmp_path / "pytorch_model-00002-of-00003.bin"
-    torch.save(torch.load(shard, weights_only=True) | {"transformer.wte.weight": torch.ones(60, 2**20)}, shard)
+    torch.save(
+        torch.load(shard, weights_only=True) | {"transformer.wte.weight": torch.ones(60, 2**20)},
+        shard,
+    )
     index["weight_map"]["transformer.wte.weight"] = shard.name
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     code = """
@@ -187,6 +244,11 @@ before = peak()
 extract_vision.extract(Path(sys.argv[1]), Path(sys.argv[1]) / "eyes")
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True,
-                            check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert 0 < int(result.stdout) * 1024 < 160e6  # 80 MB are what the first call imports

@@ -18,7 +18,16 @@ from data_tools.scenes_world import HELD_OUT_PAIRS, RGB, TRAIN_PAIRS, Scene, dra
 from nanovlm.errors import NanoVLMError
 
 # Written out again, so that the tests do not read the records with the tables that wrote them.
-COLOURS = dict(red="红色", orange="橙色", yellow="黄色", green="绿色", blue="蓝色", purple="紫色", white="白色", black="黑色")
+COLOURS = dict(
+    red="红色",
+    orange="橙色",
+    yellow="黄色",
+    green="绿色",
+    blue="蓝色",
+    purple="紫色",
+    white="白色",
+    black="黑色",
+)
 SHAPES = dict(circle="圆形", square="正方形", triangle="三角形", star="五角星", diamond="菱形", ring="圆环", cross="十字形",
               heart="心形")  # fmt: skip
 ENGLISH = {chinese: english for table in (COLOURS, SHAPES) for english, chinese in table.items()}
@@ -26,20 +35,28 @@ ENGLISH = {chinese: english for table in (COLOURS, SHAPES) for english, chinese 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_scenes(tmp_path_factory.mktemp("world") / "scenes", scenes=400, eval_scenes=100, seed=7, workers=1)
+    return make_scenes(
+        tmp_path_factory.mktemp("world") / "scenes", scenes=400, eval_scenes=100, seed=7, workers=1
+    )
 
 
 @pytest.fixture(scope="module")
 def records(folder) -> dict[str, list[dict]]:
     return {
-        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        split: [
+            json.loads(line)
+            for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for split in ("train", "val", "novel")
     }
 
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def _turns(record: dict) -> tuple[str, str]:
@@ -51,8 +68,12 @@ def _turns(record: dict) -> tuple[str, str]:
 
 def _pairs_named(text: str) -> set[tuple[str, str]]:
     """(colour, shape) wherever the two stand side by side, in English names."""
-    names = "|".join([*COLOURS.values(), *SHAPES.values(), r"\b" + r"\b|\b".join([*COLOURS, *SHAPES]) + r"\b"])
-    found = [(word.span(), ENGLISH.get(word[0], word[0])) for word in re.finditer(names, text.lower())]
+    names = "|".join(
+        [*COLOURS.values(), *SHAPES.values(), r"\b" + r"\b|\b".join([*COLOURS, *SHAPES]) + r"\b"]
+    )
+    found = [
+        (word.span(), ENGLISH.get(word[0], word[0])) for word in re.finditer(names, text.lower())
+    ]
     return {
         (one, other)
         for ((_, end), one), ((start, _), other) in zip(found, found[1:], strict=False)
@@ -74,7 +95,9 @@ def test_another_seed_gives_other_scenes(tmp_path, folder):
 
 def test_files_are_complete_and_images_are_64_pixels(folder, records):
     for split, count in (("train", 400), ("val", 100), ("novel", 100)):
-        assert {record["image"] for record in records[split]} == {f"images/{split}/{i:06d}.png" for i in range(count)}
+        assert {record["image"] for record in records[split]} == {
+            f"images/{split}/{i:06d}.png" for i in range(count)
+        }
         assert len({record["id"] for record in records[split]}) == len(records[split])
     with Image.open(folder / "images/val/000012.png") as image:
         assert (image.size, image.mode) == ((64, 64), "RGB")
@@ -102,16 +125,26 @@ def test_held_out_pairs_use_each_colour_and_each_shape_once():
 
 
 def test_held_out_pairs_are_neither_shown_nor_named_before_novel(records):
-    assert _pairs_named("图里有红色五角星吗？") == _pairs_named("Is there a red star?") == {("red", "star")}
+    assert (
+        _pairs_named("图里有红色五角星吗？")
+        == _pairs_named("Is there a red star?")
+        == {("red", "star")}
+    )
     for split in ("train", "val"):
         for record in records[split]:
             assert not _pairs_named(" ".join(_turns(record))) & set(HELD_OUT_PAIRS), record
             shown = {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())}
             assert not shown & set(HELD_OUT_PAIRS), record
     for record in records["novel"]:
-        assert {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())} <= set(HELD_OUT_PAIRS)
-    assert {pair for record in records["train"] for pair in _pairs_named(_turns(record)[1])} == set(TRAIN_PAIRS)
-    assert {pair for record in records["novel"] for pair in _pairs_named(_turns(record)[1])} == set(HELD_OUT_PAIRS)
+        assert {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())} <= set(
+            HELD_OUT_PAIRS
+        )
+    assert {pair for record in records["train"] for pair in _pairs_named(_turns(record)[1])} == set(
+        TRAIN_PAIRS
+    )
+    assert {pair for record in records["novel"] for pair in _pairs_named(_turns(record)[1])} == set(
+        HELD_OUT_PAIRS
+    )
 
 
 def _objects(records: list[dict]) -> dict[str, list[dict]]:
@@ -201,17 +234,27 @@ def test_every_answer_is_the_one_the_objects_give(records, split):
         question, answer = _turns(record)
         seen[record["kind"]] += 1
         if record["kind"] == "describe":
-            there = Counter((thing["size"], thing["colour"], thing["shape"]) for thing in record["objects"])
+            there = Counter(
+                (thing["size"], thing["colour"], thing["shape"]) for thing in record["objects"]
+            )
             assert parse_description(answer) == there
-            assert re.search("[一-鿿]", question + answer) is None or re.search("[A-Za-z]", question + answer) is None
+            assert (
+                re.search("[一-鿿]", question + answer) is None
+                or re.search("[A-Za-z]", question + answer) is None
+            )
         else:
-            assert answer == _expected(record["kind"], question, objects[record["image"]]), (question, answer)
+            assert answer == _expected(record["kind"], question, objects[record["image"]]), (
+                question,
+                answer,
+            )
     assert set(seen) == set(KINDS)
 
 
 def test_descriptions_go_from_left_to_right(records):
     for objects in _objects(records["train"]).values():
-        assert all(right["x"] - left["x"] >= 6 for left, right in zip(objects, objects[1:], strict=False))
+        assert all(
+            right["x"] - left["x"] >= 6 for left, right in zip(objects, objects[1:], strict=False)
+        )
         assert len({(thing["colour"], thing["shape"]) for thing in objects}) == len(objects)
 
 
@@ -228,17 +271,26 @@ def test_a_guess_without_the_image_is_seldom_right(records):
     rates = module.blind_rates(records["train"] + records["val"])
     limits = {"describe": 0.1, "what": 0.15, "colour": 0.3, "shape": 0.3, "count": 0.4}
     for kind, rate in rates.items():
-        assert rate <= limits.get(kind, 0.66), (kind, rate)  # a coin, as it falls in a few hundred questions
+        assert rate <= limits.get(kind, 0.66), (
+            kind,
+            rate,
+        )  # a coin, as it falls in a few hundred questions
 
 
 def test_blind_rates_see_through_a_biased_world():
     def record(question: str, answer: str) -> dict:
-        return {"kind": "left_right", "messages": [{"content": f"<image>\n{question}"}, {"content": answer}]}
+        return {
+            "kind": "left_right",
+            "messages": [{"content": f"<image>\n{question}"}, {"content": answer}],
+        }
 
     first_wins = [record("红色圆形和蓝色圆环，哪个更靠左边？", "红色圆形。"), record("白色心形和红色圆形，哪个更靠左边？", "白色心形。"),
                   record("Which is larger, the red ring or the blue heart?", "The red ring.")]  # fmt: skip
     assert module.blind_rates(first_wins) == {"left_right": 1.0}
-    yes_and_no = [record("Is the red ring to the left of the blue heart?", answer) for answer in ("Yes.", "No.")]
+    yes_and_no = [
+        record("Is the red ring to the left of the blue heart?", answer)
+        for answer in ("Yes.", "No.")
+    ]
     assert module.blind_rates(yes_and_no) == {"left_right": 0.5}
 
 
@@ -269,7 +321,9 @@ def test_the_picture_shows_every_object_whole_apart_and_in_its_colour_and_size()
         for blob in blobs:
             assert not (blob[0].any() or blob[-1].any() or blob[:, 0].any() or blob[:, -1].any())
             row, column = np.argwhere(blob).mean(axis=0) + 0.5
-            [thing] = [thing for thing in scene.objects if np.hypot(thing.x - column, thing.y - row) < 2.5]
+            [thing] = [
+                thing for thing in scene.objects if np.hypot(thing.x - column, thing.y - row) < 2.5
+            ]
             colour = np.median(pixels[blob], axis=0)
             assert min(RGB, key=lambda name: np.abs(RGB[name] - colour).sum()) == thing.colour
             areas[thing.shape, thing.size].append(blob.sum())
@@ -330,7 +384,9 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path):
         make_scenes(tmp_path / "photos" / "cat.jpg" / "scenes", scenes=1, eval_scenes=1)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
     (tmp_path / "empty").mkdir()
-    assert (make_scenes(tmp_path / "empty", scenes=1, eval_scenes=1, workers=1) / "world.json").is_file()
+    assert (
+        make_scenes(tmp_path / "empty", scenes=1, eval_scenes=1, workers=1) / "world.json"
+    ).is_file()
 
 
 def test_scenes_with_a_file_missing_are_not_taken_for_complete(tmp_path):
@@ -351,13 +407,29 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_script_runs_from_anywhere_and_complains_in_one_line(tmp_path, command, call):
-    small = ("--scenes", "200", "--eval-scenes", "2", "--workers", "2")  # enough for workers to be started
+    small = (
+        "--scenes",
+        "200",
+        "--eval-scenes",
+        "2",
+        "--workers",
+        "2",
+    )  # enough for workers to be started
     process = command("data_tools/make_scenes.py", *small, cwd=tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == b"", err.decode()
     assert "blind guess" in err.decode()
-    assert len((tmp_path / "data/scenes/train.jsonl").read_text(encoding="utf-8").splitlines()) > 800
-    for wrong in ((*small, "--out", tmp_path / "data/scenes", "--seed", "1"), ("--scenes", "none"), ("--scenes", "0"), ("--unknown",)):
+    assert (
+        len((tmp_path / "data/scenes/train.jsonl").read_text(encoding="utf-8").splitlines()) > 800
+    )
+    for wrong in (
+        (*small, "--out", tmp_path / "data/scenes", "--seed", "1"),
+        ("--scenes", "none"),
+        ("--scenes", "0"),
+        ("--unknown",),
+    ):
         refused = call(module.main, *wrong)
         assert refused.returncode == 2 and refused.stdout == ""
-        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1, refused.stderr
+        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1, (
+            refused.stderr
+        )

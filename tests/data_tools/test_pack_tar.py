@@ -14,7 +14,10 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.vlm import VisionLanguageModel
 from tests.data.test_dataset import assert_same
 
-TEXT = {"id": 3, "messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]}
+TEXT = {
+    "id": 3,
+    "messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}],
+}
 
 
 def lines(path: Path) -> list[dict]:
@@ -31,23 +34,48 @@ def folder(tmp_path) -> Path:
 
 def show(*names: str, **keys) -> dict:
     image = {"images": list(names)} if len(names) > 1 else {"image": names[0]}
-    return {**keys, **image, "conversations": [{"from": "human", "value": "<image>" * len(names)}, {"from": "gpt", "value": "yes"}]}
+    return {
+        **keys,
+        **image,
+        "conversations": [
+            {"from": "human", "value": "<image>" * len(names)},
+            {"from": "gpt", "value": "yes"},
+        ],
+    }
 
 
 def write(folder: Path, entries: list[dict]) -> str:
-    (folder / "in" / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "in" / "data.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries)
+    )
     return str(folder / "in" / "data.jsonl")
 
 
 def test_shards_hold_each_image_once_and_records_as_they_were(folder):
-    entries = [show("a.jpg", id=1, kind="x"), TEXT, show("sub/红.jpg", "a.jpg"), show("c.jpg"), show("a.jpg"), TEXT]
+    entries = [
+        show("a.jpg", id=1, kind="x"),
+        TEXT,
+        show("sub/红.jpg", "a.jpg"),
+        show("c.jpg"),
+        show("a.jpg"),
+        TEXT,
+    ]
     assert pack(write(folder, entries), None, folder / "in", size=2) == 2
     out = folder / "in"
-    expected = [[show("shard-00000.tar::a.jpg", id=1, kind="x"), TEXT, show("shard-00000.tar::sub/红.jpg", "shard-00000.tar::a.jpg")],
-                [show("shard-00001.tar::c.jpg"), show("shard-00000.tar::a.jpg"), TEXT]]
+    expected = [
+        [
+            show("shard-00000.tar::a.jpg", id=1, kind="x"),
+            TEXT,
+            show("shard-00000.tar::sub/红.jpg", "shard-00000.tar::a.jpg"),
+        ],
+        [show("shard-00001.tar::c.jpg"), show("shard-00000.tar::a.jpg"), TEXT],
+    ]
     assert [lines(out / f"shard-0000{number}.jsonl") for number in range(2)] == expected
     with tarfile.open(out / "shard-00000.tar") as tar:
-        assert tar.getnames() == ["a.jpg", "sub/红.jpg"] and tar.extractfile("sub/红.jpg").read() == "sub/红.jpg".encode()
+        assert (
+            tar.getnames() == ["a.jpg", "sub/红.jpg"]
+            and tar.extractfile("sub/红.jpg").read() == "sub/红.jpg".encode()
+        )
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
     records, skipped = read_records(out / "shard-*.jsonl")
     assert len(records) == 6 and skipped == []
@@ -56,17 +84,39 @@ def test_shards_hold_each_image_once_and_records_as_they_were(folder):
 def test_shards_of_shards_hold_the_same_again(folder):
     (folder / "one").mkdir()
     (folder / "two").mkdir()
-    pack(write(folder, [show("a.jpg"), show("sub/红.jpg"), show("c.jpg")]), None, folder / "one", size=1)
+    pack(
+        write(folder, [show("a.jpg"), show("sub/红.jpg"), show("c.jpg")]),
+        None,
+        folder / "one",
+        size=1,
+    )
     assert pack(str(folder / "one" / "*.jsonl"), None, folder / "two", size=9) == 1
     with tarfile.open(folder / "two" / "shard-00000.tar") as tar:
-        assert [tar.extractfile(member).read().decode() for member in tar] == ["a.jpg", "sub/红.jpg", "c.jpg"]
+        assert [tar.extractfile(member).read().decode() for member in tar] == [
+            "a.jpg",
+            "sub/红.jpg",
+            "c.jpg",
+        ]
 
 
 def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
     assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2
     model = VisionLanguageModel.from_pretrained(tiny.model)
-    batches = [Batches(read_records(data)[0], model.chat, model.config.image, model.image_length, batch_size=8, share=4,
-                       max_length=200, seed=0, pack=256, bucket=2) for data in (tiny.data / "train.jsonl", tmp_path / "*.jsonl")]
+    batches = [
+        Batches(
+            read_records(data)[0],
+            model.chat,
+            model.config.image,
+            model.image_length,
+            batch_size=8,
+            share=4,
+            max_length=200,
+            seed=0,
+            pack=256,
+            bucket=2,
+        )
+        for data in (tiny.data / "train.jsonl", tmp_path / "*.jsonl")
+    ]
     for number in range(8):
         folder, tar = (part[number] for part in batches)
         folder.records, tar.records = [], []  # their names differ
@@ -81,7 +131,12 @@ def test_nothing_is_written_of_records_that_cannot_be_used(folder):
 
 
 def test_a_few_bad_records_are_left_out_and_named(folder, capsys):
-    pack(write(folder, [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50), None, folder / "in", size=2)
+    pack(
+        write(folder, [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50),
+        None,
+        folder / "in",
+        size=2,
+    )
     assert len(lines(folder / "in" / "shard-00000.jsonl")) == 100
     assert "data.jsonl:51: image" in capsys.readouterr().err
 
@@ -106,4 +161,6 @@ def test_the_command(folder, call):
     done = call(pack_tar.main, "--data", data, "--out", folder / "shards", "--size", "1")
     assert done.returncode == 0 and "shards: 2 shards" in done.stderr
     again = call(pack_tar.main, "--data", data, "--out", folder / "shards")
-    assert again.returncode == 2 and again.stderr.startswith(f"error: {folder / 'shards'}: holds shards already")
+    assert again.returncode == 2 and again.stderr.startswith(
+        f"error: {folder / 'shards'}: holds shards already"
+    )

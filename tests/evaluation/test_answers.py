@@ -25,13 +25,20 @@ def records(tiny):
 def seen(monkeypatch):
     """Every batch that a model is asked with."""
     batches, generate = [], answers.generate
-    monkeypatch.setattr(answers, "generate", lambda model, batch, *rest: batches.append(batch) or generate(model, batch, *rest))
+    monkeypatch.setattr(
+        answers,
+        "generate",
+        lambda model, batch, *rest: batches.append(batch) or generate(model, batch, *rest),
+    )
     return batches
 
 
 def test_one_answer_a_record_in_order_whatever_the_batches(model, records):
     alone = list(answer_records(model, records[:7], max_new_tokens=5, batch_size=1))
-    assert list(answer_records(model, records[:7], max_new_tokens=5, batch_size=3)) == alone and len(alone) == 7
+    assert (
+        list(answer_records(model, records[:7], max_new_tokens=5, batch_size=3)) == alone
+        and len(alone) == 7
+    )
 
 
 def test_the_answer_itself_is_not_in_the_prompt(model, records, seen):
@@ -43,20 +50,32 @@ def test_the_answer_itself_is_not_in_the_prompt(model, records, seen):
 
 def test_blind_is_the_mean_colour_and_shuffled_is_the_image_of_another_record(model, records, seen):
     for control in ("none", "blind", "shuffled"):
-        list(answer_records(model, records, max_new_tokens=1, batch_size=len(records), control=control))
+        list(
+            answer_records(
+                model, records, max_new_tokens=1, batch_size=len(records), control=control
+            )
+        )
     plain, blind, shuffled = (batch.pixels for batch in seen)
     assert plain.abs().max() > 0 and not blind.any()
     assert all(torch.equal(first.input_ids, seen[0].input_ids) for first in seen)
     assert not any(torch.equal(one, other) for one, other in zip(plain, shuffled, strict=True))
-    assert {tuple(image.flatten().tolist()) for image in plain} == {tuple(image.flatten().tolist()) for image in shuffled}
+    assert {tuple(image.flatten().tolist()) for image in plain} == {
+        tuple(image.flatten().tolist()) for image in shuffled
+    }
     with pytest.raises(NanoVLMError, match="control 'mirrored' is not known"):
         next(answer_records(model, records, control="mirrored"))
 
 
 def test_every_image_is_swapped_once(records):
     others = other_images(records)
-    assert set(others) == set(others.values()) == {path for record in records for path in record.images}
-    assert all(image != other for image, other in others.items()) and others == other_images(records)
+    assert (
+        set(others)
+        == set(others.values())
+        == {path for record in records for path in record.images}
+    )
+    assert all(image != other for image, other in others.items()) and others == other_images(
+        records
+    )
     with pytest.raises(NanoVLMError, match="two images or more"):
         other_images(records[:1])
 
@@ -64,12 +83,20 @@ def test_every_image_is_swapped_once(records):
 def test_score_counts_a_description_in_any_order_and_tells_each_kind(records, capsys):
     right = [references_of(record)[0] for record in records]
     result = score(records, right)
-    assert result["exact"] == 1 and result["bleu_4"] == pytest.approx(1, abs=1e-3) and result["n"] == len(records)
+    assert (
+        result["exact"] == 1
+        and result["bleu_4"] == pytest.approx(1, abs=1e-3)
+        and result["n"] == len(records)
+    )
     told = capsys.readouterr().err
     assert all(kind in told for kind in {record.extra["kind"] for record in records})
     wrong = score(records, ["？"] * len(records))
     assert wrong["exact"] == 0 and wrong["cider_d"] == 0
-    assert wrong.keys() == result.keys() == {"exact", "cider_d", "bleu_4", "chair_i", "chair_s", "n"}
-    assert result["chair_i"] == wrong["chair_i"] == 0  # an answer that names nothing names nothing wrong
+    assert (
+        wrong.keys() == result.keys() == {"exact", "cider_d", "bleu_4", "chair_i", "chair_s", "n"}
+    )
+    assert (
+        result["chair_i"] == wrong["chair_i"] == 0
+    )  # an answer that names nothing names nothing wrong
     questions = [record for record in records if record.extra["kind"] == "count"]
     assert "chair_i" not in score(questions, [references_of(record)[0] for record in questions])

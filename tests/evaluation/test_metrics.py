@@ -22,7 +22,9 @@ def make_corpus(seed: int, photos: int) -> tuple[list[list[str]], list[list[list
     rng = random.Random(seed)
 
     def sentence() -> list[str]:
-        return [chr(ord("a") + min(int(rng.expovariate(0.4)), 25)) for _ in range(rng.randrange(15))]
+        return [
+            chr(ord("a") + min(int(rng.expovariate(0.4)), 25)) for _ in range(rng.randrange(15))
+        ]
 
     references = [[sentence() for _ in range(rng.randint(1, 5))] for _ in range(photos)]
     # Half of the answers repeat a reference with one word dropped, so that long n-grams match too.
@@ -49,14 +51,21 @@ def test_tokenize(text: str, tokens: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "reference"),
-    [("有。", "有"), (" Yes. ", "yes"), ("２个", "2个"), ("红色，圆形", "红色,圆形。"), ("a  red\ncircle .", "A red circle.")],
+    [
+        ("有。", "有"),
+        (" Yes. ", "yes"),
+        ("２个", "2个"),
+        ("红色，圆形", "红色,圆形。"),
+        ("a  red\ncircle .", "A red circle."),
+    ],
 )
 def test_exact_match_forgives_form(answer: str, reference: str) -> None:
     assert exact_match(answer, ["something else", reference])
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference"), [("没有", "有"), ("", "有"), ("红色", "红"), ("redcircle", "red circle"), ("12", "1,2")]
+    ("answer", "reference"),
+    [("没有", "有"), ("", "有"), ("红色", "红"), ("redcircle", "red circle"), ("12", "1,2")],
 )
 def test_exact_match_does_not_forgive_content(answer: str, reference: str) -> None:
     assert not exact_match(answer, [reference])
@@ -67,7 +76,9 @@ def test_scores_equal_frozen_pycocoevalcap(corpus: tuple[int, int]) -> None:
     answers, references = make_corpus(*corpus)
     expected_cider, expected_bleu = FROZEN[corpus]
     assert cider_d(answers, references) == pytest.approx(expected_cider, abs=1e-9)
-    assert [bleu(answers, references, n) for n in (1, 2, 3, 4)] == pytest.approx(expected_bleu, abs=1e-9)
+    assert [bleu(answers, references, n) for n in (1, 2, 3, 4)] == pytest.approx(
+        expected_bleu, abs=1e-9
+    )
 
 
 def test_scores_equal_live_pycocoevalcap() -> None:
@@ -77,9 +88,13 @@ def test_scores_equal_live_pycocoevalcap() -> None:
         answers, references = make_corpus(seed, photos=1 + seed % 9)
         given = {i: [" ".join(answer)] for i, answer in enumerate(answers)}
         expected = {i: [" ".join(tokens) for tokens in group] for i, group in enumerate(references)}
-        assert cider_d(answers, references) == pytest.approx(cider.compute_score(expected, given)[0], abs=1e-9)
+        assert cider_d(answers, references) == pytest.approx(
+            cider.compute_score(expected, given)[0], abs=1e-9
+        )
         bleus = scorer.compute_score(expected, given, verbose=0)[0]
-        assert [bleu(answers, references, n) for n in (1, 2, 3, 4)] == pytest.approx(bleus, abs=1e-9)
+        assert [bleu(answers, references, n) for n in (1, 2, 3, 4)] == pytest.approx(
+            bleus, abs=1e-9
+        )
 
 
 def test_perfect_answers_score_highest() -> None:
@@ -116,23 +131,48 @@ def test_missing_references_are_named(score) -> None:
         score([], [])
 
 
-@pytest.mark.parametrize(("answers", "chair_i", "chair_s"), [
-    (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色圆环。"], 0.0, 0.0),
-    (["图中有两个物体，从左到右是：小的蓝色圆环、大的红色圆形"], 0.0, 0.0),  # order does not count
-    (["图中有一个物体：大的红色圆形。"], 0.0, 0.0),  # leaving one out names nothing wrong
-    (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色心形。"], 0.5, 1.0),
-    (["图中有两个物体，从左到右是：大的红色圆形、大的红色圆形。"], 0.5, 1.0),  # said twice, there once
-    (["There are two objects, from left to right: a big red circle, a small blue ring."], 1.0, 1.0),  # another language
-    (["有。"], 0.0, 0.0), ([""], 0.0, 0.0),  # no object is named
-])
+@pytest.mark.parametrize(
+    ("answers", "chair_i", "chair_s"),
+    [
+        (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色圆环。"], 0.0, 0.0),
+        (
+            ["图中有两个物体，从左到右是：小的蓝色圆环、大的红色圆形"],
+            0.0,
+            0.0,
+        ),  # order does not count
+        (["图中有一个物体：大的红色圆形。"], 0.0, 0.0),  # leaving one out names nothing wrong
+        (["图中有两个物体，从左到右是：大的红色圆形、小的蓝色心形。"], 0.5, 1.0),
+        (
+            ["图中有两个物体，从左到右是：大的红色圆形、大的红色圆形。"],
+            0.5,
+            1.0,
+        ),  # said twice, there once
+        (
+            ["There are two objects, from left to right: a big red circle, a small blue ring."],
+            1.0,
+            1.0,
+        ),  # another language
+        (["有。"], 0.0, 0.0),
+        ([""], 0.0, 0.0),  # no object is named
+    ],
+)
 def test_wrong_objects_by_hand(answers, chair_i, chair_s):
     references = [["图中有两个物体，从左到右是：大的红色圆形、小的蓝色圆环。"]]
     assert wrong_objects(answers, references) == {"chair_i": chair_i, "chair_s": chair_s}
 
 
 def test_wrong_objects_over_several_descriptions_and_references():
-    answers = ["There is one object: a big red circle.", "There are three objects: a big red circle, a small star, a ring.",
-               "：大的圆"]
-    references = [["There is one object: a small red circle.", "There is one object: a big red circle."],
-                  ["There are two objects, from left to right: a ring, a small star."], ["：大的圆、小的圆"]]
-    assert wrong_objects(answers, references) == {"chair_i": pytest.approx(1 / 5), "chair_s": pytest.approx(1 / 3)}
+    answers = [
+        "There is one object: a big red circle.",
+        "There are three objects: a big red circle, a small star, a ring.",
+        "：大的圆",
+    ]
+    references = [
+        ["There is one object: a small red circle.", "There is one object: a big red circle."],
+        ["There are two objects, from left to right: a ring, a small star."],
+        ["：大的圆、小的圆"],
+    ]
+    assert wrong_objects(answers, references) == {
+        "chair_i": pytest.approx(1 / 5),
+        "chair_s": pytest.approx(1 / 3),
+    }

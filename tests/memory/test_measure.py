@@ -22,26 +22,84 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
 
 # Of other kinds than the assets': as the decoder of `svlm` with its projector, as SmolVLM's tiled eyes, and as Qwen-VL's with
 # their resampler before Qwen's first generation.
-SCRATCH = {"model_type": "nanovlm_decoder", "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768,
-           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "norm": "layer",
-           "mlp": "gelu", "mlp_bias": True, "output_bias": True, "positions": "learned", "max_position_embeddings": 1024,
-           "dropout": 0.1, "num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "balance_loss": 0.01,
-           "embedding_size": 1024, "reducer_size": 128, "tie_word_embeddings": False}
-TILED = {"model_type": "smolvlm_vision", "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 1024,
-         "num_attention_heads": 4, "patch_size": 16, "image_size": 256}
-TILER = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 512},
-         "max_image_size": {"longest_edge": 256}}
-QWEN_VL = {"model_type": "qwen_vl_vision", "image_size": 448, "patch_size": 14, "width": 256, "layers": 4, "heads": 4,
-           "mlp_ratio": 4, "output_dim": 512, "n_queries": 64}
+SCRATCH = {
+    "model_type": "nanovlm_decoder",
+    "vocab_size": 8000,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "norm": "layer",
+    "mlp": "gelu",
+    "mlp_bias": True,
+    "output_bias": True,
+    "positions": "learned",
+    "max_position_embeddings": 1024,
+    "dropout": 0.1,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "num_shared_experts": 1,
+    "balance_loss": 0.01,
+    "embedding_size": 1024,
+    "reducer_size": 128,
+    "tie_word_embeddings": False,
+}
+TILED = {
+    "model_type": "smolvlm_vision",
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "patch_size": 16,
+    "image_size": 256,
+}
+TILER = {
+    "image_processor_type": "SmolVLMImageProcessor",
+    "size": {"longest_edge": 512},
+    "max_image_size": {"longest_edge": 256},
+}
+QWEN_VL = {
+    "model_type": "qwen_vl_vision",
+    "image_size": 448,
+    "patch_size": 14,
+    "width": 256,
+    "layers": 4,
+    "heads": 4,
+    "mlp_ratio": 4,
+    "output_dim": 512,
+    "n_queries": 64,
+}
 VIT = {"image_processor_type": "ViTImageProcessor", "size": 448}
-QWEN = {"model_type": "qwen", "vocab_size": 16000, "hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 6,
-        "num_attention_heads": 8, "kv_channels": 64, "seq_length": 2048, "max_position_embeddings": 2048, "no_bias": True}
-LLAMA = {"model_type": "llama", "vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+QWEN = {
+    "model_type": "qwen",
+    "vocab_size": 16000,
+    "hidden_size": 512,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "kv_channels": 64,
+    "seq_length": 2048,
+    "max_position_embeddings": 2048,
+    "no_bias": True,
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 8000,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
 
 
 def predicted_and_measured(out: bytes) -> tuple[float, float]:
-    predicted, measured = re.search(r"predicted ([\d.]+) GB, measured ([\d.]+) GB", out.decode()).groups()
+    predicted, measured = re.search(
+        r"predicted ([\d.]+) GB, measured ([\d.]+) GB", out.decode()
+    ).groups()
     return float(predicted), float(measured)
 
 
@@ -53,19 +111,59 @@ def published(folder: Path, config: dict, processor: dict | None = None) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("width", "layers", "vocabulary", "flags"), [
-    pytest.param(192, 6, 8000, ["--batch-size", "16"], id="activations"),  # mostly what is kept for the backward pass
-    pytest.param(448, 6, 16000, ["--batch-size", "2"], id="weights", marks=pytest.mark.slow),  # and their moments
-    pytest.param(320, 6, 8000, ["--batch-size", "8", "--checkpointing"], id="checkpointing", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("width", "layers", "vocabulary", "flags"),
+    [
+        pytest.param(
+            192, 6, 8000, ["--batch-size", "16"], id="activations"
+        ),  # mostly what is kept for the backward pass
+        pytest.param(
+            448, 6, 16000, ["--batch-size", "2"], id="weights", marks=pytest.mark.slow
+        ),  # and their moments
+        pytest.param(
+            320,
+            6,
+            8000,
+            ["--batch-size", "8", "--checkpointing"],
+            id="checkpointing",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
-        command, tmp_path: Path, width: int, layers: int, vocabulary: int, flags: list[str]):
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "qwen3", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": width // 64, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": vocabulary,
-        "max_position_embeddings": 1024, "tie_word_embeddings": True}))
-    process = command("-m", "nanovlm.memory", *TINY, "--vision", ASSETS / "tiny-vision", "--text", tmp_path,
-                      "--device", "cpu", "--tokens", "128", "--measure", *flags)
+    command, tmp_path: Path, width: int, layers: int, vocabulary: int, flags: list[str]
+):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen3",
+                "hidden_size": width,
+                "intermediate_size": 4 * width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": width // 64,
+                "num_key_value_heads": 1,
+                "head_dim": 64,
+                "vocab_size": vocabulary,
+                "max_position_embeddings": 1024,
+                "tie_word_embeddings": True,
+            }
+        )
+    )
+    process = command(
+        "-m",
+        "nanovlm.memory",
+        *TINY,
+        "--vision",
+        ASSETS / "tiny-vision",
+        "--text",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--tokens",
+        "128",
+        "--measure",
+        *flags,
+    )
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
     predicted, measured = predicted_and_measured(out)
@@ -73,25 +171,108 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("eyes", "processor", "voice", "flags"), [
-    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--bidirectional-images", "--batch-size", "16",
-                                       "--tokens", "160", "--dtype", "fp32"],
-                 # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
-                 id="experts, reducer, resampler"),
-    pytest.param(None, None, SCRATCH, ["--projector", "resampler", "--text-layers", "1", "--text-embedding", "--batch-size",
-                                       "16", "--tokens", "160", "--checkpointing"], id="its top"),
-    pytest.param(TILED, TILER, LLAMA, ["--projector", "pixel_shuffle", "--scale", "4", "--no-projector-bias", "--batch-size",
-                                       "3", "--tokens", "160", "--train", "projector,vision"], id="tiles"),
-    pytest.param(QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192"], id="eyes' resampler, Qwen"),
-    pytest.param(QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision"],
-                 id="eyes' resampler learns"),
-    pytest.param(None, None, LLAMA, ["--objective", "dpo", "--batch-size", "16", "--tokens", "160"], id="pairs"),
-])
-def test_so_it_is_with_every_other_kind_of_part(command, tmp_path: Path, eyes: dict | None, processor: dict | None, voice: dict,
-                                                flags: list[str]):
+@pytest.mark.parametrize(
+    ("eyes", "processor", "voice", "flags"),
+    [
+        pytest.param(
+            None,
+            None,
+            SCRATCH,
+            [
+                "--projector",
+                "resampler",
+                "--bidirectional-images",
+                "--batch-size",
+                "16",
+                "--tokens",
+                "160",
+                "--dtype",
+                "fp32",
+            ],
+            # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
+            id="experts, reducer, resampler",
+        ),
+        pytest.param(
+            None,
+            None,
+            SCRATCH,
+            [
+                "--projector",
+                "resampler",
+                "--text-layers",
+                "1",
+                "--text-embedding",
+                "--batch-size",
+                "16",
+                "--tokens",
+                "160",
+                "--checkpointing",
+            ],
+            id="its top",
+        ),
+        pytest.param(
+            TILED,
+            TILER,
+            LLAMA,
+            [
+                "--projector",
+                "pixel_shuffle",
+                "--scale",
+                "4",
+                "--no-projector-bias",
+                "--batch-size",
+                "3",
+                "--tokens",
+                "160",
+                "--train",
+                "projector,vision",
+            ],
+            id="tiles",
+        ),
+        pytest.param(
+            QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192"], id="eyes' resampler, Qwen"
+        ),
+        pytest.param(
+            QWEN_VL,
+            VIT,
+            QWEN,
+            ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision"],
+            id="eyes' resampler learns",
+        ),
+        pytest.param(
+            None,
+            None,
+            LLAMA,
+            ["--objective", "dpo", "--batch-size", "16", "--tokens", "160"],
+            id="pairs",
+        ),
+    ],
+)
+def test_so_it_is_with_every_other_kind_of_part(
+    command,
+    tmp_path: Path,
+    eyes: dict | None,
+    processor: dict | None,
+    voice: dict,
+    flags: list[str],
+):
     vision = published(tmp_path / "eyes", eyes, processor) if eyes else ASSETS / "tiny-vision"
-    process = command("-m", "nanovlm.memory", *TINY, "--vision", vision, "--text", published(tmp_path / "voice", voice),
-                      "--device", "cpu", "--dtype", "auto", "--no-cache-features", "--measure", *flags)
+    process = command(
+        "-m",
+        "nanovlm.memory",
+        *TINY,
+        "--vision",
+        vision,
+        "--text",
+        published(tmp_path / "voice", voice),
+        "--device",
+        "cpu",
+        "--dtype",
+        "auto",
+        "--no-cache-features",
+        "--measure",
+        *flags,
+    )
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
     predicted, measured = predicted_and_measured(out)
@@ -99,7 +280,17 @@ def test_so_it_is_with_every_other_kind_of_part(command, tmp_path: Path, eyes: d
 
 
 def test_a_forward_pass_at_full_size(command):
-    process = command("-m", "nanovlm.memory", "--preset", "tiny", "--forward", "--device", "cpu", "--text", "decoder-0.1b")
+    process = command(
+        "-m",
+        "nanovlm.memory",
+        "--preset",
+        "tiny",
+        "--forward",
+        "--device",
+        "cpu",
+        "--text",
+        "decoder-0.1b",
+    )
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
     assert "parameters: eyes" in out.decode() and "visual tokens" in out.decode()
@@ -107,43 +298,91 @@ def test_a_forward_pass_at_full_size(command):
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize(("preset", "expected"), [
-    ("mary", ["voice qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M", "dpo learns", "384×384 takes 169 visual",
-              "dpo: training projector,text; 2 rows of 265 tokens, each with a pair of answers"]),
-    ("svlm", ["a token passes 402.0M of the voice: 2 of 4 experts, and 1 shared", "projector resampler +27.0M +27.0M +27.0M"]),
-    ("smolvlm-qwen3", ["up to 1088 visual tokens .17 pictures of 64.", "4:3 832 .3×4 tiles",
-                       "together +695.1M +12.6M +99.0M +695.1M", "stage3: training projector,vision,text"]),
-])
-def test_a_table_of_what_a_preset_is_and_what_learns_in_each_stage(monkeypatch, capsys, preset: str, expected: list[str]):
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (
+            "mary",
+            [
+                "voice qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M",
+                "dpo learns",
+                "384×384 takes 169 visual",
+                "dpo: training projector,text; 2 rows of 265 tokens, each with a pair of answers",
+            ],
+        ),
+        (
+            "svlm",
+            [
+                "a token passes 402.0M of the voice: 2 of 4 experts, and 1 shared",
+                "projector resampler +27.0M +27.0M +27.0M",
+            ],
+        ),
+        (
+            "smolvlm-qwen3",
+            [
+                "up to 1088 visual tokens .17 pictures of 64.",
+                "4:3 832 .3×4 tiles",
+                "together +695.1M +12.6M +99.0M +695.1M",
+                "stage3: training projector,vision,text",
+            ],
+        ),
+    ],
+)
+def test_a_table_of_what_a_preset_is_and_what_learns_in_each_stage(
+    monkeypatch, capsys, preset: str, expected: list[str]
+):
     text = answer(monkeypatch, capsys, "--preset", preset, "--gpu", "80")
     for line in expected:
         assert re.search(line, text), f"{line} in\n{text}"
 
 
 def test_a_later_stage_has_the_shapes_that_the_first_one_left(monkeypatch, capsys):
-    assert "voice svlm " in answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "80")
-    text = answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "stage2", "--gpu", "80", "--vision", "dinov2-large")
-    assert "voice svlm " in text and "eyes dinov2-large " in text and "takes 32 visual tokens" in text
+    assert "voice svlm " in answer(
+        monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "80"
+    )
+    text = answer(
+        monkeypatch,
+        capsys,
+        "--preset",
+        "svlm",
+        "--stage",
+        "stage2",
+        "--gpu",
+        "80",
+        "--vision",
+        "dinov2-large",
+    )
+    assert (
+        "voice svlm " in text and "eyes dinov2-large " in text and "takes 32 visual tokens" in text
+    )
 
 
-def test_other_parts_than_those_of_an_older_run_keep_the_recipes_shapes(monkeypatch, capsys, tmp_path: Path):
+def test_other_parts_than_those_of_an_older_run_keep_the_recipes_shapes(
+    monkeypatch, capsys, tmp_path: Path
+):
     monkeypatch.chdir(tmp_path)
     flags = ("--preset", "zero-qwen-vl", "--stage", "2", "--gpu", "80", "--text", "qwen2.5-1.5b")
     before = answer(monkeypatch, capsys, *flags)
     (tmp_path / "runs/zero-qwen-vl-stage1/model").mkdir(parents=True)
-    (tmp_path / "runs/zero-qwen-vl-stage1/model/config.json").write_text("{}")  # of a run with the first voice
+    (tmp_path / "runs/zero-qwen-vl-stage1/model/config.json").write_text(
+        "{}"
+    )  # of a run with the first voice
     assert answer(monkeypatch, capsys, *flags) == before and "takes 256 visual tokens" in before
 
 
 def test_a_runs_own_settings_are_one_stage(monkeypatch, capsys, tmp_path: Path):
     path = tmp_path / "settings.toml"
     path.write_text(to_toml(load_settings("stage1", [])))
-    assert re.findall(r"^(\w+): training", answer(monkeypatch, capsys, "--config", str(path)), re.MULTILINE) == ["run"]
+    assert re.findall(
+        r"^(\w+): training", answer(monkeypatch, capsys, "--config", str(path)), re.MULTILINE
+    ) == ["run"]
 
 
 def test_no_adapters_on_a_decoder_that_has_learned_nothing(monkeypatch, capsys):
     text = answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "8")
-    assert re.search(r"--optimizer adamw8bit .*first that fits", text) and "--lora-rank" not in text, text
+    assert (
+        re.search(r"--optimizer adamw8bit .*first that fits", text) and "--lora-rank" not in text
+    ), text
 
 
 @pytest.mark.slow
@@ -155,10 +394,19 @@ def test_adapters_of_a_lower_rank_are_the_last_resort(monkeypatch, capsys):
 def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, capsys):
     text = answer(monkeypatch, capsys, *TINY, "--gpu", "0.1", "--tokens", "512")
     advised = re.findall(r"  (--\S+).* ([\d.]+) GB(.*)", text)
-    order = ["--dtype", "--checkpointing", "--batch-size", "--optimizer", "--stochastic-rounding", "--lora-rank",
-             "--quantize"]
+    order = [
+        "--dtype",
+        "--checkpointing",
+        "--batch-size",
+        "--optimizer",
+        "--stochastic-rounding",
+        "--lora-rank",
+        "--quantize",
+    ]
     assert advised.pop()[0] == "--lora-rank"  # a lower one, as the last resort
-    assert [order.index(flag) for flag, _, _ in advised] == sorted(order.index(flag) for flag, _, _ in advised)
+    assert [order.index(flag) for flag, _, _ in advised] == sorted(
+        order.index(flag) for flag, _, _ in advised
+    )
     peaks = [float(peak) for _, peak, _ in advised]
     assert peaks == sorted(peaks, reverse=True) and len(peaks) > 2
     first = next(index for index, peak in enumerate(peaks) if peak <= 0.1)
@@ -166,10 +414,18 @@ def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, 
     assert "fits 8 GB" in answer(monkeypatch, capsys, *TINY, "--gpu", "8")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--gpus", "8"), "--gpus"), (("--gpu", "-1"), "--gpu is -1"), (("--tokens", "10"), "raise --tokens"),
-    (("--preset", "none"), "presets are"), (("--preset", "mary", "--stage", "dpp"), "stages are stage1, stage2, dpo"),
-    (("--forward", "--gpu", "8"), "leave --gpu"), (("--vision", "nowhere"), "--vision nowhere")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gpus", "8"), "--gpus"),
+        (("--gpu", "-1"), "--gpu is -1"),
+        (("--tokens", "10"), "raise --tokens"),
+        (("--preset", "none"), "presets are"),
+        (("--preset", "mary", "--stage", "dpp"), "stages are stage1, stage2, dpo"),
+        (("--forward", "--gpu", "8"), "leave --gpu"),
+        (("--vision", "nowhere"), "--vision nowhere"),
+    ],
+)
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags: tuple[str, ...], message: str):
     with pytest.raises(NanoVLMError, match=message) as caught:
         answer(monkeypatch, capsys, *flags)

@@ -25,29 +25,58 @@ from nanovlm.vlm import VLMConfig
 CPU = torch.device("cpu")
 WORK = Work(rows=2, length=128, images=2, targets=32)
 CHANGES = [
-    {"train": "projector"}, {"train": "projector,text"}, {"train": "text", "text_layers": 1}, {"train": "vision"},
-    {"train": "projector,text,vision"}, {"train": "projector,text", "stochastic_rounding": True},
-    {"train": "projector,text", "lora_rank": 8}, {"train": "projector,text", "lora_rank": 8, "quantize": "nf4"},
+    {"train": "projector"},
+    {"train": "projector,text"},
+    {"train": "text", "text_layers": 1},
+    {"train": "vision"},
+    {"train": "projector,text,vision"},
+    {"train": "projector,text", "stochastic_rounding": True},
+    {"train": "projector,text", "lora_rank": 8},
+    {"train": "projector,text", "lora_rank": 8, "quantize": "nf4"},
 ]
-PRESETS = {"svlm": ("stage1", "stage2"), "smolvlm-qwen3": ("stage1", "stage2", "stage3"), "mary": ("stage1", "stage2", "dpo"),
-           "basic-vlm": ("stage1", "stage2"), "zero-qwen-vl": ("stage1", "stage2")}
+PRESETS = {
+    "svlm": ("stage1", "stage2"),
+    "smolvlm-qwen3": ("stage1", "stage2", "stage3"),
+    "mary": ("stage1", "stage2", "dpo"),
+    "basic-vlm": ("stage1", "stage2"),
+    "zero-qwen-vl": ("stage1", "stage2"),
+}
 
 
 def config(projector: str = "mlp", qk_norm: bool = False, tied: bool = True) -> VLMConfig:
-    return VLMConfig(VisionConfig(96, 384, 2, 4, image_size=112), DecoderConfig(
-        1000, 128, 384, 2, 4, 2, 32, qkv_bias=not qk_norm, qk_norm=qk_norm, tie_word_embeddings=tied),
-        ProjectorConfig(projector, grid=4), ImageConfig(112, 112), ChatConfig())
+    return VLMConfig(
+        VisionConfig(96, 384, 2, 4, image_size=112),
+        DecoderConfig(
+            1000,
+            128,
+            384,
+            2,
+            4,
+            2,
+            32,
+            qkv_bias=not qk_norm,
+            qk_norm=qk_norm,
+            tie_word_embeddings=tied,
+        ),
+        ProjectorConfig(projector, grid=4),
+        ImageConfig(112, 112),
+        ChatConfig(),
+    )
 
 
 def prediction(model: VLMConfig, settings: Settings, precision: Precision) -> Prediction:
     return predict(model, settings, WORK, precision, program=0)
 
 
-def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision, work: Work = WORK) -> int:
+def kept_bytes(
+    model: VLMConfig, settings: Settings, precision: Precision, work: Work = WORK
+) -> int:
     """Bytes that a real forward pass leaves for the backward pass, weights not counted."""
     real = random_model(model, settings, precision)
     batch = work.batch(model, real.image_length)
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())}
+    weights = {
+        tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())
+    }
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -55,7 +84,10 @@ def kept_bytes(model: VLMConfig, settings: Settings, precision: Precision, work:
             kept[address] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        precision.autocast(),
+    ):
         objective_of(settings)(real, batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -70,22 +102,50 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
     for model in (config(), config("bilinear", qk_norm=True, tied=False)):
         backward = prediction(model, settings, precision).moments["backward"]
         predicted = backward["activations"] + backward["casts"] + backward["output head"]
-        if "vision" in settings.trained_parts and dtype == torch.float32:  # uncast, the pixels themselves are kept
+        if (
+            "vision" in settings.trained_parts and dtype == torch.float32
+        ):  # uncast, the pixels themselves are kept
             predicted += backward["images"]
         head = prepared(model, settings, precision).decoder.head_weight
-        if head.requires_grad:  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
+        if (
+            head.requires_grad
+        ):  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
             predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
         assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.02), model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("changes", [{"train": "projector"}, {"train": "vision", "vision_layers": 1},
-                                     {"train": "projector,text,vision"}], ids=str)
-@pytest.mark.parametrize("eyes", [
-    dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
-    dict(layer_scale=False, patch_bias=False, embedding_norm=True, final_norm=False, hidden_act="quick_gelu"),
-    dict(class_token=False, layer_scale=False, embedding_norm=True, final_norm=False, num_queries=16, output_size=128),
-], ids=["no class token", "no final norm", "resampler"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "projector"},
+        {"train": "vision", "vision_layers": 1},
+        {"train": "projector,text,vision"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "eyes",
+    [
+        dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
+        dict(
+            layer_scale=False,
+            patch_bias=False,
+            embedding_norm=True,
+            final_norm=False,
+            hidden_act="quick_gelu",
+        ),
+        dict(
+            class_token=False,
+            layer_scale=False,
+            embedding_norm=True,
+            final_norm=False,
+            num_queries=16,
+            output_size=128,
+        ),
+    ],
+    ids=["no class token", "no final norm", "resampler"],
+)
 def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.dtype):
     model = replace(config(), vision=replace(config().vision, **eyes))
     settings, precision = Settings(**changes), Precision(dtype, CPU)
@@ -99,50 +159,77 @@ def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.d
     assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("preset", "stage"), [(preset, stage) for preset, stages in PRESETS.items() for stage in stages])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("preset", "stage"), [(preset, stage) for preset, stages in PRESETS.items() for stage in stages]
+)
 def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
     """At toy widths: experts, reducers, resamplers, tiles, pairs of answers and all else that they are made of."""
-    model = toy_config(planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=1000)
-    settings = load_settings("stage2", ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"])
-    settings = replace(settings, text_layers=min(settings.text_layers, 2), lora_rank=min(settings.lora_rank, 8))
+    model = toy_config(
+        planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=1000
+    )
+    settings = load_settings(
+        "stage2", ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"]
+    )
+    settings = replace(
+        settings, text_layers=min(settings.text_layers, 2), lora_rank=min(settings.lora_rank, 8)
+    )
     work, precision = work_of(model, settings), Precision(dtype, CPU)
     backward = predict(model, settings, work, precision, program=0).moments["backward"]
     predicted = backward["activations"] + backward["casts"] + backward["output head"]
     if "vision" in settings.trained_parts and dtype == torch.float32:
         predicted += backward["images"]
     head = prepared(model, settings, precision).decoder.head_weight
-    if head.requires_grad:  # as above; of pairs all of the head's gradient is made in the backward pass
-        predicted -= head.nbytes if work.pairs else head.numel() * (head.dtype.itemsize - dtype.itemsize)
+    if (
+        head.requires_grad
+    ):  # as above; of pairs all of the head's gradient is made in the backward pass
+        predicted -= (
+            head.nbytes if work.pairs else head.numel() * (head.dtype.itemsize - dtype.itemsize)
+        )
     assert predicted == pytest.approx(kept_bytes(model, settings, precision, work), rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str
+)
 def test_weights_gradients_and_moments_are_counted_exactly(changes: dict, monkeypatch):
     """Against the tensors of a real model and its optimizer, after a step."""
     settings = Settings(**changes)
     precision = Precision(torch.bfloat16, CPU, settings.stochastic_rounding)
     made = []
     build = optimizer.build_optimizer
-    monkeypatch.setattr("nanovlm.memory.measure.build_optimizer", lambda *given: made.append(build(*given)) or made[0])
+    monkeypatch.setattr(
+        "nanovlm.memory.measure.build_optimizer",
+        lambda *given: made.append(build(*given)) or made[0],
+    )
     model = random_model(config(), settings, precision)
     take_steps(model, WORK, settings, precision, steps=1)
     update = prediction(config(), settings, precision).moments["update"]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert update["weights"] == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert update["weights"] == sum(
+        tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
+    )
     assert update["gradients"] == sum(parameter.nbytes for parameter in learning)
-    assert update["optimizer"] == sum(tensor.nbytes for state in made[0].state.values() for tensor in state.values())
+    assert update["optimizer"] == sum(
+        tensor.nbytes for state in made[0].state.values() for tensor in state.values()
+    )
 
 
 def test_each_way_to_save_memory_saves_what_it_says():
     def at(moment: str, **changes) -> dict[str, float]:
         settings = Settings(train="projector,text", **changes)
-        return prediction(config(), settings, Precision(torch.bfloat16, CPU, settings.stochastic_rounding)).moments[moment]
+        return prediction(
+            config(), settings, Precision(torch.bfloat16, CPU, settings.stochastic_rounding)
+        ).moments[moment]
 
     plain, rounded = at("update"), at("update", stochastic_rounding=True)
     assert rounded["gradients"] * 2 == plain["gradients"] and rounded["weights"] < plain["weights"]
     assert at("update", optimizer="adamw8bit")["optimizer"] < 0.27 * plain["optimizer"]
     assert at("backward", checkpointing=True)["activations"] < 0.5 * at("backward")["activations"]
-    assert at("head", accumulate=2)["gradients"] == plain["gradients"] and at("head")["gradients"] == 0
+    assert (
+        at("head", accumulate=2)["gradients"] == plain["gradients"] and at("head")["gradients"] == 0
+    )
     kept = at("eyes", cache_features=True)
     assert kept["images"] == kept["working set"] == 0 < at("eyes")["working set"]

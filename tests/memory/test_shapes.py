@@ -15,7 +15,10 @@ from nanovlm.vlm import VisionLanguageModel
 
 def test_a_skeleton_has_the_models_shapes_and_no_weights(tiny):
     real = VisionLanguageModel.from_pretrained(tiny.model)
-    for settings in (Settings(init=str(tiny.model)), Settings(vision=str(tiny.vision), text=str(tiny.text))):
+    for settings in (
+        Settings(init=str(tiny.model)),
+        Settings(vision=str(tiny.vision), text=str(tiny.text)),
+    ):
         model = skeleton(model_config(settings))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         assert shapes == {name: parameter.shape for name, parameter in real.named_parameters()}
@@ -33,58 +36,81 @@ def test_published_shapes_by_name():
 
 def test_a_config_alone_is_enough(tiny, tmp_path: Path):
     (tmp_path / "config.json").write_text((tiny.text / "config.json").read_text())
-    assert model_config(Settings(text=str(tmp_path))).text.hidden_size == json.loads(
-        (tiny.text / "config.json").read_text())["hidden_size"]
+    assert (
+        model_config(Settings(text=str(tmp_path))).text.hidden_size
+        == json.loads((tiny.text / "config.json").read_text())["hidden_size"]
+    )
 
 
 def test_tiny_is_the_preset_at_toy_widths():
     config = model_config(Settings(vision="clip-large-336", text="qwen-7b", tiny=True))
-    assert config.text.logn_attention and config.text.hidden_size == 64 and config.image.height == 64
+    assert (
+        config.text.logn_attention and config.text.hidden_size == 64 and config.image.height == 64
+    )
 
 
 def test_an_image_cut_into_tiles_is_as_many_pictures_as_a_square_one():
     config = model_config(Settings(batch_size=3, share=1))
-    config = dataclasses.replace(config, image=dataclasses.replace(config.image, fit="tiles", max_tiles=2))
+    config = dataclasses.replace(
+        config, image=dataclasses.replace(config.image, fit="tiles", max_tiles=2)
+    )
     work = work_of(config, Settings(batch_size=3, share=1))
     assert work == Work(3, 5 * 256 + 64, 15, 3 * 32)
     batch = work.batch(config, image_length=256)
     assert batch.pixels.shape == (15, 3, 224, 224) and len(batch.image_positions) == 15 * 256
 
 
-@pytest.mark.parametrize(("changes", "tokens", "expected"), [
-    ({"batch_size": 3}, None, Work(3, 256 + 32 + 2 * 32, 3, 3 * 64, pairs=3)),
-    ({"batch_size": 2}, 512, Work(2, 512, 2, 2 * 2 * 85, pairs=2)),
-    ({"batch_size": 4, "pack": 1024}, None, Work(2, 1024, 4, 4 * 2 * 85, pairs=4)),
-])
-def test_a_pair_of_answers_shares_its_row_with_image_and_prompt_alone(changes: dict, tokens: int | None, expected: Work):
+@pytest.mark.parametrize(
+    ("changes", "tokens", "expected"),
+    [
+        ({"batch_size": 3}, None, Work(3, 256 + 32 + 2 * 32, 3, 3 * 64, pairs=3)),
+        ({"batch_size": 2}, 512, Work(2, 512, 2, 2 * 2 * 85, pairs=2)),
+        ({"batch_size": 4, "pack": 1024}, None, Work(2, 1024, 4, 4 * 2 * 85, pairs=4)),
+    ],
+)
+def test_a_pair_of_answers_shares_its_row_with_image_and_prompt_alone(
+    changes: dict, tokens: int | None, expected: Work
+):
     settings = Settings(objective="dpo", init="somewhere", **changes)
     config = model_config(settings)
     work = work_of(config, settings, tokens)
     batch = work.batch(config, image_length=256)
     assert work == expected
-    assert batch.lengths.sum() == len(batch.targets) == len(batch.target_positions) and len(batch.lengths) == 2 * work.pairs
+    assert (
+        batch.lengths.sum() == len(batch.targets) == len(batch.target_positions)
+        and len(batch.lengths) == 2 * work.pairs
+    )
 
 
-@pytest.mark.parametrize(("settings", "tokens", "expected"), [
-    (Settings(batch_size=4), 512, Work(4, 512, 4, 4 * 128)),
-    (Settings(batch_size=32, share=8), None, Work(4, 256 + 8 * 64, 4, 4 * 256)),
-    (Settings(batch_size=8, pack=1024), None, Work(3, 1024, 9, 3 * 128)),
-])
+@pytest.mark.parametrize(
+    ("settings", "tokens", "expected"),
+    [
+        (Settings(batch_size=4), 512, Work(4, 512, 4, 4 * 128)),
+        (Settings(batch_size=32, share=8), None, Work(4, 256 + 8 * 64, 4, 4 * 256)),
+        (Settings(batch_size=8, pack=1024), None, Work(3, 1024, 9, 3 * 128)),
+    ],
+)
 def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expected: Work):
     config = model_config(settings)
     work = work_of(config, settings, tokens)
     batch = work.batch(config, image_length=256)
     assert work == expected
     assert batch.input_ids.shape == (expected.rows, expected.length)
-    assert len(batch.image_positions) == expected.images * 256 and len(batch.targets) == expected.targets
+    assert (
+        len(batch.image_positions) == expected.images * 256
+        and len(batch.targets) == expected.targets
+    )
     assert not set(batch.image_positions.tolist()) & set((batch.target_positions + 1).tolist())
 
 
-@pytest.mark.parametrize(("settings", "tokens", "message"), [
-    (Settings(vision="nowhere"), None, "--vision nowhere.*dinov2-small"),
-    (Settings(text="nowhere"), None, "--text nowhere.*qwen2.5-0.5b"),
-    (Settings(), 256, "256 tokens.*--tokens"),
-])
+@pytest.mark.parametrize(
+    ("settings", "tokens", "message"),
+    [
+        (Settings(vision="nowhere"), None, "--vision nowhere.*dinov2-small"),
+        (Settings(text="nowhere"), None, "--text nowhere.*qwen2.5-0.5b"),
+        (Settings(), 256, "256 tokens.*--tokens"),
+    ],
+)
 def test_what_cannot_be_planned_is_one_line(settings: Settings, tokens: int | None, message: str):
     with pytest.raises(NanoVLMError, match=message) as caught:
         work_of(model_config(settings), settings, tokens)

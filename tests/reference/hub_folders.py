@@ -18,17 +18,29 @@ PIXELS = {"size": {"height": 28, "width": 28}}
 
 
 def _processor(folder: Path, kind: str, **settings) -> None:
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **settings}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": kind, **settings})
+    )
 
 
 def dinov2_eyes(folder: Path) -> None:
     dinov2(folder)
-    _processor(folder, "BitImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    _processor(
+        folder,
+        "BitImageProcessor",
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+    )
 
 
 def registers_eyes(folder: Path) -> None:
     dinov2(folder, registers=4)
-    _processor(folder, "BitImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    _processor(
+        folder,
+        "BitImageProcessor",
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+    )
 
 
 def siglip_eyes(folder: Path) -> None:
@@ -43,7 +55,12 @@ def clip_eyes(folder: Path) -> None:
 
 def smolvlm_eyes(folder: Path) -> None:
     tower(folder, "smolvlm_vision")
-    _processor(folder, "SmolVLMImageProcessor", size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    _processor(
+        folder,
+        "SmolVLMImageProcessor",
+        size={"longest_edge": 56},
+        max_image_size={"longest_edge": 28},
+    )
 
 
 def qwen_vl_eyes(folder: Path) -> None:
@@ -60,10 +77,15 @@ def qwen_vl_eyes(folder: Path) -> None:
 def qwen1_voice(folder: Path) -> None:
     """The recorded decoder with a vocabulary of single bytes and the special tokens that stand in no file."""
     qwen1(folder)
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     config |= {"vocab_size": 256 + 208, "max_position_embeddings": 1024}
     for seed, name in enumerate(("transformer.wte.weight", "lm_head.weight")):
-        weights[name] = torch.randn(config["vocab_size"], 64, generator=torch.Generator().manual_seed(seed)) / 8
+        weights[name] = (
+            torch.randn(config["vocab_size"], 64, generator=torch.Generator().manual_seed(seed)) / 8
+        )
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
@@ -83,7 +105,13 @@ def qwen3_voice(folder: Path) -> None:
 def llama_voice(folder: Path) -> None:
     """Like SmolLM2: a byte-pair vocabulary whose last rows nobody has taken."""
     tokenizer = byte_pair(folder, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    qwen(folder, "llama", vocab_size=len(tokenizer) + 7, max_position_embeddings=1024, tie_word_embeddings=True)
+    qwen(
+        folder,
+        "llama",
+        vocab_size=len(tokenizer) + 7,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
 
 
 def vicuna_voice(folder: Path) -> None:
@@ -103,14 +131,26 @@ def scratch_words(folder: Path) -> None:
 def scratch_shape(folder: Path) -> Path:
     """The config.json of a decoder made from scratch: what `text_shape` names."""
     folder.mkdir()
-    config = dataclasses.asdict(dataclasses.replace(TEXT, vocab_size=420, max_position_embeddings=1024))
+    config = dataclasses.asdict(
+        dataclasses.replace(TEXT, vocab_size=420, max_position_embeddings=1024)
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": OWN, **config}))
     return folder
 
 
 EYES: dict[str, Callable[[Path], None]] = {
-    "dinov2": dinov2_eyes, "dinov2-registers": registers_eyes, "siglip": siglip_eyes, "clip": clip_eyes,
-    "smolvlm": smolvlm_eyes, "qwen-vl": qwen_vl_eyes}
+    "dinov2": dinov2_eyes,
+    "dinov2-registers": registers_eyes,
+    "siglip": siglip_eyes,
+    "clip": clip_eyes,
+    "smolvlm": smolvlm_eyes,
+    "qwen-vl": qwen_vl_eyes,
+}
 VOICES: dict[str, Callable[[Path], None]] = {
-    "qwen1": qwen1_voice, "qwen2": qwen2_voice, "qwen3": qwen3_voice, "llama": llama_voice, "vicuna": vicuna_voice,
-    "scratch": scratch_words}
+    "qwen1": qwen1_voice,
+    "qwen2": qwen2_voice,
+    "qwen3": qwen3_voice,
+    "llama": llama_voice,
+    "vicuna": vicuna_voice,
+    "scratch": scratch_words,
+}

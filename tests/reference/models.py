@@ -40,8 +40,14 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
-from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionTransformer
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionTransformer
+from transformers.models.idefics3.modeling_idefics3 import (
+    Idefics3VisionConfig,
+    Idefics3VisionTransformer,
+)
+from transformers.models.smolvlm.modeling_smolvlm import (
+    SmolVLMVisionConfig,
+    SmolVLMVisionTransformer,
+)
 
 from nanovlm.image import ImageConfig
 from nanovlm.projector import ProjectorConfig
@@ -61,7 +67,10 @@ def randomise(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim in (2, 4):  # matrices and convolutions keep the size of what passes through
+        if parameter.ndim in (
+            2,
+            4,
+        ):  # matrices and convolutions keep the size of what passes through
             noise *= parameter[0].numel() ** -0.5
         elif parameter.ndim == 1 and not name.endswith("bias"):
             noise = 1 + 0.2 * noise
@@ -74,12 +83,22 @@ def save(model: PreTrainedModel, folder: Path, seed: int, **options: Any) -> Pre
     return model.eval()
 
 
-def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int = 0) -> PreTrainedModel:
+def dinov2(
+    folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int = 0
+) -> PreTrainedModel:
     """A DINOv2 of three blocks for a 4 × 4 grid of 7-pixel patches, saved to `folder`."""
-    shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7,
-                 use_swiglu_ffn=swiglu)
+    shape = dict(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=28,
+        patch_size=7,
+        use_swiglu_ffn=swiglu,
+    )
     if registers:
-        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, num_register_tokens=registers))
+        model = Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**shape, num_register_tokens=registers)
+        )
     else:
         model = Dinov2Model(Dinov2Config(**shape))
     return save(model, folder, seed)
@@ -87,17 +106,26 @@ def dinov2(folder: Path, *, registers: int = 0, swiglu: bool = False, seed: int 
 
 # By the tower's name and by that of the whole model it is published in.
 TOWERS = {
-    "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel), "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
+    "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
     "smolvlm_vision": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
     "idefics3_vision": (Idefics3VisionConfig, Idefics3VisionTransformer),
 }
 WHOLE_MODELS = {
-    "siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel),
+    "siglip": (SiglipConfig, SiglipModel),
+    "clip": (CLIPConfig, CLIPModel),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
-    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration), "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
 }
-TOWER_SHAPE = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=28,
-                   patch_size=7)
+TOWER_SHAPE = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=28,
+    patch_size=7,
+)
 
 
 def tower(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -106,30 +134,65 @@ def tower(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> P
     return save(model_class(config_class(**(TOWER_SHAPE | settings))), folder, seed)
 
 
-def whole_model(folder: Path, model_type: str, *, seed: int = 0, max_shard_size: str = "1GB",
-                **settings: Any) -> PreTrainedModel:
+def whole_model(
+    folder: Path, model_type: str, *, seed: int = 0, max_shard_size: str = "1GB", **settings: Any
+) -> PreTrainedModel:
     """The tower as a part of a whole model, saved to `folder`. Returns the tower."""
     config_class, model_class = WHOLE_MODELS[model_type]
-    text = dict(vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     if model_type not in ("siglip", "clip"):
         text |= dict(model_type="llama", num_key_value_heads=2)
-    vision = TOWER_SHAPE | settings | ({"model_type": "clip_vision_model"} if model_type == "llava" else {})
-    model = save(model_class(config_class(vision_config=vision, text_config=text)), folder, seed, max_shard_size=max_shard_size)
+    vision = (
+        TOWER_SHAPE
+        | settings
+        | ({"model_type": "clip_vision_model"} if model_type == "llava" else {})
+    )
+    model = save(
+        model_class(config_class(vision_config=vision, text_config=text)),
+        folder,
+        seed,
+        max_shard_size=max_shard_size,
+    )
     names = {"vision_model", "model.vision_model", "model.vision_tower"}
     return next(module for name, module in model.named_modules() if name in names)
 
 
-def qwen(folder: Path, family: str = "qwen2", *, seed: int = 0, max_shard_size: str = "1GB",
-         **settings: Any) -> PreTrainedModel:
+def qwen(
+    folder: Path,
+    family: str = "qwen2",
+    *,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    **settings: Any,
+) -> PreTrainedModel:
     """A Qwen2, Qwen3, LLaMA or Mistral of three blocks, saved to `folder`; `settings` are those of its config."""
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-               "llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    classes = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }
     config_class, model_class = classes[family]
-    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=256,
-                 rope_parameters={"rope_type": "default", "rope_theta": 1e5})
-    return save(model_class(config_class(**(shape | settings))), folder, seed, max_shard_size=max_shard_size)
+    shape = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
+    return save(
+        model_class(config_class(**(shape | settings))), folder, seed, max_shard_size=max_shard_size
+    )
 
 
 def qwen1(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,62 +202,139 @@ def qwen1(folder: Path) -> dict[str, torch.Tensor]:
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith("fixture.")}
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text((FIXTURES / "qwen1_text.json").read_text())
-    return {name.removeprefix("fixture."): tensor for name, tensor in stored.items() if name.startswith("fixture.")}
+    return {
+        name.removeprefix("fixture."): tensor
+        for name, tensor in stored.items()
+        if name.startswith("fixture.")
+    }
 
 
-def byte_pair(folder: Path, chat_template: str = "", special: tuple[str, ...] = SPECIAL_TOKENS) -> PreTrainedTokenizerFast:
+def byte_pair(
+    folder: Path, chat_template: str = "", special: tuple[str, ...] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer made like Qwen's, of 320 tokens and `special` ones, saved to `folder`."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens(["<think>", "</think>"])  # as in Qwen3: found in text, not special
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, bos_token=special[0])
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": chat_template}), encoding="utf-8"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=chat_template, bos_token=special[0]
+    )
 
 
-def sentence_piece(folder: Path, chat_template: str = "",
-                   added: tuple[str, ...] = ("<image>", "<pad>")) -> PreTrainedTokenizerFast:
+def sentence_piece(
+    folder: Path, chat_template: str = "", added: tuple[str, ...] = ("<image>", "<pad>")
+) -> PreTrainedTokenizerFast:
     """A folder like LLaVA's: a SentencePiece model made like LLaMA's, and its conversion for `tokenizers`, which is what the
     reference reads; `added` follow the model's own pieces in `tokenizer_config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokenizer.model", "wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS * 9), model_writer=file, model_type="bpe", vocab_size=420, byte_fallback=True,
-            split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, num_threads=1)
+            sentence_iterator=iter(CORPUS * 9),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=420,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+            num_threads=1,
+        )
     model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids = {model.id_to_piece(id): id for id in range(len(model))}
-    pairs = [(ids[piece], ids[piece[:at]], ids[piece[at:]], piece[:at], piece[at:]) for piece in ids
-             for at in range(1, len(piece)) if not model.is_byte(ids[piece]) and piece[:at] in ids and piece[at:] in ids]
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        ids, [pair[3:] for pair in sorted(pairs)], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    pairs = [
+        (ids[piece], ids[piece[:at]], ids[piece[at:]], piece[:at], piece[at:])
+        for piece in ids
+        for at in range(1, len(piece))
+        if not model.is_byte(ids[piece]) and piece[:at] in ids and piece[at:] in ids
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            ids,
+            [pair[3:] for pair in sorted(pairs)],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *added])
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-    numbered = {str(tokenizer.token_to_id(text)): {"content": text, **flags} for text in ("<unk>", "<s>", "</s>", *added)}
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": numbered, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "legacy": True, "chat_template": chat_template}), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, bos_token="<s>", eos_token="</s>")
+    numbered = {
+        str(tokenizer.token_to_id(text)): {"content": text, **flags}
+        for text in ("<unk>", "<s>", "</s>", *added)
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "added_tokens_decoder": numbered,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "legacy": True,
+                "chat_template": chat_template,
+            }
+        ),
+        encoding="utf-8",
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=chat_template, bos_token="<s>", eos_token="</s>"
+    )
 
 
-def tiny_vlm(folder: Path, projector: ProjectorConfig = ProjectorConfig("pixel_shuffle"), family: str = "qwen2",
-             image: ImageConfig = ImageConfig(28, 28), **settings: Any) -> VisionLanguageModel:
+def tiny_vlm(
+    folder: Path,
+    projector: ProjectorConfig = ProjectorConfig("pixel_shuffle"),
+    family: str = "qwen2",
+    image: ImageConfig = ImageConfig(28, 28),
+    **settings: Any,
+) -> VisionLanguageModel:
     """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens a picture by default."""
     torch.manual_seed(0)
     dinov2(folder / "vision")
     tokenizer = byte_pair(folder / "text")
-    qwen(folder / "text", family, **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings))
+    qwen(
+        folder / "text",
+        family,
+        **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings),
+    )
     model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, image)
     return model.eval()

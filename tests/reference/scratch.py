@@ -13,12 +13,31 @@ from nanovlm.vlm import VisionLanguageModel
 from tests.reference.models import byte_pair, dinov2, randomise
 
 TEXT = DecoderConfig(
-    hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
-    max_position_embeddings=64, tie_word_embeddings=False, norm="layer", rms_norm_eps=1e-5, positions="learned", mlp="gelu",
-    output_bias=True, mlp_bias=True, embedding_size=40, reducer_size=12, num_experts=4, num_shared_experts=1, balance_loss=0.01)
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    norm="layer",
+    rms_norm_eps=1e-5,
+    positions="learned",
+    mlp="gelu",
+    output_bias=True,
+    mlp_bias=True,
+    embedding_size=40,
+    reducer_size=12,
+    num_experts=4,
+    num_shared_experts=1,
+    balance_loss=0.01,
+)
 
 
-def scratch_vlm(folder: Path, bidirectional_images: bool = True, **text: Any) -> VisionLanguageModel:
+def scratch_vlm(
+    folder: Path, bidirectional_images: bool = True, **text: Any
+) -> VisionLanguageModel:
     """16 patches, 4 visual tokens; `text` are settings of its decoder. The parts are saved to `folder`."""
     torch.manual_seed(0)
     dinov2(folder / "vision")
@@ -26,5 +45,10 @@ def scratch_vlm(folder: Path, bidirectional_images: bool = True, **text: Any) ->
     randomise(decoder, seed=0)
     decoder.save_pretrained(folder / "text")
     projector = ProjectorConfig("resampler", num_queries=4, num_heads=4)
-    return VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, ImageConfig(28, 28),
-                                          bidirectional_images=bidirectional_images).eval()
+    return VisionLanguageModel.from_parts(
+        folder / "vision",
+        folder / "text",
+        projector,
+        ImageConfig(28, 28),
+        bidirectional_images=bidirectional_images,
+    ).eval()

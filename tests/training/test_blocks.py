@@ -23,10 +23,12 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def load(tiny):
     """A fresh copy of the tiny model in which `train` learns."""
+
     def load(train: str = "projector,text,vision", **depth) -> VisionLanguageModel:
         model = VisionLanguageModel.from_pretrained(tiny.model).train()
         freeze(model, Settings(train=train, **depth))
         return model
+
     return load
 
 
@@ -35,12 +37,19 @@ def make_batch(model: VisionLanguageModel) -> Batch:
     generator = torch.Generator().manual_seed(0)
     length = model.image_length
     ids = torch.randint(6, 300, (2, length + 12), generator=generator)
-    ids[:, 1:1 + length] = model.chat.image_token_id
+    ids[:, 1 : 1 + length] = model.chat.image_token_id
     mask = torch.ones_like(ids)
     mask[0, -8:-4], mask[0, -4:], mask[1, -3:] = 2, 3, 0
     places = (ids == model.chat.image_token_id).flatten().nonzero()[:, 0]
     positions = torch.tensor([length + 5, length + 7, length + 10, 2 * length + 12 + 4])
-    return Batch(ids, mask, places, positions, ids.flatten()[positions + 1], torch.randn(2, 3, 32, 32, generator=generator))
+    return Batch(
+        ids,
+        mask,
+        places,
+        positions,
+        ids.flatten()[positions + 1],
+        torch.randn(2, 3, 32, 32, generator=generator),
+    )
 
 
 def loss_and_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -50,8 +59,14 @@ def loss_and_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
     model.zero_grad()
     if loss.requires_grad:
         loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()
-                                      if parameter.grad is not None}}
+    return {
+        "loss": loss.detach(),
+        **{
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        },
+    }
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -59,8 +74,16 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("learning", [dict(), dict(train="projector"), dict(train="projector,vision", vision_layers=1),
-                                      dict(train="text", text_layers=1)], ids=str)
+@pytest.mark.parametrize(
+    "learning",
+    [
+        dict(),
+        dict(train="projector"),
+        dict(train="projector,vision", vision_layers=1),
+        dict(train="text", text_layers=1),
+    ],
+    ids=str,
+)
 def test_checkpointing_gives_the_same_bits(load, learning):
     model = load(**learning)
     expected = loss_and_gradients(model)
@@ -71,8 +94,17 @@ def test_checkpointing_gives_the_same_bits(load, learning):
 
 
 def test_a_whole_run_gives_the_same_bits_and_the_same_folder(tiny, tmp_path):
-    runs = [tiny.train(tmp_path / f"{checkpointing}", init=str(tiny.model), train="projector,text,vision", max_steps=2,
-                       val_samples=1, checkpointing=checkpointing) for checkpointing in (False, True)]
+    runs = [
+        tiny.train(
+            tmp_path / f"{checkpointing}",
+            init=str(tiny.model),
+            train="projector,text,vision",
+            max_steps=2,
+            val_samples=1,
+            checkpointing=checkpointing,
+        )
+        for checkpointing in (False, True)
+    ]
     one, two = (open_checkpoint(run / "model") for run in runs)
     assert set(one.keys()) == set(two.keys())
     assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.keys())
@@ -100,16 +132,25 @@ def test_less_is_kept_for_the_backward_pass(load):
     assert 0 < kept_bytes(model) < plain / 2
 
 
-@pytest.mark.parametrize(("learning", "expected"), [
-    (dict(), [2, 2, 2, 2]), (dict(train="projector"), [1, 1, 2, 2]), (dict(train="text", text_layers=1), [1, 1, 1, 2]),
-    (dict(train="vision", vision_layers=1), [1, 2, 2, 2])], ids=str)
+@pytest.mark.parametrize(
+    ("learning", "expected"),
+    [
+        (dict(), [2, 2, 2, 2]),
+        (dict(train="projector"), [1, 1, 2, 2]),
+        (dict(train="text", text_layers=1), [1, 1, 1, 2]),
+        (dict(train="vision", vision_layers=1), [1, 2, 2, 2]),
+    ],
+    ids=str,
+)
 def test_only_blocks_that_a_gradient_passes_are_computed_twice(load, learning, expected):
     model = load(**learning)
     blocks = [*model.vision.blocks, *model.decoder.blocks]
     counts = [0] * len(blocks)
     for index, block in enumerate(blocks):
+
         def count(*_, index=index) -> None:
             counts[index] += 1
+
         block.attention_norm.register_forward_pre_hook(count)
     checkpoint_blocks(model)
     model(make_batch(model)).backward()
@@ -127,7 +168,10 @@ def test_the_cache_is_filled_once_whether_or_not_gradients_flow(load):
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
             cache = model.decoder.new_cache(1, 10)
-            logits = torch.cat([model.decoder(ids[:, :6], cache=cache), model.decoder(ids[:, 6:], cache=cache)], dim=1)
+            logits = torch.cat(
+                [model.decoder(ids[:, :6], cache=cache), model.decoder(ids[:, 6:], cache=cache)],
+                dim=1,
+            )
         assert cache.length == 10
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -155,8 +199,11 @@ def test_a_copy_of_the_model_runs_its_own_blocks(load):
 def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path, monkeypatch):
     """Captured by the compiler and run as captured, which needs no C++ compiler and changes no bit; checkpointed too."""
     from torch._dynamo.testing import CompileCounter
+
     compiler, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=compiler, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend=compiler, **options)
+    )
     model = load("projector,text")
     expected = loss_and_gradients(model)
     model.save_pretrained(tmp_path / "plain")
@@ -167,7 +214,9 @@ def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path,
     assert 4 <= compiler.frame_count <= 6
     model.save_pretrained(tmp_path / "compiled")
     for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
+        assert (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "compiled" / name
+        ).read_bytes()
 
 
 @pytest.mark.slow
@@ -175,11 +224,20 @@ def test_a_compiled_block_computes_the_same():
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("no C++ compiler here")
     torch.manual_seed(0)
-    block = DecoderBlock(DecoderConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
-                                       head_dim=8))
+    block = DecoderBlock(
+        DecoderConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
     inputs = torch.randn(2, 5, 16)
     expected = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
-    towers = types.SimpleNamespace(vision=types.SimpleNamespace(blocks=[]), decoder=types.SimpleNamespace(blocks=[block]))
+    towers = types.SimpleNamespace(
+        vision=types.SimpleNamespace(blocks=[]), decoder=types.SimpleNamespace(blocks=[block])
+    )
     compile_blocks(towers, CPU)
     ours = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -189,9 +247,13 @@ def test_without_a_compiler_there_is_one_line(load, monkeypatch):
     def broken(function, **options):
         def run(*arguments):
             raise RuntimeError("InvalidCxxCompiler: no working compiler\nand a page of advice")
+
         return run
+
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(NanoVLMError, match=r"--compile: .* \(InvalidCxxCompiler: no working compiler\); install") as error:
+    with pytest.raises(
+        NanoVLMError, match=r"--compile: .* \(InvalidCxxCompiler: no working compiler\); install"
+    ) as error:
         compile_blocks(load(), CPU)
     assert "\n" not in str(error.value)
 
@@ -204,8 +266,14 @@ def scratch_loss(model: VisionLanguageModel) -> dict[str, Tensor]:
     torch.manual_seed(3)
     loss = model(batch)
     loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()
-                                      if parameter.grad is not None}}
+    return {
+        "loss": loss.detach(),
+        **{
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        },
+    }
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -218,10 +286,15 @@ def test_experts_and_dropout_checkpointed_give_the_same_bits(tmp_path, autocast)
         assert_same(scratch_loss(model), expected)
 
 
-def test_experts_are_left_alone_by_the_compiler_and_their_loads_make_no_new_code(tmp_path, monkeypatch):
+def test_experts_are_left_alone_by_the_compiler_and_their_loads_make_no_new_code(
+    tmp_path, monkeypatch
+):
     from torch._dynamo.testing import CompileCounter
+
     compiler, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=compiler, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend=compiler, **options)
+    )
     model = scratch_vlm(tmp_path, dropout=0.2).train()
     expected = scratch_loss(model)
     compile_blocks(model, CPU)

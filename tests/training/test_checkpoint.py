@@ -33,14 +33,26 @@ def test_what_is_saved_comes_back(tmp_path):
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two) or not one.requires_grad
     for one, two in zip(model[1].parameters(), other[1].parameters(), strict=True):
-        assert optimizer.state[one].keys() == fresh.state[two].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(optimizer.state[one][kind], fresh.state[two][kind]) for kind in optimizer.state[one])
+        assert (
+            optimizer.state[one].keys()
+            == fresh.state[two].keys()
+            == {"step", "exp_avg", "exp_avg_sq"}
+        )
+        assert all(
+            torch.equal(optimizer.state[one][kind], fresh.state[two][kind])
+            for kind in optimizer.state[one]
+        )
     torch.testing.assert_close(list(other.parameters()), list(model.parameters()))
 
 
 def test_a_checkpoint_holds_what_learns_and_no_pickle(tmp_path):
     folder = save_checkpoint(tmp_path, *trained(), {"progress": {"step": 1}}, keep=2)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "SHA256SUMS",
+    }
     safetensors = pytest.importorskip("safetensors.torch")
     assert safetensors.load_file(folder / "model.safetensors").keys() == {"1.weight", "1.bias"}
 
@@ -66,9 +78,16 @@ def test_another_run_is_refused(tmp_path):
         load_checkpoint(tmp_path, model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 2]), None])
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(tmp_path, capsys, name, damage):
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"]
+)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 2]), None],
+)
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(
+    tmp_path, capsys, name, damage
+):
     model, optimizer = trained()
     before = model[1].weight.detach().clone()
     save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 1}}, keep=3)
@@ -82,7 +101,10 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(tmp
     assert torch.equal(model[1].weight, before)
     told = capsys.readouterr().err
     assert str(folder) in told and name in told and told.count("\n") == 1
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["damaged_step_2", "step_1"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "damaged_step_2",
+        "step_1",
+    ]
     save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=3)
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 2}}
 
@@ -96,15 +118,21 @@ def test_when_none_is_whole_the_run_cannot_go_on(tmp_path):
 
 def test_the_digests_are_in_the_form_that_sha256sum_reads(tmp_path):
     folder = save_checkpoint(tmp_path, *trained(), {"progress": {"step": 1}}, keep=1)
-    lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert lines == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                     for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+    lines = dict(
+        reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines()
+    )
+    assert lines == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    }
 
 
 def test_the_best_stays_beside_the_newest(tmp_path):
     model, optimizer = trained()
     for step, val_loss in enumerate([3.0, 1.0, None, 2.0, None, None, 4.0], start=1):
-        save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": step}, "val_loss": val_loss}, keep=2)
+        save_checkpoint(
+            tmp_path, model, optimizer, {"progress": {"step": step}, "val_loss": val_loss}, keep=2
+        )
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_2", "step_6", "step_7"]
 
 
@@ -118,8 +146,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatc
         if str(target).endswith(broken):
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
+
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(NoRoom, match=r"step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; step_1 stays"):
+    with pytest.raises(
+        NoRoom,
+        match=r"step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; step_1 stays",
+    ):
         save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}

@@ -11,27 +11,48 @@ from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from tests.runs import metrics
 
-RESULTS = ("model/model.safetensors", "checkpoints/step_12/model.safetensors", "checkpoints/step_12/optimizer.safetensors",
-           "checkpoints/step_12/state.json", "checkpoints/step_12/SHA256SUMS")
+RESULTS = (
+    "model/model.safetensors",
+    "checkpoints/step_12/model.safetensors",
+    "checkpoints/step_12/optimizer.safetensors",
+    "checkpoints/step_12/state.json",
+    "checkpoints/step_12/SHA256SUMS",
+)
 
 
 def _train(settings: Settings) -> None:
     import torch
+
     torch.set_num_threads(1)
     RunLog.draw = lambda log: None  # a third of so short a run
     run_stage(settings)
 
 
-@pytest.mark.parametrize(("dtype", "kills"), [("fp32", 4), *(pytest.param(dtype, 15, marks=pytest.mark.slow)
-                                                             for dtype in ("fp32", "bf16"))])
-def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tiny, tmp_path, dtype, kills):
+@pytest.mark.parametrize(
+    ("dtype", "kills"),
+    [("fp32", 4), *(pytest.param(dtype, 15, marks=pytest.mark.slow) for dtype in ("fp32", "bf16"))],
+)
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(
+    tiny, tmp_path, dtype, kills
+):
     # A server that has imported everything forks the runs, so that each starts within a moment.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["nanovlm.training.run"])
 
     def settings(name: str, **changes) -> Settings:
-        return tiny.settings(tmp_path / name, init=str(tiny.model), train="projector,text", dtype=dtype, max_steps=12,
-                             save_every=1, keep=2, log_every=3, val="", val_fraction=0.0, **changes)
+        return tiny.settings(
+            tmp_path / name,
+            init=str(tiny.model),
+            train="projector,text",
+            dtype=dtype,
+            max_steps=12,
+            save_every=1,
+            keep=2,
+            log_every=3,
+            val="",
+            val_fraction=0.0,
+            **changes,
+        )
 
     def start(chosen: Settings) -> multiprocessing.Process:
         process = processes.Process(target=_train, args=(chosen,))
@@ -62,4 +83,6 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tiny, t
         assert metrics(run) == metrics(tmp_path / "whole")
         for result in RESULTS:
             assert (run / result).read_bytes() == (tmp_path / "whole" / result).read_bytes(), result
-    print(f"{dtype}: {killed} kills, {len(finished)} runs reached the end with the bits of the run that nobody killed")
+    print(
+        f"{dtype}: {killed} kills, {len(finished)} runs reached the end with the bits of the run that nobody killed"
+    )

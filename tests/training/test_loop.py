@@ -32,6 +32,7 @@ def moved(before: Path, after: Path) -> dict[str, bool]:
 @pytest.fixture
 def watch(monkeypatch):
     """Have a function called with every optimizer when its step is about to be taken."""
+
     def attach(on_step) -> None:
         build = loop.build_optimizer
 
@@ -39,7 +40,9 @@ def watch(monkeypatch):
             optimizer = build(model, settings)
             optimizer.register_step_pre_hook(lambda *_: on_step(model))
             return optimizer
+
         monkeypatch.setattr(loop, "build_optimizer", watched)
+
     return attach
 
 
@@ -51,17 +54,29 @@ def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
         if current == step:
             signal.raise_signal(number)
         return schedule(current, *rest)
+
     monkeypatch.setattr(loop, "schedule", pressed)
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny, tmp_path, watch):
     steps: list[dict[str, torch.Tensor]] = []
-    watch(lambda model: steps.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()}))
+    watch(
+        lambda model: steps.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        )
+    )
     runs = {}
     for batch_size, accumulate in ((12, 1), (6, 2), (4, 3), (1, 12)):
         steps.clear()
-        run = tiny.train(tmp_path / f"{batch_size}", init=str(tiny.model), train=EVERYTHING, max_steps=2, clip=1e9,
-                         batch_size=batch_size, accumulate=accumulate)
+        run = tiny.train(
+            tmp_path / f"{batch_size}",
+            init=str(tiny.model),
+            train=EVERYTHING,
+            max_steps=2,
+            clip=1e9,
+            batch_size=batch_size,
+            accumulate=accumulate,
+        )
         runs[batch_size] = list(steps), metrics(run)
     (first, _), whole = runs[12]
     assert len(first) > 30 and max(gradient.abs().max() for gradient in first.values()) > 0.01
@@ -74,37 +89,74 @@ def test_accumulated_batches_equal_one_large_batch(tiny, tmp_path, watch):
             assert line["samples"] == expected["samples"] and line["lr"] == expected["lr"]
 
 
-def test_the_batches_of_that_step_had_unequal_numbers_of_labelled_tokens(tiny, tmp_path, monkeypatch):
+def test_the_batches_of_that_step_had_unequal_numbers_of_labelled_tokens(
+    tiny, tmp_path, monkeypatch
+):
     counts, forward = [], VisionLanguageModel.forward
-    monkeypatch.setattr(VisionLanguageModel, "forward", lambda model, batch: counts.append(len(batch.targets)) or forward(model, batch))
-    tiny.train(tmp_path / "run", init=str(tiny.model), val="", val_fraction=0.0, max_steps=1, batch_size=4, accumulate=3)
+    monkeypatch.setattr(
+        VisionLanguageModel,
+        "forward",
+        lambda model, batch: counts.append(len(batch.targets)) or forward(model, batch),
+    )
+    tiny.train(
+        tmp_path / "run",
+        init=str(tiny.model),
+        val="",
+        val_fraction=0.0,
+        max_steps=1,
+        batch_size=4,
+        accumulate=3,
+    )
     assert len(counts) == 3 and len(set(counts)) > 1
 
 
 @pytest.mark.parametrize("parts", ["projector", "projector,text", "vision", EVERYTHING])
 def test_the_named_parts_move_and_the_others_keep_every_bit(tiny, tmp_path, parts):
-    run = tiny.train(tmp_path / "run", init=str(tiny.model), train=parts, share=1, val="", val_fraction=0.0)
+    run = tiny.train(
+        tmp_path / "run", init=str(tiny.model), train=parts, share=1, val="", val_fraction=0.0
+    )
     names = {"projector": "projector", "text": "decoder", "vision": "vision"}
     learning = {names[part] for part in parts.split(",")}
     for name, changed in moved(tiny.model, run / "model").items():
         assert changed == (name.split(".")[0] in learning), name
-    assert {name.split(".")[0] for name in tensors(run / "checkpoints" / "step_4" / "model.safetensors")} == learning
+    assert {
+        name.split(".")[0] for name in tensors(run / "checkpoints" / "step_4" / "model.safetensors")
+    } == learning
 
 
 def test_clipping_bounds_the_norm_and_the_log_tells_the_norm_before_it(tiny, tmp_path, watch):
     norms = []
-    watch(lambda model: norms.append(math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in model.parameters()
-                                                   if parameter.grad is not None))))
+    watch(
+        lambda model: norms.append(
+            math.sqrt(
+                sum(
+                    float(parameter.grad.square().sum())
+                    for parameter in model.parameters()
+                    if parameter.grad is not None
+                )
+            )
+        )
+    )
     run = tiny.train(tmp_path / "run", init=str(tiny.model), train=EVERYTHING, clip=0.01)
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
     assert all(line["grad_norm"] > 0.1 for line in metrics(run))
 
 
 @pytest.mark.parametrize(("workers", "presses"), [(0, [0, 4]), (2, [2])])
-def test_an_interrupted_run_continues_to_the_same_bits(tiny, tmp_path, monkeypatch, capsys, workers, presses):
+def test_an_interrupted_run_continues_to_the_same_bits(
+    tiny, tmp_path, monkeypatch, capsys, workers, presses
+):
     # 14 records a step of 60: batches and steps straddle the epochs; lines are half gathered when it stops.
-    settings = dict(init=str(tiny.model), train=EVERYTHING, batch_size=7, accumulate=2, max_steps=7, log_every=2, val_every=3,
-                    weight_decay=0.1)
+    settings = dict(
+        init=str(tiny.model),
+        train=EVERYTHING,
+        batch_size=7,
+        accumulate=2,
+        max_steps=7,
+        log_every=2,
+        val_every=3,
+        weight_decay=0.1,
+    )
     whole = tiny.train(tmp_path / "whole", **settings)
     for resumed, step in enumerate(presses):
         with monkeypatch.context() as patch:
@@ -113,19 +165,36 @@ def test_an_interrupted_run_continues_to_the_same_bits(tiny, tmp_path, monkeypat
                 tiny.train(tmp_path / "stopped", **settings, workers=workers, resume=bool(resumed))
         assert f"stopped after step {step + 1} of 7" in (told := capsys.readouterr().err)
         assert f"--resume --out {tmp_path / 'stopped'}" in told
-        assert (tmp_path / "stopped" / "curves.png").exists() and not (tmp_path / "stopped" / "model").exists()
+        assert (tmp_path / "stopped" / "curves.png").exists() and not (
+            tmp_path / "stopped" / "model"
+        ).exists()
     stopped = tiny.train(tmp_path / "stopped", **settings, workers=workers, resume=True)
     assert metrics(stopped) == metrics(whole)
     assert [line["step"] for line in metrics(whole)] == [2, 3, 4, 6, 7]
-    for name in ("model/model.safetensors", "samples.jsonl", *(f"checkpoints/step_7/{kind}" for kind in (
-            "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"))):
+    for name in (
+        "model/model.safetensors",
+        "samples.jsonl",
+        *(
+            f"checkpoints/step_7/{kind}"
+            for kind in ("model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS")
+        ),
+    ):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_fp16_drops_a_step_that_overflows_and_its_factor_survives_an_interruption(tiny, tmp_path, monkeypatch, watch):
+def test_fp16_drops_a_step_that_overflows_and_its_factor_survives_an_interruption(
+    tiny, tmp_path, monkeypatch, watch
+):
     settings = dict(init=str(tiny.model), dtype="fp16", max_steps=4)
-    monkeypatch.setattr(loop.Precision, "scaled", lambda precision, loss: loss * precision.scaler.scale * (
-        math.inf if loss_number.append(0) or len(loss_number) == 2 else 1))
+    monkeypatch.setattr(
+        loop.Precision,
+        "scaled",
+        lambda precision, loss: (
+            loss
+            * precision.scaler.scale
+            * (math.inf if loss_number.append(0) or len(loss_number) == 2 else 1)
+        ),
+    )
     taken, loss_number = [], []
     watch(lambda model: taken.append(0))
     run = tiny.train(tmp_path / "run", **settings)
@@ -156,22 +225,42 @@ def break_calls(monkeypatch, what: str, broken) -> None:
         if loss.requires_grad and broken(len(calls)):
             loss.register_hook(lambda gradient: gradient * math.inf)
         return loss
+
     monkeypatch.setattr(VisionLanguageModel, "forward", pass_on)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("log_every", [1, 3])
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(tiny, tmp_path, monkeypatch, what, log_every):
-    settings = dict(init=str(tiny.model), train="projector,text", save_every=1, keep=9, log_every=log_every, weight_decay=0.5,
-                    max_steps=5, batch_size=3)
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
+    tiny, tmp_path, monkeypatch, what, log_every
+):
+    settings = dict(
+        init=str(tiny.model),
+        train="projector,text",
+        save_every=1,
+        keep=9,
+        log_every=log_every,
+        weight_decay=0.5,
+        max_steps=5,
+        batch_size=3,
+    )
     with monkeypatch.context() as patch:
         break_calls(patch, what, lambda call: call == 3)
         run = tiny.train(tmp_path / "run", **settings)
-    weights = [tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 2, 3, 4)]
-    same = [all(torch.equal(one[name], two[name]) for name in one) for one, two in zip(weights, weights[1:])]
+    weights = [
+        tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 2, 3, 4)
+    ]
+    same = [
+        all(torch.equal(one[name], two[name]) for name in one)
+        for one, two in zip(weights, weights[1:])
+    ]
     assert same == [False, True, False]
     (bad,) = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
-    assert bad["step"] == 3 and len(bad["records"]) == 3 and all("train.jsonl:" in where for where in bad["records"])
+    assert (
+        bad["step"] == 3
+        and len(bad["records"]) == 3
+        and all("train.jsonl:" in where for where in bad["records"])
+    )
     assert (bad["loss"] == "nan") == (what == "loss") and bad["grad_norm"] in ("nan", "inf")
     lines = {line["step"]: line for line in metrics(run)}
     assert lines[3]["grad_norm"] is None and math.isfinite(lines[5]["grad_norm"])
@@ -179,19 +268,36 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(tiny, t
     assert (run / "curves.png").exists()
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_at_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
-    settings = dict(init=str(tiny.model), save_every=2, log_every=3, max_steps=20, max_bad_steps=4, val="", val_fraction=0.0)
+def test_too_many_bad_steps_in_a_row_stop_the_run_at_the_last_good_checkpoint(
+    tiny, tmp_path, monkeypatch
+):
+    settings = dict(
+        init=str(tiny.model),
+        save_every=2,
+        log_every=3,
+        max_steps=20,
+        max_bad_steps=4,
+        val="",
+        val_fraction=0.0,
+    )
     with monkeypatch.context() as patch:
         break_calls(patch, "loss", lambda call: call == 2 or call > 4)
-        with pytest.raises(NanoVLMError, match="the loss was not finite in 4 steps in a row, up to step 8; their records are in"):
+        with pytest.raises(
+            NanoVLMError,
+            match="the loss was not finite in 4 steps in a row, up to step 8; their records are in",
+        ):
             tiny.train(tmp_path / "run", **settings)
     run = tmp_path / "run"
-    assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [2, 5, 6, 7, 8]
+    assert [
+        json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()
+    ] == [2, 5, 6, 7, 8]
     last = tensors(run / "checkpoints" / "step_6" / "model.safetensors")
     good = tensors(run / "checkpoints" / "step_4" / "model.safetensors")
     assert all(torch.equal(last[name], good[name]) for name in last)
     tiny.train(run, **settings, resume=True)
-    assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [2, 5, 6]
+    assert [
+        json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()
+    ] == [2, 5, 6]
     assert metrics(run)[-1]["step"] == 20
 
 
@@ -203,14 +309,20 @@ def test_a_full_disk_stops_the_run_or_not_as_asked(tiny, tmp_path, monkeypatch, 
         if saved.append(0) or len(saved) == 3:  # the second checkpoint's first file
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(*arguments)
+
     monkeypatch.setattr(checkpoint, "save_file", full)
-    settings = dict(init=str(tiny.model), save_every=1, max_steps=3, full_disk=policy, val="", val_fraction=0.0)
+    settings = dict(
+        init=str(tiny.model), save_every=1, max_steps=3, full_disk=policy, val="", val_fraction=0.0
+    )
     if policy == "go-on":
         run = tiny.train(tmp_path / "run", **settings)
         assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_1", "step_3"]
         assert "step_2: no room" in (told := capsys.readouterr().err) and "training goes on" in told
         return
-    with pytest.raises(NanoVLMError, match="step_2: no room for this checkpoint, .* step_1 stays and --resume goes on from it"):
+    with pytest.raises(
+        NanoVLMError,
+        match="step_2: no room for this checkpoint, .* step_1 stays and --resume goes on from it",
+    ):
         tiny.train(tmp_path / "run", **settings)
     monkeypatch.undo()
     tiny.train(tmp_path / "run", **settings, resume=True)
@@ -220,19 +332,30 @@ def test_a_full_disk_stops_the_run_or_not_as_asked(tiny, tmp_path, monkeypatch, 
 def test_the_best_checkpoint_is_saved_when_it_is_found_and_kept(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 4.0])
     monkeypatch.setattr(loop, "validate", lambda *_: {"val_loss": next(losses)})
-    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1)
+    run = tiny.train(
+        tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1
+    )
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(tiny, tmp_path, monkeypatch):
     losses = iter([None, 0.5, 2.0, None, 1.9])
     monkeypatch.setattr(loop, "validate", lambda *_: {"val_loss": next(losses)})
-    run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1)
+    run = tiny.train(
+        tmp_path / "run", init=str(tiny.model), max_steps=10, val_every=2, save_every=100, keep=1
+    )
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step_4", "step_10"]
 
 
 def test_random_numbers_of_a_step_do_not_depend_on_what_came_before(tiny, tmp_path, monkeypatch):
-    settings = dict(init=str(tiny.model), train="projector,text", lora_rank=2, lora_dropout=0.5, max_steps=4, dtype="bf16")
+    settings = dict(
+        init=str(tiny.model),
+        train="projector,text",
+        lora_rank=2,
+        lora_dropout=0.5,
+        max_steps=4,
+        dtype="bf16",
+    )
     whole = tiny.train(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_at(patch, 1)
@@ -240,7 +363,9 @@ def test_random_numbers_of_a_step_do_not_depend_on_what_came_before(tiny, tmp_pa
     torch.randn(7)
     stopped = tiny.train(tmp_path / "stopped", **settings, resume=True)
     assert metrics(stopped) == metrics(whole)
-    assert (stopped / "adapter/adapter.safetensors").read_bytes() == (whole / "adapter/adapter.safetensors").read_bytes()
+    assert (stopped / "adapter/adapter.safetensors").read_bytes() == (
+        whole / "adapter/adapter.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 2}, {"accumulate": 2}, {"data": "fewer"}])
@@ -267,9 +392,16 @@ def test_a_signal_saves_and_exits_with_its_status(tiny, tmp_path, monkeypatch, n
     assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_2"]
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(NanoVLMError, match="the loss was not finite in 1 steps in a row"):
-        patch.setattr(VisionLanguageModel, "forward", lambda model, batch: batch.pixels.sum() * math.nan)
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NanoVLMError, match="the loss was not finite in 1 steps in a row"),
+    ):
+        patch.setattr(
+            VisionLanguageModel, "forward", lambda model, batch: batch.pixels.sum() * math.nan
+        )
         tiny.train(tmp_path / "run", init=str(tiny.model), max_bad_steps=1)
     run = tiny.train(tmp_path / "run", init=str(tiny.model), max_bad_steps=1, resume=True)
     assert "stopped before its first checkpoint" in capsys.readouterr().err
@@ -277,8 +409,21 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tiny, tmp_path, 
 
 
 def test_text_without_images_passes_through_a_stage_that_cannot_learn_from_it(tiny, tmp_path):
-    records = [{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好。"}]}] * 4
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "你好"},
+                {"role": "assistant", "content": "你好。"},
+            ]
+        }
+    ] * 4
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    run = tiny.train(tmp_path / "run", init=str(tiny.model), data=str(tmp_path / "text.jsonl"), val="", val_fraction=0.0)
+    run = tiny.train(
+        tmp_path / "run",
+        init=str(tiny.model),
+        data=str(tmp_path / "text.jsonl"),
+        val="",
+        val_fraction=0.0,
+    )
     assert not any(moved(tiny.model, run / "model").values())
     assert [line["grad_norm"] for line in metrics(run)] == [0.0] * 4

@@ -13,7 +13,13 @@ from nanovlm.experts import Router
 from nanovlm.generate import generate
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.lora import (
-    LoRAConfig, LoRALinear, add_adapters, load_adapter, merge_adapters, merged_tensors, plain_weight,
+    LoRAConfig,
+    LoRALinear,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    merged_tensors,
+    plain_weight,
 )
 from nanovlm.training.optimizer import build_optimizer
 from nanovlm.training.quantization import KINDS, QuantizedLinear, quantize_
@@ -25,7 +31,15 @@ from tests.reference.scratch import scratch_vlm
 from tests.training.test_loop import interrupt_at, metrics, tensors
 
 ALL = "*_proj"
-TRAINED = dict(train="projector,text", lora_rank=4, lora_alpha=16.0, quantize="nf4", lr=0.02, max_steps=3, val_samples=1)
+TRAINED = dict(
+    train="projector,text",
+    lora_rank=4,
+    lora_alpha=16.0,
+    quantize="nf4",
+    lr=0.02,
+    max_steps=3,
+    val_samples=1,
+)
 EVERYTHING = dict(TRAINED, lora_dropout=0.1, text_embedding=True)
 
 
@@ -43,7 +57,10 @@ def finished(tiny, tmp_path_factory):
 def adapted(kind: str, bias: bool = True, dropout: float = 0.0) -> LoRALinear:
     torch.manual_seed(0)
     base = nn.Linear(70, 9, bias=bias)
-    layer = LoRALinear(KINDS[kind](base) if kind else base, LoRAConfig(rank=3, alpha=12.0, targets=ALL, dropout=dropout))
+    layer = LoRALinear(
+        KINDS[kind](base) if kind else base,
+        LoRAConfig(rank=3, alpha=12.0, targets=ALL, dropout=dropout),
+    )
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -52,14 +69,25 @@ def prompt(model: VisionLanguageModel) -> Batch:
     """A few words around an image of noise."""
     count, image = model.image_length, model.config.image
     ids = torch.tensor([[30, 31, *[model.chat.image_token_id] * count, 32, 33, 34]])
-    pixels = torch.randn(1, 3, image.height, image.width, generator=torch.Generator().manual_seed(1))
-    return Batch(ids, torch.ones_like(ids), torch.arange(2, 2 + count), torch.empty(0), torch.empty(0), pixels)
+    pixels = torch.randn(
+        1, 3, image.height, image.width, generator=torch.Generator().manual_seed(1)
+    )
+    return Batch(
+        ids,
+        torch.ones_like(ids),
+        torch.arange(2, 2 + count),
+        torch.empty(0),
+        torch.empty(0),
+        pixels,
+    )
 
 
 @torch.no_grad()
 def logits(model: VisionLanguageModel) -> torch.Tensor:
     batch = prompt(model)
-    return model.decoder.logits(model.decoder.hidden_states(model.embed(batch), batch.attention_mask))
+    return model.decoder.logits(
+        model.decoder.hidden_states(model.embed(batch), batch.attention_mask)
+    )
 
 
 # ---- the layer
@@ -79,7 +107,9 @@ def test_output_and_gradients_are_those_of_the_formula(kind):
     output = layer(inputs)
     output.backward(grad)
     x = inputs.detach()
-    torch.testing.assert_close(output, x @ weight.T + layer.base.bias + 4 * x @ a.T @ b.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        output, x @ weight.T + layer.base.bias + 4 * x @ a.T @ b.T, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(layer.lora_B.grad, 4 * grad.T @ (x @ a.T), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(layer.lora_A.grad, 4 * (grad @ b).T @ x, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(inputs.grad, grad @ weight + 4 * grad @ b @ a, atol=1e-4, rtol=1e-5)
@@ -92,7 +122,9 @@ def test_dropout_is_on_what_the_adapter_reads_and_only_while_training():
     dropped = layer(inputs)
     torch.manual_seed(3)
     kept = torch.nn.functional.dropout(inputs, 0.5)
-    torch.testing.assert_close(dropped, layer.base(inputs) + 4 * kept @ layer.lora_A.T @ layer.lora_B.T)
+    torch.testing.assert_close(
+        dropped, layer.base(inputs) + 4 * kept @ layer.lora_A.T @ layer.lora_B.T
+    )
     expected = nn.functional.linear(inputs, plain_weight(layer), layer.base.bias)
     torch.testing.assert_close(layer.eval()(inputs), expected, atol=1e-5, rtol=1e-5)
 
@@ -100,22 +132,36 @@ def test_dropout_is_on_what_the_adapter_reads_and_only_while_training():
 # ---- which layers
 
 
-@pytest.mark.parametrize(("targets", "layers", "expected"), [
-    ("q_proj", 0, {"blocks.0.attention.q_proj", "blocks.1.attention.q_proj"}),
-    ("q_proj, mlp.up_proj", 1, {"blocks.1.attention.q_proj", "blocks.1.mlp.up_proj"}),
-    ("blocks.*.mlp.*", 1, {f"blocks.1.mlp.{name}_proj" for name in ("gate", "up", "down")}),
-    ("blocks.0.attention.?_proj,blocks.0.*.k_proj", 0, {f"blocks.0.attention.{name}_proj" for name in "qkv"}),
-])
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        ("q_proj", 0, {"blocks.0.attention.q_proj", "blocks.1.attention.q_proj"}),
+        ("q_proj, mlp.up_proj", 1, {"blocks.1.attention.q_proj", "blocks.1.mlp.up_proj"}),
+        ("blocks.*.mlp.*", 1, {f"blocks.1.mlp.{name}_proj" for name in ("gate", "up", "down")}),
+        (
+            "blocks.0.attention.?_proj,blocks.0.*.k_proj",
+            0,
+            {f"blocks.0.attention.{name}_proj" for name in "qkv"},
+        ),
+    ],
+)
 def test_targets_are_ends_or_patterns_of_names(model, targets, layers, expected):
     add_adapters(model.decoder, LoRAConfig(2, 4.0, targets, layers=layers))
-    assert {name for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)} == expected
+    assert {
+        name for name, module in model.decoder.named_modules() if isinstance(module, LoRALinear)
+    } == expected
 
 
-@pytest.mark.parametrize(("targets", "layers", "expected"), [
-    ("q_proj,o_proj", 0, "no layer of the decoder is 'o_proj'; the nearest is 'out_proj'"),
-    ("proj", 0, "no layer of the decoder is 'proj'"), ("blocks.0.*", 1, "no layer of the decoder is 'blocks.0.*'"),
-    ("lm_head", 0, "no layer of the decoder is 'lm_head'"), (" , ", 0, "names no layer"),
-])
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        ("q_proj,o_proj", 0, "no layer of the decoder is 'o_proj'; the nearest is 'out_proj'"),
+        ("proj", 0, "no layer of the decoder is 'proj'"),
+        ("blocks.0.*", 1, "no layer of the decoder is 'blocks.0.*'"),
+        ("lm_head", 0, "no layer of the decoder is 'lm_head'"),
+        (" , ", 0, "names no layer"),
+    ],
+)
 def test_a_target_that_is_not_there_is_refused(model, targets, layers, expected):
     with pytest.raises(NanoVLMError, match=expected.replace("*", r"\*")):
         add_adapters(model.decoder, LoRAConfig(2, 4.0, targets, layers=layers))
@@ -127,10 +173,16 @@ def test_adapters_are_added_once(model):
         add_adapters(model.decoder, LoRAConfig(2, 4.0, ALL))
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"lora_rank": 8}, "--lora-rank 8 adapts the decoder, but --train does not name text"),
-    ({"quantize": "nf4", "train": "projector,text"}, "--quantize nf4 freezes the decoder, and --train names text"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora_rank": 8}, "--lora-rank 8 adapts the decoder, but --train does not name text"),
+        (
+            {"quantize": "nf4", "train": "projector,text"},
+            "--quantize nf4 freezes the decoder, and --train names text",
+        ),
+    ],
+)
 def test_settings_that_contradict_each_other_are_refused(changes, expected):
     with pytest.raises(NanoVLMError, match=expected):
         Settings(**changes)
@@ -139,11 +191,18 @@ def test_settings_that_contradict_each_other_are_refused(changes, expected):
 # ---- what learns
 
 
-@pytest.mark.parametrize(("changes", "parts"), [
-    ({"train": "text"}, {"lora"}), ({"train": "projector,text"}, {"projector", "lora"}),
-    ({"train": "projector,text,vision", "text_embedding": True}, {"projector", "lora", "vision", "embed_tokens"}),
-    ({"train": "text", "text_layers": 1}, {"lora"}),
-])
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"train": "text"}, {"lora"}),
+        ({"train": "projector,text"}, {"projector", "lora"}),
+        (
+            {"train": "projector,text,vision", "text_embedding": True},
+            {"projector", "lora", "vision", "embed_tokens"},
+        ),
+        ({"train": "text", "text_layers": 1}, {"lora"}),
+    ],
+)
 def test_adapters_learn_in_the_decoders_place(model, changes, parts):
     settings = Settings(lora_rank=2, lr_text=1e-3, layer_decay=0.5, **changes)
     quantize_(model.decoder.blocks, "nf4")
@@ -152,7 +211,11 @@ def test_adapters_learn_in_the_decoders_place(model, changes, parts):
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {next((part for part in parts if part in name), name) for name in learning} == parts
     assert len([name for name in learning if ".lora_" in name]) == 28 // (1 + settings.text_layers)
-    rates = {group["peak_lr"] for group in build_optimizer(model, settings).param_groups if group["part"] == "text"}
+    rates = {
+        group["peak_lr"]
+        for group in build_optimizer(model, settings).param_groups
+        if group["part"] == "text"
+    }
     assert {1e-3} <= rates <= {1e-3, 5e-4, 2.5e-4} and (5e-4 in rates) == (not settings.text_layers)
 
 
@@ -161,7 +224,11 @@ def test_the_table_counts_quantised_parameters_and_their_few_bytes(model):
     freeze(model, settings)
     before = describe(model, settings).splitlines()[2].split()
     decoder = model.decoder
-    size = sum(module.weight.numel() for module in decoder.blocks.modules() if isinstance(module, nn.Linear))
+    size = sum(
+        module.weight.numel()
+        for module in decoder.blocks.modules()
+        if isinstance(module, nn.Linear)
+    )
     quantize_(decoder.blocks, "int8")
     after = describe(model, settings).splitlines()[2].split()
     assert after[:3] == before[:3]
@@ -173,7 +240,9 @@ def test_the_table_counts_quantised_parameters_and_their_few_bytes(model):
 
 def test_only_the_adapters_and_the_projector_move_in_a_quantised_run(tiny, tmp_path):
     run = tiny.train(tmp_path / "run", init=str(tiny.model), **TRAINED, save_every=1)
-    first, last = (tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 3))
+    first, last = (
+        tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 3)
+    )
     assert {name.split(".")[0] for name in first} == {"projector", "decoder"}
     assert all(".lora_" in name for name in first if name.startswith("decoder"))
     assert all(not torch.equal(first[name], last[name]) for name in first)
@@ -182,26 +251,40 @@ def test_only_the_adapters_and_the_projector_move_in_a_quantised_run(tiny, tmp_p
     quantize_(base.decoder.blocks, "nf4")
     before, after = merged_tensors(base, torch.float32), tensors(run / "model")
     assert before.keys() == after.keys()
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor.make(), after[name])}
+    changed = {
+        name for name, tensor in before.items() if not torch.equal(tensor.make(), after[name])
+    }
     assert changed == {name for name in after if re.match(r"projector|decoder.*_proj\.", name)}
 
 
 def test_the_adapter_folder_gives_the_base_what_the_merged_model_has(tiny, finished):
     assert json.loads((finished / "adapter" / "adapter.json").read_text()) == {
-        "rank": 4, "alpha": 16.0, "targets": ALL, "dropout": 0.1, "layers": 0, "base_model": str(tiny.model)}
+        "rank": 4,
+        "alpha": 16.0,
+        "targets": ALL,
+        "dropout": 0.1,
+        "layers": 0,
+        "base_model": str(tiny.model),
+    }
     stored = tensors(finished / "adapter" / "adapter.safetensors")
-    assert {name for name in stored if ".lora_" not in name} == {"decoder.embed_tokens.weight", *(
-        f"projector.{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias"))}
+    assert {name for name in stored if ".lora_" not in name} == {
+        "decoder.embed_tokens.weight",
+        *(f"projector.{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")),
+    }
     exported = VisionLanguageModel.from_pretrained(finished / "model")
     unmerged = VisionLanguageModel.from_pretrained(tiny.model)
     quantize_(unmerged.decoder.blocks, "nf4")  # as in the run
     load_adapter(unmerged, finished / "adapter")
     expected = logits(unmerged)
-    assert (expected - logits(VisionLanguageModel.from_pretrained(tiny.model))).abs().max() > 0.1  # it learned something
+    assert (
+        expected - logits(VisionLanguageModel.from_pretrained(tiny.model))
+    ).abs().max() > 0.1  # it learned something
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
     assert generate(exported, prompt(exported), 20) == generate(unmerged, prompt(unmerged), 20)
     merge_adapters(unmerged)
-    assert not any(isinstance(module, (LoRALinear, QuantizedLinear)) for module in unmerged.modules())
+    assert not any(
+        isinstance(module, (LoRALinear, QuantizedLinear)) for module in unmerged.modules()
+    )
     torch.testing.assert_close(logits(unmerged), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -214,17 +297,29 @@ def test_a_model_in_bf16_takes_an_adapter_too(tiny, finished):
     torch.testing.assert_close(logits(model), unmerged, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    (lambda tensors: tensors.pop("projector.up.bias"), "lacks projector.up.bias; the adapter belongs to "),
-    (lambda tensors: tensors.update({"decoder.blocks.9.x": torch.zeros(1)}),
-     "holds decoder.blocks.9.x, for which the model has no place"),
-    (lambda tensors: tensors.update({"projector.up.bias": torch.zeros(3)}),
-     r"projector.up.bias has shape \(3,\), in the model \(16,\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda tensors: tensors.pop("projector.up.bias"),
+            "lacks projector.up.bias; the adapter belongs to ",
+        ),
+        (
+            lambda tensors: tensors.update({"decoder.blocks.9.x": torch.zeros(1)}),
+            "holds decoder.blocks.9.x, for which the model has no place",
+        ),
+        (
+            lambda tensors: tensors.update({"projector.up.bias": torch.zeros(3)}),
+            r"projector.up.bias has shape \(3,\), in the model \(16,\)",
+        ),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_refused(tiny, finished, tmp_path, model, change, expected):
     folder = tmp_path / "adapter"
     shutil.copytree(finished / "adapter", folder)
-    stored = {name: tensor.clone() for name, tensor in tensors(folder / "adapter.safetensors").items()}
+    stored = {
+        name: tensor.clone() for name, tensor in tensors(folder / "adapter.safetensors").items()
+    }
     change(stored)
     save_file(stored, folder / "adapter.safetensors")
     with pytest.raises(NanoVLMError, match=expected):
@@ -233,26 +328,39 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny, finished, tmp_path, model
         load_adapter(model, tmp_path)
 
 
-def test_an_interrupted_run_with_adapters_continues_to_the_same_bits(tiny, tmp_path, monkeypatch, finished):
+def test_an_interrupted_run_with_adapters_continues_to_the_same_bits(
+    tiny, tmp_path, monkeypatch, finished
+):
     changes = dict(init=str(tiny.model), **EVERYTHING)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_at(patch, 1)
         run_stage(tiny.settings(tmp_path / "stopped", **changes))
     stopped = tiny.train(tmp_path / "stopped", **changes, resume=True)
     assert metrics(stopped) == metrics(finished)
-    for name in ("model/model.safetensors", "adapter/adapter.safetensors", "checkpoints/step_3/optimizer.safetensors",
-                 "samples.jsonl"):
+    for name in (
+        "model/model.safetensors",
+        "adapter/adapter.safetensors",
+        "checkpoints/step_3/optimizer.safetensors",
+        "samples.jsonl",
+    ):
         assert (stopped / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_router_neither(tmp_path):
     decoder = scratch_vlm(tmp_path).decoder
     quantize_(decoder.blocks, "int8")
-    add_adapters(decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, text_layers=1)))
+    add_adapters(
+        decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, text_layers=1))
+    )
     experts = decoder.blocks[2].mlp
-    assert isinstance(experts.experts[3].up_proj, LoRALinear) and isinstance(experts.shared_experts[0].down_proj, LoRALinear)
+    assert isinstance(experts.experts[3].up_proj, LoRALinear) and isinstance(
+        experts.shared_experts[0].down_proj, LoRALinear
+    )
     assert isinstance(experts.experts[3].up_proj.base, QuantizedLinear)
-    assert type(experts.router) is Router and type(decoder.blocks[1].mlp.experts[3].up_proj) is KINDS["int8"]
+    assert (
+        type(experts.router) is Router
+        and type(decoder.blocks[1].mlp.experts[3].up_proj) is KINDS["int8"]
+    )
     merge_adapters(decoder)
     assert decoder(torch.arange(9)[None]).isfinite().all()
 
@@ -260,7 +368,9 @@ def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_route
 def test_a_router_has_no_adapter_whatever_the_pattern(tmp_path):
     decoder = scratch_vlm(tmp_path).decoder.eval()
     before = decoder(torch.arange(9)[None])
-    add_adapters(decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, lora_targets="*")))
+    add_adapters(
+        decoder, LoRAConfig.from_settings(Settings(train="text", lora_rank=2, lora_targets="*"))
+    )
     merge_adapters(decoder)
     assert all(type(block.mlp.router) is Router for block in decoder.blocks)
     torch.testing.assert_close(decoder(torch.arange(9)[None]), before)

@@ -18,14 +18,20 @@ def test_what_learns_stays_in_fp32_and_what_is_frozen_is_cast():
     model[0].requires_grad_(False)
     Precision(torch.bfloat16, CPU).place(model)
     assert [layer.weight.dtype for layer in model] == [torch.bfloat16, torch.float32]
-    assert Precision(torch.bfloat16, CPU).scaler is None and Precision(torch.float16, CPU).scaler is not None
+    assert (
+        Precision(torch.bfloat16, CPU).scaler is None
+        and Precision(torch.float16, CPU).scaler is not None
+    )
 
 
 def test_with_stochastic_rounding_what_learns_is_bf16_too_and_nothing_else_will_do():
     model = nn.Linear(2, 2)
     Precision(torch.bfloat16, CPU, stochastic_rounding=True).place(model)
     assert model.weight.dtype == model.bias.dtype == torch.bfloat16
-    for dtype in (torch.float16, torch.float32):  # fp16's scaler could work, but its products would not be the weights' own
+    for dtype in (
+        torch.float16,
+        torch.float32,
+    ):  # fp16's scaler could work, but its products would not be the weights' own
         with pytest.raises(NanoVLMError, match="--stochastic-rounding .* take --dtype bf16"):
             Precision(dtype, CPU, stochastic_rounding=True)
 
@@ -48,7 +54,9 @@ def test_autocast_holds_no_cast_copy_of_a_weight():
         with torch.autograd.graph.saved_tensors_hooks(look, lambda nothing: nothing):
             layer(inputs)
         gc.collect()
-        assert kept and not [ref for ref in kept if ref() is not None and ref().dtype == torch.bfloat16]
+        assert kept and not [
+            ref for ref in kept if ref() is not None and ref().dtype == torch.bfloat16
+        ]
 
 
 def test_scaled_gradients_come_back_unscaled():
@@ -69,7 +77,13 @@ def test_an_overflow_halves_the_factor_and_good_steps_double_it():
     assert [step(1, 1), step(1, 1), scaler.scale] == [True, True, 8.0]
     assert [step(float("inf"), 1), scaler.scale, scaler.good_steps] == [False, 4.0, 0]
     assert [step(1, float("nan")), scaler.scale] == [False, 2.0]
-    assert [step(1, 1), step(1, 1), scaler.scale, step(1, 1), scaler.scale] == [True, True, 2.0, True, 4.0]
+    assert [step(1, 1), step(1, 1), scaler.scale, step(1, 1), scaler.scale] == [
+        True,
+        True,
+        2.0,
+        True,
+        4.0,
+    ]
     for _ in range(5):
         step(float("nan"), 0)
     assert scaler.scale == 1.0  # and never less

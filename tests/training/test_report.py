@@ -11,8 +11,16 @@ from nanovlm.training.report import RunLog
 
 
 def line(step: int) -> dict:
-    return {"step": step, "loss": 1 / step, "lr_text": 0.1, "grad_norm": None if step == 2 else 1.0, "samples": 4 * step,
-            "tokens": 40 * step, "images": step, "slots": 50 * step}
+    return {
+        "step": step,
+        "loss": 1 / step,
+        "lr_text": 0.1,
+        "grad_norm": None if step == 2 else 1.0,
+        "samples": 4 * step,
+        "tokens": 40 * step,
+        "images": step,
+        "slots": 50 * step,
+    }
 
 
 def steps(run) -> list[int]:
@@ -30,7 +38,10 @@ def test_lines_are_written_as_they_come_and_a_resumed_run_drops_those_it_writes_
     resumed = RunLog(tmp_path, 2, torch.device("cpu"))
     assert steps(tmp_path) == [1, 2]
     resumed.write(line(3))
-    seconds = [json.loads(text)["seconds"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [
+        json.loads(text)["seconds"]
+        for text in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert seconds == sorted(seconds)
 
 

@@ -22,7 +22,11 @@ def metrics(run: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +45,55 @@ def own_data(tiny, tmp_path):
 
 def test_a_finished_run_holds_all_there_is_to_look_at(tiny, finished):
     assert {path.name for path in finished.iterdir()} == {
-        "settings.toml", "metrics.jsonl", "curves.png", "checkpoints", "model", "samples.jsonl", "samples.png"}
-    assert load_settings("stage1", ["--config", str(finished / "settings.toml")]) == tiny.settings(finished, save_every=1, keep=3)
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step_2", "step_3", "step_4"]
+        "settings.toml",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+        "model",
+        "samples.jsonl",
+        "samples.png",
+    }
+    assert load_settings("stage1", ["--config", str(finished / "settings.toml")]) == tiny.settings(
+        finished, save_every=1, keep=3
+    )
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "step_2",
+        "step_3",
+        "step_4",
+    ]
     VisionLanguageModel.from_pretrained(finished / "model")
     for name in ("curves.png", "samples.png"):
         with Image.open(finished / name) as picture:
             picture.load()
-            assert picture.width > 500 and len(picture.convert("L").getcolors()) > 10  # something is drawn
+            assert (
+                picture.width > 500 and len(picture.convert("L").getcolors()) > 10
+            )  # something is drawn
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4
     for sample in samples:
-        assert list(sample) == ["step", "where", "prompt", "answer", "reference"] and sample["step"] == 4
+        assert (
+            list(sample) == ["step", "where", "prompt", "answer", "reference"]
+            and sample["step"] == 4
+        )
         assert sample["prompt"] and sample["reference"]
 
 
 def test_every_logged_step_has_the_promised_keys(finished):
     lines = metrics(finished)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["samples"] for line in lines] == [4, 8, 12, 16]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [
+        line["samples"] for line in lines
+    ] == [4, 8, 12, 16]
     for line in lines:
-        assert line.keys() >= {"step", "loss", "lr", "grad_norm", "samples", "tokens", "seconds", "lr_projector"}
+        assert line.keys() >= {
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "samples",
+            "tokens",
+            "seconds",
+            "lr_projector",
+        }
     assert all(before["tokens"] < after["tokens"] for before, after in zip(lines, lines[1:]))
     assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
 
@@ -74,7 +107,11 @@ def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
         tiny.train(tmp_path / "impossible", cache_features=True, train="vision")
 
 
-TILES = {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+TILES = {
+    "image_processor_type": "SmolVLMImageProcessor",
+    "size": {"longest_edge": 64},
+    "max_image_size": {"longest_edge": 32},
+}
 
 
 def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
@@ -83,7 +120,9 @@ def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
     (vision / "preprocessor_config.json").write_text(json.dumps(TILES))
     losses = []
     for cached in (False, True):
-        run = tiny.train(tmp_path / f"run{cached}", vision=str(vision), cache_features=cached, max_steps=2)
+        run = tiny.train(
+            tmp_path / f"run{cached}", vision=str(vision), cache_features=cached, max_steps=2
+        )
         losses.append([line["loss"] for line in metrics(run)])
         model = VisionLanguageModel.from_pretrained(run / "model")
         assert model.config.image.fit == "tiles" and model.image_tokens(100, 100).pictures == 5
@@ -95,28 +134,53 @@ def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
 def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
     square = {"height": 48, "width": 48}
     for written, changes, expected in (
-            (TILES, {}, {"fit": "tiles", "height": 32, "width": 32, "max_tiles": 2, "resample": "lanczos"}),
-            (TILES, {"image_size": 48}, {"fit": "tiles", "max_tiles": 2, **square}),
-            ({"image_processor_type": "SiglipImageProcessor", "size": square}, {}, {"fit": "squash", **square}),
-            ({"image_processor_type": "CLIPImageProcessor", "size": 48, "crop_size": 48}, {}, {"fit": "squash", **square})):
+        (
+            TILES,
+            {},
+            {"fit": "tiles", "height": 32, "width": 32, "max_tiles": 2, "resample": "lanczos"},
+        ),
+        (TILES, {"image_size": 48}, {"fit": "tiles", "max_tiles": 2, **square}),
+        (
+            {"image_processor_type": "SiglipImageProcessor", "size": square},
+            {},
+            {"fit": "squash", **square},
+        ),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "size": 48, "crop_size": 48},
+            {},
+            {"fit": "squash", **square},
+        ),
+    ):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
         image = projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path), **changes))[1]
-        assert {name: getattr(image, name) for name in expected} == expected and image.shortest_edge is None
-    (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")  # as newer folders keep it
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": written, "processor_class": "CLIPProcessor"}))
+        assert {
+            name: getattr(image, name) for name in expected
+        } == expected and image.shortest_edge is None
+    (tmp_path / "preprocessor_config.json").rename(
+        tmp_path / "processor_config.json"
+    )  # as newer folders keep it
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": written, "processor_class": "CLIPProcessor"})
+    )
     assert projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path)))[1] == image
 
 
 def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys):
     build_model(tiny.settings(tmp_path, init=str(tiny.model), vision="nowhere", projector="linear"))
-    assert f"--init {tiny.model} is a whole model, so nothing is made of --vision, --projector" in capsys.readouterr().err
+    assert (
+        f"--init {tiny.model} is a whole model, so nothing is made of --vision, --projector"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
     shutil.copytree(tiny.vision, tmp_path / "eyes")
     (tmp_path / "eyes" / "preprocessor_config.json").unlink()
     build_model(tiny.settings(tmp_path, vision=str(tmp_path / "eyes")))
-    assert "eyes: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224" in capsys.readouterr().err
+    assert (
+        "eyes: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224"
+        in capsys.readouterr().err
+    )
     build_model(tiny.settings(tmp_path))
     assert capsys.readouterr().err == ""
 
@@ -136,28 +200,60 @@ def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"data": ""}, "no records to learn from"), ({"vision": ""}, "nothing to start from"), ({"val_fraction": 0.99}, "leaves none"),
-    ({"data": "nope.jsonl"}, "nope.jsonl: cannot be read"), ({"projector": "magic"}, "projector 'magic' is not known"),
-    ({"image_size": 50}, "50×50 pixels is not made of 16-pixel patches"), ({"vision_layer": 9}, "layer 9 of a vision transformer"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data": ""}, "no records to learn from"),
+        ({"vision": ""}, "nothing to start from"),
+        ({"val_fraction": 0.99}, "leaves none"),
+        ({"data": "nope.jsonl"}, "nope.jsonl: cannot be read"),
+        ({"projector": "magic"}, "projector 'magic' is not known"),
+        ({"image_size": 50}, "50×50 pixels is not made of 16-pixel patches"),
+        ({"vision_layer": 9}, "layer 9 of a vision transformer"),
+    ],
+)
 def test_what_cannot_start_leaves_no_folder(tiny, tmp_path, changes, expected):
     with pytest.raises(NanoVLMError, match=expected):
         if "val_fraction" in changes:  # two records of one image
             records = (tiny.data / "train.jsonl").read_text().splitlines()[:2]
             (tmp_path / "two.jsonl").write_text("\n".join(records))
-            changes = {**changes, "data": str(tmp_path / "two.jsonl"), "images": str(tiny.data), "val": ""}
+            changes = {
+                **changes,
+                "data": str(tmp_path / "two.jsonl"),
+                "images": str(tiny.data),
+                "val": "",
+            }
         tiny.train(tmp_path / "run", **changes)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_what_is_held_out_shares_no_image_with_what_is_learned(tiny, tmp_path):
     import random
+
     path = tmp_path / "pairs.jsonl"
     images = [f"images/train/{number:06d}.png" for number in range(12)]
-    shown = [[images[0], images[1]], [images[1], images[2]], [images[3], images[2]], *([image] for image in images[1:]), []]
-    path.write_text("".join(json.dumps({"images": names, "messages": [
-        {"role": "user", "content": "<image>" * len(names) + "?"}, {"role": "assistant", "content": "!"}]}) + "\n" for names in shown))
+    shown = [
+        [images[0], images[1]],
+        [images[1], images[2]],
+        [images[3], images[2]],
+        *([image] for image in images[1:]),
+        [],
+    ]
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "images": names,
+                    "messages": [
+                        {"role": "user", "content": "<image>" * len(names) + "?"},
+                        {"role": "assistant", "content": "!"},
+                    ],
+                }
+            )
+            + "\n"
+            for names in shown
+        )
+    )
     records = read_records(path, tiny.data)[0]
     for seed in range(20):
         learned, held_out = _split(records, 0.4, random.Random(seed))
@@ -169,25 +265,41 @@ def test_what_is_held_out_shares_no_image_with_what_is_learned(tiny, tmp_path):
 def test_one_bad_record_of_many_is_named_and_skipped(tiny, tmp_path, own_data, capsys):
     lines = own_data.read_text().splitlines()
     broken = json.loads(lines[5]) | {"image": "cut.png"}
-    (own_data.parent / "cut.png").write_bytes((own_data.parent / json.loads(lines[5])["image"]).read_bytes()[:200])
+    (own_data.parent / "cut.png").write_bytes(
+        (own_data.parent / json.loads(lines[5])["image"]).read_bytes()[:200]
+    )
     own_data.write_text("\n".join([*lines[:5], json.dumps(broken), *lines[6:]]))
     for cache in (False, True):
-        tiny.train(tmp_path / f"run{cache}", data=str(own_data), max_steps=35, log_every=50, cache_features=cache, val=str(own_data),
-                   val_samples=120)
+        tiny.train(
+            tmp_path / f"run{cache}",
+            data=str(own_data),
+            max_steps=35,
+            log_every=50,
+            cache_features=cache,
+            val=str(own_data),
+            val_samples=120,
+        )
         told = capsys.readouterr().err
         assert f"skipped: {own_data}:6: " in told and "cut.png" in told
         assert "skipped: 1 of 120 records, named above" in told  # once, though it came up twice
 
 
-def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(tiny, tmp_path, own_data, capsys):
+def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(
+    tiny, tmp_path, own_data, capsys
+):
     lines = own_data.read_text().splitlines()
     missing = json.dumps(json.loads(lines[0]) | {"image": "images/gone.png"})
     own_data.write_text("\n".join([missing, *lines[1:]]))
     tiny.train(tmp_path / "one", data=str(own_data), max_steps=1)
-    assert f"skipped: {own_data}:1: image {own_data.parent}/images/gone.png does not exist" in (told := capsys.readouterr().err)
+    assert f"skipped: {own_data}:1: image {own_data.parent}/images/gone.png does not exist" in (
+        told := capsys.readouterr().err
+    )
     assert "119 records to learn from" in told
     own_data.write_text("\n".join([missing, missing, *lines[2:]]))
-    with pytest.raises(NanoVLMError, match="(?s)2 of 120 records cannot be used, more than 1%.*train.jsonl:1: .*train.jsonl:2: "):
+    with pytest.raises(
+        NanoVLMError,
+        match="(?s)2 of 120 records cannot be used, more than 1%.*train.jsonl:1: .*train.jsonl:2: ",
+    ):
         tiny.train(tmp_path / "two", data=str(own_data))
     assert not (tmp_path / "two").exists()
 
@@ -208,7 +320,11 @@ def test_a_run_without_anything_held_out_still_draws_its_curves(tiny, tmp_path):
 
 
 def test_the_next_stage_starts_from_the_last_one(tiny, finished, tmp_path):
-    model = run_stage(tiny.settings(tmp_path / "run", init=str(finished / "model"), train="projector,text", max_steps=1))
+    model = run_stage(
+        tiny.settings(
+            tmp_path / "run", init=str(finished / "model"), train="projector,text", max_steps=1
+        )
+    )
     assert model == tmp_path / "run" / "model"
     VisionLanguageModel.from_pretrained(model)
 

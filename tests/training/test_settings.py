@@ -18,13 +18,20 @@ def refusal(*arguments: str) -> str:
 
 def test_without_flags_the_tiny_preset_and_its_assets():
     settings = load_settings("stage1", [])
-    assert settings.data == "data/scenes/train.jsonl" and settings.train == "projector" and settings.cache_features
+    assert (
+        settings.data == "data/scenes/train.jsonl"
+        and settings.train == "projector"
+        and settings.cache_features
+    )
     assert settings.vision == str(settings_module.ASSETS / "tiny-vision")
     assert load_settings("stage2", []).init == "runs/stage1/model"
 
 
 def test_flags_come_before_the_preset_and_the_preset_before_the_defaults():
-    preset, changed = load_settings("stage1", []), load_settings("stage1", ["--batch-size", "3", "--no-cache-features"])
+    preset, changed = (
+        load_settings("stage1", []),
+        load_settings("stage1", ["--batch-size", "3", "--no-cache-features"]),
+    )
     assert (changed.batch_size, changed.cache_features) == (3, False)
     assert dataclasses.replace(changed, batch_size=preset.batch_size, cache_features=True) == preset
     assert preset.batch_size != Settings.batch_size and preset.clip == Settings.clip
@@ -34,18 +41,39 @@ def test_what_was_chosen_for_another_learning_rate_or_data_falls_away():
     preset = load_settings("stage2", [])
     assert preset.lr_text and preset.lr_projector and preset.val
     changed = load_settings("stage2", ["--lr", "0.5", "--data", "mine.jsonl"])
-    assert (changed.lr, changed.lr_text, changed.lr_projector, changed.val, changed.images) == (0.5, 0, 0, "", "")
+    assert (changed.lr, changed.lr_text, changed.lr_projector, changed.val, changed.images) == (
+        0.5,
+        0,
+        0,
+        "",
+        "",
+    )
     assert [changed.peak_lr(part) for part in ("projector", "text", "vision")] == [0.5] * 3
-    kept = load_settings("stage2", ["--lr", "0.5", "--lr-text", "0.25", "--val", "v.jsonl", "--data", "mine.jsonl"])
+    kept = load_settings(
+        "stage2", ["--lr", "0.5", "--lr-text", "0.25", "--val", "v.jsonl", "--data", "mine.jsonl"]
+    )
     assert (kept.peak_lr("text"), kept.peak_lr("projector"), kept.val) == (0.25, 0.5, "v.jsonl")
 
 
 def test_resolved_settings_come_back_from_their_file(tmp_path):
-    settings = Settings(data='a "quoted" \\ 图.jsonl', lr=1e-5, epochs=3, train="text,vision", cache_features=True, seed=2**62)
+    settings = Settings(
+        data='a "quoted" \\ 图.jsonl',
+        lr=1e-5,
+        epochs=3,
+        train="text,vision",
+        cache_features=True,
+        seed=2**62,
+    )
     path = tmp_path / "settings.toml"
     path.write_text(to_toml(settings), encoding="utf-8")
-    assert load_settings("stage1", ["--config", str(path)]) == load_settings("stage2", ["--config", str(path)]) == settings
-    assert load_settings("stage1", ["--config", str(path), "--seed", "1"]) == dataclasses.replace(settings, seed=1)
+    assert (
+        load_settings("stage1", ["--config", str(path)])
+        == load_settings("stage2", ["--config", str(path)])
+        == settings
+    )
+    assert load_settings("stage1", ["--config", str(path), "--seed", "1"]) == dataclasses.replace(
+        settings, seed=1
+    )
 
 
 def test_a_resumed_run_has_its_own_settings(tmp_path):
@@ -56,35 +84,67 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
 
 
 def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
-    (tmp_path / "settings.toml").write_text(to_toml(Settings(batch_size=7, lr=0.5, out=str(tmp_path))))
+    (tmp_path / "settings.toml").write_text(
+        to_toml(Settings(batch_size=7, lr=0.5, out=str(tmp_path)))
+    )
     again = ("--resume", "--out", str(tmp_path))
     told = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
-    assert "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in told and "workers" not in told and "keep" not in told
-    same = load_settings("stage1", [*again, "--batch-size", "7", "--workers", "3", "--keep", "9", "--val-every", "5"])
+    assert (
+        "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in told
+        and "workers" not in told
+        and "keep" not in told
+    )
+    same = load_settings(
+        "stage1", [*again, "--batch-size", "7", "--workers", "3", "--keep", "9", "--val-every", "5"]
+    )
     assert (same.batch_size, same.workers, same.keep, same.val_every) == (7, 3, 9, 5)
     changed = load_settings("stage1", [*again, "--lr", "0.25", "--allow-changes"])
     assert (changed.batch_size, changed.lr) == (7, 0.25)
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("--bogus 1", "unrecognized arguments: --bogus"), ("--batch 3", "unrecognized"), ("stray", "unrecognized arguments: stray"),
-    ("--batch-size x", "invalid int value: 'x'"), ("--lr", "expected one argument"), ("--preset nope", "presets are basic-vlm, dinov2"),
-    ("--config nope.toml", "nope.toml: cannot be read"), ("--preset tiny --config a", "not allowed with"),
-    ("--lr -1", "--lr is -1.0"), ("--lr nan", "--lr is nan"), ("--epochs inf", "--epochs is inf"), ("--log-every 0", "--log-every"),
-    ("--workers -1", "--workers is -1"), ("--val-fraction 1", "below 1"), ("--beta2 1", "below 1"), ("--warmup 2", "between 0 and 1"),
-    ("--grid 0", "--grid is 0"), ("--scale -1", "--scale is -1"), ("--seed 9223372036854775808", "--seed"),
-    ("--device tpu", "take one of auto, cpu"), ("--dtype int8", "take one of auto, bf16"), ("--train eyes", "--train names eyes"),
-    ("--train ,", "no part"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--bogus 1", "unrecognized arguments: --bogus"),
+        ("--batch 3", "unrecognized"),
+        ("stray", "unrecognized arguments: stray"),
+        ("--batch-size x", "invalid int value: 'x'"),
+        ("--lr", "expected one argument"),
+        ("--preset nope", "presets are basic-vlm, dinov2"),
+        ("--config nope.toml", "nope.toml: cannot be read"),
+        ("--preset tiny --config a", "not allowed with"),
+        ("--lr -1", "--lr is -1.0"),
+        ("--lr nan", "--lr is nan"),
+        ("--epochs inf", "--epochs is inf"),
+        ("--log-every 0", "--log-every"),
+        ("--workers -1", "--workers is -1"),
+        ("--val-fraction 1", "below 1"),
+        ("--beta2 1", "below 1"),
+        ("--warmup 2", "between 0 and 1"),
+        ("--grid 0", "--grid is 0"),
+        ("--scale -1", "--scale is -1"),
+        ("--seed 9223372036854775808", "--seed"),
+        ("--device tpu", "take one of auto, cpu"),
+        ("--dtype int8", "take one of auto, bf16"),
+        ("--train eyes", "--train names eyes"),
+        ("--train ,", "no part"),
+    ],
+)
 def test_what_is_refused(flags, expected):
     assert expected in refusal(*flags.split())
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("[stage1]\nbatchsize = 3\n", "unknown key 'batchsize'; did you mean 'batch_size'?"), ("[stage1\n", "is not valid TOML"),
-    ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected float"), ("batch_size = true\n", "batch_size is True, expected int"),
-    ("batch_size = 0\n", "--batch-size is 0"), (b"\xff", "is not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[stage1]\nbatchsize = 3\n", "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("[stage1\n", "is not valid TOML"),
+        ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected float"),
+        ("batch_size = true\n", "batch_size is True, expected int"),
+        ("batch_size = 0\n", "--batch-size is 0"),
+        (b"\xff", "is not valid TOML"),
+    ],
+)
 def test_what_is_refused_in_a_file(tmp_path, text, expected):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -92,16 +152,36 @@ def test_what_is_refused_in_a_file(tmp_path, text, expected):
 
 
 def test_tiny_changes_what_a_toy_needs_and_nothing_of_the_recipe():
-    whole, toy = (load_settings("stage2", ["--preset", "basic-vlm", *flags]) for flags in ([], ["--tiny"]))
-    assert (toy.train, toy.lora_targets, toy.objective) == (whole.train, whole.lora_targets, whole.objective)
-    assert (whole.lora_rank, toy.lora_rank) == (128, 8) and toy.lr_text == 0 and toy.data == "data/scenes/train.jsonl"
+    whole, toy = (
+        load_settings("stage2", ["--preset", "basic-vlm", *flags]) for flags in ([], ["--tiny"])
+    )
+    assert (toy.train, toy.lora_targets, toy.objective) == (
+        whole.train,
+        whole.lora_targets,
+        whole.objective,
+    )
+    assert (
+        (whole.lora_rank, toy.lora_rank) == (128, 8)
+        and toy.lr_text == 0
+        and toy.data == "data/scenes/train.jsonl"
+    )
     assert (whole.out, toy.out) == ("runs/basic-vlm-stage2", "runs/tiny-basic-vlm-stage2")
     assert toy.init == load_settings("stage1", ["--preset", "basic-vlm", "--tiny"]).out + "/model"
-    assert load_settings("stage2", ["--preset", "basic-vlm", "--tiny", "--lr", "1e-5", "--out", "x"]).lr == 1e-5
+    assert (
+        load_settings(
+            "stage2", ["--preset", "basic-vlm", "--tiny", "--lr", "1e-5", "--out", "x"]
+        ).lr
+        == 1e-5
+    )
     assert "name one with --preset" in refusal("--tiny")
 
 
 def test_a_later_stage_of_a_preset():
-    assert load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage3"]).init == "runs/zero-qwen-vl-stage2/model"
-    with pytest.raises(NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"):
+    assert (
+        load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage3"]).init
+        == "runs/zero-qwen-vl-stage2/model"
+    )
+    with pytest.raises(
+        NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"
+    ):
         load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage4"])

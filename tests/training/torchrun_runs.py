@@ -1,6 +1,6 @@
 """Started by torchrun in test_parallel.py: several runs in one start, which takes seconds, and a process that comes to harm.
 
-    torchrun … torchrun_runs.py '[{settings of a run}, …]' '{"how": "error", "rank": 1, "step": 2}'
+torchrun … torchrun_runs.py '[{settings of a run}, …]' '{"how": "error", "rank": 1, "step": 2}'
 """
 
 import json

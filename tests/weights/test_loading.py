@@ -44,7 +44,9 @@ def saved(folder: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Pa
     return folder
 
 
-def shard(folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: object = None) -> Path:
+def shard(
+    folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: object = None
+) -> Path:
     for name, tensors in shards.items():
         save_file(tensors, folder / name, {"format": "pt"})
     if weight_map is None:
@@ -100,7 +102,9 @@ def test_a_cast_tensor_is_not_held_in_the_mapping_too(tmp_path):
     forgotten = []
     checkpoint.forget = forgotten.append
     load_into(toy_on_meta(), checkpoint, same_name, dtype=torch.bfloat16)
-    assert sorted(forgotten) == sorted(name for name in toy_tensors() if checkpoint.dtype(name).is_floating_point)
+    assert sorted(forgotten) == sorted(
+        name for name in toy_tensors() if checkpoint.dtype(name).is_floating_point
+    )
 
 
 def test_casts_floating_point_tensors_only(tmp_path):
@@ -113,7 +117,10 @@ def test_casts_floating_point_tensors_only(tmp_path):
 
 
 def test_file_dtype_is_kept_without_a_cast(tmp_path):
-    tensors = {name: value.half() if value.is_floating_point() else value for name, value in toy_tensors().items()}
+    tensors = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in toy_tensors().items()
+    }
     module = toy_on_meta()
     load_into(module, open_checkpoint(saved(tmp_path, tensors)), same_name)
     assert {p.dtype for p in module.parameters()} == {torch.float16}
@@ -121,7 +128,10 @@ def test_file_dtype_is_kept_without_a_cast(tmp_path):
 
 def test_name_map_renames_and_leaves_out(tmp_path):
     tensors = {f"model.{name}": value for name, value in toy_tensors().items()}
-    saved(tmp_path, tensors | {"model.mask_token": torch.ones(4), "model.blocks.0.inv_freq": torch.ones(2)})
+    saved(
+        tmp_path,
+        tensors | {"model.mask_token": torch.ones(4), "model.blocks.0.inv_freq": torch.ones(2)},
+    )
     module = toy_on_meta()
 
     def name_map(name: str) -> str | None:
@@ -135,7 +145,10 @@ def test_name_map_renames_and_leaves_out(tmp_path):
 def test_tied_weights_under_either_or_both_names(tmp_path):
     tensors = toy_tensors()
     weight = tensors.pop("embedding.weight")
-    for stored in ({"head.weight": weight}, {"head.weight": weight, "embedding.weight": weight.clone()}):
+    for stored in (
+        {"head.weight": weight},
+        {"head.weight": weight, "embedding.weight": weight.clone()},
+    ):
         module = toy_on_meta()
         load_into(module, open_checkpoint(saved(tmp_path, tensors | stored)), same_name)
         assert module.head.weight is module.embedding.weight
@@ -153,9 +166,14 @@ def test_one_report_lists_every_problem(tmp_path):
     tensors["layer.weight"] = torch.ones(4, 5)
     tensors["layer.bias.copy"] = torch.ones(4)
     tensors["rotary"] = torch.ones(2)  # the module computes it: there is no place for a stored one
-    report = problem(toy_on_meta(), saved(tmp_path, tensors), lambda name: name.removesuffix(".copy"))
+    report = problem(
+        toy_on_meta(), saved(tmp_path, tensors), lambda name: name.removesuffix(".copy")
+    )
     first, *rest = report.splitlines()
-    assert str(tmp_path) in first and "Toy (2 missing, 1 unexpected, 1 mapped twice, 1 mis-shaped)" in first
+    assert (
+        str(tmp_path) in first
+        and "Toy (2 missing, 1 unexpected, 1 mapped twice, 1 mis-shaped)" in first
+    )
     lines = [line.strip() for line in rest]
     assert "embedding.weight = head.weight (11, 4)" in lines
     assert "steps (3,)" in lines
@@ -172,7 +190,10 @@ def test_long_reports_are_cut(tmp_path):
 
 def test_integers_do_not_stand_in_for_floats(tmp_path):
     tensors = toy_tensors()
-    saved(tmp_path, tensors | {"layer.weight": torch.ones(4, 4, dtype=torch.int8), "steps": torch.ones(3)})
+    saved(
+        tmp_path,
+        tensors | {"layer.weight": torch.ones(4, 4, dtype=torch.int8), "steps": torch.ones(3)},
+    )
     report = problem(toy_on_meta(), tmp_path)
     assert "layer.weight: file torch.int8, model torch.float32" in report
     assert "steps: file torch.float32, model torch.int64" in report
@@ -181,7 +202,10 @@ def test_integers_do_not_stand_in_for_floats(tmp_path):
 def test_shards_are_one_checkpoint(tmp_path):
     tensors = toy_tensors()
     first, second = dict(list(tensors.items())[:2]), dict(list(tensors.items())[2:])
-    shard(tmp_path, {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second})
+    shard(
+        tmp_path,
+        {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second},
+    )
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         checkpoint = open_checkpoint(path)
         assert checkpoint.keys() == tensors.keys()
@@ -201,7 +225,9 @@ def test_a_single_file_is_a_checkpoint(tmp_path):
         checkpoint.tensor("absent")
 
 
-@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/a", "sub/a.safetensors", "..", ".", "", "sub\\a", "C:a"])
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/a", "sub/a.safetensors", "..", ".", "", "sub\\a", "C:a"]
+)
 def test_shards_stay_in_their_folder(tmp_path, name):
     (tmp_path / "model").mkdir()
     save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
@@ -215,7 +241,10 @@ def test_shards_must_hold_what_the_index_says(tmp_path):
     expectations = {
         r"c\.safetensors: cannot be read": {"w": "a.safetensors", "v": "c.safetensors"},
         r"a\.safetensors: lacks v, which": {"w": "a.safetensors", "v": "a.safetensors"},
-        r"b\.safetensors: holds v, which its index does not name": {"w": "a.safetensors", "u": "b.safetensors"},
+        r"b\.safetensors: holds v, which its index does not name": {
+            "w": "a.safetensors",
+            "u": "b.safetensors",
+        },
         "weight_map does not give": ["w", "v"],
         "weight_map does not give each": {"w": 3},
     }
@@ -256,12 +285,20 @@ def test_half_a_billion_parameters_load_quickly():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_tensor_may_hold_several_of_ours(tmp_path: Path, groups: int):
-    fused = torch.arange(48.0).view(12, 4)  # two heads of width 2, whose queries, keys and values follow each other
+    fused = torch.arange(48.0).view(
+        12, 4
+    )  # two heads of width 2, whose queries, keys and values follow each other
     save_file({"fused": fused}, tmp_path / "model.safetensors")
     module = nn.ModuleDict({name: nn.Linear(4, 4, bias=False, device="meta") for name in "qkv"})
-    load_into(module, open_checkpoint(tmp_path), translate({"fused": Split(("q.weight", "k.weight", "v.weight"), groups)}))
-    rows = {1: {"q": range(0, 4), "k": range(4, 8), "v": range(8, 12)},
-            2: {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]}}[groups]
+    load_into(
+        module,
+        open_checkpoint(tmp_path),
+        translate({"fused": Split(("q.weight", "k.weight", "v.weight"), groups)}),
+    )
+    rows = {
+        1: {"q": range(0, 4), "k": range(4, 8), "v": range(8, 12)},
+        2: {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]},
+    }[groups]
     for name, chosen in rows.items():
         assert torch.equal(module[name].weight, fused[list(chosen)])
 
@@ -270,4 +307,6 @@ def test_a_tensor_that_cannot_be_split_is_reported(tmp_path: Path):
     save_file({"fused": torch.zeros(7, 4)}, tmp_path / "model.safetensors")
     module = nn.ModuleDict({name: nn.Linear(4, 3, bias=False, device="meta") for name in "kv"})
     with pytest.raises(NanoVLMError, match=r"fused → k.weight: file \(7, 4\), model \(3, 4\)"):
-        load_into(module, open_checkpoint(tmp_path), translate({"fused": Split(("k.weight", "v.weight"))}))
+        load_into(
+            module, open_checkpoint(tmp_path), translate({"fused": Split(("k.weight", "v.weight"))})
+        )

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.weights.safetensors import DTYPES, MAX_HEADER_BYTES, Deferred, SafetensorsFile, save_file
+from nanovlm.weights.safetensors import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Deferred,
+    SafetensorsFile,
+    save_file,
+)
 
 
 def as_bytes(tensor: Tensor) -> bytes:
@@ -24,7 +30,9 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and as_bytes(one) == as_bytes(other)
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and as_bytes(one) == as_bytes(other)
+    )
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -37,8 +45,10 @@ def random_tensor(dtype: torch.dtype, *shape: int) -> Tensor:
 def every_kind() -> dict[str, Tensor]:
     tensors = {f"matrix.{name}": random_tensor(dtype, 3, 5) for name, dtype in DTYPES.items()}
     tensors |= {f"empty.{name}": random_tensor(dtype, 2, 0, 3) for name, dtype in DTYPES.items()}
-    tensors |= {f"scalar.{name}": random_tensor(dtype).reshape(()) for name, dtype in DTYPES.items()}
-    return tensors | {"名字 \"quoted\"\n": torch.arange(7)}
+    tensors |= {
+        f"scalar.{name}": random_tensor(dtype).reshape(()) for name, dtype in DTYPES.items()
+    }
+    return tensors | {'名字 "quoted"\n': torch.arange(7)}
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -46,7 +56,9 @@ def write_raw(path: Path, header: object, data: bytes = b"", length: int | None 
     if not isinstance(header, str | bytes):
         header = json.dumps(header)
     encoded = header.encode() if isinstance(header, str) else header
-    path.write_bytes((len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data)
+    path.write_bytes(
+        (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
+    )
     return path
 
 
@@ -117,7 +129,9 @@ def test_views_of_one_private_mapping(tmp_path):
     assert SafetensorsFile(path).tensor("a").sum() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems may keep what they are told they may forget")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems may keep what they are told they may forget"
+)
 def test_forgetting_a_tensor_lets_go_of_its_pages_alone(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(5000), "b": torch.zeros(50_000), "c": torch.zeros(5000)}, path)
@@ -142,14 +156,18 @@ def test_tensors_outlive_the_reader_and_the_replaced_file(tmp_path):
 def test_opening_reads_only_the_header(tmp_path):
     path = tmp_path / "a.safetensors"
     with open(path, "wb") as file:
-        header = json.dumps({"big": entry([2**30], [0, 2**30], "U8"), "small": entry([], [2**30, 2**30 + 4])}).encode()
+        header = json.dumps(
+            {"big": entry([2**30], [0, 2**30], "U8"), "small": entry([], [2**30, 2**30 + 4])}
+        ).encode()
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2**30 + 4)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     file = SafetensorsFile(path)
     assert file.tensor("big").shape == (2**30,)
     assert file.tensor("small").item() == 0
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB, of a file of 1 GiB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    )  # KiB, of a file of 1 GiB
 
 
 def test_misaligned_tensors_are_copied(tmp_path):
@@ -172,9 +190,14 @@ def test_deferred_tensors_are_made_once_and_one_at_a_time(tmp_path):
         return tensor
 
     path = tmp_path / "a.safetensors"
-    save_file({str(value): Deferred((3, 4), torch.bfloat16, partial(make, value)) for value in range(5)}, path)
+    save_file(
+        {str(value): Deferred((3, 4), torch.bfloat16, partial(make, value)) for value in range(5)},
+        path,
+    )
     file = SafetensorsFile(path)
-    assert len(made) == 5 and all(same(file.tensor(str(value)), torch.full((3, 4), value).bfloat16()) for value in range(5))
+    assert len(made) == 5 and all(
+        same(file.tensor(str(value)), torch.full((3, 4), value).bfloat16()) for value in range(5)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -206,14 +229,26 @@ MALFORMED = {
     "empty header": ("", F4, "not a JSON object"),
     "nested without end": ('{"a":' * 100_000, F4, "not valid JSON"),
     "integer of 5,000 digits": ('{"a":' + "9" * 5000 + "}", F4, "not valid JSON"),
-    "duplicate tensor": ('{"a":%s,"a":%s}' % ((json.dumps(entry([1], [0, 4])),) * 2), F4, "'a' appears twice"),
-    "duplicate field": ('{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', F4, "appears twice"),
+    "duplicate tensor": (
+        '{"a":%s,"a":%s}' % ((json.dumps(entry([1], [0, 4])),) * 2),
+        F4,
+        "'a' appears twice",
+    ),
+    "duplicate field": (
+        '{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}',
+        F4,
+        "appears twice",
+    ),
     "tensor not an object": ({"a": [0, 4]}, F4, "'a' is not described"),
     "missing field": ({"a": {"dtype": "F32", "shape": [1]}}, F4, "'a' is not described"),
     "unknown field": ({"a": entry([1], [0, 4]) | {"scale": 2}}, F4, "'a' is not described"),
     "metadata a list": ({"__metadata__": ["pt"]}, b"", "__metadata__"),
     "metadata null": ({"__metadata__": None}, b"", "__metadata__"),
-    "metadata of numbers": ({"__metadata__": {"step": 3}, "a": entry([1], [0, 4])}, F4, "__metadata__"),
+    "metadata of numbers": (
+        {"__metadata__": {"step": 3}, "a": entry([1], [0, 4])},
+        F4,
+        "__metadata__",
+    ),
     "unknown dtype": ({"a": entry([1], [0, 4], "F4_E9")}, F4, "'a' has dtype 'F4_E9'"),
     "dtype a list": ({"a": entry([1], [0, 4], ["F32"])}, F4, "'a' has dtype"),
     "negative dimension": ({"a": entry([-1, -1], [0, 4])}, F4, "impossible shape"),
@@ -222,8 +257,16 @@ MALFORMED = {
     "shape a number": ({"a": entry(1, [0, 4])}, F4, "impossible shape"),
     "shape of 1,000 dimensions": ({"a": entry([1] * 1000, [0, 4])}, F4, "impossible shape"),
     "shape beyond 64 bits": ({"a": entry([2**64], [0, 4])}, F4, "impossible shape"),
-    "shape product that wraps to 4 bytes": ({"a": entry([2**32 + 1, 2**32, 2**32], [0, 4])}, F4, "impossible shape"),
-    "empty, with strides beyond 64 bits": ({"a": entry([0, 2**62, 2**62], [0, 0])}, b"", "impossible shape"),
+    "shape product that wraps to 4 bytes": (
+        {"a": entry([2**32 + 1, 2**32, 2**32], [0, 4])},
+        F4,
+        "impossible shape",
+    ),
+    "empty, with strides beyond 64 bits": (
+        {"a": entry([0, 2**62, 2**62], [0, 0])},
+        b"",
+        "impossible shape",
+    ),
     "negative offset": ({"a": entry([1], [-4, 0])}, F4, "impossible data_offsets"),
     "offsets reversed": ({"a": entry([1], [4, 0])}, F4, "impossible data_offsets"),
     "offsets floats": ({"a": entry([1], [0.0, 4.0])}, F4, "impossible data_offsets"),
@@ -274,7 +317,11 @@ def test_malformed_files(tmp_path):
 def test_random_damage_to_the_header_is_an_error_or_a_valid_read(tmp_path):
     """And whatever we accept, the reference accepts and reads as the same bytes."""
     path = tmp_path / "fuzz.safetensors"
-    tensors = {"a.weight": torch.randn(3, 4), "a.bias": torch.ones(4, dtype=torch.bfloat16), "b": torch.arange(10)}
+    tensors = {
+        "a.weight": torch.randn(3, 4),
+        "a.bias": torch.ones(4, dtype=torch.bfloat16),
+        "b": torch.arange(10),
+    }
     save_file(tensors, path, {"format": "pt"})
     good = path.read_bytes()
     header_end = 8 + int.from_bytes(good[:8], "little")
@@ -284,7 +331,11 @@ def test_random_damage_to_the_header_is_an_error_or_a_valid_read(tmp_path):
         data = bytearray(good)
         for _ in range(source.choice((1, 1, 1, 2, 5))):
             # Half the time a byte that the header is made of, so that the JSON often survives.
-            new = source.choice(good[8:header_end]) if source.random() < 0.5 else source.randrange(256)
+            new = (
+                source.choice(good[8:header_end])
+                if source.random() < 0.5
+                else source.randrange(256)
+            )
             data[source.randrange(0 if source.random() < 0.1 else 8, header_end)] = new
         path.write_bytes(data)
         try:
