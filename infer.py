@@ -13,14 +13,18 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.chat import IMAGE, IMAGE_MARKER, ImageTokens, Message
-from nanovlm.data.batches import Row, collate
-from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
+from nanovlm.data.sequences import Row, collate
+from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, generate
-from nanovlm.image import image_pixels, open_image
-from nanovlm.training.lora import load_adapter, merge_adapters
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.hub.adapters import load_adapter
+from nanovlm.hub.models import load_model
+from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER, ImageTokens, Message
+from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.model.lora import merge_adapters
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
 CHATML = (
@@ -158,7 +162,7 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
-    model = VisionLanguageModel.from_pretrained(folder, dtype)
+    model = load_model(folder, dtype)
     if arguments.adapter:
         load_adapter(model, arguments.adapter)
         merge_adapters(model)
@@ -230,9 +234,11 @@ def _parser() -> CommandParser:
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of the dice")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    machine.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    machine.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
+    )
     return parser
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

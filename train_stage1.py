@@ -1,17 +1,18 @@
 """Stage 1: a new projector learns to translate what frozen eyes see into what a frozen voice understands.
 
 python train_stage1.py                                                     # the tiny default, no download
-python train_stage1.py --vision DIR --text DIR --data FILE --out runs/mine # your own weights and records
+python train_stage1.py --vision-encoder DIR --language-model DIR --data FILE --out runs/mine # your own weights and records
 """
 
 import time
 from pathlib import Path
 
 from data_tools.make_scenes import make_scenes
-from nanovlm.errors import is_main, run, say
-from nanovlm.training.commands import Recipe, next_commands
+from nanovlm.training.recipes import Recipe, next_commands
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.processes import is_main
 
 SCENES = Path("data/scenes")
 
@@ -38,4 +39,4 @@ def draw_scenes() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

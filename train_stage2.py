@@ -6,10 +6,11 @@ python train_stage2.py --init DIR --data FILE --out runs/mine
 
 from pathlib import Path
 
-from nanovlm.errors import NanoVLMError, run, say
-from nanovlm.training.commands import Recipe, next_commands, preparations
+from nanovlm.errors import NanoVLMError
+from nanovlm.training.recipes import Recipe, next_commands, preparations
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import load_settings
+from nanovlm.utils.console import run_command, say
 
 
 def main() -> None:
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

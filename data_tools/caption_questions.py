@@ -18,8 +18,10 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # the repository, so that a plain clone works
 
-from nanovlm.errors import CommandParser, NanoVLMError, run  # noqa: E402
-from nanovlm.files import read_jsonl  # noqa: E402
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import run_command  # noqa: E402
+from nanovlm.utils.files import read_jsonl  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 
 @dataclass(frozen=True)
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

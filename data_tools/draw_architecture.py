@@ -30,13 +30,18 @@ sys.path.insert(
 
 from data_tools.scenes_text import Question, questions  # noqa: E402
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene  # noqa: E402
-from nanovlm.decoder import Decoder, DecoderConfig  # noqa: E402
-from nanovlm.errors import CommandParser, run, say  # noqa: E402
-from nanovlm.files import read_json, write_atomically  # noqa: E402
-from nanovlm.image import ImageConfig  # noqa: E402
-from nanovlm.projector import ProjectorConfig, build_projector  # noqa: E402
-from nanovlm.training.settings import ASSETS, Settings, load_settings  # noqa: E402
-from nanovlm.vit import VisionConfig, VisionTransformer  # noqa: E402
+from nanovlm.hub.image_configs import parse_image_config
+from nanovlm.hub.language_configs import parse_language_model_config
+from nanovlm.hub.shapes import ASSETS
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.inputs.image_config import ImageConfig  # noqa: E402
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
+from nanovlm.model.projector import ProjectorConfig, build_projector  # noqa: E402
+from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig  # noqa: E402
+from nanovlm.training.settings import Settings, load_settings  # noqa: E402
+from nanovlm.utils.console import run_command, say  # noqa: E402
+from nanovlm.utils.files import read_json, write_atomically  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 WIDTH, HEIGHT = 900, 640  # in the units of the drawing, which are pixels where the README shows it
 INK, FAINT, LINE = "#1f2933", "#667380", "#9aa5b1"
@@ -55,13 +60,13 @@ class Shapes:
 
     name: str
     image: ImageConfig
-    vision: VisionConfig
+    vision_encoder: VisionEncoderConfig
     projector: ProjectorConfig
-    text: DecoderConfig
+    language_model: LanguageModelConfig
 
     @property
     def patches(self) -> int:
-        return self.vision.num_patches(self.image.height, self.image.width)
+        return self.vision_encoder.num_patches(self.image.height, self.image.width)
 
     @property
     def tokens(self) -> int:
@@ -72,23 +77,25 @@ class Shapes:
         """What is said about each part."""
         with torch.device("meta"):
             eyes, projector, voice = (
-                VisionTransformer(self.vision),
+                VisionEncoder(self.vision_encoder),
                 self._build_projector(),
-                Decoder(self.text),
+                LanguageModel(self.language_model),
             )
-        side, width = self.vision.patch_size, self.text.hidden_size
+        side, width = self.vision_encoder.patch_size, self.language_model.hidden_size
         return {
             "image": (f"{self.image.width}×{self.image.height}", "pixels"),
             "patches": (f"{self.patches} patches", f"of {side}×{side} pixels"),
-            "vision": (f"{self.vision.num_hidden_layers} layers, width {self.vision.hidden_size}", _parameters(eyes)),
-            "projector": (f"{self.projector.kind}, {self.vision.hidden_size} → {width}", _parameters(projector)),
+            "vision_encoder": (f"{self.vision_encoder.num_hidden_layers} layers, width {self.vision_encoder.hidden_size}", _parameters(eyes)),
+            "projector": (f"{self.projector.kind}, {self.vision_encoder.hidden_size} → {width}", _parameters(projector)),
             "visual": (f"{self.tokens} tokens", f"of width {width}"),
-            "text": (f"{self.text.num_hidden_layers} layers", f"width {width}", f"vocabulary {self.text.vocab_size:,}",
+            "language_model": (f"{self.language_model.num_hidden_layers} layers", f"width {width}", f"vocabulary {self.language_model.vocab_size:,}",
                      _parameters(voice)),
         }  # fmt: skip
 
     def _build_projector(self) -> torch.nn.Module:
-        return build_projector(self.projector, self.vision.hidden_size, self.text.hidden_size)
+        return build_projector(
+            self.projector, self.vision_encoder.hidden_size, self.language_model.hidden_size
+        )
 
 
 def _parameters(module: torch.nn.Module) -> str:
@@ -98,13 +105,15 @@ def _parameters(module: torch.nn.Module) -> str:
 
 def presets() -> tuple[Shapes, Shapes]:
     """The tiny default as it ships, and the photo preset with the sizes published for its two parts."""
-    eyes, voice = ASSETS / "tiny-vision", ASSETS / "tiny-text"
-    tiny = Shapes("tiny default", ImageConfig.from_hf(read_json(eyes / "preprocessor_config.json")),
-                  VisionConfig.from_hf(read_json(eyes / "config.json")), _projector("tiny"),
-                  DecoderConfig.from_hf(read_json(voice / "config.json")))  # fmt: skip
-    dinov2_small = VisionConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
+    eyes, voice = ASSETS / "tiny-vision-encoder", ASSETS / "tiny-language-model"
+    tiny = Shapes("tiny default", parse_image_config(read_json(eyes / "preprocessor_config.json")),
+                  parse_vision_encoder_config(read_json(eyes / "config.json")), _projector("tiny"),
+                  parse_language_model_config(read_json(voice / "config.json")))  # fmt: skip
+    dinov2_small = VisionEncoderConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6
+    )
     photos = Shapes("DINOv2-S + Qwen2.5-0.5B", ImageConfig(), dinov2_small, _projector("dinov2-qwen2.5"),
-                    DecoderConfig())  # whose defaults are Qwen2.5-0.5B's  # fmt: skip
+                    LanguageModelConfig())  # whose defaults are Qwen2.5-0.5B's  # fmt: skip
     return tiny, photos
 
 
@@ -177,7 +186,7 @@ class Drawing:
 COLUMNS = {
     "image": 165,
     "patches": 305,
-    "vision": 465,
+    "vision_encoder": 465,
     "projector": 640,
     "visual": 810,
 }  # middles of the first row
@@ -192,15 +201,20 @@ def draw_eyes(
         page.text(COLUMNS[name], 20, title, 9.5, weight="bold")
     page.picture(scene, COLUMNS["image"] - 52, MIDDLE - 52, 104)
     tiny = shapes[0]
-    cell = tiny.vision.patch_size
+    cell = tiny.vision_encoder.patch_size
     for x, y in _grid(scene.width // cell):
         patch = scene.crop((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell))
         page.picture(patch, COLUMNS["patches"] - 57 + 14.4 * x, MIDDLE - 57 + 14.4 * y, 12.4)
-    page.frame(COLUMNS["vision"] - 72, MIDDLE - 57, 144, 114, learns["vision"])
+    page.frame(COLUMNS["vision_encoder"] - 72, MIDDLE - 57, 144, 114, learns["vision_encoder"])
     page.text(
-        COLUMNS["vision"], MIDDLE - 12, "Vision\ntransformer", 10.5, weight="bold", linespacing=1.3
+        COLUMNS["vision_encoder"],
+        MIDDLE - 12,
+        "Vision\ntransformer",
+        10.5,
+        weight="bold",
+        linespacing=1.3,
     )
-    page.file(COLUMNS["vision"], MIDDLE + 24, "vit.py")
+    page.file(COLUMNS["vision_encoder"], MIDDLE + 24, "vit.py")
     page.frame(COLUMNS["projector"] - 62, MIDDLE - 57, 124, 114, learns["projector"])
     page.text(COLUMNS["projector"], MIDDLE - 8, "Projector", 10.5, weight="bold")
     page.file(COLUMNS["projector"], MIDDLE + 16, "projector.py")
@@ -258,11 +272,15 @@ def draw_voice(
     page.text(
         middle + 12, 368, "word embeddings and visual tokens, one sequence", ha="left", color=FAINT
     )
-    page.frame(left, 388, 2 * (middle - left), 100, learns["text"])
-    page.text(middle, 408, "Decoder", 10.5, weight="bold")
-    page.file(middle, 428, "decoder.py")
+    page.frame(left, 388, 2 * (middle - left), 100, learns["language_model"])
+    page.text(middle, 408, "LanguageModel", 10.5, weight="bold")
+    page.file(middle, 428, "language_model.py")
     for number, preset in enumerate(shapes):
-        page.text(middle, 450 + 19 * number, f"{preset.name}: {', '.join(preset.lines()['text'])}")
+        page.text(
+            middle,
+            450 + 19 * number,
+            f"{preset.name}: {', '.join(preset.lines()['language_model'])}",
+        )
     page.arrow((middle, 492), (middle, 516))
     page.file(24, 533, "generate.py", ha="left")
     page.chips(middle - 90, 520, [*_words(question.answer), "</s>"], ANSWER)
@@ -285,7 +303,7 @@ def when_it_learns(stages: list[Settings]) -> dict[str, Colours]:
     """The colours of each part, from what the two stages train."""
     colours = {(False, False): FROZEN, (True, True): ALWAYS, (False, True): LATER}
     return {part: colours[tuple(part in stage.trained_parts for stage in stages)]
-            for part in ("vision", "projector", "text")}  # fmt: skip
+            for part in ("vision_encoder", "projector", "language_model")}  # fmt: skip
 
 
 def _grid(side: int) -> Iterator[tuple[int, int]]:
@@ -329,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

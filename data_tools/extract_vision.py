@@ -1,12 +1,12 @@
 """Take a vision tower out of a larger checkpoint, into a folder of its own.
 
-    python data_tools/extract_vision.py SOURCE --out EYES
+    python data_tools/extract_vision.py SOURCE --out VISION_ENCODERS
 
 SOURCE is the folder of a SmolVLM2 or Idefics3, a Qwen-VL, a LLaVA-1.5, a CLIP or a SigLIP, as published: `config.json` and
-the weights, whole or in shards, of which only those with a part of the tower have to be there. EYES gets `config.json`,
-`preprocessor_config.json` and `model.safetensors`, and is then what --vision takes:
+the weights, whole or in shards, of which only those with a part of the tower have to be there. VISION_ENCODERS gets `config.json`,
+`preprocessor_config.json` and `model.safetensors`, and is then what --vision-encoder takes:
 
-    python train_stage1.py --vision EYES …
+    python train_stage1.py --vision-encoder VISION_ENCODERS …
 
 Numbers and their format stay as they are. Qwen-VL is published as pickles: of these only plain tensors are read.
 """
@@ -26,12 +26,15 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # the repository, so that a plain clone works
 
-from nanovlm.errors import CommandParser, NanoVLMError, first_line, run, say  # noqa: E402
-from nanovlm.files import read_json, write_json  # noqa: E402
-from nanovlm.image_config import read_processor  # noqa: E402
-from nanovlm.shapes import EYES  # noqa: E402
-from nanovlm.vit import VisionConfig, VisionTransformer  # noqa: E402
-from nanovlm.weights import SafetensorsFile, save_file  # noqa: E402
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.image_configs import read_processor  # noqa: E402
+from nanovlm.hub.models import load_vision_encoder
+from nanovlm.hub.safetensors import SafetensorsFile, save_file  # noqa: E402
+from nanovlm.hub.shapes import VISION_ENCODERS  # noqa: E402
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.utils.console import first_line, run_command, say  # noqa: E402
+from nanovlm.utils.files import read_json, write_json  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def extract(source: Path, out: Path) -> None:
     weights = out / "model.safetensors"
     save_file(taken, weights, metadata={"format": "pt"})  # last, so a folder that has it is whole
     try:
-        VisionTransformer.from_pretrained(out)
+        load_vision_encoder(out)
     except NanoVLMError:
         weights.unlink()
         raise
@@ -99,7 +102,7 @@ def tower_settings(source: Path, config: dict[str, Any], tower: Tower) -> dict[s
     )  # older CLIP files repeat the settings that count
     settings |= {"model_type": tower.model_type or settings.get("model_type")}
     try:
-        VisionConfig.from_hf(settings)
+        parse_vision_encoder_config(settings)
     except NanoVLMError as error:
         raise NanoVLMError(f"{source}: {error}") from None
     return settings
@@ -178,7 +181,7 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
         side = settings.get("image_size", 448)
         write_json(
             out / PREPROCESSOR,
-            EYES["qwen-vl"].processor | {"size": {"height": side, "width": side}},
+            VISION_ENCODERS["qwen-vl"].processor | {"size": {"height": side, "width": side}},
         )
     elif (processor := read_processor(source)) is not None:
         write_json(out / PREPROCESSOR, processor)
@@ -214,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -37,8 +37,10 @@ sys.path.insert(
 )  # the repository, so that a plain clone works
 
 from data_tools.caption_questions import THINGS  # noqa: E402
-from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
-from nanovlm.files import to_jsonl, write_atomically  # noqa: E402
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import run_command, say  # noqa: E402
+from nanovlm.utils.files import to_jsonl, write_atomically  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
 ASK = {"zh": "图中有{}吗？", "en": "Is there {} in the image?"}
@@ -350,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

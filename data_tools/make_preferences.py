@@ -33,14 +33,17 @@ sys.path.insert(
 from data_tools.caption_questions import things_named  # noqa: E402
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description  # noqa: E402
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject  # noqa: E402
-from nanovlm.chat import IMAGE, IMAGE_MARKER  # noqa: E402
 from nanovlm.data.records import Record, read_records  # noqa: E402
-from nanovlm.device import choose_device  # noqa: E402
-from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
+from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of  # noqa: E402
-from nanovlm.files import to_jsonl, write_atomically  # noqa: E402
 from nanovlm.generate import Sampling  # noqa: E402
-from nanovlm.vlm import VisionLanguageModel  # noqa: E402
+from nanovlm.hub.models import load_model
+from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER  # noqa: E402
+from nanovlm.model.vlm import VisionLanguageModel  # noqa: E402
+from nanovlm.utils.console import run_command, say  # noqa: E402
+from nanovlm.utils.device import choose_device  # noqa: E402
+from nanovlm.utils.files import to_jsonl, write_atomically  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 BATCH_SIZE = 128  # descriptions written at once
 MAX_NEW_TOKENS = 64
@@ -300,9 +303,7 @@ def main() -> None:
         )
     model = None
     if arguments.model:
-        model = VisionLanguageModel.from_pretrained(arguments.model).to(
-            choose_device(arguments.device)
-        )
+        model = load_model(arguments.model).to(choose_device(arguments.device))
     pairs = make_pairs(
         records,
         model,
@@ -333,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -39,8 +39,10 @@ from data_tools.scenes_world import (
     draw,
     random_scene,
 )
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
-from nanovlm.files import read_json, to_jsonl, write_atomically, write_json
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.files import read_json, to_jsonl, write_atomically, write_json
+from nanovlm.utils.parser import CommandParser
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
 SPLITS = {"train": TRAIN_PAIRS, "val": TRAIN_PAIRS, "novel": HELD_OUT_PAIRS}
@@ -272,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

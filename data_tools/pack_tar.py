@@ -24,10 +24,12 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # the repository, so that a plain clone works
 
-from nanovlm import archive  # noqa: E402
 from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
-from nanovlm.errors import CommandParser, NanoVLMError, run, say  # noqa: E402
-from nanovlm.files import atomic_path, to_jsonl, write_atomically  # noqa: E402
+from nanovlm.errors import NanoVLMError
+from nanovlm.inputs import archive  # noqa: E402
+from nanovlm.utils.console import run_command, say  # noqa: E402
+from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically  # noqa: E402
+from nanovlm.utils.parser import CommandParser
 
 Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
 
@@ -158,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""Pretrain the eyes and the voice of the tiny default, and write them as nanovlm/assets/tiny-vision and tiny-text.
+"""Pretrain the eyes and the voice of the tiny default, and write them as nanovlm/assets/tiny-vision-encoder and tiny-language-model.
 
     python data_tools/pretrain_tiny.py --out pretrained              # both, 73 minutes on one busy core
     python data_tools/pretrain_tiny.py --part text --out pretrained  # the voice alone
@@ -22,9 +22,11 @@ if __name__ in (
 
 from data_tools.pretrain_tiny_text import pretrain_text
 from data_tools.pretrain_tiny_vision import pretrain_vision
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.parser import CommandParser
 
-FOLDERS = {"vision": "tiny-vision", "text": "tiny-text"}
+FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-language-model"}
 
 
 def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None:
@@ -51,7 +53,7 @@ def main() -> None:
     parser = CommandParser(description="Pretrain the eyes and the voice of the tiny default.")
     parser.add_argument(
         "--part",
-        choices=("vision", "text", "all"),
+        choices=("vision_encoder", "language_model", "all"),
         default="all",
         help="what to make (%(default)s)",
     )
@@ -67,13 +69,19 @@ def main() -> None:
         "--seed", type=int, default=0, help="of the data and the first weights (%(default)s)"
     )
     parser.add_argument(
-        "--vision-steps", type=int, default=3600, help="optimizer steps of the eyes (%(default)s)"
+        "--vision-encoder-steps",
+        type=int,
+        default=3600,
+        help="optimizer steps of the eyes (%(default)s)",
     )
     parser.add_argument(
         "--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)"
     )
     parser.add_argument(
-        "--text-steps", type=int, default=6000, help="optimizer steps of the voice (%(default)s)"
+        "--language-model-steps",
+        type=int,
+        default=6000,
+        help="optimizer steps of the voice (%(default)s)",
     )
     parser.add_argument(
         "--drill-steps", type=int, default=3000, help="and of its drills (%(default)s)"
@@ -84,8 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     if (
         min(
-            options.vision_steps,
-            options.text_steps,
+            options.vision_encoder_steps,
+            options.language_model_steps,
             options.drill_steps,
             options.scenes,
             options.texts,
@@ -93,16 +101,19 @@ def main() -> None:
         < 1
     ):
         raise NanoVLMError(
-            "--vision-steps, --text-steps, --drill-steps, --scenes and --texts start at 1"
+            "--vision-encoder-steps, --language-model-steps, --drill-steps, --scenes and --texts start at 1"
         )
     parts = {
-        "vision": partial(
-            pretrain_vision, seed=options.seed, steps=options.vision_steps, scenes=options.scenes
+        "vision_encoder": partial(
+            pretrain_vision,
+            seed=options.seed,
+            steps=options.vision_encoder_steps,
+            scenes=options.scenes,
         ),
-        "text": partial(
+        "language_model": partial(
             pretrain_text,
             seed=options.seed,
-            steps=options.text_steps,
+            steps=options.language_model_steps,
             drill_steps=options.drill_steps,
             texts=options.texts,
         ),
@@ -113,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanovlm.training.optimizer import schedule
+from nanovlm.training.optim.optimizer import schedule
 
 T = TypeVar("T")
 

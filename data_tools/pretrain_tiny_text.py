@@ -33,14 +33,15 @@ from data_tools.scenes_world import (
     SceneObject,
     random_scene,
 )  # fmt: skip
-from nanovlm.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
-from nanovlm.data.batches import Sample, chunks, collate, share_prefix
-from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.files import write_json
+from nanovlm.data.sequences import Sample, chunks, collate, share_prefix
+from nanovlm.hub.language_configs import parse_language_model_config
+from nanovlm.hub.names import QWEN, invert, translate
+from nanovlm.hub.safetensors import save_file
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
+from nanovlm.model.language_model import LanguageModel
 from nanovlm.tokenizer import SentencePieceTokenizer
-from nanovlm.vlm import Batch
-from nanovlm.weights.names import QWEN, invert, translate
-from nanovlm.weights.safetensors import save_file
+from nanovlm.utils.files import write_json
 
 STEPS = (
     16  # from side to side: objects lie more than one apart where it is asked which is further left
@@ -196,7 +197,7 @@ class Corpus:
         return rows, [note for index in chosen for note in self.notes[index]]
 
 
-def target_logits(decoder: Decoder, batch: Batch, notes: list[list[int]]) -> Tensor:
+def target_logits(decoder: LanguageModel, batch: Batch, notes: list[list[int]]) -> Tensor:
     """(M, V) where a token is to be predicted. A note's embedding is the sum of its words'."""
     starts = torch.tensor([0, *map(len, notes)]).cumsum(0)[:-1]
     words = torch.tensor([id for note in notes for id in note])
@@ -210,7 +211,7 @@ def target_logits(decoder: Decoder, batch: Batch, notes: list[list[int]]) -> Ten
 
 
 @torch.no_grad()
-def exact_answers(decoder: Decoder, corpus: Corpus) -> float:
+def exact_answers(decoder: LanguageModel, corpus: Corpus) -> float:
     """The share of answers whose every token is the likeliest one, given what stands before it."""
     wrong = asked = 0
     for index in range(len(corpus.rows)):
@@ -246,7 +247,7 @@ def pretrain_text(
     tokenizer = train_tokenizer(made[:TOKENIZER_TEXTS])
     chat = Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
     torch.manual_seed(seed)
-    decoder = Decoder(DecoderConfig.from_hf(HUB_CONFIG))
+    decoder = LanguageModel(parse_language_model_config(HUB_CONFIG))
     for parameter in decoder.parameters():
         if (
             parameter.dim() == 2
@@ -278,7 +279,7 @@ def pretrain_text(
     return result
 
 
-def _save(decoder: Decoder, tokenizer: SentencePieceTokenizer, folder: Path) -> None:
+def _save(decoder: LanguageModel, tokenizer: SentencePieceTokenizer, folder: Path) -> None:
     """Write `config.json`, the tokenizer files and `model.safetensors` under Qwen3's names."""
     folder.mkdir(parents=True, exist_ok=True)
     config = HUB_CONFIG | {"eos_token_id": tokenizer.special_tokens["</s>"], "bos_token_id": None}

@@ -34,10 +34,11 @@ from data_tools.scenes_world import (
     random_object,
     random_scene,
 )  # fmt: skip
-from nanovlm.files import write_json
-from nanovlm.vit import VisionConfig, VisionTransformer
-from nanovlm.weights.names import DINOV2, invert, translate
-from nanovlm.weights.safetensors import save_file
+from nanovlm.hub.names import DINOV2, invert, translate
+from nanovlm.hub.safetensors import save_file
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.model.vision_encoder import VisionEncoder
+from nanovlm.utils.files import write_json
 
 PATCH = 8  # pixels: small objects, 12 pixels across, cover about four patches
 GRID = IMAGE_SIZE // PATCH
@@ -170,7 +171,7 @@ class LabelHeads(nn.Module):
 
 @torch.no_grad()
 def accuracy(
-    vision: VisionTransformer, heads: LabelHeads, pixels: Tensor, labels: Tensor
+    vision: VisionEncoder, heads: LabelHeads, pixels: Tensor, labels: Tensor
 ) -> dict[str, float]:
     """For each head, the share of objects that are right at their centre; `object`: shape, colour and size all are."""
     logits = [heads(vision.patches(normalise(part))) for part in pixels.split(200)]
@@ -187,8 +188,8 @@ def pretrain_vision(
     """Train the eyes and write them to `folder` in DINOv2's hub layout; return their accuracies on unseen scenes."""
     pixels, labels = labelled_scenes(crowded_scene, TRAIN_PAIRS, f"pretrain/{seed}", scenes)
     torch.manual_seed(seed)
-    config = VisionConfig.from_hf(HUB_CONFIG)
-    vision, heads = VisionTransformer(config), LabelHeads(config.hidden_size)
+    config = parse_vision_encoder_config(HUB_CONFIG)
+    vision, heads = VisionEncoder(config), LabelHeads(config.hidden_size)
 
     def loss_of_step(step: int) -> Tensor:
         chosen = torch.randint(scenes, (batch_size,))
@@ -209,7 +210,7 @@ def pretrain_vision(
     return result
 
 
-def _save(vision: VisionTransformer, folder: Path) -> None:
+def _save(vision: VisionEncoder, folder: Path) -> None:
     """Write the two configs, then `model.safetensors` under DINOv2's names."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", HUB_CONFIG)

@@ -1,35 +1,42 @@
-"""nanovlm: a small Chinese/English vision-language model in plain PyTorch. Start reading at `vlm.py`."""
+"""nanovlm: a small Chinese/English vision-language model in plain PyTorch. Start reading at `model/vlm.py`."""
 
-from nanovlm.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
-from nanovlm.decoder import Decoder, DecoderConfig
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
-from nanovlm.image import ImageConfig, image_pixels, open_image, preprocess
-from nanovlm.projector import ProjectorConfig
+from nanovlm.hub.models import load_language_model, load_model, load_vision_encoder, save_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
+from nanovlm.inputs.image import image_pixels, open_image, preprocess
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.tokenizer import load_tokenizer
-from nanovlm.vit import VisionConfig, VisionTransformer
-from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
 
 __all__ = [
     "IMAGE",
     "Batch",
     "Chat",
     "ChatConfig",
-    "Decoder",
-    "DecoderConfig",
     "ImageConfig",
     "ImageTokens",
+    "LanguageModel",
+    "LanguageModelConfig",
     "Message",
     "NanoVLMError",
     "ProjectorConfig",
     "Sampling",
     "VLMConfig",
-    "VisionConfig",
+    "VisionEncoder",
+    "VisionEncoderConfig",
     "VisionLanguageModel",
-    "VisionTransformer",
     "generate",
     "image_pixels",
+    "load_language_model",
+    "load_model",
     "load_tokenizer",
+    "load_vision_encoder",
     "open_image",
     "preprocess",
+    "save_model",
 ]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovlm.decoder import Decoder
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs.batch import Batch
+from nanovlm.model.language_model import LanguageModel
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.vlm import Batch, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def generate(
         embeddings = model.embed(batch)
         answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
         for tokens in decode(
-            model.decoder,
+            model.language_model,
             embeddings,
             batch.input_ids,
             batch.attention_mask,
@@ -71,7 +72,7 @@ def generate(
 
 @torch.inference_mode()
 def decode(
-    decoder: Decoder,
+    decoder: LanguageModel,
     embeddings: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -84,7 +85,7 @@ def decode(
     """Yield the next token of each row, -1 once a row has ended, until all have or `max_new_tokens` are written.
 
     `embeddings` (B, T, C) is the prompt as the decoder reads it and `input_ids` (B, T) its ids, for the repetition
-    penalty; `groups`: see `Decoder.hidden_states`. `use_cache=False` reads everything again for every token; it is there to
+    penalty; `groups`: see `LanguageModel.hidden_states`. `use_cache=False` reads everything again for every token; it is there to
     check the cache against.
     """
     batch, length, _ = embeddings.shape

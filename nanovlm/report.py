@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
-from nanovlm.training.figures import chinese_fonts, plt, save_figure
-from nanovlm.training.report import series
+from nanovlm.errors import NanoVLMError
+from nanovlm.training.monitor.log import series
 from nanovlm.training.settings import Settings
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.figures import chinese_fonts, plt, save_figure
+from nanovlm.utils.parser import CommandParser
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 FINAL_LINES = 5  # whose mean is the final loss: that of one line is noisy
@@ -227,7 +229,7 @@ def _learns(settings: dict[str, Any]) -> str:
     for part in (part.strip() for part in str(settings.get("train", "–")).split(",")):
         blocks, rank = (
             settings.get(f"{part}_layers", 0),
-            settings.get("lora_rank", 0) if part == "text" else 0,
+            settings.get("lora_rank", 0) if part == "language_model" else 0,
         )
         details = [f"LoRA rank {rank}"] if rank else [f"top {blocks}"] if blocks else []
         parts.append(" ".join([part, *(f"({detail})" for detail in details)]))
@@ -271,4 +273,4 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

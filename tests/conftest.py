@@ -14,22 +14,24 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from data_tools.make_scenes import make_scenes
-from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.errors import run
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig
+from nanovlm.hub.image_configs import parse_image_config
+from nanovlm.hub.language_configs import parse_language_model_config
+from nanovlm.hub.models import join_parts, save_model
+from nanovlm.hub.names import DINOV2, QWEN, invert, translate
+from nanovlm.hub.safetensors import save_file
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.model.language_model import LanguageModel
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.tokenizer import SentencePieceTokenizer
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
-from nanovlm.vit import VisionConfig, VisionTransformer
-from nanovlm.vlm import VisionLanguageModel
-from nanovlm.weights.names import DINOV2, QWEN, invert, translate
-from nanovlm.weights.safetensors import save_file
+from nanovlm.utils.console import run_command
 
 torch.set_num_threads(1)  # what the tests compute is too small to share
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL = ["<image>", "<system>", "<user>", "<assistant>"]
-EYES = {
+VISION_ENCODERS = {
     "model_type": "dinov2",
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -57,14 +59,21 @@ VOICE = {
 class TinyWorld:
     """Folders that the tests read and never write to."""
 
-    vision: Path  # random eyes, DINOv2's layout
-    text: Path  # a random voice, Qwen3's layout, with a SentencePiece tokenizer
+    vision_encoder: Path  # random eyes, DINOv2's layout
+    language_model: Path  # a random voice, Qwen3's layout, with a SentencePiece tokenizer
     model: Path  # both joined by a random projector: a model folder
     data: Path  # a dozen scenes: train.jsonl, val.jsonl and novel.jsonl
 
     def settings(self, out: Path, **changes) -> Settings:
         """Settings of a short run on the CPU: four steps of the projector, four records each."""
-        start = {} if "init" in changes else {"vision": str(self.vision), "text": str(self.text)}
+        start = (
+            {}
+            if "init" in changes
+            else {
+                "vision_encoder": str(self.vision_encoder),
+                "language_model": str(self.language_model),
+            }
+        )
         return Settings(
             **{
                 **start,
@@ -76,7 +85,7 @@ class TinyWorld:
                 "max_steps": 4,
                 "log_every": 1,
                 "device": "cpu",
-                "dtype": "fp32",
+                "dtype": "float32",
                 **changes,
             }
         )
@@ -92,18 +101,25 @@ def tiny(tmp_path_factory) -> TinyWorld:
     folder = tmp_path_factory.mktemp("tiny")
     data = make_scenes(folder / "scenes", scenes=12, eval_scenes=4, workers=1)
     torch.manual_seed(0)
-    _save_hub(folder / "vision", VisionTransformer(VisionConfig.from_hf(EYES)), DINOV2, EYES)
-    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    _save_hub(
+        folder / "vision_encoder",
+        VisionEncoder(parse_vision_encoder_config(VISION_ENCODERS)),
+        DINOV2,
+        VISION_ENCODERS,
+    )
+    (folder / "vision_encoder" / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     tokenizer = _tokenizer((data / "train.jsonl").read_text().splitlines())
     voice = {**VOICE, "vocab_size": tokenizer.vocab_size}
-    _save_hub(folder / "text", Decoder(DecoderConfig.from_hf(voice)), QWEN, voice)
-    tokenizer.save(folder / "text")
-    image = ImageConfig.from_hf(PIXELS)
-    model = VisionLanguageModel.from_parts(
-        folder / "vision", folder / "text", ProjectorConfig("mlp"), image
+    _save_hub(
+        folder / "language_model", LanguageModel(parse_language_model_config(voice)), QWEN, voice
     )
-    model.save_pretrained(folder / "model")
-    return TinyWorld(folder / "vision", folder / "text", folder / "model", data)
+    tokenizer.save(folder / "language_model")
+    image = parse_image_config(PIXELS)
+    model = join_parts(
+        folder / "vision_encoder", folder / "language_model", ProjectorConfig("mlp"), image
+    )
+    save_model(model, folder / "model")
+    return TinyWorld(folder / "vision_encoder", folder / "language_model", folder / "model", data)
 
 
 @pytest.fixture
@@ -117,7 +133,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            run(main)
+            run_command(main)
         return subprocess.CompletedProcess(sys.argv, caught.value.code, *capsys.readouterr())
 
     return completed

@@ -34,15 +34,16 @@ from data_tools.scenes_world import (
     draw,
     random_scene,
 )
-from nanovlm.chat import IMAGE, Chat, ChatConfig
-from nanovlm.decoder import Decoder
-from nanovlm.image import ImageConfig, preprocess
+from nanovlm.hub.chat_configs import read_chat_config
+from nanovlm.hub.image_configs import parse_image_config
+from nanovlm.hub.models import load_language_model, load_vision_encoder
+from nanovlm.inputs.chat import IMAGE, Chat, ChatConfig
+from nanovlm.inputs.image import preprocess
 from nanovlm.tokenizer import load_tokenizer
-from nanovlm.vit import VisionTransformer
 
 SCRIPT = Path(pretrain_tiny.__file__)
 ASSETS = SCRIPT.parents[1] / "nanovlm" / "assets"
-VISION, TEXT = ASSETS / "tiny-vision", ASSETS / "tiny-text"
+VISION, TEXT = ASSETS / "tiny-vision-encoder", ASSETS / "tiny-language-model"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,12 @@ def test_eyes_agree_with_the_reference():
     with torch.no_grad():
         expected = reference(pixels).last_hidden_state
         assert torch.allclose(
-            VisionTransformer.from_pretrained(VISION, torch.float32)(pixels), expected, atol=1e-4
+            load_vision_encoder(VISION, torch.float32)(pixels), expected, atol=1e-4
         )
 
 
 def test_eyes_are_given_the_pixels_they_were_trained_on():
-    config = ImageConfig.from_hf(json.loads((VISION / "preprocessor_config.json").read_text()))
+    config = parse_image_config(json.loads((VISION / "preprocessor_config.json").read_text()))
     image = draw(random_scene(Random(3)))
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3)
     assert torch.allclose(preprocess(image, config), normalise(values.permute(2, 0, 1)), atol=1e-6)
@@ -74,7 +75,7 @@ def test_voice_agrees_with_the_reference(tokenizer):
     ids = torch.randint(0, tokenizer.vocab_size, (2, 40))
     with torch.no_grad():
         assert torch.allclose(
-            Decoder.from_pretrained(TEXT, torch.float32)(ids), reference(ids).logits, atol=1e-4
+            load_language_model(TEXT, torch.float32)(ids), reference(ids).logits, atol=1e-4
         )
 
 
@@ -82,7 +83,7 @@ def test_voice_answers_from_what_it_is_told(tokenizer):
     """More answers are right word for word than any guess gets: the shipped weights are trained ones."""
     chat = Chat(ChatConfig(template="plain", image_token="<image>"), tokenizer)
     corpus = Corpus([Text.random(Random(f"test/{index}")) for index in range(30)], chat)
-    assert exact_answers(Decoder.from_pretrained(TEXT, torch.float32), corpus) > 0.85
+    assert exact_answers(load_language_model(TEXT, torch.float32), corpus) > 0.85
 
 
 def test_words_of_a_note_are_single_pieces(tokenizer):
@@ -109,9 +110,9 @@ def test_tokenizer_gives_back_any_text_and_never_a_special_token(tokenizer, text
 
 
 def test_tokenizer_has_what_the_plain_template_needs(tokenizer):
-    chat = Chat(ChatConfig.from_hf(TEXT, tokenizer), tokenizer)
+    chat = Chat(read_chat_config(TEXT, tokenizer), tokenizer)
     assert chat.config.template == "plain"
-    assert tokenizer.vocab_size <= Decoder.from_pretrained(TEXT).config.vocab_size
+    assert tokenizer.vocab_size <= load_language_model(TEXT).config.vocab_size
 
 
 def test_no_piece_holds_both_a_colour_and_a_shape(tokenizer):
@@ -185,7 +186,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _make(out: Path, *flags: str) -> subprocess.Popen:
-    sizes = "--vision-steps 2 --scenes 64 --text-steps 2 --drill-steps 2 --texts 600".split()
+    sizes = "--vision-encoder-steps 2 --scenes 64 --language-model-steps 2 --drill-steps 2 --texts 600".split()
     return subprocess.Popen(
         [sys.executable, SCRIPT, "--out", out, *sizes, *flags],
         stdout=subprocess.PIPE,
@@ -200,9 +201,9 @@ def test_script_makes_both_parts_again_to_the_same_bytes_and_replaces_nothing(tm
     for started in [_make(tmp_path / name) for name in ("one", "other")]:  # side by side
         assert started.communicate() and started.returncode == 0
     assert _digests(tmp_path / "one") == _digests(tmp_path / "other")
-    VisionTransformer.from_pretrained(tmp_path / "one" / "tiny-vision")
-    Decoder.from_pretrained(tmp_path / "one" / "tiny-text")
-    again = _make(tmp_path / "one", "--part", "vision", "--seed", "1")
+    load_vision_encoder(tmp_path / "one" / "tiny-vision-encoder")
+    load_language_model(tmp_path / "one" / "tiny-language-model")
+    again = _make(tmp_path / "one", "--part", "vision_encoder", "--seed", "1")
     told = again.communicate()[1]
     assert again.returncode == 2 and told.startswith("error: ") and "--replace" in told
     assert _digests(tmp_path / "one") == _digests(tmp_path / "other")

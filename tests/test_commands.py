@@ -19,18 +19,13 @@ from PIL import Image
 import infer
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import __main__ as evaluation
+from nanovlm.hub.adapters import merged_tensors, save_adapter
+from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.models import load_model, save_model
+from nanovlm.hub.safetensors import save_file
+from nanovlm.model.lora import LoRAConfig, adapter_parameters, add_adapters
 from nanovlm.training.freezing import freeze
-from nanovlm.training.lora import (
-    LoRAConfig,
-    adapter_parameters,
-    add_adapters,
-    merged_tensors,
-    save_adapter,
-)
 from nanovlm.training.settings import Settings, to_toml
-from nanovlm.vlm import VisionLanguageModel
-from nanovlm.weights.loading import open_checkpoint
-from nanovlm.weights.safetensors import save_file
 from tests.runs import metrics
 
 
@@ -51,7 +46,9 @@ def ask(tiny, call):
         *arguments, model: Path = tiny.model, stdin: bytes = b"", main=infer.main
     ) -> tuple[int, str, str]:
         flags = (
-            ["--model", model, "--device", "cpu", "--dtype", "fp32"] if main is infer.main else []
+            ["--model", model, "--device", "cpu", "--dtype", "float32"]
+            if main is infer.main
+            else []
         )
         tokens = (
             ["--max-new-tokens", "5"]
@@ -93,10 +90,10 @@ def test_the_answer_alone_is_on_stdout(tiny, image, ask):
 
 
 def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypatch):
-    asked, encode = [], infer.VisionLanguageModel.from_pretrained
+    asked, load = [], infer.load_model
 
     def loaded(*arguments):
-        model = encode(*arguments)
+        model = load(*arguments)
         chat = model.chat.encode
         monkeypatch.setattr(
             model.chat,
@@ -107,7 +104,7 @@ def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypa
         )
         return model
 
-    monkeypatch.setattr(infer.VisionLanguageModel, "from_pretrained", loaded)
+    monkeypatch.setattr(infer, "load_model", loaded)
     for count in (0, 1, 3):
         assert ask(*[image] * count, "你好")[0] == 0
     assert [(messages[0].num_images, len(lengths)) for messages, lengths in asked] == [
@@ -141,16 +138,16 @@ def test_sampling_follows_its_seed(image, ask):
 
 def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, tmp_path):
     model, settings = (
-        VisionLanguageModel.from_pretrained(tiny.model),
-        Settings(train="projector,text", lora_rank=4),
+        load_model(tiny.model),
+        Settings(train="projector,language_model", lora_rank=4),
     )
     config = LoRAConfig.from_settings(settings)
-    add_adapters(model.decoder, config)
+    add_adapters(model.language_model, config)
     freeze(model, settings)
     for parameter in (*adapter_parameters(model), *model.projector.parameters()):
         torch.nn.init.normal_(parameter, std=0.1)
     save_adapter(model, tmp_path / "adapter", config)
-    model.save_pretrained(tmp_path / "merged", merged_tensors(model, torch.float32))
+    save_model(model, tmp_path / "merged", merged_tensors(model, torch.float32))
     code, out, err = ask(image, "描述图片", "--adapter", tmp_path / "adapter")
     assert code == 0 and err == f"model: {tiny.model}\nadapter: {tmp_path / 'adapter'}\n"
     assert out == ask(image, "描述图片", model=tmp_path / "merged")[1] != ask(image, "描述图片")[1]
@@ -344,7 +341,10 @@ DAMAGES = {
         _weights(lambda tensors: tensors.update({"projector.up.bias": torch.zeros(3)})),
         "1 mis-shaped",
     ),
-    "missing tensor": (_weights(lambda tensors: tensors.pop("vision.cls_token")), "1 missing"),
+    "missing tensor": (
+        _weights(lambda tensors: tensors.pop("vision_encoder.cls_token")),
+        "1 missing",
+    ),
     "unexpected tensor": (
         _weights(lambda tensors: tensors.update(more=torch.zeros(1))),
         "1 unexpected",
@@ -354,16 +354,16 @@ DAMAGES = {
         "unknown key 'colour'",
     ),
     "unknown key of a part": (
-        _edit("config.json", lambda config: config["text"].update(hiden_size=1)),
+        _edit("config.json", lambda config: config["language_model"].update(hiden_size=1)),
         "did you mean 'hidden_size'",
     ),
     "missing key": (
-        _edit("config.json", lambda config: config.pop("vision")),
-        "key 'vision' is missing",
+        _edit("config.json", lambda config: config.pop("vision_encoder")),
+        "key 'vision_encoder' is missing",
     ),
     "wrong type": (
-        _edit("config.json", lambda config: config["text"].update(hidden_size="16")),
-        "expected int",
+        _edit("config.json", lambda config: config["language_model"].update(hidden_size="16")),
+        "expected a whole number",
     ),
     "another model": (
         _edit("config.json", lambda config: config.update(model_type="llava")),
@@ -404,7 +404,7 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         "--max-new-tokens",
         "3",
         "--dtype",
-        "fp32",
+        "float32",
     ]
     keys = {
         "exact",
@@ -496,7 +496,13 @@ def test_from_training_to_an_answer(tiny, tmp_path, image, command):
     ]
     code, out, err = wait(
         command(
-            "train_stage1.py", "--vision", tiny.vision, "--text", tiny.text, *flags, cwd=tmp_path
+            "train_stage1.py",
+            "--vision-encoder",
+            tiny.vision_encoder,
+            "--language-model",
+            tiny.language_model,
+            *flags,
+            cwd=tmp_path,
         )
     )
     assert (code, out) == (0, "") and err.endswith(
@@ -551,7 +557,7 @@ def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tiny, tmp_path, co
         settings = tiny.settings(
             Path(out),
             init=str(tiny.model),
-            train="projector,text",
+            train="projector,language_model",
             accumulate=2,
             workers=2,
             max_steps=40,

@@ -18,13 +18,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nanovlm.chat import ImageTokens, Message
-from nanovlm.data.batches import Row, collate
-from nanovlm.decoder import Decoder
+from nanovlm.data.sequences import Row, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, choose, decode, generate
+from nanovlm.hub.models import load_language_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import ImageTokens, Message
+from nanovlm.model.language_model import LanguageModel
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
-from nanovlm.vlm import Batch, VisionLanguageModel
 from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
 
 PROMPTS = [
@@ -75,7 +77,7 @@ def write(
     """The rows' tokens over NEW_TOKENS steps, -1 after a stop token; nothing stops unless `stop_ids` says so."""
     with torch.inference_mode():
         steps = decode(
-            model.decoder,
+            model.language_model,
             model.embed(batch),
             batch.input_ids,
             batch.attention_mask if masked else None,
@@ -110,13 +112,13 @@ def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
     half = copy.deepcopy(model).to(torch.bfloat16)
     batch = prompt_batch(half, PROMPTS[:1])
     batch.pixels = None if batch.pixels is None else batch.pixels.bfloat16()
-    seen, hidden_states = [], half.decoder.hidden_states
+    seen, hidden_states = [], half.language_model.hidden_states
 
     def watched(embeddings: Tensor, *rest, **options) -> Tensor:
         seen.append((embeddings.shape[1] == 1, torch.backends.mkldnn.enabled))
         return hidden_states(embeddings, *rest, **options)
 
-    monkeypatch.setattr(half.decoder, "hidden_states", watched)
+    monkeypatch.setattr(half.language_model, "hidden_states", watched)
     answer = write(half, batch)
     assert set(seen) == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
     monkeypatch.setattr(
@@ -169,7 +171,7 @@ def test_generate_stops_at_the_end_of_turn(model, monkeypatch):
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
     reference = qwen(tmp_path, family, head_dim=16, vocab_size=211)
-    ours = Decoder.from_pretrained(tmp_path)
+    ours = load_language_model(tmp_path)
     ids = torch.randint(211, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = reference.generate(
         ids,
@@ -327,7 +329,8 @@ def test_greedy_answers_equal_transformers_on_real_weights():
         pytest.skip("NANOVLM_REAL does not name a folder with qwen2.5-0.5b")
     folder = Path(os.environ["NANOVLM_REAL"]) / "qwen2.5-0.5b"
     ours, reference = (
-        cls.from_pretrained(folder, dtype=torch.float32) for cls in (Decoder, Qwen2ForCausalLM)
+        cls.from_pretrained(folder, dtype=torch.float32)
+        for cls in (LanguageModel, Qwen2ForCausalLM)
     )
     tokenizer, their_tokenizer = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     end = tokenizer.special_tokens["<|im_end|>"]

@@ -16,21 +16,23 @@ import torch
 from PIL import Image
 
 import infer
-from nanovlm.chat import Message
-from nanovlm.data.batches import Row, collate
-from nanovlm.data.dataset import Batches
+from nanovlm.data.batches import Batches
 from nanovlm.data.records import read_records
+from nanovlm.data.sequences import Row, collate
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
-from nanovlm.files import read_json
 from nanovlm.generate import decode, generate
-from nanovlm.image import image_pixels, open_image
+from nanovlm.hub.adapters import load_adapter
+from nanovlm.hub.models import load_model, save_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import Message
+from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.building import build_model, set_up
-from nanovlm.training.lora import load_adapter
-from nanovlm.training.optimizer import build_optimizer, set_learning_rates
+from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import PRESETS, Settings, load_settings
-from nanovlm.vlm import Batch, VisionLanguageModel
+from nanovlm.utils.files import read_json
 from tests.runs import metrics
 
 FIVE = ("svlm", "smolvlm-qwen3", "mary", "basic-vlm", "zero-qwen-vl")
@@ -92,7 +94,7 @@ class Toy:
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        return self.model.decoder.hidden_states(
+        return self.model.language_model.hidden_states(
             self.model.embed(batch), batch.attention_mask, groups=self.model.image_groups(batch)
         )[0]
 
@@ -108,7 +110,7 @@ def toy(request, tiny, tmp_path_factory) -> Toy:
         tiny.data,
         tmp_path_factory.mktemp(request.param),
     )
-    toy.model.save_pretrained(toy.folder / "model")
+    save_model(toy.model, toy.folder / "model")
     return toy
 
 
@@ -192,7 +194,7 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
             "--device",
             "cpu",
             "--dtype",
-            "fp32",
+            "float32",
         ],
     )
     infer.main()
@@ -221,7 +223,7 @@ def test_infer_answers_about_several_images(toy: Toy, monkeypatch, capsys):
             "--device",
             "cpu",
             "--dtype",
-            "fp32",
+            "float32",
             "--max-new-tokens",
             "4",
         ],
@@ -329,7 +331,12 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
     cached, uncached = (
         list(
             decode(
-                toy.model.decoder, embeddings, batch.input_ids, None, use_cache=use_cache, **options
+                toy.model.language_model,
+                embeddings,
+                batch.input_ids,
+                None,
+                use_cache=use_cache,
+                **options,
             )
         )
         for use_cache in (True, False)
@@ -339,12 +346,12 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
     words = toy.model.tokenizer.encode("一个红色的圆。")
     with torch.no_grad():
         whole = torch.cat(
-            (embeddings, toy.model.decoder.embed_tokens(torch.tensor([words]))), dim=1
+            (embeddings, toy.model.language_model.embed_tokens(torch.tensor([words]))), dim=1
         )
         groups = toy.model.image_groups(batch)
         groups = groups if groups is None else torch.nn.functional.pad(groups, (0, len(words)))
         cache, start, parts = (
-            toy.model.decoder.new_cache(1, whole.shape[1]),
+            toy.model.language_model.new_cache(1, whole.shape[1]),
             embeddings.shape[1],
             [],
         )
@@ -354,9 +361,11 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
         ):
             seen = groups if groups is None else groups[:, :last]
             parts.append(
-                toy.model.decoder.hidden_states(whole[:, first:last], cache=cache, groups=seen)
+                toy.model.language_model.hidden_states(
+                    whole[:, first:last], cache=cache, groups=seen
+                )
             )
-        at_once = toy.model.decoder.hidden_states(
+        at_once = toy.model.language_model.hidden_states(
             whole, prompt_lengths=torch.tensor([start]), groups=groups
         )
     torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=0)
@@ -380,27 +389,27 @@ def test_only_what_a_stage_names_moves(toy: Toy):
             if not torch.equal(parameter, before[name])
         }
         assert moved == {
-            name for name in before if _is_named(name, settings, len(model.decoder.blocks))
+            name for name in before if _is_named(name, settings, len(model.language_model.blocks))
         }, stage
 
 
 def _is_named(parameter: str, settings: Settings, blocks: int) -> bool:
     """Whether a preset's stage says that this parameter learns: the settings' meaning in other words than `freeze`."""
     part, name = parameter.split(".", 1)
-    if part != "decoder":
+    if part != "language_model":
         return part in settings.trained_parts
-    if "text" not in settings.trained_parts:
+    if "language_model" not in settings.trained_parts:
         return False
     if settings.lora_rank:
         targets = settings.lora_targets.split(",")
         return name.endswith(("lora_A", "lora_B")) and any(
             f".{target}." in name for target in targets
         )
-    if not settings.text_layers:
+    if not settings.language_model_layers:
         return True
     if name.startswith("blocks."):
-        return int(name.split(".")[1]) >= blocks - settings.text_layers
-    return name.startswith(("norm.", "lm_head.")) or settings.text_embedding
+        return int(name.split(".")[1]) >= blocks - settings.language_model_layers
+    return name.startswith(("norm.", "lm_head.")) or settings.language_model_embedding
 
 
 def stages_of(preset: str) -> list[str]:
@@ -426,18 +435,15 @@ def test_saved_adapters_hold_the_projector(toy: Toy, first_stage: Path, tmp_path
             "stage2",
             tmp_path / "run",
             lora_rank=2,
-            text_layers=0,
-            text_embedding=False,
-            train="projector,text",
+            language_model_layers=0,
+            language_model_embedding=False,
+            train="projector,language_model",
             max_steps=2,
         )
     )
-    adapted = VisionLanguageModel.from_pretrained(first_stage / "model")
+    adapted = load_model(first_stage / "model")
     load_adapter(adapted, tmp_path / "run" / "adapter")
-    started, trained = (
-        VisionLanguageModel.from_pretrained(run / "model")
-        for run in (first_stage, tmp_path / "run")
-    )
+    started, trained = (load_model(run / "model") for run in (first_stage, tmp_path / "run"))
     for name, parameter in trained.projector.named_parameters():
         assert torch.equal(parameter, adapted.projector.get_parameter(name))
         assert not torch.equal(parameter, started.projector.get_parameter(name))
@@ -464,7 +470,7 @@ def test_each_stage_goes_on_from_the_one_before_and_the_last_is_asked(
         )
         run = tmp_path / stage
         assert all(math.isfinite(line["loss"]) for line in metrics(run))
-    model = VisionLanguageModel.from_pretrained(run / "model")
+    model = load_model(run / "model")
     assert model.config == toy.model.config
     said = list(
         answer_records(model, read_records(toy.data / "val.jsonl")[0][:3], max_new_tokens=4)

@@ -58,12 +58,13 @@ def compare(tmp_path, monkeypatch, capsys):
 
 def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
     first = make_run(
-        tmp_path / "first", settings={"train": "projector,text", "text_layers": 2, "lr": 0.01}
+        tmp_path / "first",
+        settings={"train": "projector,language_model", "language_model_layers": 2, "lr": 0.01},
     )
     second = make_run(
         tmp_path / "second",
         steps=1200,
-        settings={"train": "projector,text", "lora_rank": 8},
+        settings={"train": "projector,language_model", "lora_rank": 8},
         peak_memory_gb=7.5,
         data_wait=0.25,
     )
@@ -73,7 +74,7 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
     assert set("".join(rule)) == {"-"}
     assert first == {
         "run": "first",
-        "learns": "projector, text (top 2)",
+        "learns": "projector, language_model (top 2)",
         "steps": "10",
         "samples": "40",
         "tokens": "4,000",
@@ -84,13 +85,13 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
         "loss, last 5 lines": f"{sum(1 / n for n in range(6, 11)) / 5:.4f}",
         "waiting for data": "–",
     }
-    assert second["learns"] == "projector, text (LoRA rank 8)"
+    assert second["learns"] == "projector, language_model (LoRA rank 8)"
     assert second["steps"] == "1,200" and second["minutes"] == "10.0"
     assert second["peak memory, GB"] == "7.50" and second["waiting for data"] == "25.0%"
     assert settings == [
         ["setting", "first", "second"],
         ["---"] * 3,
-        ["text_layers", "2", "0"],
+        ["language_model_layers", "2", "0"],
         ["lora_rank", "0", "8"],
         ["lr", "0.01", "0.001"],
     ]

@@ -1,6 +1,6 @@
 """Measure nanovlm against transformers, the same work in turn in one process.
 
-    python -m nanovlm.bench --weights DIR [--device auto] [--dtype bf16] [--rounds 3]
+    python -m nanovlm.bench --weights DIR [--device auto] [--dtype bfloat16] [--rounds 3]
         [--only encode,stage1] [--compile] [--json]
 
 DIR holds `dinov2-small` and `qwen2.5-0.5b`, as the hub has them. The table on stdout gives medians over the rounds and
@@ -25,9 +25,11 @@ from tqdm import tqdm
 from nanovlm.bench import ladder
 from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
 from nanovlm.bench.tasks import ROWS, Bench, compare
-from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
-from nanovlm.files import read_json
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.files import read_json
+from nanovlm.utils.parser import CommandParser
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
 Figures = dict[str, dict[str, float]]  # row → side → figure
@@ -152,7 +154,10 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument(
-        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of weights and products"
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="of weights and products",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)"
@@ -177,4 +182,4 @@ def _parser() -> CommandParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

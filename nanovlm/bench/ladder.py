@@ -15,19 +15,22 @@ from pathlib import Path
 import torch
 
 from nanovlm.bench.sides import IMAGE_SIZE, TEXT, VISION
-from nanovlm.chat import IGNORED, Encoded
-from nanovlm.data.batches import Row, collate
 from nanovlm.data.packing import first_fit_decreasing, join
-from nanovlm.device import give_back_freed_memory, peak_memory
-from nanovlm.errors import NanoVLMError, say
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig
+from nanovlm.data.sequences import Row, collate
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.models import join_parts
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IGNORED, Encoded
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import freeze
-from nanovlm.training.optimizer import build_optimizer, set_learning_rates
+from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import Batch, VisionLanguageModel
+from nanovlm.utils.console import say
+from nanovlm.utils.device import give_back_freed_memory, peak_memory
 
 SAMPLES = 8  # a step
 TEXT_LENGTHS = (
@@ -49,7 +52,7 @@ class Rung:
 
 
 RUNGS = {
-    "fp32": Rung(),
+    "float32": Rung(),
     "+ bf16": Rung(torch.bfloat16),
     "+ packing": Rung(torch.bfloat16, packed=True),
     "+ compile": Rung(torch.bfloat16, packed=True, compiled=True),
@@ -89,9 +92,9 @@ def climb(
 def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict[str, float]:
     """One rung: samples and real tokens a second (median of `rounds` steps after one to warm up), share of the slots
     filled, peak memory in GB, and the loss of the first and the last step."""
-    rung, settings = RUNGS[name], Settings(train="projector,text", lr=1e-5, beta2=0.95)
+    rung, settings = RUNGS[name], Settings(train="projector,language_model", lr=1e-5, beta2=0.95)
     torch.manual_seed(0)
-    model = VisionLanguageModel.from_parts(
+    model = join_parts(
         weights / VISION,
         weights / TEXT,
         ProjectorConfig("bilinear", GRID),

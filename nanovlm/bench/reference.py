@@ -45,10 +45,10 @@ class Transformers:
         self.model.generation_config = GenerationConfig(
             do_sample=False
         )  # without an end, so that lengths are fixed
-        self.vision, self.projector, self.decoder = vision, layers, decoder
+        self.vision_encoder, self.projector, self.language_model = vision, layers, decoder
 
     def compile(self) -> None:
-        for tower in (self.vision, self.decoder):
+        for tower in (self.vision_encoder, self.language_model):
             for blocks in (
                 module for module in tower.modules() if isinstance(module, nn.ModuleList)
             ):
@@ -64,7 +64,7 @@ class Transformers:
         }
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vision(pixels).last_hidden_state
+        return self.vision_encoder(pixels).last_hidden_state
 
     def loss(self, prepared: dict[str, Any]) -> Tensor:
         return self.model(**prepared, use_cache=False).loss

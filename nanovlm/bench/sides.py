@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanovlm.chat import IGNORED
 from nanovlm.generate import decode
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig, build_projector
+from nanovlm.hub.models import join_parts
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IGNORED
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.training.blocks import compile_blocks
-from nanovlm.vlm import Batch, VisionLanguageModel
 
 VISION, TEXT = "dinov2-small", "qwen2.5-0.5b"  # the two folders of hub files that are read
 IMAGE_SIZE = 224  # 16 × 16 patches of 14 pixels: 256 visual tokens
@@ -66,30 +67,31 @@ class NanoVLM:
     def __init__(
         self, weights: Path, device: torch.device, dtype: torch.dtype, image_token_id: int
     ) -> None:
-        self.model = VisionLanguageModel.from_parts(
+        self.model = join_parts(
             weights / VISION,
             weights / TEXT,
             ProjectorConfig("mlp"),
             ImageConfig(IMAGE_SIZE, IMAGE_SIZE),
         )
         self.model.projector = new_projector(
-            self.model.config.vision.hidden_size, self.model.config.text.hidden_size
+            self.model.config.vision_encoder.hidden_size,
+            self.model.config.language_model.hidden_size,
         )
         self.model.to(device, dtype).eval()
-        self.vision, self.projector, self.decoder = (
-            self.model.vision,
+        self.vision_encoder, self.projector, self.language_model = (
+            self.model.vision_encoder,
             self.model.projector,
-            self.model.decoder,
+            self.model.language_model,
         )
         # What LLaVA models look at: the last block's output, before the final norm.
         self.model.config = dataclasses.replace(
-            self.model.config, vision_layer=len(self.vision.blocks)
+            self.model.config, vision_layer=len(self.vision_encoder.blocks)
         )
         self.image_token_id = image_token_id
 
     def compile(self) -> None:
         """As a run does: generation, which brings a cache, runs the blocks as they are."""
-        compile_blocks(self.model, self.vision.cls_token.device)
+        compile_blocks(self.model, self.vision_encoder.cls_token.device)
 
     def prepare(self, work: Work) -> Batch:
         targets = work.labels.flatten()
@@ -104,7 +106,7 @@ class NanoVLM:
         )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vision(pixels)
+        return self.vision_encoder(pixels)
 
     def loss(self, prepared: Batch) -> Tensor:
         return self.model(prepared) / len(prepared.targets)
@@ -114,7 +116,7 @@ class NanoVLM:
         with torch.inference_mode():
             embeddings = self.model.embed(prepared)
             for (token,) in decode(
-                self.decoder,
+                self.language_model,
                 embeddings,
                 prepared.input_ids,
                 prepared.attention_mask,

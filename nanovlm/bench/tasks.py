@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nanovlm.bench.sides import IMAGE_SIZE, Side, Work
-from nanovlm.chat import IGNORED
-from nanovlm.device import peak_memory
+from nanovlm.inputs.chat import IGNORED
+from nanovlm.utils.device import peak_memory
 
 VISUAL_TOKENS = 256
 NEW_TOKENS = 64  # decoded after the first one
@@ -86,14 +86,14 @@ class Bench:
         return lambda: {"stage1": 8 / self.seconds(step)}
 
     def stage2(self, side: Side) -> Callable[[], dict[str, float]]:
-        step = self.training_step(side, self.work(4, 64, 32), ("projector", "decoder"))
+        step = self.training_step(side, self.work(4, 64, 32), ("projector", "language_model"))
         return lambda: {"stage2": 4 / self.seconds(step)}
 
     def training_step(
         self, side: Side, work: Work, learning: tuple[str, ...]
     ) -> Callable[[], None]:
         """Forward, backward and AdamW, all in the dtype of the weights."""
-        for part in ("vision", "projector", "decoder"):
+        for part in ("vision_encoder", "projector", "language_model"):
             getattr(side, part).requires_grad_(part in learning)
         parameters = [
             parameter for part in learning for parameter in getattr(side, part).parameters()
@@ -141,7 +141,7 @@ class Bench:
 
     def peak_memory(self, side: Side) -> float:
         """GB that the process needed at most (CUDA: on the device), after two steps of stage 2."""
-        step = self.training_step(side, self.work(4, 64, 32), ("projector", "decoder"))
+        step = self.training_step(side, self.work(4, 64, 32), ("projector", "language_model"))
         step()
         step()
         self.wait()

@@ -4,8 +4,8 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from nanovlm.data.batches import chunks
 from nanovlm.data.records import Record
+from nanovlm.data.sequences import chunks
 
 
 class Order:

@@ -5,8 +5,8 @@ A line is a list of `Row`s that will be one row of a batch; without packing it i
 
 from collections.abc import Sequence
 
-from nanovlm.attention import SEGMENT
-from nanovlm.data.batches import Row
+from nanovlm.data.sequences import Row
+from nanovlm.model.attention import SEGMENT
 
 Line = list[Row]
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovlm.chat import IGNORED, IMAGE_MARKER, Encoded, Message
-from nanovlm.data.batches import Row, Sample, share_prefix
-from nanovlm.data.dataset import Batches, Loaded
+from nanovlm.data.batches import Batches, Loaded
 from nanovlm.data.packing import Line
 from nanovlm.data.records import Record, parse_record, read_records
+from nanovlm.data.sequences import Row, Sample, share_prefix
 from nanovlm.errors import NanoVLMError
-from nanovlm.vlm import Batch
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IGNORED, IMAGE_MARKER, Encoded, Message
 
 ANSWERS = ("chosen", "rejected")
 

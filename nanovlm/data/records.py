@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovlm import archive
-from nanovlm.chat import IMAGE_MARKER, Message
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs import archive
+from nanovlm.inputs.chat import IMAGE_MARKER, Message
 
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 READ = (

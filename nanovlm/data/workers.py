@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.errors import NanoVLMError, first_line
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import first_line
 
 
 def prepare_ahead(

@@ -13,8 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data.records import Record, read_records
-from nanovlm.device import choose_device, choose_dtype
-from nanovlm.errors import CommandParser, NanoVLMError, run, say
+from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import (
     bleu,
@@ -24,8 +23,11 @@ from nanovlm.evaluation.metrics import (
     tokenize,
     wrong_objects,
 )
-from nanovlm.files import to_jsonl, write_atomically
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.hub.models import load_model
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.files import to_jsonl, write_atomically
+from nanovlm.utils.parser import CommandParser
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     records = records[: arguments.limit or None]
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
-    model = VisionLanguageModel.from_pretrained(arguments.model, dtype).to(device)
+    model = load_model(arguments.model, dtype).to(device)
     say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
     stream = answer_records(
         model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
@@ -152,9 +154,11 @@ def _parser() -> CommandParser:
         help="also write every answer here, one JSON object a line",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
+    )
     return parser
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.data.batches import Row, collate
 from nanovlm.data.records import Record
+from nanovlm.data.sequences import Row, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
-from nanovlm.image import image_pixels, open_image
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.model.vlm import VisionLanguageModel
 
 CONTROLS = ("none", "blind", "shuffled")
 

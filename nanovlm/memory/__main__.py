@@ -2,10 +2,10 @@
 
     python -m nanovlm.memory --preset mary
     python -m nanovlm.memory --preset dinov2-qwen2.5 --gpu 8 --stage 2 --tokens 512 --batch-size 4
-    python -m nanovlm.memory --stage 2 --vision dinov2-base --text qwen2.5-0.5b --checkpointing --measure
+    python -m nanovlm.memory --stage 2 --vision-encoder dinov2-base --language-model qwen2.5-0.5b --checkpointing --measure
     python -m nanovlm.memory --preset svlm --forward
 
-All flags of train_stage1.py and train_stage2.py are taken. --vision and --text need a folder's config.json alone, or are
+All flags of train_stage1.py and train_stage2.py are taken. --vision-encoder and --language-model need a folder's config.json alone, or are
 names of published shapes. GB are 10⁹ bytes. On a GPU its context comes on top, about half a GB outside the allocator; on a
 CPU what the tokenizer and the records hold; there a run also keeps holes between its tensors, up to half as much again, unless
 --checkpointing asks it to save memory.
@@ -20,17 +20,19 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
-from nanovlm.errors import CommandParser, NanoVLMError, run
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
 from nanovlm.memory.advice import advice, on_gpu
 from nanovlm.memory.forward import forward_report, take_forward
 from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
 from nanovlm.memory.shapes import feature_shape, model_config, work_of
 from nanovlm.memory.summary import Stage, summary
-from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings, load_settings, stage_names
+from nanovlm.utils.console import run_command
+from nanovlm.utils.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
+from nanovlm.utils.parser import CommandParser
 
 MODEL = [
     field.name
@@ -89,7 +91,9 @@ def _names(asked: str, flags: list[str]) -> list[str]:
 def _settings(name: str, flags: list[str]) -> Settings:
     """Of a stage; where there is no model yet to start from, with the shapes that stage 1 would have left there."""
     settings = load_settings("stage2", [*flags, "--stage", name])
-    other_parts = settings.vision or settings.text  # than those of the model that may be there
+    other_parts = (
+        settings.vision_encoder or settings.language_model
+    )  # than those of the model that may be there
     if settings.init and (other_parts or not Path(settings.init, "config.json").exists()):
         first = load_settings(
             "stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init]
@@ -206,9 +210,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--take-steps", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--take-forward", action="store_true", help=argparse.SUPPRESS)
-    parser.epilog = f"published shapes: --vision {', '.join(EYES)}; --text {', '.join(VOICES)}"
+    parser.epilog = f"published shapes: --vision-encoder {', '.join(VISION_ENCODERS)}; --language-model {', '.join(LANGUAGE_MODELS)}"
     return parser
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovlm.attention import WRITTEN_OUT_LIMIT
-from nanovlm.decoder import Decoder, DecoderBlock, DecoderConfig, Reducer
-from nanovlm.experts import Experts
-from nanovlm.projector import ResamplerProjector
-from nanovlm.resampler import Resampler
+from nanovlm.model.attention import WRITTEN_OUT_LIMIT
+from nanovlm.model.language_model import DecoderBlock, LanguageModel, LanguageModelConfig, Reducer
+from nanovlm.model.lora import LoRALinear
+from nanovlm.model.moe import MixtureOfExperts
+from nanovlm.model.projector import ResamplerProjector
+from nanovlm.model.quantization import AT_ONCE, QuantizedLinear
+from nanovlm.model.resampler import Resampler
+from nanovlm.model.vision_encoder import VisionBlock, VisionEncoderConfig
 from nanovlm.training.freezing import learns
-from nanovlm.training.lora import LoRALinear
-from nanovlm.training.quantization import AT_ONCE, QuantizedLinear
-from nanovlm.vit import VisionBlock, VisionConfig
 
 FP32, INT64 = 4, 8  # bytes
 
@@ -61,7 +61,7 @@ class Kept:
 
 def decoder_block(
     block: DecoderBlock,
-    config: DecoderConfig,
+    config: LanguageModelConfig,
     rows: int,
     length: int,
     positions: int,
@@ -101,9 +101,9 @@ def decoder_block(
     return Kept(stream, kept, cast_bytes(block, computing), working)
 
 
-def _mlp(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
+def _mlp(mlp: nn.Module, config: LanguageModelConfig, tokens: float, size: int) -> float:
     """What an MLP keeps of `tokens` that pass it."""
-    if isinstance(mlp, Experts):
+    if isinstance(mlp, MixtureOfExperts):
         return _experts(mlp, config, tokens, size)
     into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
     return tokens * config.hidden_size * size * _any_learns(*into) + _inside(
@@ -111,13 +111,15 @@ def _mlp(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> flo
     )
 
 
-def _inside(mlp: nn.Module, config: DecoderConfig, tokens: float, size: int) -> float:
+def _inside(mlp: nn.Module, config: LanguageModelConfig, tokens: float, size: int) -> float:
     """The same without the MLP's input: what its first matrices give, and what its last one reads."""
     inner = tokens * config.intermediate_size * size
     return inner * (2 if hasattr(mlp, "gate_proj") else 1) + inner * _any_learns(mlp.down_proj)
 
 
-def _experts(experts: Experts, config: DecoderConfig, tokens: float, size: int) -> float:
+def _experts(
+    experts: MixtureOfExperts, config: LanguageModelConfig, tokens: float, size: int
+) -> float:
     """How busy each expert is does not matter, as long as there is one matrix of inputs for all that are chosen."""
     learned, chosen, vector = learns(experts), tokens * experts.per_token, config.hidden_size * size
     # All tokens, and once more in the order of the experts; what these give, kept to weigh it. Of each choice three
@@ -142,7 +144,7 @@ def reducing(reducer: Reducer, tokens: int, computing: Computing) -> float:
 
 def vision_block(
     block: VisionBlock,
-    config: VisionConfig,
+    config: VisionEncoderConfig,
     images: int,
     tokens: int,
     computing: Computing,
@@ -230,7 +232,7 @@ def projecting(
     )
 
 
-def looking(config: VisionConfig, images: int, tokens: int, computing: Computing) -> float:
+def looking(config: VisionEncoderConfig, images: int, tokens: int, computing: Computing) -> float:
     """What a frozen pair of eyes needs at most at a time, in one of its blocks: the stream, the normed stream, and either
     attention or the MLP; or in their resampler: its two vectors a patch, and the keys and values made of them."""
     vector = images * tokens * config.hidden_size
@@ -242,7 +244,7 @@ def looking(config: VisionConfig, images: int, tokens: int, computing: Computing
     return max(block, images * tokens * config.output_size * 2 * (FP32 + computing.size))
 
 
-def reading(decoder: Decoder, tokens: int, computing: Computing) -> float:
+def reading(decoder: LanguageModel, tokens: int, computing: Computing) -> float:
     """What a decoder from which nothing learns needs at most at a time to read a row of `tokens` and tell the next one: the
     embeddings, the stream and the normed stream, and either attention or the MLP of one block, one matrix decoded if
     quantised; or the logits."""
@@ -267,7 +269,7 @@ def reading(decoder: Decoder, tokens: int, computing: Computing) -> float:
     return stream + tokens * tokens * (1 + size) + max(block, config.vocab_size * (size + FP32))
 
 
-def _inner_vectors(config: VisionConfig) -> int:
+def _inner_vectors(config: VisionEncoderConfig) -> int:
     """How many vectors of the MLP's width it keeps: the activation's input, its result, and what else its formula needs."""
     return 4 if config.swiglu else 3 if config.hidden_act == "quick_gelu" else 2
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import torch
 
-from nanovlm.device import DTYPES
 from nanovlm.memory.predict import Prediction, predict
 from nanovlm.memory.shapes import work_of
+from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VLMConfig
+from nanovlm.utils.device import DTYPES
 
 LOW_RANKS = (64, 16)  # of adapters, as a last resort
 
@@ -52,18 +52,22 @@ def advice(
 
 def _changes(settings: Settings) -> list[tuple[str, dict]]:
     """Flags to say and the settings they are, by what they cost in time, then in exactness."""
-    text = "text" in settings.trained_parts
+    text = "language_model" in settings.trained_parts
     accumulate = settings.accumulate * settings.batch_size
-    rounding = {} if settings.dtype == "fp16" else {"stochastic_rounding": True, "dtype": "bf16"}
+    rounding = (
+        {} if settings.dtype == "float16" else {"stochastic_rounding": True, "dtype": "bfloat16"}
+    )
     rank = {"lora_rank": settings.lora_rank or 64} if text else {}
     changes = [
-        ("--dtype bf16", {"dtype": "bf16"} if settings.dtype == "fp32" else {}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"} if settings.dtype == "float32" else {}),
         ("--checkpointing", {"checkpointing": True}),
         (f"--batch-size 1 --accumulate {accumulate}", {"batch_size": 1, "accumulate": accumulate}),
         ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
         ("--stochastic-rounding", rounding),
     ]
-    if settings.text_shape:  # a decoder from scratch: there is nothing learned yet to hold on to
+    if (
+        settings.language_model_shape
+    ):  # a decoder from scratch: there is nothing learned yet to hold on to
         return changes
     return changes + [
         ("--lora-rank 64", rank),

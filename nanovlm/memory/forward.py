@@ -6,16 +6,16 @@ import time
 
 import torch
 
-from nanovlm.device import give_back_freed_memory, peak_memory
 from nanovlm.memory.activations import FP32, Computing, looking, reading
 from nanovlm.memory.measure import filled, measured_apart, program_bytes
 from nanovlm.memory.predict import tokens_in_eyes
 from nanovlm.memory.shapes import TEXT_TOKENS, Work, skeleton
 from nanovlm.memory.summary import parameters, visual_tokens
+from nanovlm.model.quantization import quantize_
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.precision import Precision
-from nanovlm.training.quantization import quantize_
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel, VLMConfig
+from nanovlm.utils.device import give_back_freed_memory, peak_memory
 
 
 def forward_report(config: VLMConfig, settings: Settings, precision: Precision) -> str:
@@ -27,9 +27,9 @@ def forward_report(config: VLMConfig, settings: Settings, precision: Precision) 
     parts = ", ".join(
         f"{name} {parameters(part) / 1e6:.1f}M"
         for name, part in (
-            ("eyes", counted.vision),
+            ("eyes", counted.vision_encoder),
             ("projector", counted.projector),
-            ("voice", counted.decoder),
+            ("voice", counted.language_model),
         )
     )
     return (
@@ -45,14 +45,14 @@ def predict_forward(model: VisionLanguageModel, precision: Precision, program: f
     config, work = model.config, _work(model)
     computing = Computing(precision.dtype, precision.device.type)
     pixels = work.images * 3 * config.image.height * config.image.width
-    eyes = looking(config.vision, work.images, tokens_in_eyes(model), computing)
+    eyes = looking(config.vision_encoder, work.images, tokens_in_eyes(model), computing)
     eyes += pixels * computing.size * (computing.size < FP32)  # cast
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return (
         program
         + weights
         + pixels * FP32
-        + max(eyes, reading(model.decoder, work.length, computing))
+        + max(eyes, reading(model.language_model, work.length, computing))
     )
 
 
@@ -64,13 +64,13 @@ def take_forward(config: VLMConfig, settings: Settings, precision: Precision) ->
     model = filled(_model(config, settings, precision), precision.device)
     batch = _work(model).batch(config, model.image_length).to(precision.device)
     built = time.perf_counter()
-    hidden_states = model.decoder.hidden_states(
+    hidden_states = model.language_model.hidden_states(
         model.embed(batch),
         batch.attention_mask,
         positions=batch.target_positions,
         groups=model.image_groups(batch),
     )
-    model.decoder.logits(hidden_states).float().sum().item()  # waits for the device
+    model.language_model.logits(hidden_states).float().sum().item()  # waits for the device
     return json.dumps([peak_memory(precision.device), time.perf_counter() - built, built - began])
 
 
@@ -78,7 +78,7 @@ def _model(config: VLMConfig, settings: Settings, precision: Precision) -> Visio
     """The model without memory, as it is held to be asked: all of it in one dtype, or the decoder's matrices quantised."""
     model, meta = skeleton(config).requires_grad_(False), torch.device("meta")
     if settings.quantize:
-        quantize_(model.decoder.blocks, settings.quantize, meta)
+        quantize_(model.language_model.blocks, settings.quantize, meta)
     Precision(precision.dtype, meta).place(model)
     return model.eval()
 

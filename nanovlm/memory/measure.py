@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovlm.chat import ChatConfig
-from nanovlm.decoder import DecoderConfig
-from nanovlm.device import peak_memory
 from nanovlm.errors import NanoVLMError
-from nanovlm.image import ImageConfig
+from nanovlm.inputs.chat import ChatConfig
+from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.shapes import Work, prepared
-from nanovlm.projector import ProjectorConfig
+from nanovlm.model.language_model import LanguageModelConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vision_encoder import VisionEncoderConfig
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.blocks import checkpoint_blocks
-from nanovlm.training.dpo import objective_of
-from nanovlm.training.optimizer import build_optimizer
+from nanovlm.training.objectives import objective_of
+from nanovlm.training.optim.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vit import VisionConfig
-from nanovlm.vlm import VisionLanguageModel, VLMConfig
+from nanovlm.utils.device import peak_memory
 
 PATTERN = 1_000_003  # random numbers that weights repeat; a prime, so that no two rows of a matrix are the same
 
@@ -32,7 +32,9 @@ def random_model(
     """A model with random weights, each made in the number format and on the device where a run holds it."""
     model = filled(prepared(config, settings, precision), precision.device)
     if settings.checkpointing:
-        checkpoint_blocks(model, dropout=settings.lora_dropout > 0 or config.text.dropout > 0)
+        checkpoint_blocks(
+            model, dropout=settings.lora_dropout > 0 or config.language_model.dropout > 0
+        )
     return model.train()
 
 
@@ -80,10 +82,10 @@ def program_bytes(precision: Precision) -> int:
     model of a few kilobytes brings all of it in. On CUDA none of it is the allocator's."""
     if precision.device.type == "cuda":
         return 0
-    settings = Settings(train="projector,text,vision")
+    settings = Settings(train="projector,language_model,vision_encoder")
     config = VLMConfig(
-        VisionConfig(16, 32, 2, 2, image_size=28),
-        DecoderConfig(64, 16, 32, 2, 2, 1, 8),
+        VisionEncoderConfig(16, 32, 2, 2, image_size=28),
+        LanguageModelConfig(64, 16, 32, 2, 2, 1, 8),
         ProjectorConfig(),
         ImageConfig(28, 28),
         ChatConfig(),

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovlm.loss import CHUNK
 from nanovlm.memory.activations import (
     FP32,
     Computing,
@@ -18,12 +17,13 @@ from nanovlm.memory.activations import (
     vision_block,
 )
 from nanovlm.memory.shapes import Work, prepared
-from nanovlm.training.adamw import SLICE
+from nanovlm.model.loss import CHUNK
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import learns
-from nanovlm.training.optimizer import state_bytes
+from nanovlm.training.optim.adamw import SLICE
+from nanovlm.training.optim.optimizer import state_bytes
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel, VLMConfig
 
 TERMS = (
     "program",
@@ -144,9 +144,9 @@ class _Head:
 def _head(model: VisionLanguageModel, work: Work, computing: Computing, added: bool) -> _Head:
     """`added` says whether gradients are added to those of batches before."""
     weight, size, embedding = (
-        model.decoder.head_weight,
+        model.language_model.head_weight,
         computing.size,
-        model.decoder.embed_tokens.weight,
+        model.language_model.embed_tokens.weight,
     )
     learned, tied = weight.requires_grad, embedding is weight
     logits = min(CHUNK, work.targets) * len(weight)
@@ -176,25 +176,29 @@ def _head(model: VisionLanguageModel, work: Work, computing: Computing, added: b
 
 def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> list[Kept]:
     """The blocks of both towers that a gradient flows through: those that learn, and all above one that does."""
-    vision, text, kept = model.config.vision, model.config.text, []
+    vision, text, kept = model.config.vision_encoder, model.config.language_model, []
     sees = work.images > 0
     looked = vision.blocks_below(model.config.vision_layer) if sees else 0
-    flows = learns(model.vision.patch_embedding)
-    for block in model.vision.blocks[:looked]:
+    flows = learns(model.vision_encoder.patch_embedding)
+    for block in model.vision_encoder.blocks[:looked]:
         flows = flows or learns(block)
         if flows:
             stream = (
-                FP32 if model.vision.position_embedding.dtype == torch.float32 else computing.size
+                FP32
+                if model.vision_encoder.position_embedding.dtype == torch.float32
+                else computing.size
             )
             kept.append(
                 vision_block(block, vision, work.images, tokens_in_eyes(model), computing, stream)
             )
     flows = _flows_into_decoder(model, work)
-    for block in model.decoder.blocks:
+    for block in model.language_model.blocks:
         flows = flows or learns(block)
         if flows:
             positions = (
-                work.targets if block is model.decoder.blocks[-1] else work.rows * work.length
+                work.targets
+                if block is model.language_model.blocks[-1]
+                else work.rows * work.length
             )
             kept.append(decoder_block(block, text, work.rows, work.length, positions, computing))
     return kept
@@ -203,47 +207,52 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
 def _flows_into_decoder(model: VisionLanguageModel, work: Work) -> bool:
     """Whether a gradient is wanted of what enters the decoder's first block."""
     below = [
-        getattr(model.decoder, name)
+        getattr(model.language_model, name)
         for name in ("embed_tokens", "reducer", "position_embedding")
-        if hasattr(model.decoder, name)
+        if hasattr(model.language_model, name)
     ]
-    return any(map(learns, [*below, *[model.vision, model.projector] * (work.images > 0)]))
+    return any(map(learns, [*below, *[model.vision_encoder, model.projector] * (work.images > 0)]))
 
 
 def _around_blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> float:
     """Kept before, between and after the blocks: the pixels and the last norm of eyes that learn, what the projector and
     the reducer keep, rotary tables, and the input of the decoder's last norm."""
     config, size, tokens = model.config, computing.size, work.rows * work.length
-    kept = work.targets * (config.text.hidden_size * size + FP32)
-    if config.text.positions == "rotary":
-        kept += 2 * tokens * config.text.head_dim * size
+    kept = work.targets * (config.language_model.hidden_size * size + FP32)
+    if config.language_model.positions == "rotary":
+        kept += 2 * tokens * config.language_model.head_dim * size
     if _flows_into_decoder(model, work):
-        kept += computing.dropout(tokens * config.text.hidden_size, config.text.dropout)
-        if config.text.embedding_size:
-            kept += reducing(model.decoder.reducer, tokens, computing)
+        kept += computing.dropout(
+            tokens * config.language_model.hidden_size, config.language_model.dropout
+        )
+        if config.language_model.embedding_size:
+            kept += reducing(model.language_model.reducer, tokens, computing)
     return kept + _around_eyes(model, work, computing) if work.images else kept
 
 
 def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -> float:
     """Of that, what images need."""
-    config, size, vision = model.config, computing.size, model.vision
+    config, size, vision = model.config, computing.size, model.vision_encoder
     height, width = config.image.height, config.image.width
     kept = (
         work.images
         * tokens_in_eyes(model)
-        * config.vision.hidden_size
+        * config.vision_encoder.hidden_size
         * FP32
         * (learns(vision.embedding_norm) + learns(vision.norm))
     )
     if learns(vision.patch_embedding):
         kept += work.images * 3 * height * width * (size if size < FP32 else 0)
         kept += cast_bytes(vision.patch_embedding, computing)
-    if config.vision.num_queries and config.vision_layer == -1 and learns(vision.resampler):
+    if config.vision_encoder.num_queries and config.vision_layer == -1 and learns(vision.resampler):
         kept += resampling(
-            vision.resampler, work.images, config.vision.num_patches(height, width), computing
+            vision.resampler,
+            work.images,
+            config.vision_encoder.num_patches(height, width),
+            computing,
         )
     if learns(model.projector) or learns(vision):
-        features = config.vision.num_features(height, width, config.vision_layer)
+        features = config.vision_encoder.num_features(height, width, config.vision_layer)
         kept += projecting(
             model.projector, work.images, features, model.image_length, learns(vision), computing
         )
@@ -253,11 +262,13 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
 def _looking(
     model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings
 ) -> float:
-    if settings.cache_features or learns(model.vision):
+    if settings.cache_features or learns(model.vision_encoder):
         return 0
-    return looking(model.config.vision, work.images, tokens_in_eyes(model), computing)
+    return looking(model.config.vision_encoder, work.images, tokens_in_eyes(model), computing)
 
 
 def tokens_in_eyes(model: VisionLanguageModel) -> int:
     """Tokens of an image in the eyes: patches, CLS and registers."""
-    return model.config.vision.num_tokens(model.config.image.height, model.config.image.width)
+    return model.config.vision_encoder.num_tokens(
+        model.config.image.height, model.config.image.width
+    )

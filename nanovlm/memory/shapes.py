@@ -8,15 +8,17 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovlm.chat import TEMPLATES
 from nanovlm.data.preferences import PairBatch
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json
-from nanovlm.shapes import toy_model
+from nanovlm.hub.models import parse_model_config
+from nanovlm.hub.shapes import toy_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import TEMPLATES
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.building import planned_config, set_up
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import Batch, VisionLanguageModel, VLMConfig
+from nanovlm.utils.files import read_json
 
 TEXT_TOKENS = 64  # of a sample, where nothing else is said
 
@@ -37,7 +39,7 @@ class Work:
     ) -> Batch:
         """Random words and pixels of this shape, or in place of pixels patch vectors of the dtype `features`. The images'
         places come first in each row, its labels last."""
-        ids = torch.randint(config.text.vocab_size, (self.rows, self.length))
+        ids = torch.randint(config.language_model.vocab_size, (self.rows, self.length))
         positions = torch.arange(self.rows * self.length).view(self.rows, self.length)
         labelled, pictured = self.targets // self.rows, self.images * image_length // self.rows
         image_positions, target_positions = (
@@ -49,7 +51,7 @@ class Work:
             torch.ones_like(ids),
             image_positions,
             target_positions,
-            torch.randint(config.text.vocab_size, (self.targets,)),
+            torch.randint(config.language_model.vocab_size, (self.targets,)),
         )
         if self.pairs:
             batch = PairBatch(
@@ -66,7 +68,7 @@ class Work:
 
 def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
     """(N, P, C_v) of the patch vectors that the eyes give."""
-    vision, image, layer = config.vision, config.image, config.vision_layer
+    vision, image, layer = config.vision_encoder, config.image, config.vision_layer
     return images, vision.num_features(image.height, image.width, layer), vision.feature_size(layer)
 
 
@@ -105,16 +107,18 @@ def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) ->
 
 
 def model_config(settings: Settings) -> VLMConfig:
-    """The shapes `settings` start from: those of --vision and --text, folders or names of published ones, or --init's."""
+    """The shapes `settings` start from: those of --vision-encoder and --language-model, folders or names of published ones, or --init's."""
     if (
         settings.init
-        and not (settings.vision or settings.text)
+        and not (settings.vision_encoder or settings.language_model)
         and Path(settings.init, "config.json").exists()
     ):
-        return VLMConfig.from_dict(read_json(Path(settings.init, "config.json")))
+        return parse_model_config(read_json(Path(settings.init, "config.json")))
     config = planned_config(
         dataclasses.replace(
-            settings, vision=settings.vision or "dinov2-small", text=settings.text or "qwen2.5-0.5b"
+            settings,
+            vision_encoder=settings.vision_encoder or "dinov2-small",
+            language_model=settings.language_model or "qwen2.5-0.5b",
         )
     )
     return toy_model(config).config if settings.tiny else config

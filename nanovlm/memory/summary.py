@@ -5,14 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
-from nanovlm.experts import Experts
-from nanovlm.image import tile_grid
+from nanovlm.inputs.image import tile_grid
 from nanovlm.memory.predict import Prediction
 from nanovlm.memory.shapes import Work, prepared, skeleton
-from nanovlm.training.optimizer import PARTS
+from nanovlm.model.moe import MixtureOfExperts
+from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel, VLMConfig
 
 PHOTO = (1600, 1200)  # pixels of a photo, as most cameras and telephones take it
 
@@ -33,18 +32,18 @@ def summary(stages: list[Stage]) -> str:
     """Parameters of each part, how many of them learn in each stage and the stage's peak; visual tokens of an image."""
     settings, model = stages[0].settings, skeleton(stages[0].config)
     names = {
-        "vision": f"eyes {Path(settings.vision).name}",
+        "vision_encoder": f"eyes {Path(settings.vision_encoder).name}",
         "projector": f"projector {model.config.projector.kind}",
-        "text": f"voice {Path(settings.text_shape or settings.text).name}",
+        "language_model": f"voice {Path(settings.language_model_shape or settings.language_model).name}",
     }
     learning = [prepared(stage.config, stage.settings, stage.precision) for stage in stages]
     rows = [["", "parameters", *(f"{stage.name} learns" for stage in stages)]]
-    for part in ("vision", "projector", "text"):
+    for part in ("vision_encoder", "projector", "language_model"):
         rows.append(
             [
                 names[part].strip(),
-                _millions(parameters(getattr(model, PARTS[part]))),
-                *(_learning(getattr(learner, PARTS[part])) for learner in learning),
+                _millions(parameters(getattr(model, part))),
+                *(_learning(getattr(learner, part)) for learner in learning),
             ]
         )
     rows.append(["together", _millions(parameters(model)), *map(_learning, learning)])
@@ -55,7 +54,7 @@ def summary(stages: list[Stage]) -> str:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-    return "\n".join([*lines, *_experts(model.decoder), visual_tokens(model)])
+    return "\n".join([*lines, *_experts(model.language_model), visual_tokens(model)])
 
 
 def visual_tokens(model: VisionLanguageModel) -> str:
@@ -77,7 +76,7 @@ def parameters(module: nn.Module) -> int:
 
 def _experts(decoder: nn.Module) -> list[str]:
     """A line on how much of the decoder a token passes, where there is a choice."""
-    choices = [module for module in decoder.modules() if isinstance(module, Experts)]
+    choices = [module for module in decoder.modules() if isinstance(module, MixtureOfExperts)]
     passed_by = sum(
         parameters(module.experts) * (1 - module.per_token / len(module.experts))
         for module in choices

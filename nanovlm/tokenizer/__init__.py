@@ -7,11 +7,11 @@ program places those, by `special_tokens[…]` or `encode_with_special`.
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json
 from nanovlm.tokenizer.base import Tokenizer
 from nanovlm.tokenizer.byte_pair import AddedToken, BytePairTokenizer
 from nanovlm.tokenizer.pretokenize import GPT2_PATTERN
 from nanovlm.tokenizer.sentence_piece import MODEL_FILE, SentencePieceTokenizer
+from nanovlm.utils.files import read_json
 
 __all__ = [
     "AddedToken",

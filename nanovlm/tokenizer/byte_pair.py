@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json, write_atomically
 from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
 from nanovlm.tokenizer.merges import BytePairEncoder, merge, spell, unspell
 from nanovlm.tokenizer.pretokenize import (
@@ -20,6 +19,7 @@ from nanovlm.tokenizer.pretokenize import (
     read_pre_tokenizer,
     reads_nfc,
 )
+from nanovlm.utils.files import read_json, write_atomically
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.files import read_json, write_atomically
 from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
+from nanovlm.utils.files import read_json, write_atomically
 
 MODEL_FILE, ADDED_TOKENS_FILE = "tokenizer.model", "added_tokens.json"
 SPACE = "\u2581"  # how a piece spells a space

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanovlm.attention import KVCache
-from nanovlm.errors import NanoVLMError, first_line
-from nanovlm.experts import Experts
+from nanovlm.errors import NanoVLMError
+from nanovlm.model.attention import KVCache
+from nanovlm.model.moe import MixtureOfExperts
+from nanovlm.model.quantization import hide_from_compiler
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.freezing import learns
-from nanovlm.training.quantization import hide_from_compiler
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.utils.console import first_line
 
 
 def checkpoint_blocks(model: VisionLanguageModel, dropout: bool = False) -> None:
@@ -40,7 +41,7 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
         ) from None
     hide_from_compiler(model)
     for module in model.modules():
-        if isinstance(module, Experts):  # whose shapes are what the router says
+        if isinstance(module, MixtureOfExperts):  # whose shapes are what the router says
             module.mix = torch.compiler.disable(module.mix)
     for block in _blocks(model):
         block.forward = functools.partial(
@@ -49,8 +50,8 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
 
 
 def _blocks(model: VisionLanguageModel) -> Iterator[nn.Module]:
-    yield from model.vision.blocks
-    yield from model.decoder.blocks
+    yield from model.vision_encoder.blocks
+    yield from model.language_model.blocks
 
 
 def _without_cache(

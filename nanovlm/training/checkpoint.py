@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovlm.errors import NanoVLMError, is_main, say
-from nanovlm.files import flush_folder, read_json, write_atomically, write_json
-from nanovlm.training.shares import gather, scatter, wait
-from nanovlm.weights.loading import open_checkpoint
-from nanovlm.weights.safetensors import save_file
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.safetensors import save_file
+from nanovlm.training.distributed.shares import gather, scatter, wait
+from nanovlm.utils.console import say
+from nanovlm.utils.files import flush_folder, read_json, write_atomically, write_json
+from nanovlm.utils.processes import is_main
 
 WEIGHTS, MOMENTS, STATE, SUMS = (
     "model.safetensors",

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.lora import adapter_parameters
-from nanovlm.training.optimizer import AFTER_BLOCKS, PARTS, state_bytes
-from nanovlm.training.quantization import QuantizedLinear
+from nanovlm.model.lora import adapter_parameters
+from nanovlm.model.quantization import QuantizedLinear
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training.optim.optimizer import AFTER_BLOCKS, PARTS, state_bytes
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel
 
 
 def freeze(model: VisionLanguageModel, settings: Settings) -> None:
@@ -18,24 +18,27 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
     its own. With LoRA the decoder's own tensors are frozen and adapters learn in their place (`lora.py`), at any depth
     given. With the word embeddings learns all between them and the first block: a reducer, a table of positions.
     """
-    decoder, vision = model.decoder, model.vision
+    decoder, vision = model.language_model, model.vision_encoder
     for name, layers, blocks in (
-        ("text", settings.text_layers, decoder.blocks),
-        ("vision", settings.vision_layers, vision.blocks),
+        ("language_model", settings.language_model_layers, decoder.blocks),
+        ("vision_encoder", settings.vision_encoder_layers, vision.blocks),
     ):
         if layers > len(blocks):
             raise NanoVLMError(
-                f"--{name}-layers is {layers} and there are {len(blocks)} blocks; give at most as many"
+                f"--{name.replace('_', '-')}-layers is {layers} and there are {len(blocks)} blocks; give at most as many"
             )
         if layers and name not in settings.trained_parts:
             raise NanoVLMError(
-                f"--{name}-layers {layers} says how deep {name} learns, but --train does not name {name}"
+                f"--{name.replace('_', '-')}-layers {layers} says how deep {name} learns, but --train does not name {name}"
             )
     model.requires_grad_(False)
-    for part, attribute in PARTS.items():
+    for part in PARTS:
         if part in settings.trained_parts:
-            getattr(model, attribute).requires_grad_(True)
-    for layers, tower in ((settings.text_layers, decoder), (settings.vision_layers, vision)):
+            getattr(model, part).requires_grad_(True)
+    for layers, tower in (
+        (settings.language_model_layers, decoder),
+        (settings.vision_encoder_layers, vision),
+    ):
         if layers:
             above = [
                 *tower.blocks[-layers:],
@@ -48,7 +51,7 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
         decoder.requires_grad_(False)
         for parameter in adapter_parameters(decoder):
             parameter.requires_grad_(True)
-    if settings.text_embedding:
+    if settings.language_model_embedding:
         for name in ("embed_tokens", "reducer", "position_embedding"):  # the words' way in
             if hasattr(decoder, name):
                 getattr(decoder, name).requires_grad_(True)
@@ -63,11 +66,11 @@ def describe(model: VisionLanguageModel, settings: Settings) -> str:
     """A table: for each part its parameters, those that learn, their rate, and the bytes of weights, gradients and
     optimizer state."""
     lines = [
-        f"{'part':12}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"
+        f"{'part':16}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"
     ]
     totals = [0.0] * 5
-    for part, attribute in PARTS.items():
-        module = getattr(model, attribute)
+    for part in PARTS:
+        module = getattr(model, part)
         parameters, buffers = list(module.parameters()), list(module.buffers())
         quantized = sum(
             layer.in_features * layer.out_features
@@ -89,4 +92,4 @@ def describe(model: VisionLanguageModel, settings: Settings) -> str:
 
 def _line(part: str, rate: str, row: list[float]) -> str:
     counts = "".join(f"{value / 1e6:12.2f}M" for value in row[:2])
-    return f"{part:12}{counts}{rate:>9}" + "".join(f"{value / 1e6:8.1f} MB" for value in row[2:])
+    return f"{part:16}{counts}{rate:>9}" + "".join(f"{value / 1e6:8.1f} MB" for value in row[2:])

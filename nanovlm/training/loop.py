@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanovlm.data.dataset import Batches, Loaded
-from nanovlm.errors import NanoVLMError, say
-from nanovlm.training.badsteps import BadSteps
+from nanovlm.data.batches import Batches, Loaded
+from nanovlm.errors import NanoVLMError
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
-from nanovlm.training.commands import Recipe
-from nanovlm.training.flops import Utilisation
+from nanovlm.training.distributed.parallel import Parallel
+from nanovlm.training.distributed.shares import total
 from nanovlm.training.interruption import Interruption
-from nanovlm.training.objective import Objective
-from nanovlm.training.optimizer import build_optimizer, schedule, set_learning_rates
-from nanovlm.training.parallel import Parallel
+from nanovlm.training.monitor.bad_steps import BadSteps
+from nanovlm.training.monitor.flops import Utilisation
+from nanovlm.training.monitor.log import RunLog
+from nanovlm.training.monitor.samples import Samples
+from nanovlm.training.monitor.skipped import Skipped
+from nanovlm.training.monitor.tracking import Tracker
+from nanovlm.training.objectives import Objective
+from nanovlm.training.optim.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
-from nanovlm.training.report import RunLog
-from nanovlm.training.samples import Samples
+from nanovlm.training.recipes import Recipe
 from nanovlm.training.settings import Settings
-from nanovlm.training.shares import total
-from nanovlm.training.skipped import Skipped
-from nanovlm.training.tracking import Tracker
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.utils.console import say
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.shares import local
+from nanovlm.training.distributed.shares import local
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Precision:
         if stochastic_rounding and dtype != torch.bfloat16:
             raise NanoVLMError(
                 "--stochastic-rounding keeps what learns in bf16 and this run computes in "
-                f"{str(dtype).removeprefix('torch.')}; take --dtype bf16 where there is one, or leave it out"
+                f"{str(dtype).removeprefix('torch.')}; take --dtype bfloat16 where there is one, or leave it out"
             )
         self.dtype, self.device = dtype, device
         self.learned_dtype = torch.bfloat16 if stochastic_rounding else torch.float32

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from nanovlm.data.preferences import PairBatch, PairBatches
 from nanovlm.data.records import record_files
-from nanovlm.errors import NanoVLMError, is_main
-from nanovlm.files import read_jsonl, to_jsonl, write_atomically
+from nanovlm.errors import NanoVLMError
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import list_checkpoints
-from nanovlm.training.dpo import answer_log_probabilities
-from nanovlm.training.parallel import Parallel
+from nanovlm.training.distributed.parallel import Parallel
+from nanovlm.training.objectives import answer_log_probabilities
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
+from nanovlm.utils.processes import is_main
 
 FILE = "reference.jsonl"
 MATTERS = (
@@ -119,7 +120,7 @@ def compute(
     for where, numbers in zip(place, values):
         if not all(map(math.isfinite, numbers)):
             raise NanoVLMError(
-                f"{where}: the starting model gives this pair no finite log-probability; take --dtype fp32 to "
+                f"{where}: the starting model gives this pair no finite log-probability; take --dtype float32 to "
                 "see whether the number format is at fault"
             )
     return {

@@ -13,26 +13,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanovlm.data.dataset import Batches
+from nanovlm.data.batches import Batches
 from nanovlm.data.preferences import PairBatches, read_pairs
 from nanovlm.data.records import Record, read_records
-from nanovlm.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
-from nanovlm.errors import NanoVLMError, is_main, say
-from nanovlm.files import write_atomically
-from nanovlm.image import image_pixels, open_image
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.adapters import merged_tensors, save_adapter
+from nanovlm.hub.models import save_model
+from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.model.lora import LoRAConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
-from nanovlm.training.dpo import objective_of
+from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.training.freezing import describe, learns
 from nanovlm.training.loop import train
-from nanovlm.training.lora import LoRAConfig, merged_tensors, save_adapter
-from nanovlm.training.parallel import Parallel
+from nanovlm.training.monitor.samples import last_answers
+from nanovlm.training.monitor.tracking import Tracker, build_tracker
+from nanovlm.training.objectives import objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.reference import reference_of
-from nanovlm.training.samples import last_answers
 from nanovlm.training.settings import Settings, to_toml
-from nanovlm.training.tracking import Tracker, build_tracker
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.utils.console import say
+from nanovlm.utils.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
+from nanovlm.utils.files import write_atomically
+from nanovlm.utils.processes import is_main
 
 ENCODED_AT_ONCE = (
     8  # pictures, when features are cached: few enough that a block stays in the CPU cache
@@ -65,11 +69,11 @@ def run_stage(settings: Settings) -> Path:
 
     features = None
     if settings.cache_features:
-        if learns(model.vision):
+        if learns(model.vision_encoder):
             raise NanoVLMError(
                 "--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features"
             )
-        precision.place(model.vision)
+        precision.place(model.vision_encoder)
         features = encode_images(
             model, (path for record in records + held_out for path in record.images), precision
         )
@@ -77,7 +81,9 @@ def run_stage(settings: Settings) -> Path:
     if settings.compile:
         compile_blocks(model, device)
     if settings.checkpointing:
-        checkpoint_blocks(model, dropout=settings.lora_dropout > 0 or model.config.text.dropout > 0)
+        checkpoint_blocks(
+            model, dropout=settings.lora_dropout > 0 or model.config.language_model.dropout > 0
+        )
         if device.type == "cpu":
             give_back_freed_memory()
     say(describe(model, settings))
@@ -86,7 +92,7 @@ def run_stage(settings: Settings) -> Path:
         image=model.config.image,
         image_length=model.image_length,
         share=settings.share,
-        max_length=min(settings.max_length, model.config.text.max_position_embeddings),
+        max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
         batch_size=settings.batch_size,
         seed=settings.seed,
         features=features,
@@ -265,5 +271,5 @@ def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> No
     is complete."""
     temporary = run / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, merged_tensors(model, dtype))
+    save_model(model, temporary, merged_tensors(model, dtype))
     os.rename(temporary, run / "model")

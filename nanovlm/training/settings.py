@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanovlm.config import from_dict, unknown_key
-from nanovlm.errors import CommandParser, NanoVLMError
-from nanovlm.shapes import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.shapes import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
+from nanovlm.utils.config import from_dict, unknown_key
+from nanovlm.utils.parser import CommandParser
 
 PRESETS = Path(__file__).parents[1] / "presets"
 TOY_PAIRS = "data/scenes/pairs.jsonl"  # of the toy world, made by data_tools/make_preferences.py
 STAGES = ("stage1", "stage2")  # those that the two scripts train; a preset may have more
 # A setting that was chosen for another one's value falls away when that one is given anew.
-CHOSEN_FOR = {"lr": ("lr_projector", "lr_text", "lr_vision"), "data": ("images", "val")}
+CHOSEN_FOR = {
+    "lr": ("lr_projector", "lr_language_model", "lr_vision_encoder"),
+    "data": ("images", "val"),
+}
 
 CHOICES = {
     "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("auto", "bf16", "fp16", "fp32"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
     "parallel": ("ddp", "fsdp"),
     "optimizer": ("adamw", "adamw8bit"),
     "quantize": ("", "nf4", "int8"),
@@ -79,20 +83,20 @@ class Settings:
     )
 
     init: str = _setting("", "model", "model folder to start from, such as stage 1's")
-    vision: str = _setting(
+    vision_encoder: str = _setting(
         "",
         "model",
         "pretrained eyes to start from: a folder of DINOv2, SigLIP, CLIP, SmolVLM2 or Qwen-VL",
     )
-    text: str = _setting(
+    language_model: str = _setting(
         "",
         "model",
         "pretrained voice to start from: a folder of Qwen (to Qwen3), LLaMA, SmolLM2 or Mistral",
     )
-    text_shape: str = _setting(
+    language_model_shape: str = _setting(
         "",
         "model",
-        "published shape of a decoder that starts from nothing; --text then gives its "
+        "published shape of a decoder that starts from nothing; --language-model then gives its "
         "tokenizer only",
     )
     projector: str = _setting("mlp", "model", "linear, mlp, pixel_shuffle, bilinear or resampler")
@@ -133,15 +137,17 @@ class Settings:
     )
 
     train: str = _setting(
-        "projector", "what learns", "parts that learn, with commas: projector, text, vision"
+        "projector",
+        "what learns",
+        "parts that learn, with commas: projector, language_model, vision_encoder",
     )
-    text_layers: int = _setting(
+    language_model_layers: int = _setting(
         0, "what learns", "top blocks of the decoder that learn (0: all of it, embeddings too)"
     )
-    text_embedding: bool = _setting(
+    language_model_embedding: bool = _setting(
         False, "what learns", "the word embeddings and a reducer of them learn, whatever else does"
     )
-    vision_layers: int = _setting(
+    vision_encoder_layers: int = _setting(
         0, "what learns", "top blocks of the eyes that learn (0: all of the eyes)"
     )
     layer_decay: float = _setting(
@@ -166,8 +172,10 @@ class Settings:
     accumulate: int = _setting(1, "training", "forward passes an optimizer step takes")
     lr: float = _setting(1e-3, "training", "peak learning rate")
     lr_projector: float = _setting(0.0, "training", "peak learning rate of the projector (0: --lr)")
-    lr_text: float = _setting(0.0, "training", "peak learning rate of the decoder (0: --lr)")
-    lr_vision: float = _setting(0.0, "training", "peak learning rate of the eyes (0: --lr)")
+    lr_language_model: float = _setting(
+        0.0, "training", "peak learning rate of the decoder (0: --lr)"
+    )
+    lr_vision_encoder: float = _setting(0.0, "training", "peak learning rate of the eyes (0: --lr)")
     warmup: float = _setting(
         0.03, "training", "share of the steps over which the learning rate rises"
     )
@@ -261,16 +269,16 @@ class Settings:
             "workers",
             "max_steps",
             "lr_projector",
-            "lr_text",
-            "lr_vision",
+            "lr_language_model",
+            "lr_vision_encoder",
             "weight_decay",
             "val_every",
             "image_size",
             "tiles",
             "seed",
             "pack",
-            "text_layers",
-            "vision_layers",
+            "language_model_layers",
+            "vision_encoder_layers",
             "lora_rank",
             "lora_alpha",
             "sft_weight",
@@ -298,19 +306,19 @@ class Settings:
                 raise NanoVLMError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}; take one of {named}"
                 )
-        unknown = set(self.trained_parts) - {"projector", "text", "vision"}
+        unknown = set(self.trained_parts) - {"projector", "language_model", "vision_encoder"}
         if unknown or not self.trained_parts:
             raise NanoVLMError(
-                f"--train names {', '.join(sorted(unknown)) or 'no part'}; parts are projector, text and vision"
+                f"--train names {', '.join(sorted(unknown)) or 'no part'}; parts are projector, language_model and vision_encoder"
             )
-        if self.lora_rank and "text" not in self.trained_parts:
+        if self.lora_rank and "language_model" not in self.trained_parts:
             raise NanoVLMError(
-                f"--lora-rank {self.lora_rank} adapts the decoder, but --train does not name text; add it"
+                f"--lora-rank {self.lora_rank} adapts the language model, but --train does not name language_model; add it"
             )
-        if self.quantize and "text" in self.trained_parts and not self.lora_rank:
+        if self.quantize and "language_model" in self.trained_parts and not self.lora_rank:
             raise NanoVLMError(
-                f"--quantize {self.quantize} freezes the decoder, and --train names text; add --lora-rank, or "
-                "take text out"
+                f"--quantize {self.quantize} freezes the language model, and --train names language_model; add --lora-rank, or "
+                "take language_model out"
             )
 
     @property
@@ -405,14 +413,14 @@ def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
         "batch_size": 16,
         "accumulate": 1,
         "lr": 1e-3,
-        "dtype": "fp32",
+        "dtype": "float32",
         "checkpointing": False,
     }
     if values.get("objective") == "dpo":
         toy |= {"data": TOY_PAIRS, "val": "", "lr": 3e-5}
     for name, limit in (
-        ("text_layers", TOY_LAYERS // 2),
-        ("vision_layers", TOY_LAYERS // 2),
+        ("language_model_layers", TOY_LAYERS // 2),
+        ("vision_encoder_layers", TOY_LAYERS // 2),
         ("lora_rank", 8),
     ):
         toy[name] = min(values.get(name, 0), limit)

@@ -41,7 +41,9 @@ def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
     bench = Bench(CPU, torch.float32, image_token_id=300)
     for side in (NanoVLM, Transformers):
         model = side(weights, CPU, torch.float32, 300)
-        parts = {name: getattr(model, name) for name in ("vision", "projector", "decoder")}
+        parts = {
+            name: getattr(model, name) for name in ("vision_encoder", "projector", "language_model")
+        }
         before = {
             name: [parameter.clone() for parameter in part.parameters()]
             for name, part in parts.items()
@@ -56,7 +58,7 @@ def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, weights: Path, *flags: str) -> None:
-    common = ["--weights", str(weights), "--device", "cpu", "--dtype", "fp32", "--rounds", "1"]
+    common = ["--weights", str(weights), "--device", "cpu", "--dtype", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", *common, *flags])
     monkeypatch.setattr("nanovlm.bench.tasks.MIN_SECONDS", 0)
     bench_command.main()

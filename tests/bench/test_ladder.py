@@ -26,7 +26,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
-    figures = {name: ladder.measure(name, weights, CPU, rounds=2) for name in ("fp32", "+ packing")}
+    figures = {
+        name: ladder.measure(name, weights, CPU, rounds=2) for name in ("float32", "+ packing")
+    }
     padded, packed = figures.values()
     for loss in ("first_loss", "last_loss"):
         assert packed[loss] == pytest.approx(padded[loss], abs=1e-5)

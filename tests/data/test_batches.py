@@ -1,207 +1,240 @@
-"""A shared row has the loss and the gradients of a row each, and a batch has everything in its place."""
+"""The order of a run: a function of the seed, every record once an epoch, the same for any number of workers."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
 
-from nanovlm.chat import IGNORED, Encoded, ImageTokens, Message
-from nanovlm.data.batches import Row, Sample, collate, share_prefix
-from nanovlm.vlm import VisionLanguageModel
-from tests.reference.models import tiny_vlm
+from nanovlm.data.batches import Batches, Loaded
+from nanovlm.data.records import Record
+from nanovlm.inputs.chat import Chat, ChatConfig, ImageTokens, Message
+from nanovlm.inputs.image import open_image, preprocess
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.tokenizer import load_tokenizer
+from tests.reference.models import byte_pair
 
-A, B = Path("a.png"), Path("b.png")
-PICTURES = dict(zip((A, B), torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))))
-
-
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
-def model(request: pytest.FixtureRequest, tmp_path_factory) -> VisionLanguageModel:
-    return tiny_vlm(tmp_path_factory.mktemp("vlm"), family=request.param)
+IMAGE_LENGTH = 4
+PIXELS = ImageConfig(28, 28)
 
 
-def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> Sample:
-    """Turns of user and assistant in turn, a first one that starts with "system:" aside."""
-    messages = []
-    if turns[0].startswith("system:"):
-        messages, turns = [Message("system", (turns[0],))], turns[1:]
-    messages += [
-        Message.parse(("user", "assistant")[index % 2], text) for index, text in enumerate(turns)
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Chat:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_pair(folder)
+    return Chat(ChatConfig(), load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (30, 20), (50 * number, 255 - 50 * number, 90)).save(path)
+    return paths
+
+
+def record(number: int, images: Sequence[Path] = (), answer: str = "") -> Record:
+    """A record that its answer tells apart from all others."""
+    text = "<image>" * len(images) + f"what is {number % 3}?"
+    messages = (
+        Message.parse("user", text),
+        Message.parse("assistant", answer or f"number {number}"),
+    )
+    return Record(f"data.jsonl:{number}", tuple(images), messages, (), {})
+
+
+def make(records: Sequence[Record], chat: Chat, **settings) -> Batches:
+    defaults = dict(batch_size=4, share=4, max_length=200, seed=0)
+    return Batches(records, chat, PIXELS, IMAGE_LENGTH, **(defaults | settings))
+
+
+@pytest.fixture
+def records(images) -> list[Record]:
+    """23 records: four questions to each of five images, and three without one."""
+    return [
+        record(number, images[number % 5 : number % 5 + 1] if number < 20 else ())
+        for number in range(23)
     ]
-    return Sample(
-        model.chat.encode(messages, [ImageTokens(model.image_length)] * len(images)), tuple(images)
+
+
+def answers(chat: Chat, loaded: Loaded) -> list[str]:
+    text = chat.tokenizer.decode(loaded.batch.targets.tolist())
+    return text.removesuffix("<|im_end|>").split("<|im_end|>")
+
+
+def assert_same(first: Loaded, second: Loaded) -> None:
+    for field in dataclasses.fields(first.batch):
+        one, other = getattr(first.batch, field.name), getattr(second.batch, field.name)
+        assert one is other is None or torch.equal(one, other), field.name
+    assert dataclasses.replace(first, batch=None) == dataclasses.replace(second, batch=None)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 4, 30])
+def test_every_record_comes_exactly_once_an_epoch(chat, records, share, batch_size):
+    batches = make(records, chat, share=share, batch_size=batch_size)
+    total = 3 * len(records)
+    seen = [
+        answer
+        for number in range(-(-total // batch_size))
+        for answer in answers(chat, batches[number])
+    ]
+    expected = sorted(f"number {number}" for number in range(23))
+    epochs = [seen[start : start + 23] for start in range(0, total, 23)]
+    assert [sorted(epoch) for epoch in epochs] == [expected] * 3
+    if batch_size == 1:  # within a batch, records are put in the rows' order
+        assert len(set(map(tuple, epochs))) == 3
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone(chat, records):
+    straight = [make(records, chat, seed=3)[number] for number in range(9)]
+    jumping = make(records, chat, seed=3)
+    for number in (8, 0, 5, 2, 7):
+        assert_same(jumping[number], straight[number])
+    other = make(records, chat, seed=4)
+    assert [answers(chat, other[number]) for number in range(5)] != [
+        answers(chat, loaded) for loaded in straight[:5]
+    ]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 2 worker processes"
+)  # on a machine with one core
+def test_any_number_of_workers_prepares_the_same(chat, records):
+    batches = make(records, chat)
+    expected = [batches[number] for number in range(2, 7)]
+    for workers in (0, 2):
+        prepared = list(batches.loader(2, 7, workers))
+        assert len(prepared) == 5
+        for ours, theirs in zip(prepared, expected):
+            assert_same(ours, theirs)
+
+
+def test_without_shuffling_the_order_is_the_files_and_each_record_comes_once(chat, records):
+    batches = make(records, chat, shuffle=False, share=1)
+    seen = [answer for number in range(6) for answer in answers(chat, batches[number])]
+    assert seen == [f"number {number}" for number in range(23)]
+
+
+def test_samples_of_one_image_come_together_and_share_a_row(chat, images):
+    records = [record(number, images[number % 5 : number % 5 + 1]) for number in range(20)]
+    for number in range(5):
+        loaded = make(records, chat)[number]
+        assert loaded.samples == 4 and len(loaded.batch.pixels) == len(loaded.batch.input_ids) == 1
+        asked = {int(answer.removeprefix("number ")) % 5 for answer in answers(chat, loaded)}
+        assert len(asked) == 1
+        assert torch.equal(
+            loaded.batch.pixels[0], preprocess(open_image(images[asked.pop()]), PIXELS)
+        )
+    apart = make(records, chat, share=1)[0]
+    assert len(apart.batch.pixels) == len(apart.batch.input_ids) == 4
+    two_by_two = make(records, chat, share=2)[0]
+    assert len(two_by_two.batch.pixels) == 2 and two_by_two.samples == 4
+
+
+def test_tokens_are_counted_without_padding(chat, records):
+    loaded = make(records, chat, share=1)[0]
+    assert (
+        loaded.tokens
+        == int((loaded.batch.attention_mask > 0).sum())
+        < loaded.batch.input_ids.numel()
     )
 
 
-def loss_and_gradients(model: VisionLanguageModel, rows: Sequence[Row]) -> dict[str, Tensor]:
-    batch = collate(rows, model.chat.image_token_id)
-    pixels = [PICTURES[path] for row in rows for path in row.images]
-    batch.pixels = torch.stack(pixels) if pixels else None
-    model.zero_grad()
-    loss = model(batch)
-    loss.backward()
-    return {"loss": loss.detach()} | {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+def test_pixels_are_those_of_the_rows_images_in_order(chat, images):
+    records = [record(0, images[:2]), record(1, ()), record(2, images[2:3])]
+    batch = make(records, chat, shuffle=False, batch_size=3)[0].batch
+    expected = torch.stack([preprocess(open_image(path), PIXELS) for path in images[:3]])
+    assert torch.equal(batch.pixels, expected)
+    assert len(batch.image_positions) == 3 * IMAGE_LENGTH
+
+
+def test_kept_features_take_the_place_of_pixels(chat, images):
+    features = {
+        path: torch.full((1, 16, 24), float(number)) for number, path in enumerate(images[:2])
     }
+    records = [record(number, images[number : number + 1]) for number in range(3)]
+    loaded = make(records, chat, shuffle=False, batch_size=3, features=features)[0]
+    assert loaded.batch.pixels is None and loaded.samples == 2
+    assert loaded.batch.patches[:, 0, 0].tolist() == [0, 1]
+    assert loaded.skipped == [f"data.jsonl:2: image {images[2]} could not be read"]
 
 
-# Samples of one image each, and whether they can share a row.
-GROUPS = {
-    "questions": (
-        [A],
-        [
-            ("<image>图中有几个圆形？", "三个"),
-            ("<image>What is left?", "a red circle"),
-            ("<image>描述图片", "一个"),
-        ],
-        True,
-    ),
-    "one question, several answers": (
-        [A],
-        [("<image>描述", "一个红色的圆形"), ("<image>描述", "一个圆形"), ("<image>描述", "two")],
-        True,
-    ),
-    "one answer begins another": (
-        [A],
-        [("<image>描述", "一个"), ("<image>描述", "一个圆形"), ("<image>描述", "一个圆形")],
-        True,
-    ),
-    "the same sample twice": ([A], [("<image>a", "b"), ("<image>a", "b")], True),
-    "image in the middle": (
-        [A],
-        [("in <image> what is left?", "a"), ("in <image> what is below?", "a circle")],
-        True,
-    ),
-    "image at the end": ([A], [("图中 <image>", "a"), ("图中 <image>", "b")], True),
-    "two images": (
-        [A, B],
-        [("<image> or <image>?", "the first"), ("<image> or <image> larger?", "二")],
-        True,
-    ),
-    "two images, words between differ": (
-        [A, B],
-        [("<image> or <image>?", "a"), ("<image> and <image>?", "b")],
-        False,
-    ),
-    "words before the image differ": (
-        [A],
-        [("left of <image>", "a"), ("below <image>", "b")],
-        False,
-    ),
-    "several turns": (
-        [A],
-        [("<image>a", "b", "c", "d"), ("<image>a", "b", "e", "f", "g", "h"), ("<image>x", "y")],
-        True,
-    ),
-    "system": ([A], [("system: kind", "<image>a", "b"), ("system: kind", "<image>c", "d")], True),
-    "text alone": ([], [("你好", "hi"), ("红色", "red"), ("re", "circle")], True),
-    "text alone, nothing in common": ([], [("system: x", "a", "b"), ("c", "d")], True),
-}
-
-
-@pytest.mark.parametrize("images, texts, shared", GROUPS.values(), ids=GROUPS.keys())
-def test_a_shared_row_equals_a_row_each(model, images, texts, shared):
-    samples = [sample(model, images, *turns) for turns in texts]
-    apart = [row for one in samples for row in share_prefix([one], model.chat.image_token_id)]
-    together = share_prefix(samples, model.chat.image_token_id)
-    assert len(apart) == len(samples) and len(together) == (1 if shared else len(samples))
-    if shared and images:  # the images are read once, which is what sharing is for
-        assert (
-            together[0].input_ids.count(model.chat.image_token_id)
-            == len(images) * model.image_length
-        )
-        assert len(together[0].input_ids) < sum(len(row.input_ids) for row in apart)
-    assert_same_loss(model, together, apart)
-
-
-def test_a_mixed_batch_equals_a_row_each(model):
-    """Shared rows of several images, rows that could not be shared, text alone; all padded to one length."""
-    samples = [
-        [sample(model, images, *turns) for turns in texts]
-        for images, texts, _ in list(GROUPS.values())[::2]
+def test_an_unreadable_image_is_skipped_and_named(chat, images, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(images[0].read_bytes()[:60])
+    records = [
+        record(0, images[:1]),
+        record(1, [broken]),
+        record(2, [images[1], broken]),
+        record(3, images[1:2]),
     ]
-    together = [row for group in samples for row in share_prefix(group, model.chat.image_token_id)]
-    apart = [
-        row
-        for group in samples
-        for one in group
-        for row in share_prefix([one], model.chat.image_token_id)
-    ]
-    assert len(together) < len(apart)
-    assert_same_loss(model, together, apart)
-
-
-def assert_same_loss(
-    model: VisionLanguageModel, rows: Sequence[Row], expected_rows: Sequence[Row]
-) -> None:
-    ours, expected = loss_and_gradients(model, rows), loss_and_gradients(model, expected_rows)
-    assert ours.keys() == expected.keys()
-    torch.testing.assert_close(ours.pop("loss"), expected.pop("loss"), rtol=1e-6, atol=1e-5)
-    for name, gradient in ours.items():
-        scale = expected[name].abs().max().clamp(min=1)
-        torch.testing.assert_close(
-            gradient / scale,
-            expected[name] / scale,
-            atol=1e-5,
-            rtol=0,
-            msg=lambda text: f"{name}: {text}",
-        )
-
-
-def row(input_ids: list[int], labels: list[int], *images: Path) -> Row:
-    return Row(input_ids, labels, [1] * len(input_ids), images)
-
-
-@pytest.mark.parametrize("pad_left", [False, True], ids=["right", "left"])
-def test_collate_pads_and_finds_places(pad_left):
-    placeholder, no = 9, IGNORED
-    batch = collate(
-        [row([9, 9, 3, 4, 5], [no, no, no, 4, 5]), row([6, 9, 7], [no, no, 7])],
-        placeholder,
-        pad_left,
+    loaded = make(records, chat, shuffle=False)[0]
+    assert (
+        answers(chat, loaded) == ["number 0", "number 3"]
+        and loaded.samples == 2
+        and len(loaded.batch.pixels) == 2
     )
-    pad = [0, 0]
-    second = [*pad, 6, 9, 7] if pad_left else [6, 9, 7, *pad]
-    assert batch.input_ids.tolist() == [[9, 9, 3, 4, 5], second]
-    assert batch.attention_mask.tolist() == [
-        [1] * 5,
-        [0, 0, 1, 1, 1] if pad_left else [1, 1, 1, 0, 0],
+    assert [reason.split(": ")[:2] for reason in loaded.skipped] == [
+        [f"data.jsonl:{n}", str(broken)] for n in (1, 2)
     ]
-    shift = 2 if pad_left else 0
-    assert batch.image_positions.tolist() == [0, 1, 5 + 1 + shift]
-    assert batch.targets.tolist() == [4, 5, 7]
-    assert batch.target_positions.tolist() == [
-        2,
-        3,
-        5 + 1 + shift,
-    ]  # the position before each label
+    nothing = make(records[1:3], chat, shuffle=False, batch_size=2)[0]
+    assert (
+        nothing.batch is None
+        and nothing.samples == nothing.tokens == 0
+        and len(nothing.skipped) == 2
+    )
 
 
-def test_padding_is_never_taken_for_an_image():
-    batch = collate(
-        [row([0, 5], [IGNORED, 5]), row([5], [IGNORED])], image_token_id=0
-    )  # the id padding is filled with
-    assert batch.image_positions.tolist() == [0]
+def test_text_is_cut_at_the_end_and_said_to_be(chat, images):
+    whole = chat.encode(record(0, images[:1], "word " * 30).messages, [ImageTokens(IMAGE_LENGTH)])
+    loaded = make([record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=40)[0]
+    assert loaded.batch.input_ids.tolist() == [whole.input_ids[:40]] and loaded.cut == [
+        "data.jsonl:0"
+    ]
+    assert loaded.batch.targets.tolist() == [label for label in whole.labels[:40] if label >= 0]
+    exactly = make(
+        [record(0, images[:1], "word " * 30)], chat, batch_size=1, max_length=len(whole.input_ids)
+    )[0]
+    assert exactly.cut == [] and exactly.batch.input_ids.tolist() == [whole.input_ids]
 
 
-def test_rows_of_one_length_and_a_single_row():
-    batch = collate([row([1, 2], [IGNORED, 2])], image_token_id=9)
-    assert batch.input_ids.tolist() == [[1, 2]] and batch.attention_mask.tolist() == [[1, 1]]
-    assert batch.image_positions.tolist() == [] and batch.pixels is None
+def test_an_image_is_never_cut(chat, images):
+    last = Record(
+        "data.jsonl:7",
+        tuple(images[:1]),
+        (
+            Message.parse("user", "a"),
+            Message.parse("assistant", "b"),
+            Message.parse("user", "c <image>"),
+            Message.parse("assistant", "d"),
+        ),
+        (),
+        {},
+    )
+    encoded = chat.encode(last.messages, [ImageTokens(IMAGE_LENGTH)])
+    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(
+        chat.image_token_id
+    )  # right after the image
+    for max_length in range(end - IMAGE_LENGTH, end):
+        loaded = make([last], chat, batch_size=1, max_length=max_length)[0]
+        assert loaded.batch is None
+        assert loaded.skipped == [
+            f"data.jsonl:7: an image lies beyond {max_length} tokens and an image is never cut; "
+            "raise --max-length"
+        ]
+    assert (
+        len(make([last], chat, batch_size=1, max_length=end)[0].batch.image_positions)
+        == IMAGE_LENGTH
+    )
 
 
-def test_a_branch_starts_before_its_first_label():
-    """The token that predicts a branch's first word has to be in the branch, however much the beginnings agree."""
-    first = Sample(Encoded([1, 2, 3, 4, 5], [IGNORED, IGNORED, 3, 4, 5]), ())
-    second = Sample(Encoded([1, 2, 3, 4, 6], [IGNORED, IGNORED, IGNORED, IGNORED, 6]), ())
-    shared = share_prefix([first, second], image_token_id=9)
-    assert shared == [
-        Row(
-            [1, 2, 3, 4, 5, 2, 3, 4, 6],
-            [IGNORED] * 2 + [3, 4, 5] + [IGNORED] * 3 + [6],
-            [1, 2, 2, 2, 2, 3, 3, 3, 3],
-            (),
-            ("", ""),
-        )
+def test_a_record_without_an_answer_left_is_skipped(chat):
+    loaded = make([record(3)], chat, batch_size=1, max_length=5)[0]
+    assert loaded.batch is None
+    assert loaded.skipped == [
+        "data.jsonl:3: no word of an answer lies within 5 tokens; raise --max-length"
     ]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.chat import IGNORED, Message
-from nanovlm.data.batches import Row
-from nanovlm.data.dataset import Batches, Loaded
+from nanovlm.data.batches import Batches, Loaded
 from nanovlm.data.packing import cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record, read_records
-from nanovlm.vlm import VisionLanguageModel
-from tests.data.test_dataset import assert_same
+from nanovlm.data.sequences import Row
+from nanovlm.hub.models import load_model
+from nanovlm.inputs.chat import IGNORED, Message
+from nanovlm.model.vlm import VisionLanguageModel
+from tests.data.test_batches import assert_same
 
 MODES = {
     "plain": {},
@@ -97,7 +98,7 @@ def test_deal_gives_alike_numbers_of_tokens_and_halves_lines_where_there_are_too
 
 @pytest.fixture(scope="module")
 def model(tiny) -> VisionLanguageModel:
-    return VisionLanguageModel.from_pretrained(tiny.model, torch.float32)
+    return load_model(tiny.model, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +173,11 @@ def test_a_packed_sample_does_not_notice_its_neighbours(model, records):
     batch = loaded.batch
     assert len(batch.input_ids) == 1 and batch.attention_mask.unique().numel() == 6
     with torch.no_grad():
-        before = model.decoder.hidden_states(model.embed(batch), batch.attention_mask)
+        before = model.language_model.hidden_states(model.embed(batch), batch.attention_mask)
         changed = batch.attention_mask[0] // 2**16 == 2
         batch.pixels[2].neg_()
         batch.input_ids[0, changed & (batch.input_ids[0] != model.chat.image_token_id)] = 7
-        after = model.decoder.hidden_states(model.embed(batch), batch.attention_mask)
+        after = model.language_model.hidden_states(model.embed(batch), batch.attention_mask)
     assert torch.equal(before[0, ~changed], after[0, ~changed]) and not torch.allclose(
         before[0, changed], after[0, changed]
     )
@@ -371,7 +372,7 @@ def test_a_packed_run_learns_what_an_unpacked_one_does(tiny, tmp_path):
         run = tiny.train(
             tmp_path / name,
             init=str(tiny.model),
-            train="projector,text,vision",
+            train="projector,language_model,vision_encoder",
             batch_size=12,
             share=1,
             **packed,

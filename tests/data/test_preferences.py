@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovlm.chat import IMAGE, Message
-from nanovlm.data.dataset import Batches
+from nanovlm.data.batches import Batches
 from nanovlm.data.preferences import PairBatch, PairBatches, read_pairs
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
-from nanovlm.loss import token_log_probabilities
-from nanovlm.training.dpo import answer_log_probabilities
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.hub.models import load_model
+from nanovlm.inputs.chat import IMAGE, Message
+from nanovlm.model.loss import token_log_probabilities
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training.objectives import answer_log_probabilities
 from tests.data.test_records import write
 
 PAIR = {"image": "a.jpg", "prompt": "几个？", "chosen": "三个。", "rejected": "两个。"}
@@ -98,7 +99,7 @@ def test_a_bad_pair_is_skipped_and_named_with_its_line(folder, entry, reason):
 
 @pytest.fixture(scope="module")
 def model(tiny) -> VisionLanguageModel:
-    return VisionLanguageModel.from_pretrained(tiny.model)
+    return load_model(tiny.model)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,11 @@ def expected(model: VisionLanguageModel, record) -> list[float]:
         messages = (*record.messages[:-1], Message("assistant", (text,)))
         loaded = make(model, [dataclasses.replace(record, messages=messages)], Batches)[0].batch
         logits = (
-            model.decoder(loaded.input_ids)
+            model.language_model(loaded.input_ids)
             if loaded.pixels is None
-            else model.decoder.logits(model.decoder.hidden_states(model.embed(loaded)))
+            else model.language_model.logits(
+                model.language_model.hidden_states(model.embed(loaded))
+            )
         )
         answer = model.tokenizer.encode(text) + [model.chat.end_of_turn_id]
         end = loaded.input_ids.shape[1]  # the plain template puts nothing after it

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nanovlm.chat import IMAGE, Message
 from nanovlm.data.records import check_skipped, parse_record, read_records, record_files
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs.chat import IMAGE, Message
 
 LLAVA = {
     "id": 7,

@@ -10,20 +10,21 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from nanovlm.chat import IMAGE, ImageTokens, Message
-from nanovlm.data.batches import Row, collate
-from nanovlm.data.dataset import Batches
+from nanovlm.data.batches import Batches, Row, collate
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
 from nanovlm.generate import generate
-from nanovlm.image import ImageConfig, image_pixels, open_image
+from nanovlm.hub.models import load_model, save_model
+from nanovlm.inputs.chat import IMAGE, ImageTokens, Message
+from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.precision import Precision
 from nanovlm.training.run import encode_images
-from nanovlm.vlm import VisionLanguageModel
+from tests.inputs.test_image import picture
 from tests.reference.models import tiny_vlm
-from tests.test_image import picture
 
 TILES = ImageConfig(28, 28, fit="tiles", max_tiles=3)
 SHAPES = {"square": (60, 60), "wide": (90, 20), "tall": (10, 70), "photo": (64, 48), "dot": (1, 1)}
@@ -194,7 +195,7 @@ def test_sizes_are_read_from_headers_and_only_for_tiles(model, images, monkeypat
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     tiled = make(model, records, pack=1000)
     assert len(tiled._plan(0).batches[0]) > 0
-    monkeypatch.setattr("nanovlm.data.dataset.image_size", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("nanovlm.data.batches.image_size", lambda path: pytest.fail("read"))
     whole = make(model, records, pack=1000)
     whole.image = ImageConfig(28, 28)
     assert len(whole._plan(0).batches[0]) > 0
@@ -209,9 +210,9 @@ def test_too_few_and_too_many_pictures_are_told_with_both_numbers(model, images)
 
 
 def test_a_folder_keeps_its_tiles(model, images, tmp_path):
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["image"]["max_tiles"] == 3
-    again = VisionLanguageModel.from_pretrained(tmp_path)
+    again = load_model(tmp_path)
     assert again.config.image == TILES and again.image_tokens(90, 20) == ImageTokens(LENGTH, 1, 3)
     assert again.max_image_length == 10 * LENGTH
     rows = [

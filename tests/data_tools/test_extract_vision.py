@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from data_tools import extract_vision
-from nanovlm.files import read_json
-from nanovlm.image import ImageConfig
-from nanovlm.vit import VisionTransformer
-from nanovlm.weights import SafetensorsFile, save_file
+from nanovlm.hub.image_configs import parse_image_config
+from nanovlm.hub.models import load_vision_encoder
+from nanovlm.hub.safetensors import SafetensorsFile, save_file
+from nanovlm.utils.files import read_json
 from tests.reference.models import whole_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_the_tower_of_a_whole_model(model_type, text, tmp_path, take_out):
         json.dumps({"image_processor_type": "ViTImageProcessor"})
     )
     taken, left = take_out(tmp_path).stderr.splitlines()
-    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    ours = load_vision_encoder(tmp_path / "eyes")
     torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
     assert read_json(tmp_path / "eyes" / "preprocessor_config.json") == {
         "image_processor_type": "ViTImageProcessor"
@@ -105,7 +105,7 @@ def test_every_name_that_llavas_tower_has_had(prefix, tmp_path, take_out):
         ),
     )
     assert take_out(tmp_path).returncode == 0
-    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    ours = load_vision_encoder(tmp_path / "eyes")
     torch.testing.assert_close(
         ours.patches(PIXELS, -2),
         reference(PIXELS, output_hidden_states=True).hidden_states[-2][:, 1:],
@@ -124,7 +124,7 @@ def test_of_shards_only_those_with_a_part_of_the_tower_have_to_be_there(tmp_path
         (tmp_path / shard).unlink()
     done = take_out(tmp_path)
     assert done.returncode == 0
-    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    ours = load_vision_encoder(tmp_path / "eyes")
     torch.testing.assert_close(ours(PIXELS), reference(PIXELS).last_hidden_state, atol=1e-5, rtol=0)
     assert "no preprocessor_config.json" in done.stderr
     absent = tmp_path / sorted(needed)[0]
@@ -163,11 +163,11 @@ def test_qwen_vl(tmp_path, take_out):
     tensors = qwen_vl(tmp_path)
     done = take_out(tmp_path)
     assert done.returncode == 0
-    ours = VisionTransformer.from_pretrained(tmp_path / "eyes")
+    ours = load_vision_encoder(tmp_path / "eyes")
     torch.testing.assert_close(
         ours(tensors["fixture.pixels_112"]), tensors["fixture.pooled_112"], atol=2e-5, rtol=0
     )
-    image = ImageConfig.from_hf(read_json(tmp_path / "eyes" / "preprocessor_config.json"))
+    image = parse_image_config(read_json(tmp_path / "eyes" / "preprocessor_config.json"))
     assert (image.height, image.fit, image.resample) == (
         56,
         "squash",

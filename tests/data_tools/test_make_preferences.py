@@ -12,9 +12,9 @@ from data_tools import make_preferences
 from data_tools.make_preferences import make_pairs, names_wrong_object, other_pairs, spoil
 from data_tools.scenes_text import describe, parse_description
 from data_tools.scenes_world import TRAIN_PAIRS, random_scene
-from nanovlm.chat import IMAGE
 from nanovlm.data.preferences import read_pairs
 from nanovlm.data.records import read_records
+from nanovlm.inputs.chat import IMAGE
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 
 from data_tools import pack_tar
 from data_tools.pack_tar import pack
-from nanovlm.data.dataset import Batches
+from nanovlm.data.batches import Batches
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
-from nanovlm.vlm import VisionLanguageModel
-from tests.data.test_dataset import assert_same
+from nanovlm.hub.models import load_model
+from tests.data.test_batches import assert_same
 
 TEXT = {
     "id": 3,
@@ -101,7 +101,7 @@ def test_shards_of_shards_hold_the_same_again(folder):
 
 def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
     assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2
-    model = VisionLanguageModel.from_pretrained(tiny.model)
+    model = load_model(tiny.model)
     batches = [
         Batches(
             read_records(data)[0],

@@ -8,12 +8,12 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.__main__ import score
 from nanovlm.evaluation.answers import answer_records, other_images, references_of
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.hub.models import load_model
 
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return VisionLanguageModel.from_pretrained(tiny.model)
+    return load_model(tiny.model)
 
 
 @pytest.fixture(scope="module")

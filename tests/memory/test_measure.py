@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.shapes import ASSETS
 from nanovlm.memory.__main__ import main
-from nanovlm.training.settings import ASSETS, load_settings, to_toml
+from nanovlm.training.settings import load_settings, to_toml
 
 TINY = ("--preset", "tiny", "--stage", "2")
 
@@ -23,7 +24,7 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
 # Of other kinds than the assets': as the decoder of `svlm` with its projector, as SmolVLM's tiled eyes, and as Qwen-VL's with
 # their resampler before Qwen's first generation.
 SCRATCH = {
-    "model_type": "nanovlm_decoder",
+    "model_type": "nanovlm_language_model",
     "vocab_size": 8000,
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -153,9 +154,9 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
         "-m",
         "nanovlm.memory",
         *TINY,
-        "--vision",
-        ASSETS / "tiny-vision",
-        "--text",
+        "--vision-encoder",
+        ASSETS / "tiny-vision-encoder",
+        "--language-model",
         tmp_path,
         "--device",
         "cpu",
@@ -187,7 +188,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
                 "--tokens",
                 "160",
                 "--dtype",
-                "fp32",
+                "float32",
             ],
             # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
             id="experts, reducer, resampler",
@@ -199,9 +200,9 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             [
                 "--projector",
                 "resampler",
-                "--text-layers",
+                "--language-model-layers",
                 "1",
-                "--text-embedding",
+                "--language-model-embedding",
                 "--batch-size",
                 "16",
                 "--tokens",
@@ -225,7 +226,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
                 "--tokens",
                 "160",
                 "--train",
-                "projector,vision",
+                "projector,vision_encoder",
             ],
             id="tiles",
         ),
@@ -236,7 +237,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             QWEN_VL,
             VIT,
             QWEN,
-            ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision"],
+            ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision_encoder"],
             id="eyes' resampler learns",
         ),
         pytest.param(
@@ -256,14 +257,16 @@ def test_so_it_is_with_every_other_kind_of_part(
     voice: dict,
     flags: list[str],
 ):
-    vision = published(tmp_path / "eyes", eyes, processor) if eyes else ASSETS / "tiny-vision"
+    vision = (
+        published(tmp_path / "eyes", eyes, processor) if eyes else ASSETS / "tiny-vision-encoder"
+    )
     process = command(
         "-m",
         "nanovlm.memory",
         *TINY,
-        "--vision",
+        "--vision-encoder",
         vision,
-        "--text",
+        "--language-model",
         published(tmp_path / "voice", voice),
         "--device",
         "cpu",
@@ -288,7 +291,7 @@ def test_a_forward_pass_at_full_size(command):
         "--forward",
         "--device",
         "cpu",
-        "--text",
+        "--language-model",
         "decoder-0.1b",
     )
     out, errors = process.communicate(timeout=240)
@@ -307,7 +310,7 @@ def test_a_forward_pass_at_full_size(command):
                 "voice qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M",
                 "dpo learns",
                 "384×384 takes 169 visual",
-                "dpo: training projector,text; 2 rows of 265 tokens, each with a pair of answers",
+                "dpo: training projector,language_model; 2 rows of 265 tokens, each with a pair of answers",
             ],
         ),
         (
@@ -323,7 +326,7 @@ def test_a_forward_pass_at_full_size(command):
                 "up to 1088 visual tokens .17 pictures of 64.",
                 "4:3 832 .3×4 tiles",
                 "together +695.1M +12.6M +99.0M +695.1M",
-                "stage3: training projector,vision,text",
+                "stage3: training projector,vision_encoder,language_model",
             ],
         ),
     ],
@@ -349,7 +352,7 @@ def test_a_later_stage_has_the_shapes_that_the_first_one_left(monkeypatch, capsy
         "stage2",
         "--gpu",
         "80",
-        "--vision",
+        "--vision-encoder",
         "dinov2-large",
     )
     assert (
@@ -361,7 +364,16 @@ def test_other_parts_than_those_of_an_older_run_keep_the_recipes_shapes(
     monkeypatch, capsys, tmp_path: Path
 ):
     monkeypatch.chdir(tmp_path)
-    flags = ("--preset", "zero-qwen-vl", "--stage", "2", "--gpu", "80", "--text", "qwen2.5-1.5b")
+    flags = (
+        "--preset",
+        "zero-qwen-vl",
+        "--stage",
+        "2",
+        "--gpu",
+        "80",
+        "--language-model",
+        "qwen2.5-1.5b",
+    )
     before = answer(monkeypatch, capsys, *flags)
     (tmp_path / "runs/zero-qwen-vl-stage1/model").mkdir(parents=True)
     (tmp_path / "runs/zero-qwen-vl-stage1/model/config.json").write_text(
@@ -423,7 +435,7 @@ def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, 
         (("--preset", "none"), "presets are"),
         (("--preset", "mary", "--stage", "dpp"), "stages are stage1, stage2, dpo"),
         (("--forward", "--gpu", "8"), "leave --gpu"),
-        (("--vision", "nowhere"), "--vision nowhere"),
+        (("--vision-encoder", "nowhere"), "--vision-encoder nowhere"),
     ],
 )
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags: tuple[str, ...], message: str):

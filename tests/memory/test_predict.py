@@ -6,33 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.chat import ChatConfig
-from nanovlm.decoder import DecoderConfig
-from nanovlm.image import ImageConfig
+from nanovlm.hub.shapes import toy_config
+from nanovlm.inputs.chat import ChatConfig
+from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
 from nanovlm.memory.shapes import Work, prepared, work_of
-from nanovlm.projector import ProjectorConfig
-from nanovlm.shapes import toy_config
-from nanovlm.training import optimizer
+from nanovlm.model.language_model import LanguageModelConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vision_encoder import VisionEncoderConfig
+from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
-from nanovlm.training.dpo import objective_of
+from nanovlm.training.objectives import objective_of
+from nanovlm.training.optim import optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings, load_settings
-from nanovlm.vit import VisionConfig
-from nanovlm.vlm import VLMConfig
 
 CPU = torch.device("cpu")
 WORK = Work(rows=2, length=128, images=2, targets=32)
 CHANGES = [
     {"train": "projector"},
-    {"train": "projector,text"},
-    {"train": "text", "text_layers": 1},
-    {"train": "vision"},
-    {"train": "projector,text,vision"},
-    {"train": "projector,text", "stochastic_rounding": True},
-    {"train": "projector,text", "lora_rank": 8},
-    {"train": "projector,text", "lora_rank": 8, "quantize": "nf4"},
+    {"train": "projector,language_model"},
+    {"train": "language_model", "language_model_layers": 1},
+    {"train": "vision_encoder"},
+    {"train": "projector,language_model,vision_encoder"},
+    {"train": "projector,language_model", "stochastic_rounding": True},
+    {"train": "projector,language_model", "lora_rank": 8},
+    {"train": "projector,language_model", "lora_rank": 8, "quantize": "nf4"},
 ]
 PRESETS = {
     "svlm": ("stage1", "stage2"),
@@ -45,8 +45,8 @@ PRESETS = {
 
 def config(projector: str = "mlp", qk_norm: bool = False, tied: bool = True) -> VLMConfig:
     return VLMConfig(
-        VisionConfig(96, 384, 2, 4, image_size=112),
-        DecoderConfig(
+        VisionEncoderConfig(96, 384, 2, 4, image_size=112),
+        LanguageModelConfig(
             1000,
             128,
             384,
@@ -103,10 +103,10 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
         backward = prediction(model, settings, precision).moments["backward"]
         predicted = backward["activations"] + backward["casts"] + backward["output head"]
         if (
-            "vision" in settings.trained_parts and dtype == torch.float32
+            "vision_encoder" in settings.trained_parts and dtype == torch.float32
         ):  # uncast, the pixels themselves are kept
             predicted += backward["images"]
-        head = prepared(model, settings, precision).decoder.head_weight
+        head = prepared(model, settings, precision).language_model.head_weight
         if (
             head.requires_grad
         ):  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
@@ -119,8 +119,8 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
     "changes",
     [
         {"train": "projector"},
-        {"train": "vision", "vision_layers": 1},
-        {"train": "projector,text,vision"},
+        {"train": "vision_encoder", "vision_encoder_layers": 1},
+        {"train": "projector,language_model,vision_encoder"},
     ],
     ids=str,
 )
@@ -147,13 +147,17 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
     ids=["no class token", "no final norm", "resampler"],
 )
 def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.dtype):
-    model = replace(config(), vision=replace(config().vision, **eyes))
+    model = replace(config(), vision_encoder=replace(config().vision_encoder, **eyes))
     settings, precision = Settings(**changes), Precision(dtype, CPU)
     backward = prediction(model, settings, precision).moments["backward"]
     predicted = backward["activations"] + backward["casts"] + backward["output head"]
-    if "vision" in settings.trained_parts and dtype == torch.float32 and not settings.vision_layers:
+    if (
+        "vision_encoder" in settings.trained_parts
+        and dtype == torch.float32
+        and not settings.vision_encoder_layers
+    ):
         predicted += backward["images"]
-    head = prepared(model, settings, precision).decoder.head_weight
+    head = prepared(model, settings, precision).language_model.head_weight
     if head.requires_grad:
         predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
     assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.03)
@@ -174,14 +178,16 @@ def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
         "stage2", ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"]
     )
     settings = replace(
-        settings, text_layers=min(settings.text_layers, 2), lora_rank=min(settings.lora_rank, 8)
+        settings,
+        language_model_layers=min(settings.language_model_layers, 2),
+        lora_rank=min(settings.lora_rank, 8),
     )
     work, precision = work_of(model, settings), Precision(dtype, CPU)
     backward = predict(model, settings, work, precision, program=0).moments["backward"]
     predicted = backward["activations"] + backward["casts"] + backward["output head"]
-    if "vision" in settings.trained_parts and dtype == torch.float32:
+    if "vision_encoder" in settings.trained_parts and dtype == torch.float32:
         predicted += backward["images"]
-    head = prepared(model, settings, precision).decoder.head_weight
+    head = prepared(model, settings, precision).language_model.head_weight
     if (
         head.requires_grad
     ):  # as above; of pairs all of the head's gradient is made in the backward pass
@@ -192,7 +198,7 @@ def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    "changes", [*CHANGES, {"train": "projector,text", "optimizer": "adamw8bit"}], ids=str
+    "changes", [*CHANGES, {"train": "projector,language_model", "optimizer": "adamw8bit"}], ids=str
 )
 def test_weights_gradients_and_moments_are_counted_exactly(changes: dict, monkeypatch):
     """Against the tensors of a real model and its optimizer, after a step."""
@@ -219,7 +225,7 @@ def test_weights_gradients_and_moments_are_counted_exactly(changes: dict, monkey
 
 def test_each_way_to_save_memory_saves_what_it_says():
     def at(moment: str, **changes) -> dict[str, float]:
-        settings = Settings(train="projector,text", **changes)
+        settings = Settings(train="projector,language_model", **changes)
         return prediction(
             config(), settings, Precision(torch.bfloat16, CPU, settings.stochastic_rounding)
         ).moments[moment]

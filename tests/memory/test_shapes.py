@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.models import load_model
+from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
 from nanovlm.memory.shapes import Work, model_config, skeleton, work_of
-from nanovlm.shapes import EYES, VOICES
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel
 
 
 def test_a_skeleton_has_the_models_shapes_and_no_weights(tiny):
-    real = VisionLanguageModel.from_pretrained(tiny.model)
+    real = load_model(tiny.model)
     for settings in (
         Settings(init=str(tiny.model)),
-        Settings(vision=str(tiny.vision), text=str(tiny.text)),
+        Settings(vision_encoder=str(tiny.vision_encoder), language_model=str(tiny.language_model)),
     ):
         model = skeleton(model_config(settings))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -27,25 +27,32 @@ def test_a_skeleton_has_the_models_shapes_and_no_weights(tiny):
 
 
 def test_published_shapes_by_name():
-    config = model_config(Settings(vision="dinov2-base", text="qwen2.5-0.5b"))
-    assert (config.vision, config.text) == (EYES["dinov2-base"].vision, VOICES["qwen2.5-0.5b"].text)
+    config = model_config(Settings(vision_encoder="dinov2-base", language_model="qwen2.5-0.5b"))
+    assert (config.vision_encoder, config.language_model) == (
+        VISION_ENCODERS["dinov2-base"].vision_encoder,
+        LANGUAGE_MODELS["qwen2.5-0.5b"].language_model,
+    )
     model = skeleton(config)  # as the model cards say: 86.6 and 494 million
-    assert sum(parameter.numel() for parameter in model.vision.parameters()) == 86_579_712
-    assert sum(parameter.numel() for parameter in model.decoder.parameters()) == 494_032_768
+    assert sum(parameter.numel() for parameter in model.vision_encoder.parameters()) == 86_579_712
+    assert sum(parameter.numel() for parameter in model.language_model.parameters()) == 494_032_768
 
 
 def test_a_config_alone_is_enough(tiny, tmp_path: Path):
-    (tmp_path / "config.json").write_text((tiny.text / "config.json").read_text())
+    (tmp_path / "config.json").write_text((tiny.language_model / "config.json").read_text())
     assert (
-        model_config(Settings(text=str(tmp_path))).text.hidden_size
-        == json.loads((tiny.text / "config.json").read_text())["hidden_size"]
+        model_config(Settings(language_model=str(tmp_path))).language_model.hidden_size
+        == json.loads((tiny.language_model / "config.json").read_text())["hidden_size"]
     )
 
 
 def test_tiny_is_the_preset_at_toy_widths():
-    config = model_config(Settings(vision="clip-large-336", text="qwen-7b", tiny=True))
+    config = model_config(
+        Settings(vision_encoder="clip-large-336", language_model="qwen-7b", tiny=True)
+    )
     assert (
-        config.text.logn_attention and config.text.hidden_size == 64 and config.image.height == 64
+        config.language_model.logn_attention
+        and config.language_model.hidden_size == 64
+        and config.image.height == 64
     )
 
 
@@ -106,8 +113,8 @@ def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expec
 @pytest.mark.parametrize(
     ("settings", "tokens", "message"),
     [
-        (Settings(vision="nowhere"), None, "--vision nowhere.*dinov2-small"),
-        (Settings(text="nowhere"), None, "--text nowhere.*qwen2.5-0.5b"),
+        (Settings(vision_encoder="nowhere"), None, "--vision-encoder nowhere.*dinov2-small"),
+        (Settings(language_model="nowhere"), None, "--language-model nowhere.*qwen2.5-0.5b"),
         (Settings(), 256, "256 tokens.*--tokens"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovlm.decoder import OWN
+from nanovlm.hub.families import OWN
 from tests.reference.models import FIXTURES, byte_pair, dinov2, qwen, qwen1, sentence_piece, tower
 from tests.reference.scratch import TEXT
 
@@ -129,7 +129,7 @@ def scratch_words(folder: Path) -> None:
 
 
 def scratch_shape(folder: Path) -> Path:
-    """The config.json of a decoder made from scratch: what `text_shape` names."""
+    """The config.json of a decoder made from scratch: what `language_model_shape` names."""
     folder.mkdir()
     config = dataclasses.asdict(
         dataclasses.replace(TEXT, vocab_size=420, max_position_embeddings=1024)
@@ -138,7 +138,7 @@ def scratch_shape(folder: Path) -> Path:
     return folder
 
 
-EYES: dict[str, Callable[[Path], None]] = {
+VISION_ENCODERS: dict[str, Callable[[Path], None]] = {
     "dinov2": dinov2_eyes,
     "dinov2-registers": registers_eyes,
     "siglip": siglip_eyes,
@@ -146,7 +146,7 @@ EYES: dict[str, Callable[[Path], None]] = {
     "smolvlm": smolvlm_eyes,
     "qwen-vl": qwen_vl_eyes,
 }
-VOICES: dict[str, Callable[[Path], None]] = {
+LANGUAGE_MODELS: dict[str, Callable[[Path], None]] = {
     "qwen1": qwen1_voice,
     "qwen2": qwen2_voice,
     "qwen3": qwen3_voice,

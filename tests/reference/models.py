@@ -49,10 +49,11 @@ from transformers.models.smolvlm.modeling_smolvlm import (
     SmolVLMVisionTransformer,
 )
 
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig
+from nanovlm.hub.models import join_parts
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer.pretokenize import QWEN_PATTERN
-from nanovlm.vlm import VisionLanguageModel
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
@@ -329,12 +330,12 @@ def tiny_vlm(
 ) -> VisionLanguageModel:
     """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens a picture by default."""
     torch.manual_seed(0)
-    dinov2(folder / "vision")
-    tokenizer = byte_pair(folder / "text")
+    dinov2(folder / "vision_encoder")
+    tokenizer = byte_pair(folder / "language_model")
     qwen(
-        folder / "text",
+        folder / "language_model",
         family,
         **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings),
     )
-    model = VisionLanguageModel.from_parts(folder / "vision", folder / "text", projector, image)
+    model = join_parts(folder / "vision_encoder", folder / "language_model", projector, image)
     return model.eval()

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from nanovlm.decoder import Decoder, DecoderConfig
-from nanovlm.image import ImageConfig
-from nanovlm.projector import ProjectorConfig
-from nanovlm.vlm import VisionLanguageModel
+from nanovlm.hub.models import join_parts, save_language_model
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference.models import byte_pair, dinov2, randomise
 
-TEXT = DecoderConfig(
+TEXT = LanguageModelConfig(
     hidden_size=32,
     intermediate_size=24,
     num_hidden_layers=3,
@@ -40,14 +41,16 @@ def scratch_vlm(
 ) -> VisionLanguageModel:
     """16 patches, 4 visual tokens; `text` are settings of its decoder. The parts are saved to `folder`."""
     torch.manual_seed(0)
-    dinov2(folder / "vision")
-    decoder = Decoder(dataclasses.replace(TEXT, vocab_size=len(byte_pair(folder / "text")), **text))
+    dinov2(folder / "vision_encoder")
+    decoder = LanguageModel(
+        dataclasses.replace(TEXT, vocab_size=len(byte_pair(folder / "language_model")), **text)
+    )
     randomise(decoder, seed=0)
-    decoder.save_pretrained(folder / "text")
+    save_language_model(decoder, folder / "language_model")
     projector = ProjectorConfig("resampler", num_queries=4, num_heads=4)
-    return VisionLanguageModel.from_parts(
-        folder / "vision",
-        folder / "text",
+    return join_parts(
+        folder / "vision_encoder",
+        folder / "language_model",
         projector,
         ImageConfig(28, 28),
         bidirectional_images=bidirectional_images,

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanovlm.decoder import DecoderBlock, DecoderConfig
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.models import load_model, save_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.model.language_model import DecoderBlock, LanguageModelConfig
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import freeze
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import Batch, VisionLanguageModel
-from nanovlm.weights.loading import open_checkpoint
 from tests.reference.scratch import scratch_vlm
 
 CPU = torch.device("cpu")
@@ -24,8 +26,10 @@ CPU = torch.device("cpu")
 def load(tiny):
     """A fresh copy of the tiny model in which `train` learns."""
 
-    def load(train: str = "projector,text,vision", **depth) -> VisionLanguageModel:
-        model = VisionLanguageModel.from_pretrained(tiny.model).train()
+    def load(
+        train: str = "projector,language_model,vision_encoder", **depth
+    ) -> VisionLanguageModel:
+        model = load_model(tiny.model).train()
         freeze(model, Settings(train=train, **depth))
         return model
 
@@ -55,7 +59,7 @@ def make_batch(model: VisionLanguageModel) -> Batch:
 def loss_and_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
     """Of one batch as training sees it, and of all positions of text without a mask."""
     batch = make_batch(model)
-    loss = model(batch) + model.decoder(batch.input_ids).square().mean()
+    loss = model(batch) + model.language_model(batch.input_ids).square().mean()
     model.zero_grad()
     if loss.requires_grad:
         loss.backward()
@@ -79,8 +83,8 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         dict(),
         dict(train="projector"),
-        dict(train="projector,vision", vision_layers=1),
-        dict(train="text", text_layers=1),
+        dict(train="projector,vision_encoder", vision_encoder_layers=1),
+        dict(train="language_model", language_model_layers=1),
     ],
     ids=str,
 )
@@ -98,7 +102,7 @@ def test_a_whole_run_gives_the_same_bits_and_the_same_folder(tiny, tmp_path):
         tiny.train(
             tmp_path / f"{checkpointing}",
             init=str(tiny.model),
-            train="projector,text,vision",
+            train="projector,language_model,vision_encoder",
             max_steps=2,
             val_samples=1,
             checkpointing=checkpointing,
@@ -137,14 +141,14 @@ def test_less_is_kept_for_the_backward_pass(load):
     [
         (dict(), [2, 2, 2, 2]),
         (dict(train="projector"), [1, 1, 2, 2]),
-        (dict(train="text", text_layers=1), [1, 1, 1, 2]),
-        (dict(train="vision", vision_layers=1), [1, 2, 2, 2]),
+        (dict(train="language_model", language_model_layers=1), [1, 1, 1, 2]),
+        (dict(train="vision_encoder", vision_encoder_layers=1), [1, 2, 2, 2]),
     ],
     ids=str,
 )
 def test_only_blocks_that_a_gradient_passes_are_computed_twice(load, learning, expected):
     model = load(**learning)
-    blocks = [*model.vision.blocks, *model.decoder.blocks]
+    blocks = [*model.vision_encoder.blocks, *model.language_model.blocks]
     counts = [0] * len(blocks)
     for index, block in enumerate(blocks):
 
@@ -163,13 +167,16 @@ def test_only_blocks_that_a_gradient_passes_are_computed_twice(load, learning, e
 def test_the_cache_is_filled_once_whether_or_not_gradients_flow(load):
     model = load()
     ids = torch.arange(20, 30)[None]
-    expected = model.decoder(ids)
+    expected = model.language_model(ids)
     checkpoint_blocks(model)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
-            cache = model.decoder.new_cache(1, 10)
+            cache = model.language_model.new_cache(1, 10)
             logits = torch.cat(
-                [model.decoder(ids[:, :6], cache=cache), model.decoder(ids[:, 6:], cache=cache)],
+                [
+                    model.language_model(ids[:, :6], cache=cache),
+                    model.language_model(ids[:, 6:], cache=cache),
+                ],
                 dim=1,
             )
         assert cache.length == 10
@@ -178,7 +185,7 @@ def test_the_cache_is_filled_once_whether_or_not_gradients_flow(load):
 
 def test_dropout_falls_alike_both_times(load):
     model = load()
-    for block in model.decoder.blocks:
+    for block in model.language_model.blocks:
         block.attention_norm = nn.Sequential(block.attention_norm, nn.Dropout(0.5))
     torch.manual_seed(1)
     expected = loss_and_gradients(model)
@@ -191,9 +198,9 @@ def test_a_copy_of_the_model_runs_its_own_blocks(load):
     model = load()
     checkpoint_blocks(model)
     other = copy.deepcopy(model)
-    nn.init.zeros_(model.decoder.blocks[0].mlp.down_proj.weight)
+    nn.init.zeros_(model.language_model.blocks[0].mlp.down_proj.weight)
     ids = torch.arange(20, 30)[None]
-    assert not torch.equal(other.decoder(ids), model.decoder(ids))
+    assert not torch.equal(other.language_model(ids), model.language_model(ids))
 
 
 def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path, monkeypatch):
@@ -204,15 +211,15 @@ def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path,
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: compile(function, backend=compiler, **options)
     )
-    model = load("projector,text")
+    model = load("projector,language_model")
     expected = loss_and_gradients(model)
-    model.save_pretrained(tmp_path / "plain")
+    save_model(model, tmp_path / "plain")
     compile_blocks(model, CPU)
     checkpoint_blocks(model)
     assert_same(loss_and_gradients(model), expected)
     # The trial, the block of frozen eyes, and of the decoder with a mask and without, last or not.
     assert 4 <= compiler.frame_count <= 6
-    model.save_pretrained(tmp_path / "compiled")
+    save_model(model, tmp_path / "compiled")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "plain" / name).read_bytes() == (
             tmp_path / "compiled" / name
@@ -225,7 +232,7 @@ def test_a_compiled_block_computes_the_same():
         pytest.skip("no C++ compiler here")
     torch.manual_seed(0)
     block = DecoderBlock(
-        DecoderConfig(
+        LanguageModelConfig(
             hidden_size=16,
             intermediate_size=32,
             num_attention_heads=2,
@@ -236,7 +243,8 @@ def test_a_compiled_block_computes_the_same():
     inputs = torch.randn(2, 5, 16)
     expected = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
     towers = types.SimpleNamespace(
-        vision=types.SimpleNamespace(blocks=[]), decoder=types.SimpleNamespace(blocks=[block])
+        vision_encoder=types.SimpleNamespace(blocks=[]),
+        decoder=types.SimpleNamespace(blocks=[block]),
     )
     compile_blocks(towers, CPU)
     ours = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
@@ -276,12 +284,12 @@ def scratch_loss(model: VisionLanguageModel) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_experts_and_dropout_checkpointed_give_the_same_bits(tmp_path, autocast):
     model = scratch_vlm(tmp_path, dropout=0.2).train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
         expected = scratch_loss(model)
-        assert expected["decoder.blocks.0.mlp.router.weight"].any()
+        assert expected["language_model.blocks.0.mlp.router.weight"].any()
         checkpoint_blocks(model, dropout=True)
         assert_same(scratch_loss(model), expected)
 
@@ -303,6 +311,8 @@ def test_experts_are_left_alone_by_the_compiler_and_their_loads_make_no_new_code
     captured = compiler.frame_count
     for seed in range(4):  # every time other tokens go to other experts
         with torch.no_grad():
-            model.decoder.embed_tokens.weight.normal_(generator=torch.Generator().manual_seed(seed))
+            model.language_model.embed_tokens.weight.normal_(
+                generator=torch.Generator().manual_seed(seed)
+            )
         scratch_loss(model)
     assert compiler.frame_count == captured

@@ -6,31 +6,31 @@ import pytest
 import torch
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.models import load_model
 from nanovlm.training.freezing import describe, freeze
-from nanovlm.training.optimizer import build_optimizer, learning_layers, set_learning_rates
+from nanovlm.training.optim.optimizer import build_optimizer, learning_layers, set_learning_rates
 from nanovlm.training.settings import Settings
-from nanovlm.vlm import VisionLanguageModel
-from nanovlm.weights.loading import open_checkpoint
 from tests.reference.scratch import scratch_vlm
 
 COMBINATIONS = [
     {
         "train": ",".join(parts),
-        "text_layers": text_layers,
-        "vision_layers": vision_layers,
-        "text_embedding": embedding,
+        "language_model_layers": language_model_layers,
+        "vision_encoder_layers": vision_encoder_layers,
+        "language_model_embedding": embedding,
     }
     for size in (1, 2, 3)
-    for parts in itertools.combinations(("projector", "text", "vision"), size)
-    for text_layers in ((0, 1, 2) if "text" in parts else (0,))
-    for vision_layers in ((0, 1) if "vision" in parts else (0,))
+    for parts in itertools.combinations(("projector", "language_model", "vision_encoder"), size)
+    for language_model_layers in ((0, 1, 2) if "language_model" in parts else (0,))
+    for vision_encoder_layers in ((0, 1) if "vision_encoder" in parts else (0,))
     for embedding in (False, True)
 ]
 
 
 @pytest.fixture
 def model(tiny):
-    return VisionLanguageModel.from_pretrained(tiny.model)
+    return load_model(tiny.model)
 
 
 def expected_to_learn(name: str, settings: dict) -> bool:
@@ -38,12 +38,16 @@ def expected_to_learn(name: str, settings: dict) -> bool:
     part, first, *rest = name.split(".")
     if part == "projector":
         return "projector" in settings["train"]
-    if part == "decoder" and first == "embed_tokens" and settings["text_embedding"]:
+    if (
+        part == "language_model"
+        and first == "embed_tokens"
+        and settings["language_model_embedding"]
+    ):
         return True
     trained, layers = (
-        ("text", settings["text_layers"])
-        if part == "decoder"
-        else ("vision", settings["vision_layers"])
+        ("language_model", settings["language_model_layers"])
+        if part == "language_model"
+        else ("vision_encoder", settings["vision_encoder_layers"])
     )
     if trained not in settings["train"]:
         return False
@@ -66,7 +70,9 @@ def test_exactly_what_is_named_moves(tiny, tmp_path, changes):
 
 
 def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
-    settings = Settings(train="projector,text", lr_projector=1e-3, lr_text=1e-4, layer_decay=0.5)
+    settings = Settings(
+        train="projector,language_model", lr_projector=1e-3, lr_language_model=1e-4, layer_decay=0.5
+    )
     freeze(model, settings)
     optimizer = build_optimizer(model, settings)
     set_learning_rates(optimizer, 1.0)
@@ -76,12 +82,12 @@ def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
     named = dict(model.named_parameters())
     assert rates[named["projector.up.weight"]] == 1e-3
     assert (
-        rates[named["decoder.norm.weight"]]
-        == rates[named["decoder.blocks.1.mlp.up_proj.weight"]]
+        rates[named["language_model.norm.weight"]]
+        == rates[named["language_model.blocks.1.mlp.up_proj.weight"]]
         == 1e-4
     )
-    assert rates[named["decoder.blocks.0.mlp.up_proj.weight"]] == 5e-5
-    assert rates[named["decoder.embed_tokens.weight"]] == 2.5e-5
+    assert rates[named["language_model.blocks.0.mlp.up_proj.weight"]] == 5e-5
+    assert rates[named["language_model.embed_tokens.weight"]] == 2.5e-5
     assert sum(len(layer.parameters) for layer in learning_layers(model)) == len(rates)
 
 
@@ -89,11 +95,17 @@ def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
     ("changes", "expected"),
     [
         (
-            {"train": "projector,text", "text_layers": 3},
-            "--text-layers is 3 and there are 2 blocks",
+            {"train": "projector,language_model", "language_model_layers": 3},
+            "--language-model-layers is 3 and there are 2 blocks",
         ),
-        ({"train": "projector", "text_layers": 1}, "--train does not name text"),
-        ({"train": "projector", "vision_layers": 1}, "--train does not name vision"),
+        (
+            {"train": "projector", "language_model_layers": 1},
+            "--train does not name language_model",
+        ),
+        (
+            {"train": "projector", "vision_encoder_layers": 1},
+            "--train does not name vision_encoder",
+        ),
     ],
 )
 def test_a_depth_that_means_nothing_is_refused(model, changes, expected):
@@ -102,14 +114,19 @@ def test_a_depth_that_means_nothing_is_refused(model, changes, expected):
 
 
 def test_the_table_counts_parameters_and_bytes(model):
-    settings = Settings(train="projector,text", text_layers=1, lr_projector=1e-3, lr_text=2e-5)
+    settings = Settings(
+        train="projector,language_model",
+        language_model_layers=1,
+        lr_projector=1e-3,
+        lr_language_model=2e-5,
+    )
     freeze(model, settings)
     head, projector, text, vision, together = describe(model, settings).splitlines()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     learning = sum(
         size
         for name, size in sizes.items()
-        if name.startswith(("decoder.blocks.1", "decoder.norm"))
+        if name.startswith(("language_model.blocks.1", "language_model.norm"))
     )
     assert "2e-05" in text and "1e-03" in projector and "—" in vision
     assert (
@@ -121,22 +138,38 @@ def test_the_table_counts_parameters_and_bytes(model):
 def test_of_a_decoder_made_from_scratch_stage_1_is_the_way_in_and_the_way_out(tmp_path):
     """Resampler; word embeddings, reducer and positions; top blocks, norm and head. Nothing else gets a gradient."""
     model = scratch_vlm(tmp_path)
-    freeze(model, Settings(train="projector,text", text_layers=2, text_embedding=True))
+    freeze(
+        model,
+        Settings(
+            train="projector,language_model", language_model_layers=2, language_model_embedding=True
+        ),
+    )
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ways_in = ("decoder.embed_tokens.", "decoder.reducer.", "decoder.position_embedding.")
-    ways_out = ("decoder.blocks.1.", "decoder.blocks.2.", "decoder.norm.", "decoder.lm_head.")
+    ways_in = (
+        "language_model.embed_tokens.",
+        "language_model.reducer.",
+        "language_model.position_embedding.",
+    )
+    ways_out = (
+        "language_model.blocks.1.",
+        "language_model.blocks.2.",
+        "language_model.norm.",
+        "language_model.lm_head.",
+    )
     assert learning == {
         name
         for name, _ in model.named_parameters()
         if name.startswith(("projector.", *ways_in, *ways_out))
     }
-    freeze(model, Settings(train="projector,text", text_layers=3))
-    assert not any(parameter.requires_grad for parameter in model.decoder.reducer.parameters())
+    freeze(model, Settings(train="projector,language_model", language_model_layers=3))
+    assert not any(
+        parameter.requires_grad for parameter in model.language_model.reducer.parameters()
+    )
 
 
 def test_of_a_decoder_made_from_scratch_every_depth_has_its_rate(tmp_path):
     model = scratch_vlm(tmp_path)
-    settings = Settings(train="projector,text", lr=1e-3, layer_decay=0.5)
+    settings = Settings(train="projector,language_model", lr=1e-3, layer_decay=0.5)
     freeze(model, settings)
     rates = {
         parameter: group["peak_lr"]
@@ -145,11 +178,11 @@ def test_of_a_decoder_made_from_scratch_every_depth_has_its_rate(tmp_path):
     }
     named = dict(model.named_parameters())
     for name, rate in (
-        ("decoder.lm_head.weight", 1e-3),
-        ("decoder.blocks.2.mlp.experts.0.up_proj.weight", 1e-3),
-        ("decoder.blocks.0.mlp.router.weight", 2.5e-4),
-        ("decoder.reducer.up.weight", 1.25e-4),
-        ("decoder.position_embedding.weight", 1.25e-4),
+        ("language_model.lm_head.weight", 1e-3),
+        ("language_model.blocks.2.mlp.experts.0.up_proj.weight", 1e-3),
+        ("language_model.blocks.0.mlp.router.weight", 2.5e-4),
+        ("language_model.reducer.up.weight", 1.25e-4),
+        ("language_model.position_embedding.weight", 1.25e-4),
         ("projector.queries", 1e-3),
     ):
         assert rates[named[name]] == pytest.approx(rate), name

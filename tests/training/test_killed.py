@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanovlm.training.report import RunLog
+from nanovlm.training.monitor.log import RunLog
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from tests.runs import metrics
@@ -30,7 +30,10 @@ def _train(settings: Settings) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "kills"),
-    [("fp32", 4), *(pytest.param(dtype, 15, marks=pytest.mark.slow) for dtype in ("fp32", "bf16"))],
+    [
+        ("float32", 4),
+        *(pytest.param(dtype, 15, marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")),
+    ],
 )
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(
     tiny, tmp_path, dtype, kills
@@ -43,7 +46,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(
         return tiny.settings(
             tmp_path / name,
             init=str(tiny.model),
-            train="projector,text",
+            train="projector,language_model",
             dtype=dtype,
             max_steps=12,
             save_every=1,

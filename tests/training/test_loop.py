@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.loading import open_checkpoint
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training import checkpoint, loop
-from nanovlm.vlm import VisionLanguageModel
-from nanovlm.weights.loading import open_checkpoint
 from tests.runs import metrics
 
-EVERYTHING = "projector,text,vision"
+EVERYTHING = "projector,language_model,vision_encoder"
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -110,12 +110,18 @@ def test_the_batches_of_that_step_had_unequal_numbers_of_labelled_tokens(
     assert len(counts) == 3 and len(set(counts)) > 1
 
 
-@pytest.mark.parametrize("parts", ["projector", "projector,text", "vision", EVERYTHING])
+@pytest.mark.parametrize(
+    "parts", ["projector", "projector,language_model", "vision_encoder", EVERYTHING]
+)
 def test_the_named_parts_move_and_the_others_keep_every_bit(tiny, tmp_path, parts):
     run = tiny.train(
         tmp_path / "run", init=str(tiny.model), train=parts, share=1, val="", val_fraction=0.0
     )
-    names = {"projector": "projector", "text": "decoder", "vision": "vision"}
+    names = {
+        "projector": "projector",
+        "language_model": "language_model",
+        "vision_encoder": "vision_encoder",
+    }
     learning = {names[part] for part in parts.split(",")}
     for name, changed in moved(tiny.model, run / "model").items():
         assert changed == (name.split(".")[0] in learning), name
@@ -185,7 +191,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
 def test_fp16_drops_a_step_that_overflows_and_its_factor_survives_an_interruption(
     tiny, tmp_path, monkeypatch, watch
 ):
-    settings = dict(init=str(tiny.model), dtype="fp16", max_steps=4)
+    settings = dict(init=str(tiny.model), dtype="float16", max_steps=4)
     monkeypatch.setattr(
         loop.Precision,
         "scaled",
@@ -236,7 +242,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_records(
 ):
     settings = dict(
         init=str(tiny.model),
-        train="projector,text",
+        train="projector,language_model",
         save_every=1,
         keep=9,
         log_every=log_every,
@@ -350,11 +356,11 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tiny, tmp_path, mon
 def test_random_numbers_of_a_step_do_not_depend_on_what_came_before(tiny, tmp_path, monkeypatch):
     settings = dict(
         init=str(tiny.model),
-        train="projector,text",
+        train="projector,language_model",
         lora_rank=2,
         lora_dropout=0.5,
         max_steps=4,
-        dtype="bf16",
+        dtype="bfloat16",
     )
     whole = tiny.train(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

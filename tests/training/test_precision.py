@@ -32,7 +32,7 @@ def test_with_stochastic_rounding_what_learns_is_bf16_too_and_nothing_else_will_
         torch.float16,
         torch.float32,
     ):  # fp16's scaler could work, but its products would not be the weights' own
-        with pytest.raises(NanoVLMError, match="--stochastic-rounding .* take --dtype bf16"):
+        with pytest.raises(NanoVLMError, match="--stochastic-rounding .* take --dtype bfloat16"):
             Precision(dtype, CPU, stochastic_rounding=True)
 
 

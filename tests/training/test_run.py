@@ -11,10 +11,10 @@ from PIL import Image
 
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.models import load_model
 from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.run import _split, run_stage
 from nanovlm.training.settings import load_settings
-from nanovlm.vlm import VisionLanguageModel
 
 
 def metrics(run: Path) -> list[dict]:
@@ -61,7 +61,7 @@ def test_a_finished_run_holds_all_there_is_to_look_at(tiny, finished):
         "step_3",
         "step_4",
     ]
-    VisionLanguageModel.from_pretrained(finished / "model")
+    load_model(finished / "model")
     for name in ("curves.png", "samples.png"):
         with Image.open(finished / name) as picture:
             picture.load()
@@ -104,7 +104,7 @@ def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
         for key in ("loss", "grad_norm", "val_loss"):
             assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5)
     with pytest.raises(NanoVLMError, match="frozen eyes"):
-        tiny.train(tmp_path / "impossible", cache_features=True, train="vision")
+        tiny.train(tmp_path / "impossible", cache_features=True, train="vision_encoder")
 
 
 TILES = {
@@ -115,16 +115,19 @@ TILES = {
 
 
 def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
-    vision = tmp_path / "vision"
-    shutil.copytree(tiny.vision, vision)
+    vision = tmp_path / "vision_encoder"
+    shutil.copytree(tiny.vision_encoder, vision)
     (vision / "preprocessor_config.json").write_text(json.dumps(TILES))
     losses = []
     for cached in (False, True):
         run = tiny.train(
-            tmp_path / f"run{cached}", vision=str(vision), cache_features=cached, max_steps=2
+            tmp_path / f"run{cached}",
+            vision_encoder=str(vision),
+            cache_features=cached,
+            max_steps=2,
         )
         losses.append([line["loss"] for line in metrics(run)])
-        model = VisionLanguageModel.from_pretrained(run / "model")
+        model = load_model(run / "model")
         assert model.config.image.fit == "tiles" and model.image_tokens(100, 100).pictures == 5
         answered = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert answered and all(line["answer"] is not None for line in answered)
@@ -152,7 +155,9 @@ def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
         ),
     ):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
-        image = projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path), **changes))[1]
+        image = projector_and_image(
+            tiny.settings(tmp_path, vision_encoder=str(tmp_path), **changes)
+        )[1]
         assert {
             name: getattr(image, name) for name in expected
         } == expected and image.shortest_edge is None
@@ -162,21 +167,23 @@ def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
     (tmp_path / "processor_config.json").write_text(
         json.dumps({"image_processor": written, "processor_class": "CLIPProcessor"})
     )
-    assert projector_and_image(tiny.settings(tmp_path, vision=str(tmp_path)))[1] == image
+    assert projector_and_image(tiny.settings(tmp_path, vision_encoder=str(tmp_path)))[1] == image
 
 
 def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys):
-    build_model(tiny.settings(tmp_path, init=str(tiny.model), vision="nowhere", projector="linear"))
+    build_model(
+        tiny.settings(tmp_path, init=str(tiny.model), vision_encoder="nowhere", projector="linear")
+    )
     assert (
-        f"--init {tiny.model} is a whole model, so nothing is made of --vision, --projector"
+        f"--init {tiny.model} is a whole model, so nothing is made of --vision-encoder, --projector"
         in capsys.readouterr().err
     )
 
 
 def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
-    shutil.copytree(tiny.vision, tmp_path / "eyes")
+    shutil.copytree(tiny.vision_encoder, tmp_path / "eyes")
     (tmp_path / "eyes" / "preprocessor_config.json").unlink()
-    build_model(tiny.settings(tmp_path, vision=str(tmp_path / "eyes")))
+    build_model(tiny.settings(tmp_path, vision_encoder=str(tmp_path / "eyes")))
     assert (
         "eyes: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224"
         in capsys.readouterr().err
@@ -204,7 +211,7 @@ def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_
     ("changes", "expected"),
     [
         ({"data": ""}, "no records to learn from"),
-        ({"vision": ""}, "nothing to start from"),
+        ({"vision_encoder": ""}, "nothing to start from"),
         ({"val_fraction": 0.99}, "leaves none"),
         ({"data": "nope.jsonl"}, "nope.jsonl: cannot be read"),
         ({"projector": "magic"}, "projector 'magic' is not known"),
@@ -322,11 +329,14 @@ def test_a_run_without_anything_held_out_still_draws_its_curves(tiny, tmp_path):
 def test_the_next_stage_starts_from_the_last_one(tiny, finished, tmp_path):
     model = run_stage(
         tiny.settings(
-            tmp_path / "run", init=str(finished / "model"), train="projector,text", max_steps=1
+            tmp_path / "run",
+            init=str(finished / "model"),
+            train="projector,language_model",
+            max_steps=1,
         )
     )
     assert model == tmp_path / "run" / "model"
-    VisionLanguageModel.from_pretrained(model)
+    load_model(model)
 
 
 def test_what_a_killed_process_left_half_written_is_no_run(tiny, tmp_path):
@@ -337,4 +347,4 @@ def test_what_a_killed_process_left_half_written_is_no_run(tiny, tmp_path):
 
 def test_the_settings_of_a_run_name_the_number_format_it_chose(tiny, tmp_path):
     run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=1, dtype="auto")
-    assert tomllib.loads((run / "settings.toml").read_text())["dtype"] in ("bf16", "fp32")
+    assert tomllib.loads((run / "settings.toml").read_text())["dtype"] in ("bfloat16", "float32")

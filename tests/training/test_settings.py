@@ -23,7 +23,7 @@ def test_without_flags_the_tiny_preset_and_its_assets():
         and settings.train == "projector"
         and settings.cache_features
     )
-    assert settings.vision == str(settings_module.ASSETS / "tiny-vision")
+    assert settings.vision_encoder == str(settings_module.ASSETS / "tiny-vision-encoder")
     assert load_settings("stage2", []).init == "runs/stage1/model"
 
 
@@ -39,20 +39,27 @@ def test_flags_come_before_the_preset_and_the_preset_before_the_defaults():
 
 def test_what_was_chosen_for_another_learning_rate_or_data_falls_away():
     preset = load_settings("stage2", [])
-    assert preset.lr_text and preset.lr_projector and preset.val
+    assert preset.lr_language_model and preset.lr_projector and preset.val
     changed = load_settings("stage2", ["--lr", "0.5", "--data", "mine.jsonl"])
-    assert (changed.lr, changed.lr_text, changed.lr_projector, changed.val, changed.images) == (
-        0.5,
-        0,
-        0,
-        "",
-        "",
-    )
-    assert [changed.peak_lr(part) for part in ("projector", "text", "vision")] == [0.5] * 3
+    assert (
+        changed.lr,
+        changed.lr_language_model,
+        changed.lr_projector,
+        changed.val,
+        changed.images,
+    ) == (0.5, 0, 0, "", "")
+    assert [
+        changed.peak_lr(part) for part in ("projector", "language_model", "vision_encoder")
+    ] == [0.5] * 3
     kept = load_settings(
-        "stage2", ["--lr", "0.5", "--lr-text", "0.25", "--val", "v.jsonl", "--data", "mine.jsonl"]
+        "stage2",
+        ["--lr", "0.5", "--lr-language-model", "0.25", "--val", "v.jsonl", "--data", "mine.jsonl"],
     )
-    assert (kept.peak_lr("text"), kept.peak_lr("projector"), kept.val) == (0.25, 0.5, "v.jsonl")
+    assert (kept.peak_lr("language_model"), kept.peak_lr("projector"), kept.val) == (
+        0.25,
+        0.5,
+        "v.jsonl",
+    )
 
 
 def test_resolved_settings_come_back_from_their_file(tmp_path):
@@ -60,7 +67,7 @@ def test_resolved_settings_come_back_from_their_file(tmp_path):
         data='a "quoted" \\ 图.jsonl',
         lr=1e-5,
         epochs=3,
-        train="text,vision",
+        train="language_model,vision_encoder",
         cache_features=True,
         seed=2**62,
     )
@@ -125,7 +132,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         ("--scale -1", "--scale is -1"),
         ("--seed 9223372036854775808", "--seed"),
         ("--device tpu", "take one of auto, cpu"),
-        ("--dtype int8", "take one of auto, bf16"),
+        ("--dtype int8", "take one of auto, bfloat16"),
         ("--train eyes", "--train names eyes"),
         ("--train ,", "no part"),
     ],
@@ -139,8 +146,8 @@ def test_what_is_refused(flags, expected):
     [
         ("[stage1]\nbatchsize = 3\n", "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("[stage1\n", "is not valid TOML"),
-        ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected float"),
-        ("batch_size = true\n", "batch_size is True, expected int"),
+        ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected a number"),
+        ("batch_size = true\n", "batch_size is True, expected a whole number"),
         ("batch_size = 0\n", "--batch-size is 0"),
         (b"\xff", "is not valid TOML"),
     ],
@@ -162,7 +169,7 @@ def test_tiny_changes_what_a_toy_needs_and_nothing_of_the_recipe():
     )
     assert (
         (whole.lora_rank, toy.lora_rank) == (128, 8)
-        and toy.lr_text == 0
+        and toy.lr_language_model == 0
         and toy.data == "data/scenes/train.jsonl"
     )
     assert (whole.out, toy.out) == ("runs/basic-vlm-stage2", "runs/tiny-basic-vlm-stage2")

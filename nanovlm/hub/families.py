@@ -1,0 +1,87 @@
+"""From a hub folder to a model whose weights are held once: which names a family's files use, and how they are read."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from nanovlm.hub.names import (
+    CLIP,
+    DINOV2,
+    LLAMA,
+    QWEN,
+    QWEN1,
+    SIGLIP,
+    NameTable,
+    Target,
+    qwen_vl_vision,
+    translate,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the files of a family name our tensors.
+
+    table: from their names to ours, or a function that makes it of the model's config.
+    prefix: a pattern of what may stand before a name; it depends on which class of the reference the file was saved from.
+    unused: shell-style patterns of names, without prefix, that belong to other parts of the published model.
+    """
+
+    table: NameTable | Callable[[Any], NameTable]
+    prefix: str = ""
+    unused: tuple[str, ...] = ()
+
+    def names(self, config: Any) -> Callable[[str], Target]:
+        """The function from a published name to ours."""
+        ours = translate(self.table(config) if callable(self.table) else self.table)
+        prefix = re.compile(self.prefix)
+
+        def name_map(name: str) -> Target:
+            name = name[prefix.match(name).end() :]
+            return (
+                None if any(fnmatchcase(name, pattern) for pattern in self.unused) else ours(name)
+            )
+
+        return name_map
+
+
+_SIGLIP = Family(
+    SIGLIP, r"(vision_model\.)?", ("head.*", "text_model.*", "logit_scale", "logit_bias")
+)
+_CLIP = Family(
+    CLIP,
+    r"(vision_model\.)?",
+    ("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"),
+)
+_SMOLVLM = Family(
+    SIGLIP, r"(model\.vision_model\.)?", ("model.text_model.*", "model.connector.*", "lm_head.*")
+)
+
+OWN = "nanovlm_language_model"  # the model_type of a language model made from scratch
+
+# By the model_type of `config.json`.
+VISION_FAMILIES = {
+    "dinov2": Family(DINOV2),
+    "dinov2_with_registers": Family(DINOV2),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "smolvlm": _SMOLVLM,
+    "smolvlm_vision": _SMOLVLM,
+    "idefics3": _SMOLVLM,
+    "idefics3_vision": _SMOLVLM,
+    "qwen_vl_vision": Family(
+        lambda config: qwen_vl_vision(config.num_attention_heads), r"(transformer\.visual\.)?"
+    ),
+}
+LANGUAGE_FAMILIES = {
+    "qwen": Family(QWEN1),
+    "qwen2": Family(QWEN),
+    "qwen3": Family(QWEN),
+    "llama": Family(LLAMA),
+    "mistral": Family(LLAMA),
+    OWN: Family({}),  # one made from scratch, under our own names
+}

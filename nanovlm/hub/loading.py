@@ -1,0 +1,294 @@
+"""From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
+
+from collections.abc import Callable, Collection, KeysView, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from torch import Tensor, nn
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.names import Split, Target
+from nanovlm.hub.safetensors import ALIGNMENT, SafetensorsFile
+from nanovlm.utils.files import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LARGE = (
+    2**20
+)  # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache lines
+LINES_PER_KIND = (
+    10  # of a loading report; a wrong config makes hundreds of problems of the same kind
+)
+
+
+class Checkpoint:
+    """The tensors of one or several safetensors files, under one set of names and read only when asked for.
+
+    metadata: that of all files together.
+    """
+
+    def __init__(self, path: Path, files: list[SafetensorsFile]):
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in files:
+            self.metadata |= file.metadata
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def keys(self) -> KeysView[str]:
+        """The tensors' names."""
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, a view of its file's private mapping (see `SafetensorsFile.tensor`)."""
+        return self._file(name).tensor(name)
+
+    def forget(self, name: str) -> None:
+        """Let go of the memory of a tensor that has been copied (see `SafetensorsFile.forget`)."""
+        self._file(name).forget(name)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise NanoVLMError(f"{self.path}: holds no tensor {name!r}")
+        return self._files[name]
+
+
+def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
+    """Open a model folder, a safetensors file, or the index (`….index.json`) of a sharded one.
+
+    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's tools do.
+    Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not hold what the index says.
+    """
+    path = Path(folder_or_file)
+    if path.is_dir():
+        found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
+        if not found:
+            raise NanoVLMError(
+                f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
+                + (
+                    "; data_tools/extract_vision.py takes eyes out of .bin files"
+                    if list(path.glob("*.bin"))
+                    else ""
+                )
+            )
+        path = found[0]
+    files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
+    return Checkpoint(path, files)
+
+
+def _open_shards(index: Path) -> list[SafetensorsFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise NanoVLMError(
+            f"{index}: weight_map does not give each tensor the name of a file; fetch the index again"
+        )
+    names_of: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        names_of.setdefault(shard, set()).add(name)
+
+    files = []
+    for shard, names in names_of.items():
+        if not _is_plain_name(shard):
+            raise NanoVLMError(
+                f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder"
+            )
+        file = SafetensorsFile(index.parent / shard)
+        if absent := sorted(names - file.keys()):
+            raise NanoVLMError(
+                f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again"
+            )
+        if extra := sorted(file.keys() - names):
+            raise NanoVLMError(
+                f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again"
+            )
+        files.append(file)
+    return files
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` cannot leave its folder, on any system."""
+    return name == PurePosixPath(name).name == PureWindowsPath(name).name and name not in ("", "..")
+
+
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    name_map: Callable[[str], Target],
+    *,
+    dtype: torch.dtype | None = None,
+    ignore: Collection[str] = (),
+    tied: Mapping[str, str] = {},
+) -> None:
+    """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one, each tensor a place.
+
+    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its parameters then are
+    the checkpoint's tensors themselves, on the CPU: views of the private file mapping where no cast is needed (an
+    optimizer's in-place step copies just the pages it writes and the file stays as it is), one copy where it is, or
+    where the file places a large tensor beside the cache lines.
+    Tied names, such as a head that is the embedding, get one parameter; a file that stores both must store them equal.
+    Non-persistent buffers, such as rotary tables, are not loaded: a module built on meta has to compute them.
+
+    name_map: a tensor's name in the checkpoint → the name in the module, a `Split` where it holds several of ours, or None
+        for a tensor deliberately not used.
+    dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are never cast.
+    ignore: shell-style patterns of checkpoint names deliberately not used, for maps that are plain tables.
+    tied: names that the module has not, of what it has under another name; a file may hold them besides or instead.
+
+    Raises one NanoVLMError with every problem, before the module is touched.
+    """
+    targets = module.state_dict(keep_vars=True)
+    targets |= {name: targets[same] for name, same in tied.items()}
+    sources: dict[str, _Source] = {}  # by the name in the module
+    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
+    for stored in checkpoint.keys():
+        target = (
+            None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
+        )
+        for name, source in _sources(checkpoint, stored, target):
+            if name not in targets:
+                problems["unexpected"].append(
+                    f"{_renamed(stored, name)} {checkpoint.shape(stored)}"
+                )
+            elif name in sources:
+                problems["mapped twice"].append(
+                    f"{name}: from {sources[name].stored} and from {stored}"
+                )
+            else:
+                sources[name] = source
+                _check_fit(name, targets[name], source, problems)
+
+    names_of: dict[int, list[str]] = {}  # all names of one parameter
+    for name, target in targets.items():
+        names_of.setdefault(id(target), []).append(name)
+    for names in names_of.values():
+        filled = [name for name in names if name in sources]
+        if not filled:
+            problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
+        elif not all(_equal(sources[filled[0]], sources[name]) for name in filled[1:]):
+            problems["tied but stored with different values"].append(" = ".join(filled))
+    _raise_problems(module, checkpoint, problems)
+
+    for names in names_of.values():
+        tensor = _take([sources[name] for name in names if name in sources], dtype)
+        target = targets[names[0]]
+        if isinstance(target, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
+        for name in (name for name in names if name not in tied):
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, tensor)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What fills one name of the module: a tensor of the file, or a piece of one."""
+
+    checkpoint: Checkpoint
+    stored: str
+    split: Split | None = None
+    index: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the piece, or of the whole where it cannot be split, which then is a problem."""
+        shape = self.checkpoint.shape(self.stored)
+        return (self.split and self.split.piece_shape(shape)) or shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype(self.stored)
+
+    def tensor(self) -> Tensor:
+        tensor = self.checkpoint.tensor(self.stored)
+        return tensor if self.split is None else self.split.piece(tensor, self.index)
+
+
+def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[str, _Source]]:
+    """What the tensor `stored` fills: nothing, one name, or the several of a `Split`."""
+    if isinstance(target, Split):
+        return [
+            (name, _Source(checkpoint, stored, target, index))
+            for index, name in enumerate(target.names)
+        ]
+    return [] if target is None else [(target, _Source(checkpoint, stored))]
+
+
+def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
+    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is let go of."""
+    stored = sources[0].checkpoint.tensor(sources[0].stored)
+    tensor = sources[0].tensor()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
+        tensor = tensor.clone()
+    if tensor.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        for source in sources:
+            source.checkpoint.forget(source.stored)
+    return tensor
+
+
+# What can be wrong, and what it means to the reader of the report.
+PROBLEM_KINDS = {
+    "missing": "the model needs them, the file has none",
+    "unexpected": "the file has them, the model has no place for them",
+    "mapped twice": "two tensors of the file claim one place",
+    "mis-shaped": "shapes differ",
+    "wrong dtype": "floating-point, integer and boolean tensors do not stand in for each other",
+    "tied but stored with different values": "one parameter cannot be both",
+}
+
+
+def _check_fit(name: str, target: Tensor, source: _Source, problems: dict[str, list[str]]) -> None:
+    if source.shape != tuple(target.shape):
+        problems["mis-shaped"].append(
+            f"{_renamed(source.stored, name)}: file {source.shape}, model {tuple(target.shape)}"
+        )
+    both_floating = source.dtype.is_floating_point and target.dtype.is_floating_point
+    if source.dtype != target.dtype and not both_floating:
+        problems["wrong dtype"].append(
+            f"{_renamed(source.stored, name)}: file {source.dtype}, model {target.dtype}"
+        )
+
+
+def _equal(first: _Source, second: _Source) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    one, other = (source.tensor().reshape(-1).view(torch.uint8) for source in (first, second))
+    return torch.equal(one, other)
+
+
+def _raise_problems(
+    module: nn.Module, checkpoint: Checkpoint, problems: dict[str, list[str]]
+) -> None:
+    counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
+    if not counts:
+        return
+    report = [
+        f"{checkpoint.path}: the tensors do not fit {type(module).__name__} ({', '.join(counts)}); "
+        "check that the config belongs to these weights"
+    ]
+    for kind, lines in problems.items():
+        if lines:
+            report.append(f"  {kind} ({PROBLEM_KINDS[kind]}):")
+            report += [f"    {line}" for line in lines[:LINES_PER_KIND]]
+        if len(lines) > LINES_PER_KIND:
+            report.append(f"    … and {len(lines) - LINES_PER_KIND} more")
+    raise NanoVLMError("\n".join(report))
+
+
+def _renamed(stored: str, name: str) -> str:
+    return name if stored == name else f"{stored} → {name}"
+
+
+def _some(names: list[str]) -> str:
+    """A few tensor names for a one-line message."""
+    return ", ".join(names[:3]) + (f" … and {len(names) - 3} more" if len(names) > 3 else "")

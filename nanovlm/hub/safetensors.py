@@ -1,0 +1,306 @@
+"""The safetensors file format, read and written by hand.
+
+    8 bytes      N, the length of the header, unsigned, little-endian
+    N bytes      the header, a JSON object, padded with spaces:
+                 {"__metadata__": {"key": "value"},
+                  "name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, …}
+    the rest     the tensors' bytes, row-major, little-endian; offsets count from here
+
+The tensors lie side by side and fill the rest exactly, so every byte of the file is accounted for.
+Format description: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, KeysView, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.files import atomic_path
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader: a damaged length must not make us read gigabytes
+MAX_DIMENSIONS = 64  # what torch supports in most operations
+ALIGNMENT = 64  # a cache line: decoding from mapped weights that straddle two is about 15 % slower
+MAX_BYTES = 2**63 - 1  # torch counts elements and bytes in signed 64-bit integers
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of the header; `begin` and `end` are byte offsets counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor for `save_file` that is made when its turn to be written comes, and let go of after it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # of that shape, on any device; cast to `dtype`
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """A safetensors file, checked completely when opened, and mapped: its tensors cost nothing until they are read.
+
+    The mapping is private (copy-on-write): a tensor may be written to, and the file never changes. Replacing the file
+    by a rename, as `save_file` does, leaves the mapped one alive until its last tensor is gone. Truncating a mapped
+    file in place is the one thing that no mapping survives: the next read past its new end kills the process.
+
+    Raises NanoVLMError for anything the format does not allow.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < LENGTH_BYTES:
+                    raise self._error(f"has {size} bytes, too few for a safetensors file")
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
+            reason = getattr(error, "strerror", None) or error
+            raise NanoVLMError(f"{self.path}: cannot be read ({reason}); check the path") from None
+        header_bytes = int.from_bytes(self._mapping[:LENGTH_BYTES], "little")
+        self._data_start = LENGTH_BYTES + header_bytes
+        if header_bytes > MAX_HEADER_BYTES:
+            raise self._error(
+                f"claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}"
+            )
+        if self._data_start > len(self._mapping):
+            raise self._error(
+                f"claims a header of {header_bytes} bytes, but the file has only {len(self._mapping)}"
+            )
+
+        header = self._parse(self._mapping[LENGTH_BYTES : self._data_start])
+        self.metadata: dict[str, str] = self._check_metadata(header.pop("__metadata__", {}))
+        self._entries = {name: self._check_entry(name, value) for name, value in header.items()}
+        self._check_layout()
+
+    def keys(self) -> KeysView[str]:
+        """The tensors' names, in the order of the header."""
+        return self._entries.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU, as a view of the mapping: nothing is read or copied here.
+
+        Two calls give views of the same memory. Only where the file places a tensor at an offset that its dtype cannot
+        be addressed at (legal, but rare) is it a copy.
+        """
+        dtype, shape, begin, end = self._entry(name)
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        offset = self._data_start + begin
+        if offset % dtype.itemsize:
+            stored = torch.frombuffer(
+                self._mapping, dtype=torch.uint8, count=end - begin, offset=offset
+            )
+            return stored.clone().view(dtype).view(shape)
+        return torch.frombuffer(
+            self._mapping, dtype=dtype, count=math.prod(shape), offset=offset
+        ).view(shape)
+
+    def forget(self, name: str) -> None:
+        """Let go of the memory that reading `name` took, once it has been copied. Read again, it comes from the file;
+        what was written to a view of it is lost."""
+        _, _, begin, end = self._entry(name)
+        first = (
+            -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        )  # whole pages: neighbours share the rest
+        length = (self._data_start + end) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise NanoVLMError(f"{self.path}: holds no tensor {name!r}") from None
+
+    def _error(self, problem: str) -> NanoVLMError:
+        return NanoVLMError(
+            f"{self.path}: {problem}; it is damaged or not a safetensors file, fetch or write it again"
+        )
+
+    def _parse(self, header: bytes) -> dict:
+        if not header.startswith(b"{"):
+            raise self._error("the header is not a JSON object")
+        try:
+            return json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the header is not valid JSON ({error})") from None
+
+    def _check_metadata(self, metadata: object) -> dict[str, str]:
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise self._error("__metadata__ is not an object of strings")
+        return metadata
+
+    def _check_entry(self, name: str, value: object) -> TensorEntry:
+        if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._error(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+            raise NanoVLMError(
+                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(DTYPES)}"
+            )
+        if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+            raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
+        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise self._error(f"tensor {name!r} has the impossible data_offsets {_short(offsets)}")
+
+        dtype, (begin, end) = DTYPES[dtype_name], offsets
+        # Zeros aside, so that [0, 2**62, 2**62] is refused too: torch cannot express its strides.
+        if math.prod(size for size in shape if size) * dtype.itemsize > MAX_BYTES:
+            raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
+        if (needed := math.prod(shape) * dtype.itemsize) != end - begin:
+            raise self._error(f"tensor {name!r} of shape {shape} and dtype {dtype_name} needs {needed} bytes, "
+                              f"its data_offsets span {end - begin}")  # fmt: skip
+        return TensorEntry(dtype, tuple(shape), begin, end)
+
+    def _check_layout(self) -> None:
+        """Every tensor begins where the one before it ends, and the last one ends with the file."""
+        available = len(self._mapping) - self._data_start
+        position = 0
+        for name, entry in sorted(
+            self._entries.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
+            if entry.end > available:
+                raise self._error(
+                    f"tensor {name!r} ends at byte {entry.end}, but the data is cut off at {available}"
+                )
+            if entry.begin != position:
+                problem = (
+                    "overlaps the tensor before it"
+                    if entry.begin < position
+                    else "leaves a hole before it"
+                )
+                raise self._error(
+                    f"tensor {name!r} at data_offsets [{entry.begin}, {entry.end}] {problem}"
+                )
+            position = entry.end
+        if position != available:
+            raise self._error(
+                f"the tensors end at byte {position} of the data, which has {available}"
+            )
+
+
+def save_file(
+    tensors: Mapping[str, Tensor | Deferred],
+    path: str | Path,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one tensor at a time.
+
+    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on the CPU, or deferred.
+    Tensors that share memory are each written in full.
+
+    Raises NanoVLMError for what the format cannot hold and for a failing disk; an old file at `path` is then untouched.
+    """
+    path = Path(path)
+    if metadata and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise NanoVLMError(f"{path}: safetensors metadata must map strings to strings")
+    for name, tensor in tensors.items():
+        dense = isinstance(tensor, Deferred) or (
+            tensor.layout == torch.strided and not tensor.is_meta
+        )
+        if name == "__metadata__" or tensor.dtype not in DTYPE_NAMES or not dense:
+            where = (
+                "deferred" if isinstance(tensor, Deferred) else f"{tensor.layout}, {tensor.device}"
+            )
+            raise NanoVLMError(
+                f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {where}); it needs data, a dense "
+                "layout, a dtype of the format and another name than __metadata__"
+            )
+
+    # The format allows no gaps, so order decides alignment: first what fills whole units, then the widest elements.
+    def order(name: str) -> tuple[bool, int, str]:
+        tensor = tensors[name]
+        return tensor.nbytes % ALIGNMENT != 0, -tensor.dtype.itemsize, name
+
+    ordered = sorted(tensors, key=order)
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name in ordered:
+        tensor = tensors[name]
+        offsets = [position, position + tensor.nbytes]
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        position = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(LENGTH_BYTES + len(encoded)) % ALIGNMENT)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise NanoVLMError(
+            f"{path}: the header would have {len(encoded)} bytes, the limit is {MAX_HEADER_BYTES}"
+        )
+
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
+            file.write(encoded)
+            for name in ordered:
+                file.write(_bytes_of(tensors[name]))
+    except OSError as error:
+        reason = f"{path}: cannot be written ({error.strerror})"
+        raise NanoVLMError(f"{reason}; check the folder and the free space") from error
+
+
+def _bytes_of(tensor: Tensor | Deferred) -> memoryview:
+    if isinstance(tensor, Deferred):
+        tensor = tensor.make().to(tensor.dtype)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"key {key!r} appears twice")
+        value[key] = item
+    return value
+
+
+def _are_sizes(value: object) -> bool:
+    """Whether `value` is a list of non-negative 64-bit integers; JSON's true and 1.0 are not integers here."""
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size <= MAX_BYTES for size in value
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -1,0 +1,139 @@
+"""LoRA (Hu et al. 2021): small matrices that learn beside frozen ones, and can be merged into them.
+
+run/adapter/adapter.safetensors   the adapters, the projector, and whatever else learned
+run/adapter/adapter.json          rank, alpha, targets, and the model they belong to
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.model.language_model import LanguageModel
+from nanovlm.model.quantization import QuantizedLinear
+from nanovlm.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers have adapters, and of what shape. `targets` are names as `--lora-targets` takes them, `layers` the
+    top blocks that have any (0: all), `base_model` what they learned on."""
+
+    rank: int
+    alpha: float
+    targets: str
+    dropout: float = 0.0
+    layers: int = 0
+    base_model: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise NanoVLMError(f"the rank of a LoRA adapter is {self.rank}; it has to be 1 or more")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "LoRAConfig":
+        base = settings.init or f"{settings.vision_encoder} + {settings.language_model}"
+        return cls(
+            settings.lora_rank,
+            settings.lora_alpha or 2.0 * settings.lora_rank,
+            settings.lora_targets,
+            settings.lora_dropout,
+            settings.language_model_layers,
+            base,
+        )
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha/rank · B A dropout(x): `base` is frozen and plain or quantised, A (rank, in) and B (out, rank) learn.
+
+    B starts at zero, so that the first forward pass gives what `base` alone gives.
+    """
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, config: LoRAConfig) -> None:
+        super().__init__()
+        device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # ±1/√in, as nn.Linear's own
+        self.train(base.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        down, up = self.lora_A.to(inputs.dtype), self.lora_B.to(inputs.dtype)
+        narrow = F.linear(F.dropout(inputs, self.dropout, self.training), down)  # (…, rank)
+        return self.base(inputs) + F.linear(narrow * self.scale, up)
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Linear | QuantizedLinear | LoRALinear) -> Tensor:
+    """The one matrix that a layer multiplies by, (out, in) in fp32; of an adapter W + alpha/rank · B A."""
+    if isinstance(layer, LoRALinear):
+        return plain_weight(layer.base).addmm(
+            layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale
+        )
+    return (
+        layer.dequantize(torch.float32)
+        if isinstance(layer, QuantizedLinear)
+        else layer.weight.float()
+    )
+
+
+def add_adapters(decoder: LanguageModel, config: LoRAConfig) -> None:
+    """Wrap the layers that `config` names, among those of the decoder's blocks, in place."""
+    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
+        raise NanoVLMError(
+            "the model has LoRA adapters already; merge them before others are added"
+        )
+    names = [
+        f"blocks.{number}.{name}"
+        for number in range(len(decoder.blocks))[-config.layers :]  # [-0:] are all
+        for name, module in decoder.blocks[number].named_modules()
+        if type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    ]  # no router, which is more than its matrix
+    chosen: set[str] = set()
+    for target in filter(None, map(str.strip, config.targets.split(","))):
+        matching = {
+            name for name in names if fnmatchcase(name, target) or name.endswith(f".{target}")
+        }
+        if not matching:
+            known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
+            near = difflib.get_close_matches(target, known, n=1, cutoff=0.0)
+            raise NanoVLMError(
+                f"--lora-targets: no layer of the decoder is {target!r}; the nearest is {near[0]!r}"
+            )
+        chosen |= matching
+    if not chosen:
+        raise NanoVLMError("--lora-targets names no layer; name some, such as q_proj,v_proj")
+    for name in sorted(chosen):
+        _replace(decoder, name, LoRALinear(decoder.get_submodule(name), config))
+
+
+def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The A and B of every adapter inside `module`."""
+    adapters = [child for child in module.modules() if isinstance(child, LoRALinear)]
+    return [parameter for adapter in adapters for parameter in (adapter.lora_A, adapter.lora_B)]
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Put plain layers that compute the same in the place of all that have adapters, one by one, in their dtype."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+        adapter = model.get_submodule(name)
+        base = adapter.base
+        with torch.device("meta"):
+            merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+        dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+        merged.weight, merged.bias = nn.Parameter(plain_weight(adapter).to(dtype)), base.bias
+        _replace(model, name, merged.train(adapter.training))
+
+
+def _replace(module: nn.Module, name: str, child: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, child)

@@ -1,0 +1,1 @@
+"""What a run writes down as it goes: metrics, sample answers, trackers, skipped records, bad steps."""

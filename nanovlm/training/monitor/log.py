@@ -1,0 +1,132 @@
+"""What a run writes down as it goes: metrics.jsonl, and curves.png drawn from it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovlm.utils.device import peak_memory
+from nanovlm.utils.figures import plt, save_figure
+from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
+from nanovlm.utils.processes import is_main
+
+DRAW_EVERY = 30.0  # seconds between redrawings of the curves
+
+
+class RunLog:
+    """Appends to `metrics.jsonl` and redraws `curves.png`. A resumed run drops the lines after its checkpoint, which
+    it is going to write again."""
+
+    def __init__(self, run: Path, start_step: int, device: torch.device) -> None:
+        self.run, self.path, self.device = run, run / "metrics.jsonl", device
+        self.lines = keep_lines(self.path, start_step)
+        self._start = time.perf_counter() - max(
+            (line["seconds"] for line in self.lines), default=0.0
+        )
+        self._last = self.lines[-1] if self.lines else {}
+        self._since = self._drawn = time.perf_counter()  # from when the seconds of training count
+        self._stopped: float | None = None  # when the clock of training was stopped
+        self._waited = 0.0  # seconds for data, since then
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time spent inside towards `data_wait`, a share of all time."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Keeps the time spent inside out of the speeds: validating and saving are not training."""
+        self._stopped = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - self._stopped
+        self._stopped = None
+
+    @property
+    def trained_seconds(self) -> float:
+        """Seconds of training since the last line."""
+        return max((self._stopped or time.perf_counter()) - self._since, 1e-9)
+
+    def write(self, line: dict[str, Any]) -> dict[str, float]:
+        """Append one line and return the speed since the one before: samples, tokens and images a second.
+
+        Also written: the share of the batches' places that tokens filled, the share of the time spent waiting for data,
+        and the peak of memory so far in GB.
+        """
+        now, elapsed = time.perf_counter(), self.trained_seconds
+        gained = {
+            key: line[key] - self._last.get(key, 0)
+            for key in ("samples", "tokens", "images", "slots")
+        }
+        speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
+        self.lines.append(
+            {
+                **line,
+                **{f"{key}_per_second": round(value, 2) for key, value in speed.items()},
+                "fill": round(gained["tokens"] / max(gained["slots"], 1), 4),
+                "data_wait": round(self._waited / elapsed, 4),
+                "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
+                "seconds": round(now - self._start, 3),
+            }
+        )
+        self._last, self._since, self._waited = line, self._stopped or now, 0.0
+        append_lines(self.path, self.lines[-1:])
+        if now - self._drawn > DRAW_EVERY:
+            self.draw()
+        return speed
+
+    def draw(self) -> None:
+        """Loss with validation loss, learning rates, gradient norm and speed, against the step."""
+        self._drawn = time.perf_counter()
+        if not is_main():
+            return
+        figure, ((loss, rate), (norm, speed)) = plt.subplots(
+            2, 2, figsize=(11, 6.6), constrained_layout=True
+        )
+        loss.plot(*series(self.lines, "loss"), label="training")
+        loss.plot(*series(self.lines, "val_loss"), "o-", label="validation")
+        for name in sorted({key for line in self.lines for key in line if key.startswith("lr_")}):
+            rate.plot(*series(self.lines, name), label=name.removeprefix("lr_"))
+        norm.plot(*series(self.lines, "grad_norm"))
+        speed.plot(*series(self.lines, "tokens_per_second"))
+        speed.set_ylim(bottom=0)
+        what = "pair" if "margin" in self._last else "labelled token"
+        for axes, title in (
+            (loss, f"loss per {what}"),
+            (rate, "learning rate"),
+            (norm, "gradient norm before clipping"),
+            (speed, "tokens per second"),
+        ):
+            axes.set(title=title, xlabel="optimizer step")
+            axes.grid(alpha=0.3)
+        loss.legend()
+        if rate.lines:
+            rate.legend()
+        save_figure(figure, self.run / "curves.png")
+
+
+def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """The lines up to `start_step`, cutting the later ones off the file: a resumed run is going to write them again."""
+    lines = [
+        line for line in (read_jsonl(path) if path.exists() else []) if line["step"] <= start_step
+    ]
+    if path.exists() and is_main():
+        write_atomically(path, to_jsonl(lines))
+    return lines
+
+
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add lines to a .jsonl file; of several processes, rank 0 does it."""
+    if is_main():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_jsonl(lines))
+
+
+def series(lines: list[dict[str, Any]], key: str) -> tuple[list, list]:
+    """The steps at which `key` was logged, and its values."""
+    lines = [line for line in lines if key in line]
+    return [line["step"] for line in lines], [line[key] for line in lines]

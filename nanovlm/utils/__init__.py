@@ -1,0 +1,1 @@
+"""What every part needs: configs, console, devices, files, figures."""

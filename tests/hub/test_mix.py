@@ -1,0 +1,282 @@
+"""Any eyes, any voice, any projector: folders joined as `--vision-encoder DIR --language-model DIR --projector NAME` does, or one clear line."""
+
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.data.sequences import Row, collate
+from nanovlm.errors import NanoVLMError
+from nanovlm.generate import generate
+from nanovlm.hub.models import load_model, save_model
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import ChatConfig, Message
+from nanovlm.inputs.image import image_pixels
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training import building
+from nanovlm.training.building import build_model
+from nanovlm.training.settings import Settings, load_settings
+from tests.reference import hub_folders
+from tests.reference.models import byte_pair, qwen, tower
+
+VISION_ENCODERS, LANGUAGE_MODELS = (
+    tuple(hub_folders.VISION_ENCODERS),
+    tuple(hub_folders.LANGUAGE_MODELS),
+)
+VISUAL_TOKENS = {
+    "linear": 16,
+    "mlp": 16,
+    "pixel_shuffle": 4,
+    "bilinear": 9,
+    "resampler": 5,
+}  # of 4 × 4 vectors
+CHATS = {
+    "qwen1": ChatConfig(image_token="<|extra_0|>"),
+    "qwen2": ChatConfig(),
+    "qwen3": ChatConfig(empty_think=True),
+    "llama": ChatConfig(image_token="<image>"),
+    "vicuna": ChatConfig("vicuna", "<image>"),
+    "scratch": ChatConfig("vicuna", "<image>"),
+}
+# All pairs of eyes and voice; each of either meets every projector.
+MIXES = [
+    (eyes, voice, list(VISUAL_TOKENS)[(i + j) % len(VISUAL_TOKENS)])
+    for (i, eyes), (j, voice) in itertools.product(
+        enumerate(VISION_ENCODERS), enumerate(LANGUAGE_MODELS)
+    )
+]
+IMAGE = Image.effect_noise((60, 40), 80).convert(
+    "RGB"
+)  # which SmolVLM2's eyes see in 2 × 2 tiles and as a whole
+
+
+@dataclass
+class Hub:
+    """Folders of all kinds; the tests read them and write none."""
+
+    root: Path
+
+    def settings(self, eyes: str, voice: str, projector: str = "mlp", **changes) -> Settings:
+        shape = {"language_model_shape": str(self.root / "shape")} if voice == "scratch" else {}
+        return Settings(
+            **{
+                "vision_encoder": str(self.root / eyes),
+                "language_model": str(self.root / voice),
+                "projector": projector,
+                "grid": 3,
+                "num_queries": 5,
+                "vision_layer": -2 if eyes == "clip" else -1,
+                **shape,
+                **changes,
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Hub:
+    root = tmp_path_factory.mktemp("hub")
+    for name, write in (hub_folders.VISION_ENCODERS | hub_folders.LANGUAGE_MODELS).items():
+        write(root / name)
+    hub_folders.scratch_shape(root / "shape")
+    return Hub(root)
+
+
+def batch_of(model: VisionLanguageModel, answer: str | None = "一个圆。") -> Batch:
+    """A question about an image, and its answer or none."""
+    messages = [Message.parse("user", "<image>\n描述图片")] + (
+        [Message.parse("assistant", answer)] if answer else []
+    )
+    encoded = model.chat.encode(
+        messages, [model.image_tokens(*IMAGE.size)], add_generation_prompt=not answer
+    )
+    batch = collate([Row.of(encoded)], model.chat.image_token_id)
+    batch.pixels = image_pixels(IMAGE, model.config.image)
+    return batch
+
+
+@pytest.mark.parametrize(("eyes", "voice", "projector"), MIXES)
+def test_any_mix_trains_speaks_and_is_saved(
+    hub: Hub, eyes: str, voice: str, projector: str, tmp_path: Path
+):
+    torch.manual_seed(0)
+    model = build_model(hub.settings(eyes, voice, projector)).eval()
+    assert model.image_length == VISUAL_TOKENS[projector] and model.config.chat == CHATS[voice]
+    batch = batch_of(model)
+    pictures = 5 if eyes == "smolvlm" else 1
+    assert (
+        len(batch.pixels) == pictures
+        and len(batch.image_positions) == pictures * VISUAL_TOKENS[projector]
+    )
+
+    loss = model(batch)
+    loss.backward()
+    assert loss.isfinite() and all(
+        parameter.grad.any() for parameter in model.projector.parameters()
+    )
+
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config and torch.equal(again(batch), loss)
+    prompt = batch_of(model, answer=None)
+    assert generate(again, prompt, max_new_tokens=3) == generate(model, prompt, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("eyes", VISION_ENCODERS)
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_eyes_of_any_kind_see_tiles_or_the_whole(hub: Hub, eyes: str, tiles: int):
+    model = build_model(hub.settings(eyes, "qwen2", "pixel_shuffle", tiles=tiles))
+    batch = batch_of(model)  # 3 × 2 tiles and the whole
+    assert len(batch.pixels) == (1 if tiles == 1 else 7) and len(batch.image_positions) == 4 * len(
+        batch.pixels
+    )
+    assert model(batch).isfinite()
+
+
+def test_a_decoder_from_scratch_by_its_published_name_with_words_alone(hub: Hub, monkeypatch):
+    """`--language-model-shape svlm --language-model DIR`, of which DIR holds a tokenizer.model."""
+    shape = dataclasses.replace(
+        building.LANGUAGE_MODELS["svlm"],
+        config=json.loads((hub.root / "shape" / "config.json").read_text()),
+    )
+    monkeypatch.setattr(building, "LANGUAGE_MODELS", {"svlm": shape})
+    assert [path.name for path in (hub.root / "scratch").iterdir()] == ["tokenizer.model"]
+    model = build_model(hub.settings("dinov2", "scratch", language_model_shape="svlm"))
+    assert (
+        model.config.language_model.vocab_size == 421
+        and model.config.language_model.num_experts == 4
+    )  # its placeholder is a new word
+    assert model(batch_of(model)).isfinite()
+
+
+def refusal(settings: Settings) -> str:
+    with pytest.raises(NanoVLMError) as caught:
+        build_model(settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"projector": "pixel_shuffle", "scale": 3},
+            "a grid of 4×4 patches is not made of 3×3 squares; change the image size or",
+        ),
+        (
+            {"projector": "bilinear", "grid": 5},
+            "16 patches cannot be averaged down to 5×5; use a smaller grid",
+        ),
+        (
+            {"projector": "mpl"},
+            "projector 'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear, resampler",
+        ),
+        (
+            {"image_size": 280},
+            r"an image takes up to 1600 visual tokens, which leave no room .* 1024 positions; take a projector",
+        ),
+        (
+            {"image_size": 30},
+            "an image of 30×30 pixels is not made of 7-pixel patches; resize it to multiples of 7",
+        ),
+        (
+            {"vision_layer": -5},
+            "layer -5 of a vision transformer with 3 blocks; take one from -4 to 3",
+        ),
+        ({"projector_activation": "relu"}, "activation 'relu' is not known; take one of gelu"),
+        (
+            {"vision_encoder": "siglip-so400m-384"},
+            "--vision-encoder DIR, the folder of google/siglip-so400m-patch14-384; or add --tiny",
+        ),
+        (
+            {"vision_encoder": "nowhere"},
+            "--vision-encoder nowhere: is no folder with a config.json; give one, or one of dinov2-small",
+        ),
+        (
+            {"language_model": "nowhere"},
+            "--language-model nowhere: is no folder with a config.json; give one, or one of",
+        ),
+        (
+            {"language_model_shape": "nothing"},
+            "--language-model-shape nothing: is no folder with a config.json; give one, or one of",
+        ),
+        (
+            {"language_model": "", "language_model_shape": "svlm"},
+            "--language-model DIR, a folder with a tokenizer, such as LLaMA's tokenizer.model",
+        ),
+        (
+            {"language_model": "qwen2.5-0.5b"},
+            "--language-model DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct",
+        ),
+        (
+            {"language_model": "{hub}/siglip"},
+            "siglip: config.json: model_type is 'siglip_vision_model'; implemented are qwen, qwen2",
+        ),
+        (
+            {"vision_encoder": "{hub}/qwen2"},
+            "qwen2: config.json: model_type is 'qwen2'; implemented are dinov2",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_one_line(hub: Hub, changes: dict, message: str):
+    changes = {
+        name: value.format(hub=hub.root) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(NanoVLMError, match=message) as caught:
+        build_model(hub.settings("siglip", "qwen2", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path):
+    tower(tmp_path, "siglip_vision_model", hidden_size=36)
+    assert refusal(
+        hub.settings("siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28)
+    ) == (
+        "patch vectors of 36 numbers are not made of the resampler's 8 heads; take another projector, or another num_heads"
+    )
+
+
+@pytest.mark.parametrize(
+    ("special", "rows", "remove", "message"),
+    [
+        (
+            ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+            300,
+            "",
+            "the tokenizer knows 326 tokens and the decoder 300; they do",
+        ),
+        (
+            ("<|endoftext|>",),
+            330,
+            "",
+            "no chat template fits its tokenizer: it lacks special tokens of each",
+        ),
+        (
+            ("<|im_start|>", "<|im_end|>"),
+            330,
+            "tokenizer.json",
+            "holds no tokenizer; expected tokenizer.json",
+        ),
+    ],
+)
+def test_a_voice_without_the_words_for_it(
+    hub: Hub, tmp_path: Path, special: tuple, rows: int, remove: str, message: str
+):
+    byte_pair(tmp_path, special=special)
+    qwen(tmp_path, vocab_size=rows)
+    if remove:
+        (tmp_path / remove).unlink()
+    assert message in refusal(hub.settings("siglip", "qwen2", language_model=str(tmp_path)))
+
+
+def test_a_preset_without_folders_says_what_to_fetch():
+    assert refusal(load_settings("stage1", ["--preset", "mary"])) == (
+        "only shapes are named here, without weights; fetch and give --vision-encoder DIR, the folder of "
+        "google/siglip-so400m-patch14-384, and --language-model DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a "
+        "preset, which needs none"
+    )

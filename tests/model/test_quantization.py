@@ -1,0 +1,228 @@
+"""The formats equal a slow reading of their definition, their errors are known, and only the input gets a gradient."""
+
+import copy
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
+from nanovlm.model.quantization import (
+    KINDS,
+    Int8Linear,
+    NF4Linear,
+    hide_from_compiler,
+    nf4_levels,
+    quantize_,
+)
+from nanovlm.training.precision import Precision
+
+# Appendix E of Dettmers et al. 2023
+PUBLISHED = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
+SHAPES = [
+    (5, 7),
+    (64, 64),
+    (33, 100),
+    (130, 200),
+]  # less than a block, whole blocks, a part of one, more than 256 of them
+
+
+def linear(
+    out_features: int, in_features: int, bias: bool = False, dtype=torch.float32
+) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer.to(dtype)
+
+
+def single(value: float) -> float:
+    """Rounded to fp32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def reference_nf4(weight: torch.Tensor) -> list[float]:
+    """NF4 with double quantisation as the paper tells it: one block, and in it one weight, after the other."""
+    flat = weight.flatten().tolist()
+    blocks = [flat[start : start + 64] for start in range(0, len(flat), 64)]
+    largest = [max(map(abs, block)) for block in blocks]
+    mean = sum(largest) / len(largest)
+    scales = []
+    for start in range(0, len(largest), 256):
+        spread = [value - mean for value in largest[start : start + 256]]
+        step = max(map(abs, spread)) / 127
+        scales += [mean + (round(value / step) * step if step else 0.0) for value in spread]
+    return [
+        min(PUBLISHED, key=lambda level: abs(level - value / (top or 1.0))) * scale
+        for block, top, scale in zip(blocks, largest, scales)
+        for value in block
+    ]
+
+
+def reference_int8(weight: torch.Tensor) -> list[float]:
+    values = []
+    for row in weight.tolist():
+        step = single(max(map(abs, row)) / 127) or 1.0
+        values += [round(single(value / step)) * step for value in row]
+    return values
+
+
+def relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
+    return (
+        (layer.dequantize(torch.float32) - weight.float()).norm() / weight.float().norm()
+    ).item()
+
+
+def test_the_levels_are_the_published_ones_and_zero_is_exact():
+    levels = nf4_levels()
+    torch.testing.assert_close(levels, torch.tensor(PUBLISHED), atol=3e-7, rtol=0)
+    assert levels[7] == 0 and levels[0] == -1 and levels[15] == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "reference"), [("nf4", reference_nf4), ("int8", reference_int8)])
+def test_a_format_equals_its_definition_written_out(kind, reference, shape):
+    layer = linear(*shape)
+    with torch.no_grad():
+        layer.weight[1, :] *= 10  # rows of different sizes
+        layer.weight[2:] += 0.001
+        layer.weight[:, 3] = 0.0
+    expected = torch.tensor(reference(layer.weight.detach())).view(shape)
+    torch.testing.assert_close(
+        KINDS[kind](layer).dequantize(torch.float32), expected, atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_all_zero_stays_zero(kind):
+    layer = linear(4, 96)
+    nn.init.zeros_(layer.weight)
+    assert not KINDS[kind](layer).dequantize(torch.float32).any()
+    layer.weight.data[0, :64] = 1.0  # the other blocks' scales are no longer stored exactly
+    assert not KINDS[kind](layer).dequantize(torch.float32)[1:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((896, 896), torch.bfloat16), ((128, 896), torch.float32), ((200, 4864), torch.bfloat16)],
+)
+def test_bits_and_errors_on_shapes_of_a_real_decoder(shape, dtype):
+    layer = linear(*shape, dtype=dtype)
+    nf4, int8 = NF4Linear(layer), Int8Linear(layer)
+    for quantized, bits, error, within in ((nf4, 4.2, 0.092, 0.001), (int8, 8.1, 0.0075, 0.0015)):
+        assert (
+            8 * sum(buffer.nbytes for buffer in quantized.buffers()) / layer.weight.numel() <= bits
+        )
+        assert relative_error(quantized, layer.weight) == pytest.approx(error, abs=within)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_and_the_gradient_of_the_input_are_those_of_a_linear(kind, shape, bias):
+    plain = linear(*shape, bias=bias)
+    layer = KINDS[kind](plain)
+    plain.weight.data = layer.dequantize(torch.float32)
+    inputs, outputs, gradients = torch.randn(2, 3, shape[1]), [], []
+    for module in (plain, layer):
+        leaf = inputs.clone().requires_grad_()
+        outputs.append(module(leaf))
+        outputs[-1].square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    assert (
+        all(parameter.grad is None for parameter in layer.parameters())
+        and layer(inputs).requires_grad is False
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_product_is_taken_in_the_dtype_of_autocast(kind):
+    layer = KINDS[kind](linear(33, 100))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(torch.randn(2, 100, requires_grad=True))
+    assert output.dtype == torch.bfloat16
+    assert layer.dequantize(torch.bfloat16).equal(
+        layer.dequantize(torch.float32).bfloat16()
+    )  # rounded once
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_matrix_is_kept_for_the_backward_pass(compiled):
+    module, kept = nn.Sequential(nn.SiLU(), NF4Linear(linear(33, 100))), []
+    if compiled:
+        hide_from_compiler(module)
+        module = torch.compile(module, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda held: kept.append(tuple(held.shape)) or held, lambda held: held
+    ):
+        module(torch.randn(2, 100, requires_grad=True)).sum().backward()
+    assert set(kept) == {(2, 100)}
+
+
+def test_the_decoded_parts_join_where_a_matrix_takes_several(monkeypatch):
+    layers = [KINDS[kind](linear(130, 200)) for kind in KINDS]
+    whole = [layer.dequantize(torch.float32) for layer in layers]
+    monkeypatch.setattr("nanovlm.model.quantization.AT_ONCE", 1000)
+    assert all(
+        torch.equal(layer.dequantize(torch.float32), expected)
+        for layer, expected in zip(layers, whole)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cast_of_the_model_leaves_the_scales_alone(kind):
+    layer = KINDS[kind](linear(33, 100, bias=True))
+    before = layer.dequantize(torch.float32)
+    assert torch.equal(copy.deepcopy(layer).to(torch.bfloat16).dequantize(torch.float32), before)
+    Precision(torch.bfloat16, torch.device("cpu")).place(layer)
+    assert (
+        torch.equal(layer.dequantize(torch.float32), before) and layer.bias.dtype == torch.bfloat16
+    )
+
+
+def test_every_matrix_of_the_blocks_is_replaced_and_the_tables_stay():
+    config = LanguageModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=False,
+    )
+    decoder, device = LanguageModel(config), torch.device("cpu")
+    quantize_(decoder.blocks, "nf4", device)
+    left = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    assert (
+        left == ["lm_head"]
+        and sum(isinstance(module, NF4Linear) for module in decoder.modules()) == 14
+    )
+    assert not any("codes" in name for name in decoder.state_dict())
+    decoder(torch.arange(10)[None])
+
+
+def test_precision_moves_the_codes():
+    layer = NF4Linear(linear(33, 100))
+    Precision(torch.float32, torch.device("meta")).place(layer)
+    assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}

@@ -1,0 +1,182 @@
+"""The resampler and Qwen-VL's whole tower against outputs of the published implementation, kept in tests/fixtures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.families import VISION_FAMILIES
+from nanovlm.hub.loading import load_into, open_checkpoint
+from nanovlm.hub.models import load_vision_encoder
+from nanovlm.hub.safetensors import SafetensorsFile, save_file
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.model.layers import resize_positions, sine_cosine_positions
+from nanovlm.model.resampler import Resampler
+from nanovlm.model.vision_encoder import VisionEncoder
+from tests.reference.models import randomise
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "qwen_vl_vision.safetensors"
+CONFIG = {
+    "model_type": "qwen_vl_vision",
+    **json.loads(FIXTURE.with_suffix(".json").read_text())["visual"],
+}
+
+
+@pytest.fixture(scope="module")
+def fixture() -> dict[str, Tensor]:
+    file = SafetensorsFile(FIXTURE)
+    return {name: file.tensor(name) for name in file.keys()}
+
+
+@pytest.fixture(scope="module")
+def folder(fixture, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen_vl")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file(
+        {name: tensor for name, tensor in fixture.items() if not name.startswith("fixture.")},
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision(folder) -> VisionEncoder:
+    return load_vision_encoder(folder)
+
+
+@torch.inference_mode()
+def test_qwen_vl_equals_the_published_implementation(vision, fixture):
+    for size, pixels in ((56, fixture["fixture.pixels"]), (112, fixture["fixture.pixels_112"])):
+        pooled = fixture["fixture.pooled" if size == 56 else "fixture.pooled_112"]
+        for ours in (vision(pixels), vision.patches(pixels)):
+            torch.testing.assert_close(
+                ours, pooled, atol=2e-5, rtol=0
+            )  # of numbers with a standard deviation of 1.3
+    torch.testing.assert_close(
+        vision.patches(fixture["fixture.pixels"], layer=3),
+        fixture["fixture.hidden"],
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+@torch.inference_mode()
+def test_bfloat16_is_close_to_fp32(folder, fixture):
+    half = load_vision_encoder(folder, dtype=torch.bfloat16)
+    pooled = half(fixture["fixture.pixels_112"].bfloat16())
+    error = (pooled - fixture["fixture.pooled_112"]).abs()
+    spread = fixture["fixture.pooled_112"].std()
+    assert pooled.dtype == torch.bfloat16
+    assert error.mean() < 0.02 * spread and error.max() < 0.15 * spread
+
+
+@torch.inference_mode()
+def test_how_many_vectors_an_image_gives_and_how_wide_they_are(vision):
+    config = vision.config
+    for size in ((56, 56), (112, 112), (28, 84)):
+        pixels = torch.randn(1, 3, *size)
+        for layer in (-1, -2, 0, 3):
+            features = vision.patches(pixels, layer)
+            assert features.shape[1:] == (
+                config.num_features(*size, layer),
+                config.feature_size(layer),
+            )
+    assert (config.num_features(112, 112), config.feature_size()) == (16, 256)
+    assert (config.num_features(112, 112, -2), config.feature_size(-2)) == (64, 104)
+
+
+def test_the_release_has_256_positions_and_256_queries():
+    config = parse_vision_encoder_config(
+        {
+            "model_type": "qwen_vl_vision",
+            "heads": 16,
+            "image_size": 448,
+            "image_start_id": 151857,
+            "layers": 48,
+            "mlp_ratio": 4.9231,
+            "output_dim": 4096,
+            "patch_size": 14,
+            "width": 1664,
+        }
+    )
+    assert (config.image_size, config.intermediate_size, config.num_features(448, 448)) == (
+        224,
+        8192,
+        256,
+    )
+    with torch.device("meta"):
+        model = VisionEncoder(config)
+    assert model.position_embedding.shape == (1, 256, 1664)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
+        1.94e9, rel=0.01
+    )
+
+
+def test_the_positions_are_those_of_the_checkpoint(fixture):
+    published = fixture["transformer.visual.attn_pool.pos_embed"]
+    torch.testing.assert_close(sine_cosine_positions(4, 256)[0], published, atol=1e-6, rtol=0)
+
+
+def test_positions_go_to_keys_and_queries_and_not_to_values():
+    """With keys that say nothing but their place and values all alike, what comes out does not depend on the place."""
+    resampler = Resampler(hidden_size=16, num_queries=4, output_size=32, eps=1e-6)
+    randomise(resampler, seed=0)
+    patches = torch.randn(1, 1, 16).expand(1, 9, 16)
+    first, *others = resampler(patches, 3, 3)[0]
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-5, rtol=0)
+
+
+def test_a_table_for_fewer_places_keeps_their_order():
+    table = torch.arange(16.0).view(1, 16, 1)
+    assert resize_positions(table, 4, 4, 4) is table
+    assert resize_positions(table, 4, 2, 2, "nearest").flatten().tolist() == [0, 2, 8, 10]
+    assert resize_positions(table, 4, 8, 2, "nearest").flatten().tolist()[:4] == [0, 2, 0, 2]
+    for mode in ("bicubic", "bicubic_antialias"):
+        resized = resize_positions(table, 4, 6, 3, mode)
+        assert resized.shape == (1, 18, 1) and resized.diff(dim=1).view(-1)[:2].gt(0).all()
+
+
+def test_every_tensor_of_the_checkpoint_has_its_place(fixture, folder, tmp_path):
+    tensors = {
+        name.removeprefix("transformer.visual."): tensor
+        for name, tensor in fixture.items()
+        if not name.startswith("fixture.")
+    }
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors, bare)
+    config = parse_vision_encoder_config(CONFIG)
+    load_into(
+        VisionEncoder(config),
+        open_checkpoint(bare),
+        VISION_FAMILIES["qwen_vl_vision"].names(config),
+    )
+    for name in tensors:
+        if (
+            name == "attn_pool.pos_embed" or "resblocks.1" in name or "resblocks.2" in name
+        ):  # computed; as in the first block
+            continue
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(rest, tmp_path / "less.safetensors")
+        with pytest.raises(NanoVLMError, match="missing"):
+            load_into(
+                VisionEncoder(config),
+                open_checkpoint(tmp_path / "less.safetensors"),
+                VISION_FAMILIES["qwen_vl_vision"].names(config),
+            )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_queries": 15}, "num_queries is 15; it has to be a square number"),
+        ({"output_dim": 254}, "its width is a multiple of 4"),
+        ({"n_querys": 16}, "unknown key 'n_querys'; did you mean 'n_queries'?"),
+    ],
+)
+def test_what_no_resampler_has_is_refused(change, message):
+    with pytest.raises(NanoVLMError, match=message):
+        parse_vision_encoder_config(CONFIG | change)

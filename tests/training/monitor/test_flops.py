@@ -1,0 +1,246 @@
+"""The arithmetic of a step against PyTorch's own count of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovlm.hub.shapes import toy_config
+from nanovlm.inputs.chat import ChatConfig
+from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.memory.measure import random_model
+from nanovlm.memory.shapes import Work, work_of
+from nanovlm.model.language_model import LanguageModelConfig
+from nanovlm.model.projector import ProjectorConfig
+from nanovlm.model.vision_encoder import VisionEncoderConfig
+from nanovlm.model.vlm import VLMConfig
+from nanovlm.training.building import planned_config
+from nanovlm.training.monitor import flops
+from nanovlm.training.precision import Precision
+from nanovlm.training.settings import Settings, load_settings
+
+CPU = torch.device("cpu")
+CONFIG = VLMConfig(
+    VisionEncoderConfig(48, 96, 2, 2, patch_size=8, image_size=32),
+    LanguageModelConfig(300, 64, 128, 3, 4, 2, 16),
+    ProjectorConfig("mlp"),
+    ImageConfig(32, 32),
+    ChatConfig(),
+)
+SCRATCH = VLMConfig(
+    CONFIG.vision_encoder,
+    LanguageModelConfig(
+        300,
+        64,
+        128,
+        3,
+        4,
+        4,
+        16,
+        tie_word_embeddings=False,
+        norm="layer",
+        positions="learned",
+        mlp="gelu",
+        embedding_size=96,
+        reducer_size=48,
+        num_experts=4,
+        num_shared_experts=1,
+        balance_loss=0.01,
+    ),
+    ProjectorConfig("resampler", num_queries=16, num_heads=4),
+    ImageConfig(32, 32),
+    ChatConfig(),
+    bidirectional_images=True,
+)
+WORK = Work(rows=2, length=40, images=2, targets=20)
+VISION_ENCODERS = {  # as SigLIP's, CLIP's and Qwen-VL's
+    "no class token": dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
+    "no final norm": dict(
+        layer_scale=False,
+        patch_bias=False,
+        embedding_norm=True,
+        final_norm=False,
+        hidden_act="quick_gelu",
+    ),
+    "resampler": dict(
+        class_token=False,
+        layer_scale=False,
+        patch_bias=False,
+        embedding_norm=True,
+        final_norm=False,
+        num_queries=4,
+        output_size=64,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "projector"},
+        {"train": "projector,language_model"},
+        {"train": "language_model", "language_model_layers": 2},
+        {"train": "vision_encoder"},
+        {"train": "projector,language_model,vision_encoder"},
+        {"train": "language_model", "lora_rank": 4},
+        {"train": "projector,language_model", "lora_rank": 4, "lora_targets": "q_proj,gate_proj"},
+        {"train": "projector,language_model", "lora_rank": 4, "quantize": "nf4"},
+    ],
+    ids=str,
+)
+def test_the_count_is_pytorchs(changes: dict):
+    """In bf16, where attention is written out and every product of it is seen."""
+    settings, precision = Settings(**changes), Precision(torch.bfloat16, CPU)
+    model = random_model(CONFIG, settings, precision)
+    batch = WORK.batch(CONFIG, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(
+        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
+    )
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "projector"},
+        {"train": "vision_encoder"},
+        {"train": "vision_encoder", "vision_encoder_layers": 1},
+        {"train": "projector,language_model,vision_encoder"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("eyes", VISION_ENCODERS.values(), ids=VISION_ENCODERS)
+def test_the_count_is_pytorchs_with_every_kind_of_eyes(eyes: dict, changes: dict):
+    config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, **eyes))
+    model = random_model(config, Settings(**changes), precision := Precision(torch.bfloat16, CPU))
+    batch = WORK.batch(config, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(
+        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
+    )
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "projector"},
+        {"train": "projector,language_model"},
+        {"train": "language_model", "language_model_layers": 2, "language_model_embedding": True},
+        {"train": "vision_encoder"},
+        {"train": "projector,language_model", "lora_rank": 4},
+        {"train": "projector,language_model", "lora_rank": 4, "quantize": "nf4"},
+    ],
+    ids=str,
+)
+def test_of_experts_reducer_and_resampler_too(changes: dict):
+    precision = Precision(torch.bfloat16, CPU)
+    model = random_model(SCRATCH, Settings(**changes), precision).eval()
+    batch = WORK.batch(SCRATCH, model.image_length)
+    with FlopCounterMode(display=False) as counter, precision.autocast():
+        model(batch).backward()
+    counted = flops.step_flops(
+        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
+    )
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("preset", "stages"),
+    [
+        ("svlm", ("stage1", "stage2")),
+        ("smolvlm-qwen3", ("stage1", "stage2", "stage3")),
+        ("mary", ("stage1", "stage2")),
+        ("basic-vlm", ("stage1", "stage2")),
+        ("zero-qwen-vl", ("stage1", "stage2")),
+    ],
+)
+def test_of_every_presets_stages(preset: str, stages: tuple[str, ...]):
+    """At toy widths: also of images in tiles, of merged and averaged patches, and of eyes with a resampler."""
+    config = toy_config(
+        planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=300
+    )
+    for stage in stages:
+        settings = load_settings(
+            "stage2",
+            ["--preset", preset, "--stage", stage, "--no-checkpointing", "--batch-size", "2"],
+        )
+        settings = replace(
+            settings,
+            language_model_layers=min(settings.language_model_layers, 2),
+            lora_rank=min(settings.lora_rank, 8),
+        )
+        model, work = (
+            random_model(config, settings, precision := Precision(torch.bfloat16, CPU)),
+            work_of(config, settings),
+        )
+        batch = work.batch(config, model.image_length)
+        with FlopCounterMode(display=False) as counter, precision.autocast():
+            model(batch).backward()
+        counted = flops.step_flops(
+            model, rows=work.rows, length=work.length, targets=work.targets, images=work.images
+        )
+        assert counted == pytest.approx(counter.get_total_flops(), rel=0.02), stage
+
+
+def test_without_images_or_with_kept_features_the_eyes_do_nothing():
+    model = random_model(
+        CONFIG, Settings(train="projector,language_model"), Precision(torch.bfloat16, CPU)
+    )
+    shape = dict(rows=WORK.rows, length=WORK.length, targets=WORK.targets)
+    kept = flops.step_flops(model, **shape, images=2, looked=False)
+    projector = (
+        3 * 2 * 2 * model.image_length * (48 * 64 + 64 * 64) - 2 * 2 * model.image_length * 48 * 64
+    )
+    assert kept - flops.step_flops(model, **shape, images=0) == projector
+    eyes, flows = flops._vision_flops(model, 2)
+    assert flops.step_flops(model, **shape, images=2) - kept == eyes > 0 and not flows
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5e12),
+        ("NVIDIA A10", torch.float16, 125e12),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+        ("Tesla T4", torch.float16, 65e12),
+        ("Tesla T4", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4070 Ti", torch.float16, None),
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", torch.float16, None),
+        ("NVIDIA A10G", torch.float16, None),
+    ],
+)
+def test_the_peak_is_that_very_cards(
+    name: str, dtype: torch.dtype, expected: float | None, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak_flops(torch.device("cuda"), dtype) == expected
+
+
+def test_utilisation_is_of_the_batches_since_the_last_reading(monkeypatch):
+    model = random_model(
+        CONFIG, Settings(train="projector,language_model"), Precision(torch.bfloat16, CPU)
+    )
+    monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e9)
+    utilisation, batch = (
+        flops.Utilisation(model, CPU, torch.bfloat16),
+        WORK.batch(CONFIG, model.image_length),
+    )
+    one = flops.step_flops(
+        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
+    )
+    for _ in range(2):
+        utilisation.add([batch, None, batch])
+        assert utilisation.read(seconds=0.5) == {"mfu": round(2 * one / 0.5 / 1e9, 4)}
+    assert utilisation.read(seconds=0.5) == {"mfu": 0}
+
+
+def test_of_a_cpu_no_peak_is_known():
+    assert flops.peak_flops(CPU, torch.float32) is None

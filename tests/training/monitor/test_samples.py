@@ -1,0 +1,186 @@
+"""The watched questions: the same each time, never twice in the file, and no trace of them in what is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.data.records import read_records
+from nanovlm.errors import NanoVLMError
+from nanovlm.hub.models import load_model
+from nanovlm.training.monitor import samples
+from nanovlm.training.monitor.samples import Samples, draw_strip, last_answers, wrap
+from nanovlm.training.precision import Precision
+
+PRECISIONS = {
+    name: Precision(dtype, torch.device("cpu"))
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+}
+
+
+@pytest.fixture(scope="module")
+def records(tiny):
+    return read_records(tiny.data / "val.jsonl")[0]
+
+
+@pytest.fixture
+def model(tiny):
+    return load_model(tiny.model).train()
+
+
+def answered(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def colours(path: Path) -> set[tuple[int, int, int]]:
+    with Image.open(path) as picture:
+        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_questions_are_answered_each_time_and_the_model_is_as_before(
+    tmp_path, records, model, precision
+):
+    watched = Samples(tmp_path, records, 0)
+    before, random_state = (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    for step in (5, 10):
+        watched.answer(model, step, PRECISIONS[precision])
+    assert torch.equal(torch.get_rng_state(), random_state) and all(
+        module.training for module in model.modules()
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    lines = answered(tmp_path)
+    assert [line["step"] for line in lines] == [5] * 6 + [10] * 6
+    assert [line | {"step": 0} for line in lines[:6]] == [line | {"step": 0} for line in lines[6:]]
+    assert len({line["where"] for line in lines}) == 6 and all(
+        line["prompt"] and line["reference"] for line in lines
+    )
+    model.projector(
+        torch.randn(1, 4, 16)
+    ).sum().backward()  # nothing was left behind that cannot learn
+
+
+def test_answering_leaves_the_training_bits_alone(tiny, tmp_path):
+    weights = []
+    for val_every in (0, 1):
+        run = tiny.train(
+            tmp_path / f"{val_every}",
+            val_every=val_every,
+            train="projector,language_model",
+            dtype="bfloat16",
+        )
+        weights.append((run / "checkpoints" / "step_4" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert [line["step"] for line in answered(run)] == [
+        step for step in (1, 2, 3, 4) for _ in range(4)
+    ]
+
+
+def test_a_resumed_run_answers_again_what_came_after_its_checkpoint(tmp_path, records, model):
+    watched = Samples(tmp_path, records, 0)
+    for step in (5, 10):
+        watched.answer(model, step, PRECISIONS["float32"])
+    whole = (tmp_path / "samples.jsonl").read_text()
+    (tmp_path / "samples.jsonl").write_text(
+        whole + '{"step": 15, "whe'
+    )  # the machine lost its power here
+    resumed = Samples(tmp_path, records, 5)
+    assert [line["step"] for line in answered(tmp_path)] == [5] * 6
+    resumed.answer(model, 10, PRECISIONS["float32"])
+    assert (tmp_path / "samples.jsonl").read_text() == whole
+
+
+def test_the_last_answers_are_told_without_their_step(tiny, tmp_path, capsys):
+    run = tiny.train(tmp_path / "run", val_every=2)
+    told = [
+        json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")
+    ]
+    assert told == [json.loads(line) for line in last_answers(run).splitlines()]
+    assert [list(line) for line in told] == [["where", "prompt", "answer", "reference"]] * 4
+    assert told == [
+        {key: value for key, value in line.items() if key != "step"} for line in answered(run)[-4:]
+    ]
+
+
+def test_an_image_that_is_gone_does_not_stop_the_training(
+    tmp_path, records, model, monkeypatch, capsys
+):
+    def gone(path):
+        raise NanoVLMError(f"{path}: is gone")
+
+    watched = Samples(tmp_path, records, 0)
+    monkeypatch.setattr("nanovlm.evaluation.answers.open_image", gone)
+    watched.answer(model, 5, PRECISIONS["float32"])
+    assert "step 5: the watched questions are not answered: " in capsys.readouterr().err
+    assert model.training and not (tmp_path / "samples.jsonl").exists()
+
+
+def test_the_strip_shows_the_first_and_the_last_validations_and_what_is_right(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(samples, "wrap", lambda text, *_: drawn.append(text) or text)
+    lines = [
+        {
+            "step": step,
+            "prompt": "Colour?",
+            "answer": "Red." if step > 60 else f"no {step}",
+            "reference": "red",
+        }
+        for step in range(10, 90, 10)
+    ]
+    draw_strip(tmp_path / "samples.png", [(Image.new("RGB", (20, 30), "blue"), lines)])
+    headers = [text for text in drawn if text.startswith("after step")]
+    assert headers == [f"after step {step}" for step in (10, 40, 50, 60, 70, 80)]
+    assert [text for text in drawn if text[:2] in ("no", "Re")] == [
+        "no 10",
+        "no 40",
+        "no 50",
+        "no 60",
+        "Red.",
+        "Red.",
+    ]
+    assert {(0, 0, 255), (0x1A, 0x7F, 0x37)} <= colours(tmp_path / "samples.png")
+
+
+def test_the_strip_can_draw_any_characters_and_a_question_without_an_answer(tmp_path):
+    rows = [
+        (
+            Image.new("RGB", (200, 30), "red"),
+            [
+                {
+                    "step": step,
+                    "prompt": "这是什么？" * 30,
+                    "answer": answer,
+                    "reference": "$红$ \\frac{",
+                }
+            ],
+        )
+        for step, answer in ((1, "a $b$ \\frac{ _ 😀 $"), (2, ""), (2, "word " * 64))
+    ]
+    draw_strip(tmp_path / "samples.png", rows)
+    assert (255, 0, 0) in colours(tmp_path / "samples.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("a big red circle", 9, "a big red\ncircle"),
+        ("红色圆形", 5, "红色\n圆形"),
+        ("incomprehensible", 8, "incompre\nhensible"),
+        ("a  b\nc", 20, "a b c"),
+        ("", 5, ""),
+    ],
+)
+def test_text_is_broken_between_words_and_after_any_chinese_character(text, width, expected):
+    assert "\n".join(line.rstrip() for line in wrap(text, width, 9).split("\n")) == expected
+
+
+def test_text_too_long_for_its_cell_ends_in_an_ellipsis():
+    lines = wrap("word " * 99, 20, 5).split("\n")
+    assert len(lines) == 5 and lines[-1].endswith("…") and all(len(line) <= 20 for line in lines)
