@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.hub.adapters import load_adapter
@@ -87,7 +87,7 @@ def _answer(
     """Stream the answer to stdout and return it."""
     start = time.perf_counter()
     encoded = model.chat.encode(messages, images, add_generation_prompt=True)
-    batch = collate([Row.of(encoded)], model.chat.image_token_id)
+    batch = collate([TokenSequence.of(encoded)], model.chat.image_token_id)
     batch.attention_mask = None  # one row, nothing to mask
     batch.pixels = pixels
     device = next(model.parameters()).device

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, choose, decode, generate
 from nanovlm.hub.models import load_language_model
@@ -58,7 +58,7 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
         message = Message.parse("user", prompt)
         images = [ImageTokens(model.image_length)] * message.num_images
         ids = model.chat.encode([message], images, add_generation_prompt=True).input_ids
-        rows.append(Row(ids, [-100] * len(ids), [1] * len(ids), ()))
+        rows.append(TokenSequence(ids, [-100] * len(ids), [1] * len(ids), ()))
         generator = torch.Generator().manual_seed(len(prompt))
         pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(message.num_images)]
     batch = collate(rows, model.chat.image_token_id, pad_left)

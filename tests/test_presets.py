@@ -18,7 +18,7 @@ from PIL import Image
 import infer
 from nanovlm.data.batches import Batches
 from nanovlm.data.records import read_records
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
 from nanovlm.generate import decode, generate
@@ -88,7 +88,7 @@ class Toy:
         encoded = self.model.chat.encode(
             messages, [self.model.image_tokens(*image.size) for image in shown]
         )
-        batch = collate([Row.of(encoded)], self.model.chat.image_token_id)
+        batch = collate([TokenSequence.of(encoded)], self.model.chat.image_token_id)
         batch.pixels = torch.cat([image_pixels(image, self.model.config.image) for image in shown])
         return batch
 

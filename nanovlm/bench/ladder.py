@@ -16,7 +16,7 @@ import torch
 
 from nanovlm.bench.sides import IMAGE_SIZE, TEXT, VISION
 from nanovlm.data.packing import first_fit_decreasing, join
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import join_parts
 from nanovlm.inputs.batch import Batch
@@ -149,7 +149,9 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
         text = torch.randint(image, (length,), generator=generator).tolist()
         labels = [IGNORED] * (model.image_length + length // 2) + text[length // 2 :]
         rows.append(
-            Row.of(Encoded([image] * model.image_length + text, labels), (Path(str(number)),))
+            TokenSequence.of(
+                Encoded([image] * model.image_length + text, labels), (Path(str(number)),)
+            )
         )
     pixels = torch.randn(SAMPLES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     if packed:

@@ -18,7 +18,7 @@ MIN_SECONDS = 0.5  # of work behind each figure; faster work is repeated
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenSequence:
     """A line of the table. `unit` says which way is better: a rate should be high, a time or a size low."""
 
     task: str
@@ -31,12 +31,12 @@ class Row:
 
 
 ROWS = {
-    "encode": Row("encode", "image encoding, 32 of 224×224", "images/s"),
-    "stage1": Row("stage1", "stage 1 step, 8 × (256 + 32), 16 labelled", "samples/s"),
-    "stage2": Row("stage2", "stage 2 step, 4 × (256 + 64), 32 labelled", "samples/s"),
-    "first_token": Row("generate", "first token, 256 + 24", "s"),
-    "decode": Row("generate", "decoding, 64 tokens", "tokens/s"),
-    "memory": Row("memory", "peak memory of stage 2", "GB"),
+    "encode": TokenSequence("encode", "image encoding, 32 of 224×224", "images/s"),
+    "stage1": TokenSequence("stage1", "stage 1 step, 8 × (256 + 32), 16 labelled", "samples/s"),
+    "stage2": TokenSequence("stage2", "stage 2 step, 4 × (256 + 64), 32 labelled", "samples/s"),
+    "first_token": TokenSequence("generate", "first token, 256 + 24", "s"),
+    "decode": TokenSequence("generate", "decoding, 64 tokens", "tokens/s"),
+    "memory": TokenSequence("memory", "peak memory of stage 2", "GB"),
 }
 
 

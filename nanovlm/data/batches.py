@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanovlm.data.order import Order
-from nanovlm.data.packing import Line, cut_by_length, deal, first_fit_decreasing, join
+from nanovlm.data.packing import PackedSequence, cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record
-from nanovlm.data.sequences import Row, Sample, chunks, collate, share_prefix
+from nanovlm.data.sequences import Sample, TokenSequence, chunks, collate, share_prefix
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
@@ -29,7 +29,7 @@ from nanovlm.inputs.image_config import ImageConfig
 
 
 @dataclass
-class Loaded:
+class LoadedBatch:
     """A batch, the records in it, and why others are not."""
 
     batch: (
@@ -46,7 +46,7 @@ class Loaded:
     def samples(self) -> int:
         return len(self.records)
 
-    def pin_memory(self) -> "Loaded":
+    def pin_memory(self) -> "LoadedBatch":
         """What the loader calls where batches go on to a GPU."""
         return (
             self if self.batch is None else dataclasses.replace(self, batch=self.batch.pin_memory())
@@ -58,7 +58,7 @@ class Window:
     """Records that were read together, laid out for `bucket` batches of all processes."""
 
     number: int
-    batches: list[list[Line]]
+    batches: list[list[PackedSequence]]
     skipped: list[str]
     cut: list[str]
 
@@ -110,7 +110,7 @@ class Batches(Dataset):
         """Batches that take every record once."""
         return -(-len(self.records) // (self.batch_size * self.world))
 
-    def __getitem__(self, number: int) -> Loaded:
+    def __getitem__(self, number: int) -> LoadedBatch:
         if not self.pack and self.bucket == 1:
             samples, skipped, cut = self._read(
                 (number * self.world + self.rank) * self.batch_size, self.batch_size
@@ -126,7 +126,7 @@ class Batches(Dataset):
 
     def loader(
         self, first: int, last: int, workers: int, pin_memory: bool = False
-    ) -> Iterator[Loaded]:
+    ) -> Iterator[LoadedBatch]:
         """Batches `first` to `last` - 1 in order, prepared by `workers` processes (`prepare_ahead`)."""
         return prepare_ahead(self, first, last, workers, pin_memory)
 
@@ -183,7 +183,7 @@ class Batches(Dataset):
             return ImageTokens(self.image_length)
         return ImageTokens(self.image_length, *tile_grid(*image_size(path), self.image))
 
-    def _share(self, samples: Sequence[Sample], share: int) -> list[Row]:
+    def _share(self, samples: Sequence[Sample], share: int) -> list[TokenSequence]:
         """Samples in order as rows; up to `share` that follow each other with the same images in one, if it fits `pack`."""
         rows = []
         for _, group in groupby(samples, key=lambda sample: sample.images):
@@ -194,7 +194,9 @@ class Batches(Dataset):
                 rows += shared
         return rows
 
-    def _load(self, lines: Sequence[Line], skipped: Sequence[str], cut: Sequence[str]) -> Loaded:
+    def _load(
+        self, lines: Sequence[PackedSequence], skipped: Sequence[str], cut: Sequence[str]
+    ) -> LoadedBatch:
         """Decode the images of `lines` and make the batch; samples whose images cannot be read are left out and named."""
         skipped, pixels, rows = list(skipped), {}, []
         for line in lines:
@@ -209,7 +211,7 @@ class Batches(Dataset):
                     skipped += [f"{record}: {error}" for record in row.records]
             rows += [join(readable)] if readable else []
         if not rows:
-            return Loaded(None, skipped=skipped)
+            return LoadedBatch(None, skipped=skipped)
         batch = collate(rows, self.chat.image_token_id)
         if images := [pixels[path] for row in rows for path in row.images]:
             pictures = torch.cat(images)
@@ -218,7 +220,7 @@ class Batches(Dataset):
             )
         records = [record for row in rows for record in row.records]
         cut = [record for record in cut if record in records]
-        return Loaded(
+        return LoadedBatch(
             batch, records, sum(map(len, rows)), skipped, cut, batch.input_ids.numel(), len(images)
         )
 

@@ -1,23 +1,23 @@
 """Several samples in one row, and rows dealt out so that batches are filled evenly and little of them is padding.
 
-A line is a list of `Row`s that will be one row of a batch; without packing it is a list of one.
+A line is a list of `TokenSequence`s that will be one row of a batch; without packing it is a list of one.
 """
 
 from collections.abc import Sequence
 
-from nanovlm.data.sequences import Row
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.model.attention import SEGMENT
 
-Line = list[Row]
+PackedSequence = list[TokenSequence]
 
 
-def first_fit_decreasing(rows: Sequence[Row], length: int) -> list[Line]:
+def first_fit_decreasing(rows: Sequence[TokenSequence], length: int) -> list[PackedSequence]:
     """Lines of at most `length` tokens with all `rows` in them: the longest first, each into the first line with room.
 
     Takes at most 11/9 of the fewest lines possible, and two thirds of one more (Johnson 1973; Dósa 2007). Every row
     has to fit into `length` by itself.
     """
-    lines: list[Line] = []
+    lines: list[PackedSequence] = []
     room: list[int] = []
     for row in sorted(rows, key=len, reverse=True):
         place = next((place for place, left in enumerate(room) if len(row) <= left), len(lines))
@@ -29,11 +29,11 @@ def first_fit_decreasing(rows: Sequence[Row], length: int) -> list[Line]:
     return lines
 
 
-def join(line: Sequence[Row]) -> Row:
-    """A line as one row whose tokens see those of their own sample only (`visibility`)."""
+def join(line: Sequence[TokenSequence]) -> TokenSequence:
+    """A line as one row whose tokens see those of their own sample only (`causal_mask`)."""
     if len(line) == 1:
         return line[0]
-    return Row(
+    return TokenSequence(
         [token for row in line for token in row.input_ids],
         [label for row in line for label in row.labels],
         [
@@ -46,7 +46,7 @@ def join(line: Sequence[Row]) -> Row:
     )
 
 
-def cut_by_length(lines: Sequence[Line], count: int) -> list[list[Line]]:
+def cut_by_length(lines: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
     """Sorted by length and cut into `count` batches of alike numbers of records, so that a batch needs little padding.
 
     None is empty while there are lines enough.
@@ -66,7 +66,7 @@ def cut_by_length(lines: Sequence[Line], count: int) -> list[list[Line]]:
     return batches
 
 
-def deal(lines: Sequence[Line], count: int) -> list[list[Line]]:
+def deal(lines: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
     """Dealt into `count` hands of alike numbers of tokens: the longest first, each to the hand that has the fewest.
 
     Where there are fewer lines than hands, lines of several rows are halved, so that no hand stays empty while another
@@ -74,7 +74,7 @@ def deal(lines: Sequence[Line], count: int) -> list[list[Line]]:
     """
     while 0 < len(lines) < count and len(fullest := max(lines, key=len)) > 1:
         lines = [line for line in lines if line is not fullest] + [fullest[::2], fullest[1::2]]
-    hands: list[list[Line]] = [[] for _ in range(count)]
+    hands: list[list[PackedSequence]] = [[] for _ in range(count)]
     tokens = [0] * count
     for line in sorted(lines, key=_tokens, reverse=True):
         least = tokens.index(min(tokens))
@@ -83,5 +83,5 @@ def deal(lines: Sequence[Line], count: int) -> list[list[Line]]:
     return hands
 
 
-def _tokens(line: Line) -> int:
+def _tokens(line: PackedSequence) -> int:
     return sum(map(len, line))

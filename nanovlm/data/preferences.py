@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovlm.data.batches import Batches, Loaded
-from nanovlm.data.packing import Line
+from nanovlm.data.batches import Batches, LoadedBatch
+from nanovlm.data.packing import PackedSequence
 from nanovlm.data.records import Record, parse_record, read_records
-from nanovlm.data.sequences import Row, Sample, share_prefix
+from nanovlm.data.sequences import Sample, TokenSequence, share_prefix
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, IMAGE_MARKER, Encoded, Message
@@ -110,7 +110,7 @@ class PairBatches(Batches):
 
     reference: Mapping[str, Sequence[float]] | None = None
 
-    def _encode(self, record: Record) -> tuple[Row, bool]:
+    def _encode(self, record: Record) -> tuple[TokenSequence, bool]:
         """The pair as one row, and whether an answer was cut."""
         rejected = (*record.messages[:-1], Message.parse("assistant", record.rejected))
         samples, cut = [], False
@@ -136,11 +136,13 @@ class PairBatches(Batches):
             )
         return dataclasses.replace(row, records=(record.where,)), cut
 
-    def _share(self, samples: Sequence[Row], share: int) -> list[Row]:
+    def _share(self, samples: Sequence[TokenSequence], share: int) -> list[TokenSequence]:
         """Pairs are rows already."""
         return list(samples)
 
-    def _load(self, lines: Sequence[Line], skipped: Sequence[str], cut: Sequence[str]) -> Loaded:
+    def _load(
+        self, lines: Sequence[PackedSequence], skipped: Sequence[str], cut: Sequence[str]
+    ) -> LoadedBatch:
         loaded = super()._load(lines, skipped, cut)
         if loaded.batch is None:
             return loaded

@@ -21,8 +21,8 @@ class Sample:
 
 
 @dataclass
-class Row:
-    """One line of a batch: token ids, labels and the attention mask's numbers (`visibility`), all of one length, and
+class TokenSequence:
+    """One line of a batch: token ids, labels and the attention mask's numbers (`causal_mask`), all of one length, and
     the names of the records in it."""
 
     input_ids: list[int]
@@ -32,7 +32,9 @@ class Row:
     records: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, encoded: Encoded, images: tuple[Path, ...] = (), record: str = "") -> "Row":
+    def of(
+        cls, encoded: Encoded, images: tuple[Path, ...] = (), record: str = ""
+    ) -> "TokenSequence":
         """A sample in a row of its own."""
         return cls(
             encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images, (record,)
@@ -47,7 +49,7 @@ def chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
+def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[TokenSequence]:
     """Lay out samples of the same images as one row: what they have in common once, then each one's own branch.
 
     The branches see the common beginning and not each other, so every logit is what it would be in a row of its
@@ -61,8 +63,10 @@ def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     ]
     shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
     if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
-        return [Row.of(sample.encoded, sample.images, sample.record) for sample in samples]
-    row = Row(
+        return [
+            TokenSequence.of(sample.encoded, sample.images, sample.record) for sample in samples
+        ]
+    row = TokenSequence(
         sequences[0][:shared],
         [IGNORED] * shared,
         [1] * shared,
@@ -76,7 +80,7 @@ def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[Row]:
     return [row]
 
 
-def collate(rows: Sequence[Row], image_token_id: int, pad_left: bool = False) -> Batch:
+def collate(rows: Sequence[TokenSequence], image_token_id: int, pad_left: bool = False) -> Batch:
     """Pad rows to one length, and find where images go and what is to be predicted. Pixels are added by the caller.
 
     `pad_left` is for generation, where it makes all rows end together.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nanovlm.data.records import Record
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
 from nanovlm.inputs.image import image_pixels, open_image
@@ -42,7 +42,7 @@ def answer_records(
             images = [open_image(others.get(path, path)) for path in record.images]
             tokens = [model.image_tokens(*image.size) for image in images]
             rows.append(
-                Row.of(
+                TokenSequence.of(
                     model.chat.encode(messages, tokens, add_generation_prompt=True), record.images
                 )
             )

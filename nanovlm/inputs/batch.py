@@ -15,7 +15,7 @@ class Batch:
 
     input_ids: Tensor  # (B, T); at `image_positions` the placeholder, which needs no row of the embedding table
     attention_mask: (
-        Tensor  # (B, T): 0 padding, 1 a token, more for branches and packed samples (`visibility`)
+        Tensor  # (B, T): 0 padding, 1 a token, more for branches and packed samples (`causal_mask`)
     )
     image_positions: Tensor  # (N · K,) where the visual tokens go, in the pictures' order
     target_positions: Tensor  # (M,) the positions that predict a labelled token

@@ -10,7 +10,7 @@ from nanovlm.tokenizer.base import spelling_pattern
 IGNORED = -100  # the label of a token that is not learned
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
 # What stands before each picture of a cut image, and what after the last: the first pair that the tokenizer knows.
-PICTURE_FRAMES = (
+TILE_FRAMES = (
     ("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
     ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
     ("", ""),
@@ -39,7 +39,7 @@ class ImageTokens:
     columns: int = 0
 
     @property
-    def pictures(self) -> int:
+    def num_tiles(self) -> int:
         return self.rows * self.columns + 1
 
 
@@ -163,7 +163,7 @@ class Chat:
         self._spellings = spelling_pattern(self.template.special)
         self._picture_frame = next(
             pair
-            for pair in PICTURE_FRAMES
+            for pair in TILE_FRAMES
             if all(not token or token in tokenizer.special_tokens for token in pair)
         )
 

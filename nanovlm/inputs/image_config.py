@@ -83,6 +83,6 @@ class ImageConfig:
             )  # JSON gives lists; equality wants tuples
 
     @property
-    def max_pictures(self) -> int:
+    def max_tiles_per_image(self) -> int:
         """The most pictures that the eyes see of one image: those of a square one."""
         return self.max_tiles**2 + 1 if self.fit == "tiles" else 1

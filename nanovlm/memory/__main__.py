@@ -129,13 +129,13 @@ def _report(stage: Stage, own: argparse.Namespace) -> str:
     lines = [
         f"{stage.name}: training {settings.train}; {work.rows} rows of {work.length} tokens"
         + f"{', each with a pair of answers' * (work.pairs > 0)}, {work.images} "
-        f"{'pictures' if config.image.max_pictures > 1 else 'images'} of {config.image.height}×{config.image.width}; "
+        f"{'pictures' if config.image.max_tiles_per_image > 1 else 'images'} of {config.image.height}×{config.image.width}; "
         f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}",
         _table(stage.prediction),
     ]
     if settings.cache_features:
         kept = (
-            math.prod(feature_shape(config, images=1000 * config.image.max_pictures))
+            math.prod(feature_shape(config, images=1000 * config.image.max_tiles_per_image))
             * precision.dtype.itemsize
         )
         lines.append(

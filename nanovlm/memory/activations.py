@@ -18,7 +18,7 @@ from nanovlm.model.projector import ResamplerProjector
 from nanovlm.model.quantization import AT_ONCE, QuantizedLinear
 from nanovlm.model.resampler import Resampler
 from nanovlm.model.vision_encoder import VisionBlock, VisionEncoderConfig
-from nanovlm.training.freezing import learns
+from nanovlm.training.freezing import is_trainable
 
 FP32, INT64 = 4, 8  # bytes
 
@@ -121,7 +121,11 @@ def _experts(
     experts: MixtureOfExperts, config: LanguageModelConfig, tokens: float, size: int
 ) -> float:
     """How busy each expert is does not matter, as long as there is one matrix of inputs for all that are chosen."""
-    learned, chosen, vector = learns(experts), tokens * experts.per_token, config.hidden_size * size
+    learned, chosen, vector = (
+        is_trainable(experts),
+        tokens * experts.per_token,
+        config.hidden_size * size,
+    )
     # All tokens, and once more in the order of the experts; what these give, kept to weigh it. Of each choice three
     # numbers of its place; of each token the router's probabilities and their part in the loss.
     kept = (tokens + chosen) * vector * learned + chosen * vector + 3 * chosen * INT64
@@ -132,7 +136,7 @@ def _experts(
 
 def reducing(reducer: Reducer, tokens: int, computing: Computing) -> float:
     """What the reducer of wide embeddings keeps, and its cast weights."""
-    size, learned = computing.size, learns(reducer)
+    size, learned = computing.size, is_trainable(reducer)
     wide, narrow, width = (
         reducer.down.in_features,
         reducer.down.out_features,
@@ -150,7 +154,7 @@ def vision_block(
     computing: Computing,
     stream_size: int,
 ) -> Kept:
-    """A block of the eyes that learns, for `tokens` an image. Its residual stream has numbers of `stream_size` bytes: the
+    """A block of the eyes that is_trainable, for `tokens` an image. Its residual stream has numbers of `stream_size` bytes: the
     position table, which learns in fp32, makes it fp32."""
     count, size = images * tokens, computing.size
     vector = count * config.hidden_size
@@ -205,7 +209,7 @@ def projecting(
 ) -> float:
     """What a projector that a gradient flows through keeps, and its cast weights: of `patches` an image it makes `tokens`.
     The weights that read patches are not needed again unless the eyes learn."""
-    size, learned, given = computing.size, learns(projector), images * tokens
+    size, learned, given = computing.size, is_trainable(projector), images * tokens
     layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
     wide = layers[-1].out_features
     readers = (

@@ -85,4 +85,4 @@ def _model(config: VLMConfig, settings: Settings, precision: Precision) -> Visio
 
 def _work(model: VisionLanguageModel) -> Work:
     """The largest image and a question, of which the last token tells the next one."""
-    return Work(1, model.max_image_length + TEXT_TOKENS, model.config.image.max_pictures, 1)
+    return Work(1, model.max_image_length + TEXT_TOKENS, model.config.image.max_tiles_per_image, 1)

@@ -19,7 +19,7 @@ from nanovlm.memory.activations import (
 from nanovlm.memory.shapes import Work, prepared
 from nanovlm.model.loss import CHUNK
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
-from nanovlm.training.freezing import learns
+from nanovlm.training.freezing import is_trainable
 from nanovlm.training.optim.adamw import SLICE
 from nanovlm.training.optim.optimizer import state_bytes
 from nanovlm.training.precision import Precision
@@ -179,9 +179,9 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
     vision, text, kept = model.config.vision_encoder, model.config.language_model, []
     sees = work.images > 0
     looked = vision.blocks_below(model.config.vision_layer) if sees else 0
-    flows = learns(model.vision_encoder.patch_embedding)
+    flows = is_trainable(model.vision_encoder.patch_embedding)
     for block in model.vision_encoder.blocks[:looked]:
-        flows = flows or learns(block)
+        flows = flows or is_trainable(block)
         if flows:
             stream = (
                 FP32
@@ -193,7 +193,7 @@ def _blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> lis
             )
     flows = _flows_into_decoder(model, work)
     for block in model.language_model.blocks:
-        flows = flows or learns(block)
+        flows = flows or is_trainable(block)
         if flows:
             positions = (
                 work.targets
@@ -211,7 +211,9 @@ def _flows_into_decoder(model: VisionLanguageModel, work: Work) -> bool:
         for name in ("embed_tokens", "reducer", "position_embedding")
         if hasattr(model.language_model, name)
     ]
-    return any(map(learns, [*below, *[model.vision_encoder, model.projector] * (work.images > 0)]))
+    return any(
+        map(is_trainable, [*below, *[model.vision_encoder, model.projector] * (work.images > 0)])
+    )
 
 
 def _around_blocks(model: VisionLanguageModel, work: Work, computing: Computing) -> float:
@@ -239,22 +241,31 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
         * tokens_in_eyes(model)
         * config.vision_encoder.hidden_size
         * FP32
-        * (learns(vision.embedding_norm) + learns(vision.norm))
+        * (is_trainable(vision.embedding_norm) + is_trainable(vision.norm))
     )
-    if learns(vision.patch_embedding):
+    if is_trainable(vision.patch_embedding):
         kept += work.images * 3 * height * width * (size if size < FP32 else 0)
         kept += cast_bytes(vision.patch_embedding, computing)
-    if config.vision_encoder.num_queries and config.vision_layer == -1 and learns(vision.resampler):
+    if (
+        config.vision_encoder.num_queries
+        and config.vision_layer == -1
+        and is_trainable(vision.resampler)
+    ):
         kept += resampling(
             vision.resampler,
             work.images,
             config.vision_encoder.num_patches(height, width),
             computing,
         )
-    if learns(model.projector) or learns(vision):
+    if is_trainable(model.projector) or is_trainable(vision):
         features = config.vision_encoder.num_features(height, width, config.vision_layer)
         kept += projecting(
-            model.projector, work.images, features, model.image_length, learns(vision), computing
+            model.projector,
+            work.images,
+            features,
+            model.image_length,
+            is_trainable(vision),
+            computing,
         )
     return kept
 
@@ -262,7 +273,7 @@ def _around_eyes(model: VisionLanguageModel, work: Work, computing: Computing) -
 def _looking(
     model: VisionLanguageModel, work: Work, computing: Computing, settings: Settings
 ) -> float:
-    if settings.cache_features or learns(model.vision_encoder):
+    if settings.cache_features or is_trainable(model.vision_encoder):
         return 0
     return looking(model.config.vision_encoder, work.images, tokens_in_eyes(model), computing)
 

@@ -99,11 +99,11 @@ def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) ->
         return Work(
             rows,
             length,
-            images * config.image.max_pictures,
+            images * config.image.max_tiles_per_image,
             images * 2 * (words // images_a_row // 3),
             images,
         )
-    return Work(rows, length, images * config.image.max_pictures, rows * max(1, words // 2))
+    return Work(rows, length, images * config.image.max_tiles_per_image, rows * max(1, words // 2))
 
 
 def model_config(settings: Settings) -> VLMConfig:

@@ -60,11 +60,11 @@ def summary(stages: list[Stage]) -> str:
 def visual_tokens(model: VisionLanguageModel) -> str:
     """A line: the visual tokens of an image and, where images are cut into tiles, of the largest and of a photo."""
     image, each = model.config.image, model.image_length
-    if image.max_pictures == 1:
+    if image.max_tiles_per_image == 1:
         return f"an image of {image.height}×{image.width} takes {each} visual tokens"
     rows, columns = tile_grid(*PHOTO, image)
     return (
-        f"an image takes up to {model.max_image_length} visual tokens ({image.max_pictures} pictures of {each}), a photo "
+        f"an image takes up to {model.max_image_length} visual tokens ({image.max_tiles_per_image} pictures of {each}), a photo "
         f"of 4:3 {(rows * columns + 1) * each} ({rows}×{columns} tiles and the whole)"
     )
 

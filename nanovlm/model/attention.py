@@ -46,7 +46,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def visibility(attention_mask: Tensor, queries: int) -> Tensor:
+def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
     """Which of S tokens each of the last `queries` tokens of a row may look at: (B, S) integers → (B, queries, S) bool.
 
     `attention_mask` is 0 for padding and 1 for a token, as everywhere else; tokens numbered 2, 3, … form branches.
@@ -66,11 +66,11 @@ def visibility(attention_mask: Tensor, queries: int) -> Tensor:
     return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
 
 
-def mutual_visibility(groups: Tensor, queries: int) -> Tensor:
+def bidirectional_mask(groups: Tensor, queries: int) -> Tensor:
     """Which of S tokens each of the last `queries` sees for being in its group: (B, S) integers → (B, queries, S) bool.
 
     Tokens of a row with the same number above 0 see each other whatever their order; those with 0 are in no group. It
-    adds to what `visibility` lets a token see, as the prefix of a prefix LM does (Raffel et al. 2020).
+    adds to what `causal_mask` lets a token see, as the prefix of a prefix LM does (Raffel et al. 2020).
     """
     query = groups[:, -queries:, None]
     return (groups[:, None, :] == query) & (query > 0)

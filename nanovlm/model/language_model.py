@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.model.attention import Attention, KVCache, mutual_visibility, visibility
+from nanovlm.model.attention import Attention, KVCache, bidirectional_mask, causal_mask
 from nanovlm.model.layers import MLPS, LayerNorm, RMSNorm
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.rotary import (
@@ -260,12 +260,12 @@ class LanguageModel(nn.Module):
         """(B, T, C_input) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
 
         `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more for
-        branches and packed samples (`visibility`). Without one, every row is a full sequence. A token's position is the
+        branches and packed samples (`causal_mask`). Without one, every row is a full sequence. A token's position is the
         number of tokens it sees before it, which is right for padding on either side, branches and packed samples alike.
         `prompt_lengths` (B,) is for dynamic NTK alone: how long the rows were when generation began, where neither this
         pass nor the cache's first one tells.
-        `groups` (B, S) numbers tokens that see each other both ways (`mutual_visibility`), which moves no position.
-        In training, the load-balance loss of each layer of experts that learns, a scalar, is appended to `balance`.
+        `groups` (B, S) numbers tokens that see each other both ways (`bidirectional_mask`), which moves no position.
+        In training, the load-balance loss of each layer of experts that is_trainable, a scalar, is appended to `balance`.
         """
         batch, length, _ = embeddings.shape
         start = cache.length if cache is not None else 0
@@ -279,9 +279,9 @@ class LanguageModel(nn.Module):
                 None,
             )
         else:
-            visible = visibility(attention_mask, length)  # (B, T, S)
+            visible = causal_mask(attention_mask, length)  # (B, T, S)
             position_ids = visible.sum(dim=-1) - 1
-            mask = (visible if groups is None else visible | mutual_visibility(groups, length))[
+            mask = (visible if groups is None else visible | bidirectional_mask(groups, length))[
                 :, None
             ]
         options = dict(mask=mask, is_causal=mask is None and length > 1, cache=cache)

@@ -21,7 +21,7 @@ from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.tokenizer import Tokenizer
 
-PICTURES_AT_ONCE = 32  # that the eyes see when a model answers
+TILES_AT_ONCE = 32  # that the eyes see when a model answers
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class VisionLanguageModel(nn.Module):
             )
         )
         self.max_image_length = (
-            self.image_length * config.image.max_pictures
+            self.image_length * config.image.max_tiles_per_image
         )  # of the image that is cut into most tiles
         if self.max_image_length >= config.language_model.max_position_embeddings:
             raise NanoVLMError(
@@ -77,9 +77,9 @@ class VisionLanguageModel(nn.Module):
             )
 
     def forward(
-        self, batch: Batch, of_targets: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self, batch: Batch, loss_function: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     ) -> Tensor:
-        """The summed loss over `batch.targets`, a scalar in fp32; or what `of_targets` makes of the same three: hidden
+        """The summed loss over `batch.targets`, a scalar in fp32; or what `loss_function` makes of the same three: hidden
         states (M, C), head (V, C) and targets (M,). Only positions with a label pass the output head.
 
         In training, the decoder's experts add their load-balance losses to that loss, times the number of targets: divided
@@ -94,8 +94,8 @@ class VisionLanguageModel(nn.Module):
             groups=self.image_groups(batch),
             balance=balance,
         )
-        if of_targets is not None:
-            return of_targets(hidden_states, self.language_model.head_weight, batch.targets)
+        if loss_function is not None:
+            return loss_function(hidden_states, self.language_model.head_weight, batch.targets)
         loss = chunked_cross_entropy(hidden_states, self.language_model.head_weight, batch.targets)
         if balance:
             loss = (
@@ -158,11 +158,11 @@ class VisionLanguageModel(nn.Module):
         """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where a model answers (inference mode), a few
         pictures at a time: of 32 images to be asked about, tiles make up to 544."""
         pixels = pixels.to(self.vision_encoder.patch_embedding.weight.dtype)
-        if not torch.is_inference_mode_enabled() or len(pixels) <= PICTURES_AT_ONCE:
+        if not torch.is_inference_mode_enabled() or len(pixels) <= TILES_AT_ONCE:
             return self.vision_encoder.patches(pixels, self.config.vision_layer)
         return torch.cat(
             [
                 self.vision_encoder.patches(part, self.config.vision_layer)
-                for part in pixels.split(PICTURES_AT_ONCE)
+                for part in pixels.split(TILES_AT_ONCE)
             ]
         )

@@ -16,7 +16,7 @@ from nanovlm.model.attention import KVCache
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.quantization import hide_from_compiler
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.freezing import learns
+from nanovlm.training.freezing import is_trainable
 from nanovlm.utils.console import first_line
 
 
@@ -79,7 +79,7 @@ def _checkpointed(
     **options,
 ) -> Tensor:
     if not (
-        torch.is_grad_enabled() and (hidden_states.requires_grad or learns(block))
+        torch.is_grad_enabled() and (hidden_states.requires_grad or is_trainable(block))
     ):  # nothing is kept
         return forward(hidden_states, *arguments, **options)
     return checkpoint(

@@ -1,4 +1,4 @@
-"""Checkpoints: what learns, the optimizer, and the place in the data. No pickles.
+"""Checkpoints: what is_trainable, the optimizer, and the place in the data. No pickles.
 
     checkpoints/step_N/model.safetensors      the parameters that learn
     checkpoints/step_N/optimizer.safetensors  the optimizer's state

@@ -29,7 +29,7 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
             )
         if layers and name not in settings.trained_parts:
             raise NanoVLMError(
-                f"--{name.replace('_', '-')}-layers {layers} says how deep {name} learns, but --train does not name {name}"
+                f"--{name.replace('_', '-')}-layers {layers} says how deep {name} is_trainable, but --train does not name {name}"
             )
     model.requires_grad_(False)
     for part in PARTS:
@@ -57,7 +57,7 @@ def freeze(model: VisionLanguageModel, settings: Settings) -> None:
                 getattr(decoder, name).requires_grad_(True)
 
 
-def learns(module: nn.Module) -> bool:
+def is_trainable(module: nn.Module) -> bool:
     """Whether anything in `module` does."""
     return any(parameter.requires_grad for parameter in module.parameters())
 

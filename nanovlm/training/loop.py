@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanovlm.data.batches import Batches, Loaded
+from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
@@ -246,7 +246,9 @@ def validate(
     return told if finite else dict.fromkeys(told)
 
 
-def _count(loaded: list[Loaded], objective: Objective, progress: Progress, skipped: Skipped) -> int:
+def _count(
+    loaded: list[LoadedBatch], objective: Objective, progress: Progress, skipped: Skipped
+) -> int:
     """Add what a step reads in all processes to `progress`, and note what they could not read; returns its labelled tokens,
     or what else the objective counts."""
     targets, samples, tokens, images, slots, lost = total(

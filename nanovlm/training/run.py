@@ -25,7 +25,7 @@ from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, set_up
 from nanovlm.training.distributed.parallel import Parallel
-from nanovlm.training.freezing import describe, learns
+from nanovlm.training.freezing import describe, is_trainable
 from nanovlm.training.loop import train
 from nanovlm.training.monitor.samples import last_answers
 from nanovlm.training.monitor.tracking import Tracker, build_tracker
@@ -69,7 +69,7 @@ def run_stage(settings: Settings) -> Path:
 
     features = None
     if settings.cache_features:
-        if learns(model.vision_encoder):
+        if is_trainable(model.vision_encoder):
             raise NanoVLMError(
                 "--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features"
             )

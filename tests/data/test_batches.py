@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.batches import Batches, Loaded
+from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.data.records import Record
 from nanovlm.inputs.chat import Chat, ChatConfig, ImageTokens, Message
 from nanovlm.inputs.image import open_image, preprocess
@@ -60,12 +60,12 @@ def records(images) -> list[Record]:
     ]
 
 
-def answers(chat: Chat, loaded: Loaded) -> list[str]:
+def answers(chat: Chat, loaded: LoadedBatch) -> list[str]:
     text = chat.tokenizer.decode(loaded.batch.targets.tolist())
     return text.removesuffix("<|im_end|>").split("<|im_end|>")
 
 
-def assert_same(first: Loaded, second: Loaded) -> None:
+def assert_same(first: LoadedBatch, second: LoadedBatch) -> None:
     for field in dataclasses.fields(first.batch):
         one, other = getattr(first.batch, field.name), getattr(second.batch, field.name)
         assert one is other is None or torch.equal(one, other), field.name

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.data.batches import Batches, Loaded
+from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.data.packing import cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record, read_records
-from nanovlm.data.sequences import Row
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IGNORED, Message
 from nanovlm.model.vlm import VisionLanguageModel
@@ -27,8 +27,8 @@ MODES = {
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 
-def row(length: int, records: int = 1, name: str = "") -> Row:
-    return Row(
+def row(length: int, records: int = 1, name: str = "") -> TokenSequence:
+    return TokenSequence(
         [1] * length,
         [IGNORED] * length,
         [1] * length,
@@ -37,7 +37,7 @@ def row(length: int, records: int = 1, name: str = "") -> Row:
     )
 
 
-def lengths(lines: list[list[Row]]) -> list[list[int]]:
+def lengths(lines: list[list[TokenSequence]]) -> list[list[int]]:
     return [[len(row) for row in line] for line in lines]
 
 
@@ -58,9 +58,11 @@ def test_first_fit_decreasing_loses_no_row_and_leaves_little_room():
 
 
 def test_join_numbers_segments_and_keeps_branches():
-    first = Row([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], [1, 1, 2, 3], (Path("a"),), ("one", "two"))
-    second = Row([9, 10], [IGNORED, 10], [1, 1], (Path("b"),), ("three",))
-    assert join([first, second]) == Row(
+    first = TokenSequence(
+        [5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], [1, 1, 2, 3], (Path("a"),), ("one", "two")
+    )
+    second = TokenSequence([9, 10], [IGNORED, 10], [1, 1], (Path("b"),), ("three",))
+    assert join([first, second]) == TokenSequence(
         [5, 6, 7, 8, 9, 10],
         [IGNORED, IGNORED, 7, 8, IGNORED, 10],
         [1, 1, 2, 3, 65537, 65537],
@@ -133,7 +135,7 @@ def make(model: VisionLanguageModel, records: list[Record], **settings) -> Batch
     )
 
 
-def loss_and_gradients(model: VisionLanguageModel, loaded: list[Loaded]) -> dict[str, Tensor]:
+def loss_and_gradients(model: VisionLanguageModel, loaded: list[LoadedBatch]) -> dict[str, Tensor]:
     """Of all batches together, per labelled token."""
     model.train().zero_grad()
     batches = [item.batch for item in loaded if item.batch is not None]
@@ -316,7 +318,7 @@ def test_where_there_are_fewer_rows_than_processes_rows_are_parted_until_there_a
         make(model, records[:1] * 2, share=2, batch_size=1, pack=1000, rank=rank, world=2)[0]
         for rank in range(2)
     ]
-    assert [len(item.records) for item in shared] == [2, 0] and shared[1] == Loaded(None)
+    assert [len(item.records) for item in shared] == [2, 0] and shared[1] == LoadedBatch(None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.data.sequences import Row, Sample, collate, share_prefix
+from nanovlm.data.sequences import Sample, TokenSequence, collate, share_prefix
 from nanovlm.inputs.chat import IGNORED, Encoded, ImageTokens, Message
 from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference.models import tiny_vlm
@@ -34,7 +34,9 @@ def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> S
     )
 
 
-def loss_and_gradients(model: VisionLanguageModel, rows: Sequence[Row]) -> dict[str, Tensor]:
+def loss_and_gradients(
+    model: VisionLanguageModel, rows: Sequence[TokenSequence]
+) -> dict[str, Tensor]:
     batch = collate(rows, model.chat.image_token_id)
     pixels = [PICTURES[path] for row in rows for path in row.images]
     batch.pixels = torch.stack(pixels) if pixels else None
@@ -133,7 +135,9 @@ def test_a_mixed_batch_equals_a_row_each(model):
 
 
 def assert_same_loss(
-    model: VisionLanguageModel, rows: Sequence[Row], expected_rows: Sequence[Row]
+    model: VisionLanguageModel,
+    rows: Sequence[TokenSequence],
+    expected_rows: Sequence[TokenSequence],
 ) -> None:
     ours, expected = loss_and_gradients(model, rows), loss_and_gradients(model, expected_rows)
     assert ours.keys() == expected.keys()
@@ -149,8 +153,8 @@ def assert_same_loss(
         )
 
 
-def row(input_ids: list[int], labels: list[int], *images: Path) -> Row:
-    return Row(input_ids, labels, [1] * len(input_ids), images)
+def row(input_ids: list[int], labels: list[int], *images: Path) -> TokenSequence:
+    return TokenSequence(input_ids, labels, [1] * len(input_ids), images)
 
 
 @pytest.mark.parametrize("pad_left", [False, True], ids=["right", "left"])
@@ -197,7 +201,7 @@ def test_a_branch_starts_before_its_first_label():
     second = Sample(Encoded([1, 2, 3, 4, 6], [IGNORED, IGNORED, IGNORED, IGNORED, 6]), ())
     shared = share_prefix([first, second], image_token_id=9)
     assert shared == [
-        Row(
+        TokenSequence(
             [1, 2, 3, 4, 5, 2, 3, 4, 6],
             [IGNORED] * 2 + [3, 4, 5] + [IGNORED] * 3 + [6],
             [1, 2, 2, 2, 2, 3, 3, 3, 3],

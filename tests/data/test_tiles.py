@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from nanovlm.data.batches import Batches, Row, collate
+from nanovlm.data.batches import Batches, TokenSequence, collate
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import answers
@@ -93,7 +93,7 @@ def test_training_and_asking_take_the_same_ids_and_bytes(model, images, names):
         record(0, *paths).messages[:1], tokens, add_generation_prompt=True
     ).input_ids
     assert trained.input_ids[0, : len(prompt)].tolist() == prompt
-    pictures = sum(image.pictures for image in tokens)
+    pictures = sum(image.num_tiles for image in tokens)
     assert (
         len(trained.image_positions) == prompt.count(model.chat.image_token_id) == LENGTH * pictures
     )
@@ -216,7 +216,7 @@ def test_a_folder_keeps_its_tiles(model, images, tmp_path):
     assert again.config.image == TILES and again.image_tokens(90, 20) == ImageTokens(LENGTH, 1, 3)
     assert again.max_image_length == 10 * LENGTH
     rows = [
-        Row.of(
+        TokenSequence.of(
             again.chat.encode(
                 [Message("user", (IMAGE,))], [ImageTokens(LENGTH, 1, 3)], add_generation_prompt=True
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import generate
 from nanovlm.hub.models import load_model, save_model
@@ -94,7 +94,7 @@ def batch_of(model: VisionLanguageModel, answer: str | None = "一个圆。") ->
     encoded = model.chat.encode(
         messages, [model.image_tokens(*IMAGE.size)], add_generation_prompt=not answer
     )
-    batch = collate([Row.of(encoded)], model.chat.image_token_id)
+    batch = collate([TokenSequence.of(encoded)], model.chat.image_token_id)
     batch.pixels = image_pixels(IMAGE, model.config.image)
     return batch
 

@@ -418,7 +418,7 @@ def test_a_cut_image_is_written_as_the_reference_writes_it(tmp_path, special, ro
     assert chat.encode([message], [ImageTokens(5, rows, columns)]).input_ids == expected
     assert (
         expected.count(chat.image_token_id)
-        == 5 * ImageTokens(5, rows, columns).pictures
+        == 5 * ImageTokens(5, rows, columns).num_tiles
         == 5 * (rows * columns + 1)
     )
     assert {

@@ -554,7 +554,8 @@ def test_same_tiles_as_the_reference(
     assert (rows, columns) == (expected["rows"][0][0], expected["cols"][0][0])
     pixels = image_pixels(image, config)
     assert (
-        pixels.shape == (rows * columns + 1, 3, tile, tile) and len(pixels) <= config.max_pictures
+        pixels.shape == (rows * columns + 1, 3, tile, tile)
+        and len(pixels) <= config.max_tiles_per_image
     )
     assert (pixels - expected["pixel_values"][0]).abs().max() < 1e-6
 
@@ -575,8 +576,8 @@ def test_same_grid_as_the_reference_for_many_shapes() -> None:
             assert (
                 tile_grid(width, height, config) == (rows, columns) and count == rows * columns + 1
             )
-    assert tile_grid(100, 100, config) == (5, 5) and config.max_pictures == 26
-    assert tile_grid(640, 480, ImageConfig()) == (0, 0) and ImageConfig().max_pictures == 1
+    assert tile_grid(100, 100, config) == (5, 5) and config.max_tiles_per_image == 26
+    assert tile_grid(640, 480, ImageConfig()) == (0, 0) and ImageConfig().max_tiles_per_image == 1
 
 
 def test_the_grid_of_a_square_a_wide_and_a_tall_picture() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.model import attention
-from nanovlm.model.attention import KVCache, attend, mutual_visibility, visibility
+from nanovlm.model.attention import KVCache, attend, bidirectional_mask, causal_mask
 from nanovlm.model.layers import LayerNorm, RMSNorm
 from nanovlm.model.rotary import frequencies, rotary_embedding, rotate
 
@@ -96,17 +96,17 @@ def test_attend_equals_the_formula(shape, masked, dtype, limit, monkeypatch):
     ],
 )
 def test_visibility(mask, expected):
-    visible = visibility(torch.tensor([mask]), len(mask))[0]
+    visible = causal_mask(torch.tensor([mask]), len(mask))[0]
     assert ["".join(".1"[seen] for seen in row) for row in visible.int().tolist()] == expected
     for queries in range(1, len(mask)):
-        assert torch.equal(visibility(torch.tensor([mask]), queries)[0], visible[-queries:])
+        assert torch.equal(causal_mask(torch.tensor([mask]), queries)[0], visible[-queries:])
 
 
 def test_visibility_keeps_rows_apart():
     masks = torch.tensor([[1, 1, 1, 0], [0, 1, 2, 3], [2, 2, 3, 3]])
-    together = visibility(masks, 4)
+    together = causal_mask(masks, 4)
     for row, mask in enumerate(masks):
-        assert torch.equal(together[row], visibility(mask[None], 4)[0])
+        assert torch.equal(together[row], causal_mask(mask[None], 4)[0])
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -176,7 +176,7 @@ def test_a_full_cache_says_so():
 
 def test_mutual_visibility_is_within_a_group_of_the_same_row():
     groups = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 1]])
-    seen = mutual_visibility(groups, 5)
+    seen = bidirectional_mask(groups, 5)
     expected = [
         [".....", ".11..", ".11..", ".....", "....1"],
         ["11..1", "11..1", ".....", ".....", "11..1"],
@@ -184,7 +184,7 @@ def test_mutual_visibility_is_within_a_group_of_the_same_row():
     assert [
         ["".join(".1"[here] for here in row) for row in rows] for rows in seen.int().tolist()
     ] == expected
-    assert torch.equal(mutual_visibility(groups, 2), seen[:, -2:])
+    assert torch.equal(bidirectional_mask(groups, 2), seen[:, -2:])
 
 
 def test_layer_norm_keeps_the_dtype_of_its_input_also_under_autocast():

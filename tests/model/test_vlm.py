@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm.data.sequences import Row, collate
+from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, decode, generate
 from nanovlm.hub.models import join_parts, load_model, parse_model_config, save_model
@@ -333,7 +333,7 @@ def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
     assert again.config == model.config and again.chat.config.template == "vicuna"
     messages = [Message.parse("user", "<image>Hi"), Message.parse("assistant", "A dog")]
     encoded = again.chat.encode(messages, [again.image_tokens(28, 28)])
-    batch = collate([Row.of(encoded)], again.chat.image_token_id)
+    batch = collate([TokenSequence.of(encoded)], again.chat.image_token_id)
     batch.pixels = torch.randn(1, 3, 28, 28)
     with torch.inference_mode():
         assert torch.equal(model.eval()(batch), again(batch))

@@ -128,7 +128,7 @@ def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
         )
         losses.append([line["loss"] for line in metrics(run)])
         model = load_model(run / "model")
-        assert model.config.image.fit == "tiles" and model.image_tokens(100, 100).pictures == 5
+        assert model.config.image.fit == "tiles" and model.image_tokens(100, 100).num_tiles == 5
         answered = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
         assert answered and all(line["answer"] is not None for line in answered)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -96,12 +96,18 @@ LLAMA3 = {
             QWEN2 | {"rope_parameters": [1e6]},
             "rope_parameters is .1000000.0., expected a value such as {}",
         ),
-        (QWEN2 | {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', expected a number"),
+        (
+            QWEN2 | {"rope_parameters": {"rope_theta": "1e6"}},
+            "rope_theta is '1e6', expected a number",
+        ),
         (
             QWEN2 | {"hidden_size": "896"},
             "config.json: hidden_size is '896', expected a value such as 4096",
         ),
-        (QWEN2 | {"intermediate_size": 896.5}, "intermediate_size is 896.5, expected a whole number"),
+        (
+            QWEN2 | {"intermediate_size": 896.5},
+            "intermediate_size is 896.5, expected a whole number",
+        ),
         (
             QWEN2 | {"tie_word_embeddings": 1},
             "tie_word_embeddings is 1, expected a value such as False",
@@ -137,7 +143,10 @@ LLAMA3 = {
             LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "rope_scaling: key 'low_freq_factor' is missing",
         ),
-        (LLAMA | {"rope_scaling": LLAMA3 | {"factor": "8"}}, "rope_factor is '8', expected a number"),
+        (
+            LLAMA | {"rope_scaling": LLAMA3 | {"factor": "8"}},
+            "rope_factor is '8', expected a number",
+        ),
         (
             LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
             "rope_high_freq_factor = 1.0 is not above",

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanovlm.data.batches import Loaded
+from nanovlm.data.batches import LoadedBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.vlm import VisionLanguageModel
@@ -163,7 +163,7 @@ class Parallel:
         if self.world > 1:
             broadcast(model)
 
-    def passes(self, loaded: Sequence[Loaded]) -> Iterator[Batch]:
+    def passes(self, loaded: Sequence[LoadedBatch]) -> Iterator[Batch]:
         """The batches that a step takes through the model; with fsdp as many in all processes, and the last sends gradients."""
         self._saw_images = any(item.images for item in loaded)
         for number, item in enumerate(loaded, start=1):

@@ -25,7 +25,7 @@ from nanovlm.model.projector import ResamplerProjector
 from nanovlm.model.quantization import QuantizedLinear
 from nanovlm.model.resampler import CrossAttention, Resampler
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.freezing import learns
+from nanovlm.training.freezing import is_trainable
 from nanovlm.training.optim.optimizer import AFTER_BLOCKS
 
 # Dense TFLOP/s of NVIDIA's data sheets and architecture white papers: half precision with sums in fp32, and fp32 without
@@ -122,25 +122,25 @@ def step_flops(
             flops, flows = _vision_flops(model, images)
         projector, flows = _projector_flops(model, images, flows)
         flops += projector
-    flows = flows or learns(model.language_model.embed_tokens)
+    flows = flows or is_trainable(model.language_model.embed_tokens)
     tokens = rows * length
     for layer in model.language_model.reducer.children():
         flops += _matrix_flops(layer, tokens, flows) if isinstance(layer, nn.Linear) else 0
-        flows = flows or learns(layer)
+        flows = flows or is_trainable(layer)
     flows = (
         flows
         or model.config.language_model.positions == "learned"
-        and learns(model.language_model.position_embedding)
+        and is_trainable(model.language_model.position_embedding)
     )
     for block in model.language_model.blocks:
-        flows = flows or learns(block.attention_norm)
+        flows = flows or is_trainable(block.attention_norm)
         flops += _attention_flops(block.attention, rows, length, flows)
-        flows = flows or learns(block.attention) or learns(block.mlp_norm)
+        flows = flows or is_trainable(block.attention) or is_trainable(block.mlp_norm)
         passing = targets if block is model.language_model.blocks[-1] else tokens
         flops += _mlp_flops(block.mlp, passing, flows)
-        flows = flows or learns(block.mlp)
+        flows = flows or is_trainable(block.mlp)
     head = model.language_model.head_weight
-    flows = flows or learns(model.language_model.norm)
+    flows = flows or is_trainable(model.language_model.norm)
     return flops + 2 * targets * head.numel() * (1 + flows + head.requires_grad)
 
 
@@ -157,22 +157,26 @@ def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]
         if name.split(".")[0] not in ("blocks", *AFTER_BLOCKS)
     )
     for block in vision.blocks[: vision.config.blocks_below(layer)]:
-        flows = flows or learns(block.attention_norm)
+        flows = flows or is_trainable(block.attention_norm)
         flops += _attention_flops(block.attention, images, tokens, flows)
-        flows = flows or learns(block)
+        flows = flows or is_trainable(block)
         flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
         flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
     if layer == -1:
-        flows = flows or learns(vision.norm)
+        flows = flows or is_trainable(vision.norm)
         if vision.config.num_queries:
             flops += _resampler_flops(vision.resampler, images, patches, flows)
-            flows = flows or learns(vision.resampler)
+            flows = flows or is_trainable(vision.resampler)
     return flops, flows
 
 
 def _resampler_flops(resampler: Resampler, images: int, patches: int, flows: bool) -> float:
     """Of its matrices, the scores and the sum over values. What learns is taken to be all of it or nothing."""
-    attention, queries, learning = resampler.attention, len(resampler.queries), learns(resampler)
+    attention, queries, learning = (
+        resampler.attention,
+        len(resampler.queries),
+        is_trainable(resampler),
+    )
     inside = flows or learning  # of the queries' side a gradient is wanted only for what learns
     flops = _matrix_flops(resampler.kv_proj, images * patches, flows)
     flops += _cross_attention_flops(attention, images, queries, patches, learning, inside)
@@ -184,7 +188,7 @@ def _cross_attention_flops(
 ) -> float:
     """Of `queries`, the same for all images, that look at `patches` of each. `asks` and `flows` say whether gradients of
     the queries and of the patches are wanted."""
-    inside = flows or asks or learns(attention)
+    inside = flows or asks or is_trainable(attention)
     flops = _matrix_flops(attention.q_proj, queries, asks) + _matrix_flops(
         attention.out_proj, images * queries, inside
     )
@@ -209,11 +213,11 @@ def _projector_flops(model: VisionLanguageModel, images: int, flows: bool) -> tu
         flops += _cross_attention_flops(
             projector.attention, images, len(projector.queries), patches, asks, flows
         )
-        flows = flows or asks or learns(projector.attention)
+        flows = flows or asks or is_trainable(projector.attention)
         layers = [projector.mlp_up, projector.mlp_down, projector.head_up, projector.head_down]
     for layer in layers:
         flops += _matrix_flops(layer, tokens, flows)
-        flows = flows or learns(layer)
+        flows = flows or is_trainable(layer)
     return flops, flows
 
 
@@ -227,7 +231,7 @@ def _mlp_flops(mlp: nn.Module, tokens: int, flows: bool) -> float:
             + sum(_mlp_flops(expert, tokens, flows) for expert in mlp.shared_experts)
         )
     into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
-    inside = flows or any(map(learns, into))
+    inside = flows or any(map(is_trainable, into))
     return sum(_matrix_flops(layer, tokens, flows) for layer in into) + _matrix_flops(
         mlp.down_proj, tokens, inside
     )
@@ -238,7 +242,7 @@ def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) 
     tokens, projections = rows * length, (attention.q_proj, attention.k_proj, attention.v_proj)
     flops = sum(_matrix_flops(layer, tokens, flows) for layer in projections)
     inside = flows or any(
-        learns(layer) for layer in (*projections, attention.q_norm, attention.k_norm)
+        is_trainable(layer) for layer in (*projections, attention.q_norm, attention.k_norm)
     )
     flops += (
         4 * rows * length * length * attention.num_heads * attention.head_dim * (1 + 2 * inside)

@@ -1,6 +1,6 @@
 """Records that a run could not use, or had to cut: named as they come up, once though epochs repeat, and counted."""
 
-from nanovlm.data.batches import Loaded
+from nanovlm.data.batches import LoadedBatch
 from nanovlm.data.records import MAX_NAMED, check_skipped
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.utils.console import say
@@ -16,7 +16,7 @@ class Skipped:
             "cut": {},
         }  # in the order of coming up
 
-    def note(self, loaded: list[Loaded]) -> None:
+    def note(self, loaded: list[LoadedBatch]) -> None:
         """Name what is new in these batches, up to MAX_NAMED of each kind. All processes have to call it."""
         for kind, known in self._reasons.items():
             for reason in self._parallel.all_lines(

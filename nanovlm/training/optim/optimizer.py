@@ -23,7 +23,7 @@ class Layer:
 
 
 def learning_layers(model: nn.Module) -> list[Layer]:
-    """What learns, by part and depth, the output's end first. A tied embedding is a first layer here, not a head."""
+    """What is_trainable, by part and depth, the output's end first. A tied embedding is a first layer here, not a head."""
     layers = []
     for part in PARTS:
         module = getattr(model, part)

@@ -1,4 +1,4 @@
-"""What learns, how fast, and what decays."""
+"""What is_trainable, how fast, and what decays."""
 
 import math
 
