@@ -1,4 +1,4 @@
-"""The README and docs/: every command can be run as it stands, both languages say the same, all links lead somewhere."""
+"""The README and docs/: commands run as they stand, both languages say the same, links lead on."""
 
 import contextlib
 import io

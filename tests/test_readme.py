@@ -1,4 +1,4 @@
-"""The two READMEs: short, with a true map of the files; and what they promise about packages and continuous integration."""
+"""The two READMEs: they are short, their map of the files is true, and CI runs what they say."""
 
 import re
 import subprocess
