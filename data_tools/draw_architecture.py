@@ -209,12 +209,12 @@ def draw_eyes(
     page.text(
         COLUMNS["vision_encoder"],
         MIDDLE - 12,
-        "Vision\ntransformer",
+        "Vision\nencoder",
         10.5,
         weight="bold",
         linespacing=1.3,
     )
-    page.file(COLUMNS["vision_encoder"], MIDDLE + 24, "vit.py")
+    page.file(COLUMNS["vision_encoder"], MIDDLE + 24, "vision_encoder.py")
     page.frame(COLUMNS["projector"] - 62, MIDDLE - 57, 124, 114, learns["projector"])
     page.text(COLUMNS["projector"], MIDDLE - 8, "Projector", 10.5, weight="bold")
     page.file(COLUMNS["projector"], MIDDLE + 16, "projector.py")
@@ -270,10 +270,10 @@ def draw_voice(
     )
     page.arrow((middle, y + 38), (middle, 384))
     page.text(
-        middle + 12, 368, "word embeddings and visual tokens, one sequence", ha="left", color=FAINT
+        middle + 12, 368, "token embeddings and visual tokens, one sequence", ha="left", color=FAINT
     )
     page.frame(left, 388, 2 * (middle - left), 100, learns["language_model"])
-    page.text(middle, 408, "LanguageModel", 10.5, weight="bold")
+    page.text(middle, 408, "Language model", 10.5, weight="bold")
     page.file(middle, 428, "language_model.py")
     for number, preset in enumerate(shapes):
         page.text(
@@ -284,15 +284,15 @@ def draw_voice(
     page.arrow((middle, 492), (middle, 516))
     page.file(24, 533, "generate.py", ha="left")
     page.chips(middle - 90, 520, [*_words(question.answer), "</s>"], ANSWER)
-    page.text(middle, 564, "asking: one token after another; training: a loss on these tokens and no others",
+    page.text(middle, 564, "inference: one token after another; training: loss on these tokens only",
               color=FAINT)  # fmt: skip
 
 
 def draw_legend(page: Drawing) -> None:
     """What the colours of the boxes mean."""
     x, y = 150, 606
-    legend = {"frozen in both stages": (FROZEN, 200), "learns in stage 1 and in stage 2": (ALWAYS, 255),
-              "learns in stage 2 only": (LATER, 0)}  # fmt: skip
+    legend = {"frozen in both stages": (FROZEN, 200), "trainable in stages 1 and 2": (ALWAYS, 255),
+              "trainable in stage 2 only": (LATER, 0)}  # fmt: skip
     for text, (colours, width) in legend.items():
         page.frame(x, y - 8, 22, 16, colours, corner=4)
         page.text(x + 32, y, text, 8.5, ha="left")
