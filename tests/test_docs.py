@@ -136,7 +136,11 @@ def test_a_command_can_be_run_as_it_stands(command):
             "pytest"
         ]
         known = [marker.split(":")[0] for marker in pytest_options["ini_options"]["markers"]]
-        rest = [word for word in command[3:] if not word.startswith("-r")]
+        rest = list(command[3:])
+        if "-n" in rest:
+            place = rest.index("-n")
+            assert rest.pop(place + 1) == "auto" and rest.pop(place)
+        rest = [word for word in rest if not word.startswith("-r")]
         rest = [word for word in rest if not (REPOSITORY / word).is_file()]
         if rest:
             assert rest[0] == "-m" and len(rest) == 2
