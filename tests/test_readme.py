@@ -94,7 +94,7 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_the_picture_is_what_the_script_draws(tmp_path):
-    """Other versions of its font renderer may shade an edge differently; other sizes or words show."""
+    """Another font renderer may shade an edge differently; other sizes or words show."""
     for name, data in zip(("architecture.png", "scene.png"), draw_architecture()):
         (tmp_path / name).write_bytes(data)
         drawn, shipped = (
