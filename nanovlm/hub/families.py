@@ -1,4 +1,5 @@
-"""From a hub folder to a model whose weights are held once: which names a family's files use, and how they are read."""
+"""From a hub folder to a model whose weights are held once: which names a family's files use, and
+how they are read."""
 
 import re
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from nanovlm.hub.names import (
 class Family:
     """How the files of a family name our tensors.
 
-    table: from their names to ours, or a function that makes it of the model's config.
-    prefix: a pattern of what may stand before a name; it depends on which class of the reference the file was saved from.
-    unused: shell-style patterns of names, without prefix, that belong to other parts of the published model.
+    table: from their names to ours, or a function that makes it of the model's config. prefix: a
+    pattern of what may stand before a name; it depends on which class of the reference the file was
+    saved from. unused: shell-style patterns of names, without prefix, that belong to other parts of
+    the published model.
     """
 
     table: NameTable | Callable[[Any], NameTable]

@@ -1,4 +1,5 @@
-"""From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
+"""From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing
+held twice."""
 
 from collections.abc import Callable, Collection, KeysView, Mapping
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGE = (
     2**20
-)  # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache lines
+    # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache
+    # lines
+)
 LINES_PER_KIND = (
     10  # of a loading report; a wrong config makes hundreds of problems of the same kind
 )
 
 
 class Checkpoint:
-    """The tensors of one or several safetensors files, under one set of names and read only when asked for.
+    """The tensors of one or several safetensors files, under one set of names and read only when
+    asked for.
 
     metadata: that of all files together.
     """
@@ -64,8 +68,9 @@ class Checkpoint:
 def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     """Open a model folder, a safetensors file, or the index (`….index.json`) of a sharded one.
 
-    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's tools do.
-    Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not hold what the index says.
+    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's
+    tools do. Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not
+    hold what the index says.
     """
     path = Path(folder_or_file)
     if path.is_dir():
@@ -129,14 +134,16 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] = {},
 ) -> None:
-    """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one, each tensor a place.
+    """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one,
+    each tensor a place.
 
-    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its parameters then are
-    the checkpoint's tensors themselves, on the CPU: views of the private file mapping where no cast is needed (an
-    optimizer's in-place step copies just the pages it writes and the file stays as it is), one copy where it is, or
-    where the file places a large tensor beside the cache lines.
-    Tied names, such as a head that is the embedding, get one parameter; a file that stores both must store them equal.
-    Non-persistent buffers, such as rotary tables, are not loaded: a module built on meta has to compute them.
+    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its
+    parameters then are the checkpoint's tensors themselves, on the CPU: views of the private file
+    mapping where no cast is needed (an optimizer's in-place step copies just the pages it writes
+    and the file stays as it is), one copy where it is, or where the file places a large tensor
+    beside the cache lines. Tied names, such as a head that is the embedding, get one parameter; a
+    file that stores both must store them equal. Non-persistent buffers, such as rotary tables, are
+    not loaded: a module built on meta has to compute them.
 
     name_map: a tensor's name in the checkpoint → the name in the module, a `Split` where it holds several of ours, or None
         for a tensor deliberately not used.
@@ -223,7 +230,8 @@ def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[
 
 
 def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
-    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is let go of."""
+    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is
+    let go of."""
     stored = sources[0].checkpoint.tensor(sources[0].stored)
     tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():

@@ -1,6 +1,8 @@
-"""Published models by their shapes alone: to plan with one before it is fetched, and to run it at toy widths.
+"""Published models by their shapes alone: to plan with one before it is fetched, and to run it at
+toy widths.
 
-What stands here is what the models' own `config.json` and `preprocessor_config.json` say, read by the same code.
+What stands here is what the models' own `config.json` and `preprocessor_config.json` say, read by
+the same code.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ class PublishedVisionEncoder:
 
 @dataclass(frozen=True)
 class PublishedLanguageModel:
-    """A language model: where it is published, its shape, and how its conversations are written down."""
+    """A language model: where it is published, its shape, and how its conversations are written
+    down."""
 
     hub: str
     config: dict[str, Any]
@@ -288,7 +291,8 @@ LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
 
 
 def toy_model(config: VLMConfig) -> VisionLanguageModel:
-    """The architecture of `config` at toy widths, with random weights and the words of the toy world."""
+    """The architecture of `config` at toy widths, with random weights and the words of the toy
+    world."""
     tokenizer = load_tokenizer(ASSETS / "tiny-language-model")
     for token in (*sorted(TEMPLATES[config.chat.template].special), config.chat.image_token):
         tokenizer.add_special_token(token)

@@ -180,7 +180,9 @@ def encode_images(
                 continue
         if pixels:
             parts = torch.cat(list(pixels.values())).split(ENCODED_AT_ONCE)
-            patches = torch.cat([model.look(part.to(precision.device)).cpu() for part in parts])
+            patches = torch.cat(
+                [model.vision_features(part.to(precision.device)).cpu() for part in parts]
+            )
             features |= zip(pixels, patches.split([len(pictures) for pictures in pixels.values()]))
     return features
 

@@ -237,7 +237,7 @@ def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path)
     assert refusal(
         hub.settings("siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28)
     ) == (
-        "patch vectors of 36 numbers are not made of the resampler's 8 heads; take another projector, or another num_heads"
+        "patch vectors of 36 numbers cannot be split into the resampler's 8 heads; take another projector, or another num_heads"
     )
 
 
@@ -248,7 +248,7 @@ def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path)
             ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
             300,
             "",
-            "the tokenizer knows 326 tokens and the decoder 300; they do",
+            "the tokenizer has 326 tokens and the language model 300; they do",
         ),
         (
             ("<|endoftext|>",),
