@@ -330,14 +330,7 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
     prompt = Prompt(embeddings, batch.input_ids, groups=groups)
     options = dict(max_new_tokens=12, stop_ids={-1})
     cached, uncached = (
-        list(
-            decode(
-                toy.model.language_model,
-                prompt,
-                use_cache=use_cache,
-                **options,
-            )
-        )
+        list(decode(toy.model.language_model, prompt, use_cache=use_cache, **options))
         for use_cache in (True, False)
     )
     assert cached == uncached and len(cached) == 12

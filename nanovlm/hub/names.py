@@ -53,7 +53,7 @@ NameTable = Mapping[str, Target]
 
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
     return {
-        f"{theirs}{separator}{kind}": _renamed(ours, lambda name: f"{name}.{kind}")
+        f"{theirs}{separator}{kind}": _renamed(ours, ("{}." + kind).format)
         for theirs, ours in table.items()
         for kind in ("weight", "bias")
     }
