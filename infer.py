@@ -11,15 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, TextStreamer, generate
 from nanovlm.hub.adapters import load_adapter
 from nanovlm.hub.models import load_model
-from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER, ImageTokens, Message
-from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER, Message
+from nanovlm.inputs.image import open_image
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
@@ -27,12 +26,10 @@ from nanovlm.utils.device import choose_device, choose_dtype
 from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
-CHATML = (
-    "<|im_start|>",
-    "<|im_end|>",
-)  # refused in prompts of any model: what is copied around has these in it
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Refused in prompts for any model, because prompts copied from elsewhere often contain them.
+CHATML = ("<|im_start|>", "<|im_end|>")
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def main() -> None:
@@ -53,10 +50,6 @@ def main() -> None:
     if prompt is not None:
         _check_prompt(prompt, model)
 
-    tokens = [model.image_tokens(*image.size) for image in images]
-    pixels = (
-        torch.cat([image_pixels(image, model.config.image) for image in images]) if images else None
-    )
     messages: list[Message] = []
     new_images = len(images)
     while True:
@@ -68,33 +61,24 @@ def main() -> None:
         # Each image opens the turn it came with, on a line of its own, as in the training records.
         content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
         messages.append(Message("user", (*content, prompt)))
-        messages.append(
-            Message("assistant", (_answer(model, messages, tokens, pixels, arguments, sampling),))
-        )
+        batch = prepare(model, [messages], [images], add_generation_prompt=True)
+        answer = _answer(model, batch, arguments.max_new_tokens, sampling, arguments.verbose)
+        messages.append(Message("assistant", (answer,)))
         if not arguments.chat:
             return
         prompt, new_images = None, 0
 
 
 def _answer(
-    model: VisionLanguageModel,
-    messages: list[Message],
-    images: list[ImageTokens],
-    pixels: torch.Tensor | None,
-    arguments: argparse.Namespace,
-    sampling: Sampling,
+    model: VisionLanguageModel, batch: Batch, max_new_tokens: int, sampling: Sampling, verbose: bool
 ) -> str:
     """Stream the answer to stdout and return it."""
-    start = time.perf_counter()
-    encoded = model.chat.encode(messages, images, add_generation_prompt=True)
-    batch = collate([TokenSequence.of(encoded)], model.chat.image_token_id)
-    batch.attention_mask = None  # one row, nothing to mask
-    batch.pixels = pixels
-    device = next(model.parameters()).device
-    streamer, answer, first = TextStreamer(model.tokenizer), [], None
+    streamer, answer = TextStreamer(model.tokenizer), ""
+    start, first = time.perf_counter(), 0.0
 
     def show(text: str) -> None:
-        answer.append(text)
+        nonlocal answer
+        answer += text
         print(text, end="", flush=True)
 
     def on_tokens(tokens: list[int]) -> None:
@@ -103,46 +87,43 @@ def _answer(
         if tokens[0] >= 0:
             show(streamer.put(tokens[0]))
 
-    tokens = generate(model, batch.to(device), arguments.max_new_tokens, sampling, on_tokens)[0]
+    device = next(model.parameters()).device
+    tokens = generate(model, batch.to(device), max_new_tokens, sampling, on_tokens)[0]
     show(streamer.end())
     print()
-    if not "".join(answer).strip():
+    if not answer.strip():
         say("the answer is empty: the model ended its turn at once")
-    if arguments.verbose:
-        seconds = time.perf_counter() - first
+    if verbose:
+        speed = len(tokens) / max(time.perf_counter() - first, 1e-9)
         say(
-            f"{len(encoded.input_ids)} prompt tokens, first token after {first - start:.3f} s, then {len(tokens) / max(seconds, 1e-9):.1f} "
-            f"tokens/s for {len(tokens)} tokens"
+            f"{batch.input_ids.shape[1]} prompt tokens, first token after {first - start:.3f} s, "
+            f"then {speed:.1f} tokens/s for {len(tokens)} tokens"
         )
-    return "".join(answer)
+    return answer
 
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
-    """IMAGE… PROMPT. In a chat the prompt may be missing, so there a last word that names a file is an image."""
-    if chat and (
-        not inputs or os.path.isfile(inputs[-1])
-    ):  # unlike pathlib's, it takes a prompt of any length
+    """IMAGE… PROMPT → images and prompt. In a chat the prompt may be missing, so there a last argument
+    that names a file is an image."""
+    ends_with_file = bool(inputs) and os.path.isfile(inputs[-1])  # of any length, unlike pathlib's
+    if chat and (not inputs or ends_with_file):
         return inputs, None
     if not inputs:
         raise NanoVLMError('nothing asked; for example:  python infer.py photo.jpg "描述图片"')
     if not inputs[-1].strip():
         raise NanoVLMError("the prompt is empty; say what you want to know")
-    if (
-        len(inputs) == 1
-        and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES
-        and not os.path.isfile(inputs[0])
-    ):
-        raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
-    if os.path.isfile(inputs[-1]):
+    if ends_with_file:
         raise NanoVLMError(
             f"{inputs[-1]} is a file, and the last argument is the prompt; for example:  "
             f'python infer.py {inputs[-1]} "描述图片"'
         )
+    if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES:
+        raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
     return inputs[:-1], inputs[-1]
 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
-    """Refuse spellings of control tokens: as text they would not do what whoever typed them expects."""
+    """Refuse the spellings of special tokens, which would be read as ordinary text."""
     for token in (*model.tokenizer.special_tokens, *CHATML, IMAGE_MARKER):
         if token in prompt:
             raise NanoVLMError(
@@ -158,7 +139,8 @@ def _read_prompt() -> str:
 
 
 def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
-    """The model asked for, else the one trained here, else the one that ships; says which on stderr."""
+    """The model that --model names, else the one trained here, else the shipped one; says which on
+    stderr."""
     folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
@@ -173,7 +155,8 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         say(f"adapter: {arguments.adapter}")
     if folder == SHIPPED:
         say(
-            "this is the shipped tiny model: it only knows its toy world of coloured shapes (data_tools/make_scenes.py)"
+            "this is the shipped tiny model: it only knows its toy world of coloured shapes "
+            "(data_tools/make_scenes.py)"
         )
     return model
 
@@ -199,7 +182,7 @@ def _parser() -> CommandParser:
         "--adapter",
         type=Path,
         metavar="DIR",
-        help="adapter folder of a run with LoRA, for the model it learned on",
+        help="adapter folder of a LoRA run, for the model that it was trained on",
     )
     parser.add_argument(
         "--chat", action="store_true", help="keep the conversation going; an empty line ends it"
@@ -219,7 +202,7 @@ def _parser() -> CommandParser:
         type=float,
         default=1.0,
         metavar="P",
-        help="keep the likeliest tokens of this much probability",
+        help="keep the likeliest tokens that together have this probability",
     )
     sampling.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens"
@@ -229,9 +212,11 @@ def _parser() -> CommandParser:
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1 avoids repeating",
+        help="above 1, tokens already there become less likely",
     )
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of the dice")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed for sampling"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     machine.add_argument(

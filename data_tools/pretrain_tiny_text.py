@@ -33,7 +33,8 @@ from data_tools.scenes_world import (
     SceneObject,
     random_scene,
 )  # fmt: skip
-from nanovlm.data.sequences import Sample, chunks, collate, share_prefix
+from nanovlm.data.collate import collate
+from nanovlm.data.sequences import TokenSequence, share_prefixes
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.names import QWEN, invert, translate
 from nanovlm.hub.safetensors import save_file
@@ -166,14 +167,10 @@ class Corpus:
         self.rows, self.notes = [], []
         for text in texts:
             samples = [
-                Sample(chat.encode(messages, [ImageTokens(len(text.notes))]), ())
+                TokenSequence.of(chat.encode(messages, [ImageTokens(len(text.notes))]))
                 for messages in text.conversations
             ]
-            rows = [
-                row
-                for chunk in chunks(samples, BRANCHES)
-                for row in share_prefix(chunk, chat.image_token_id)
-            ]
+            rows = share_prefixes(samples, chat.image_token_id, BRANCHES)
             self.rows += rows
             self.notes += [
                 [[id for word in note for id in encode(word)] for note in text.notes]

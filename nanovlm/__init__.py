@@ -1,5 +1,6 @@
 """nanovlm: a small Chinese/English vision-language model in plain PyTorch. Start reading at `model/vlm.py`."""
 
+from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
 from nanovlm.hub.models import load_language_model, load_model, load_vision_encoder, save_model
@@ -37,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "load_vision_encoder",
     "open_image",
+    "prepare",
     "preprocess",
     "save_model",
 ]

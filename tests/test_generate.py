@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.collate import collate
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Prompt, Sampling, TextStreamer, decode, generate, sample
 from nanovlm.hub.models import load_language_model
@@ -61,7 +62,7 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
         rows.append(TokenSequence(ids, [-100] * len(ids), [1] * len(ids), ()))
         generator = torch.Generator().manual_seed(len(prompt))
         pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(message.num_images)]
-    batch = collate(rows, model.chat.image_token_id, pad_left)
+    batch = collate(rows, model.chat.image_token_id, pad_left=pad_left)
     batch.pixels = torch.stack(pixels) if pixels else None
     return batch
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import infer
-from nanovlm.data.batches import Batches
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
+from nanovlm.data.collate import collate
 from nanovlm.data.records import read_records
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
 from nanovlm.generate import Prompt, decode, generate
@@ -257,17 +258,8 @@ def _records(toy: Toy, images: int, turns: int = 1) -> list:
 
 
 def _batches(toy: Toy, records: list) -> Batches:
-    return Batches(
-        records,
-        toy.model.chat,
-        toy.model.config.image,
-        toy.model.image_length,
-        batch_size=len(records),
-        share=1,
-        max_length=1024,
-        seed=0,
-        shuffle=False,
-    )
+    options = BatchOptions(batch_size=len(records), max_length=1024, shuffle=False)
+    return Batches(records, RecordEncoder.of(toy.model), options)
 
 
 def _loaded(toy: Toy, records: list) -> Batch:

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from nanovlm.bench.sides import IMAGE_SIZE, TEXT, VISION
+from nanovlm.data.collate import collate
 from nanovlm.data.packing import first_fit_decreasing, join
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import join_parts
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import IGNORED, Encoded
+from nanovlm.inputs.chat import IGNORED, Sample
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
@@ -150,7 +151,7 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
         labels = [IGNORED] * (model.image_length + length // 2) + text[length // 2 :]
         rows.append(
             TokenSequence.of(
-                Encoded([image] * model.image_length + text, labels), (Path(str(number)),)
+                Sample([image] * model.image_length + text, labels), (Path(str(number)),)
             )
         )
     pixels = torch.randn(SAMPLES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)

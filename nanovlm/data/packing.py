@@ -1,87 +1,87 @@
-"""Several samples in one row, and rows dealt out so that batches are filled evenly and little of them is padding.
-
-A line is a list of `TokenSequence`s that will be one row of a batch; without packing it is a list of one.
-"""
+"""Several token sequences in one row, and rows divided among batches and processes so that these get
+alike amounts of work and little of it is padding."""
 
 from collections.abc import Sequence
 
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.model.attention import SEGMENT
 
-PackedSequence = list[TokenSequence]
+PackedSequence = list[TokenSequence]  # that will be one row of a batch; of one, without packing
 
 
-def first_fit_decreasing(rows: Sequence[TokenSequence], length: int) -> list[PackedSequence]:
-    """Lines of at most `length` tokens with all `rows` in them: the longest first, each into the first line with room.
+def first_fit_decreasing(sequences: Sequence[TokenSequence], length: int) -> list[PackedSequence]:
+    """Pack all `sequences` into rows of at most `length` tokens: the longest first, each into the
+    first row with room for it. None may be longer than `length`.
 
-    Takes at most 11/9 of the fewest lines possible, and two thirds of one more (Johnson 1973; Dósa 2007). Every row
-    has to fit into `length` by itself.
+    Takes at most 11/9 of the fewest rows possible, and two thirds of one more (Johnson 1973; Dósa
+    2007).
     """
-    lines: list[PackedSequence] = []
+    rows: list[PackedSequence] = []
     room: list[int] = []
-    for row in sorted(rows, key=len, reverse=True):
-        place = next((place for place, left in enumerate(room) if len(row) <= left), len(lines))
-        if place == len(lines):
-            lines.append([])
+    for sequence in sorted(sequences, key=len, reverse=True):
+        index = next((i for i, left in enumerate(room) if len(sequence) <= left), len(rows))
+        if index == len(rows):
+            rows.append([])
             room.append(length)
-        lines[place].append(row)
-        room[place] -= len(row)
-    return lines
+        rows[index].append(sequence)
+        room[index] -= len(sequence)
+    return rows
 
 
-def join(line: Sequence[TokenSequence]) -> TokenSequence:
-    """A line as one row whose tokens see those of their own sample only (`causal_mask`)."""
-    if len(line) == 1:
-        return line[0]
+def join(packed: PackedSequence) -> TokenSequence:
+    """A packed sequence as one, in which tokens attend within their own part only (`causal_mask`)."""
+    if len(packed) == 1:
+        return packed[0]
     return TokenSequence(
-        [token for row in line for token in row.input_ids],
-        [label for row in line for label in row.labels],
+        [token for sequence in packed for token in sequence.input_ids],
+        [label for sequence in packed for label in sequence.labels],
         [
             segment * SEGMENT + number
-            for segment, row in enumerate(line)
-            for number in row.attention_mask
+            for segment, sequence in enumerate(packed)
+            for number in sequence.attention_mask
         ],
-        tuple(image for row in line for image in row.images),
-        tuple(record for row in line for record in row.records),
+        tuple(image for sequence in packed for image in sequence.images),
+        tuple(record for sequence in packed for record in sequence.records),
     )
 
 
-def cut_by_length(lines: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
-    """Sorted by length and cut into `count` batches of alike numbers of records, so that a batch needs little padding.
-
-    None is empty while there are lines enough.
-    """
-    lines = sorted(lines, key=_tokens)
-    records = [sum(len(row.records) for row in line) for line in lines]
+def cut_by_length(rows: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
+    """Sort `rows` by length and cut them into `count` batches of alike numbers of records, so that
+    each batch needs little padding. No batch is empty if there are rows enough."""
+    rows = sorted(rows, key=_tokens)
+    records = [sum(len(sequence.records) for sequence in row) for row in rows]
     batches, start = [], 0
     for left in range(count, 0, -1):
         share, end, taken = sum(records[start:]) / left, start, 0
-        while end < len(lines) and (
-            end == start or end + left <= len(lines) and taken + records[end] / 2 < share
-        ):
+        while end < len(rows):
+            leaves_enough = end + left <= len(rows) and taken + records[end] / 2 < share
+            if end > start and not leaves_enough:
+                break
             taken += records[end]
             end += 1
-        batches.append(lines[start:end])
+        batches.append(rows[start:end])
         start = end
     return batches
 
 
-def deal(lines: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
-    """Dealt into `count` hands of alike numbers of tokens: the longest first, each to the hand that has the fewest.
+def deal(rows: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
+    """Divide `rows` into `count` parts of alike numbers of tokens: the longest first, each to the part
+    that has the fewest so far.
 
-    Where there are fewer lines than hands, lines of several rows are halved, so that no hand stays empty while another
-    has something to give.
+    If there are fewer rows than parts, rows of several sequences are halved, so that a part stays
+    empty only when there is nothing left to divide.
     """
-    while 0 < len(lines) < count and len(fullest := max(lines, key=len)) > 1:
-        lines = [line for line in lines if line is not fullest] + [fullest[::2], fullest[1::2]]
-    hands: list[list[PackedSequence]] = [[] for _ in range(count)]
+    rows = list(rows)
+    while 0 < len(rows) < count and len(fullest := max(rows, key=len)) > 1:
+        rows = [row for row in rows if row is not fullest] + [fullest[::2], fullest[1::2]]
+    parts: list[list[PackedSequence]] = [[] for _ in range(count)]
     tokens = [0] * count
-    for line in sorted(lines, key=_tokens, reverse=True):
+    for row in sorted(rows, key=_tokens, reverse=True):
         least = tokens.index(min(tokens))
-        hands[least].append(line)
-        tokens[least] += _tokens(line)
-    return hands
+        parts[least].append(row)
+        tokens[least] += _tokens(row)
+    return parts
 
 
-def _tokens(line: PackedSequence) -> int:
-    return sum(map(len, line))
+def _tokens(row: PackedSequence) -> int:
+    return sum(map(len, row))

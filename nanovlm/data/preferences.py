@@ -1,28 +1,30 @@
-"""Pairs of answers of which one is preferred: reading them, and batches in which a pair shares a row.
+"""Pairs of answers of which one is preferred: reading them, and batches of them.
 
     {"image": "a.jpg", "prompt": "描述图片", "chosen": "…", "rejected": "…"}
-    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}, …], "chosen": "…", …}
+    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}, …],
+     "chosen": "…", "rejected": "…"}
 
-In place of `prompt`, `messages` or `conversations` hold several turns, of which the last is the user's. A prompt that
-does not say with `<image>` where its images go has them at its beginning.
+In place of `prompt`, `messages` or `conversations` hold several turns, of which the last is the
+user's. A prompt without `<image>` has its images at the beginning.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanovlm.data.batches import Batches, LoadedBatch
-from nanovlm.data.packing import PackedSequence
+from nanovlm.data.batches import BatchOptions, RecordEncoder
 from nanovlm.data.records import Record, parse_record, read_records
-from nanovlm.data.sequences import Sample, TokenSequence, share_prefix
+from nanovlm.data.sequences import TokenSequence, share_prefix
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import IGNORED, IMAGE_MARKER, Encoded, Message
+from nanovlm.inputs.chat import IGNORED, IMAGE_MARKER, Message
+from nanovlm.inputs.image_config import ImageConfig
 
 ANSWERS = ("chosen", "rejected")
 
@@ -30,7 +32,8 @@ ANSWERS = ("chosen", "rejected")
 def read_pairs(
     data: str | Path, images: str | Path | None = None
 ) -> tuple[list[Record], list[str]]:
-    """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise as `read_records`.
+    """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise as
+    `read_records`.
 
     The record of a pair ends with the chosen answer and holds the rejected one as `rejected`.
     """
@@ -53,112 +56,114 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
         if "messages" in entry or "conversations" in entry or "references" in entry:
             raise NanoVLMError(f"{where}: has a prompt and other turns; give one of them")
         rest["messages"] = [{"role": "user", "content": _with_markers(entry)}]
-    llava = "messages" not in rest
-    answer = (
-        {"from": "gpt", "value": entry["chosen"]}
-        if llava
-        else {"role": "assistant", "content": entry["chosen"]}
-    )
-    turns = rest.get("conversations" if llava else "messages")
+    if "messages" in rest:
+        key, answer = "messages", {"role": "assistant", "content": entry["chosen"]}
+    else:
+        key, answer = "conversations", {"from": "gpt", "value": entry["chosen"]}
+    turns = rest.get(key)
     if not isinstance(turns, list):
         raise NanoVLMError(f"{where}: has no prompt, messages or conversations")
-    record = parse_record(
-        {**rest, "conversations" if llava else "messages": [*turns, answer]}, where, folder
-    )
+    record = parse_record({**rest, key: [*turns, answer]}, where, folder)
     if len(record.messages) < 2 or record.messages[-2].role != "user":
         raise NanoVLMError(f"{where}: the turn before the answers is not the user's")
     return dataclasses.replace(record, rejected=entry["rejected"])
 
 
 def _with_markers(entry: dict[str, Any]) -> Any:
-    """The prompt with a place for each image; what is no text is for others to complain about."""
+    """The prompt with a marker for each image. What is not text is left to `parse_record`."""
     prompt, images = entry["prompt"], entry.get("images", entry.get("image")) or []
-    if (
-        not isinstance(prompt, str)
-        or not isinstance(images, (str, list))
-        or not images
-        or IMAGE_MARKER in prompt
-    ):
+    if not isinstance(prompt, str) or not isinstance(images, (str, list)):
+        return prompt
+    if not images or IMAGE_MARKER in prompt:
         return prompt
     return IMAGE_MARKER * (1 if isinstance(images, str) else len(images)) + "\n" + prompt
 
 
 @dataclass
 class PairBatch(Batch):
-    """A batch of P pairs. Its targets are those of each pair's chosen answer, then of its rejected one, pair by pair."""
+    """A batch of P pairs. Its targets are those of each pair's chosen answer, then of its rejected
+    one, pair by pair."""
 
-    lengths: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # (2P,) targets of each answer
-    reference: Tensor = field(
-        default_factory=lambda: torch.zeros(0, 2)
-    )  # (P, 2) both answers' log-probabilities, once known
+    # (2P,) number of targets of each answer
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    # (P, 2) log-probabilities of both answers under the reference model, once they are known
+    reference: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
     @classmethod
     def of(cls, batch: Batch) -> "PairBatch":
-        """The batch itself, or a plain one as one without pairs: an empty one, with which a process runs along (fsdp)."""
+        """The batch itself, or a plain one as one of no pairs: an empty one with which a process
+        takes part in a step for which it has no records (FSDP)."""
         return batch if isinstance(batch, cls) else cls(**vars(batch))
 
 
-class PairBatches(Batches):
-    """`Batches` of pairs: prompt and images once, then both answers as branches that do not see each other.
+@dataclass
+class PairEncoder:
+    """Records for preference training: prompt and images once, then both answers as branches that do
+    not attend to each other.
 
-    So an answer's log-probability is what it would be in a row of its own. Only the answers are labelled, not those of
-    earlier turns, which are a pair's in common. `reference` are both answers' log-probabilities by the record's name;
-    batches come without them until it is set.
+    So the log-probability of an answer is what it is in a sequence by itself. Only the two answers
+    are labelled, not those of earlier turns, which a pair has in common.
     """
 
+    single: RecordEncoder  # for the prompt with one of the answers
+    # Log-probabilities of both answers by the record's name; batches come without until it is set.
     reference: Mapping[str, Sequence[float]] | None = None
 
-    def _encode(self, record: Record) -> tuple[TokenSequence, bool]:
-        """The pair as one row, and whether an answer was cut."""
+    @property
+    def image(self) -> ImageConfig:
+        return self.single.image
+
+    @property
+    def image_token_id(self) -> int:
+        return self.single.image_token_id
+
+    def encode(self, record: Record, options: BatchOptions) -> tuple[TokenSequence, bool]:
         rejected = (*record.messages[:-1], Message.parse("assistant", record.rejected))
-        samples, cut = [], False
-        for messages in (record.messages, rejected):
-            sample, is_cut = super()._encode(dataclasses.replace(record, messages=messages))
-            samples.append(
-                Sample(_last_answer_labelled(sample.encoded), sample.images, sample.record)
-            )
-            cut = cut or is_cut
-        if samples[0].encoded.input_ids == samples[1].encoded.input_ids:
+        chosen, chosen_is_cut = self._encode_answer(record, options)
+        other, other_is_cut = self._encode_answer(
+            dataclasses.replace(record, messages=rejected), options
+        )
+        is_cut = chosen_is_cut or other_is_cut
+        if chosen.input_ids == other.input_ids:
             raise NanoVLMError(
-                f"chosen and rejected are the same up to {self.max_length} tokens"
-                + ("; raise --max-length" if cut else "")
+                f"chosen and rejected are the same up to {options.max_length} tokens"
+                + ("; raise --max-length" if is_cut else "")
             )
         if self.reference is not None and record.where not in self.reference:
             raise NanoVLMError(
                 "could not be read when the reference's log-probabilities were computed"
             )
-        (row,) = share_prefix(samples, self.chat.image_token_id)
-        if self.pack and len(row) > self.pack:
+        (pair,) = share_prefix((chosen, other), self.image_token_id)
+        if options.pack and len(pair) > options.pack:
             raise NanoVLMError(
-                f"the pair takes {len(row)} tokens and a row has {self.pack}; raise --pack"
+                f"the pair takes {len(pair)} tokens and a row has {options.pack}; raise --pack"
             )
-        return dataclasses.replace(row, records=(record.where,)), cut
+        return dataclasses.replace(pair, records=(record.where,)), is_cut
 
-    def _share(self, samples: Sequence[TokenSequence], share: int) -> list[TokenSequence]:
-        """Pairs are rows already."""
-        return list(samples)
-
-    def _load(
-        self, lines: Sequence[PackedSequence], skipped: Sequence[str], cut: Sequence[str]
-    ) -> LoadedBatch:
-        loaded = super()._load(lines, skipped, cut)
-        if loaded.batch is None:
-            return loaded
-        batch = PairBatch.of(loaded.batch)
-        # In its row or segment, a chosen answer is branch 2 and a rejected one 3: where the number changes, so does the answer.
-        branches = batch.attention_mask.flatten()[batch.target_positions + 1]
-        batch.lengths = branches.unique_consecutive(return_counts=True)[1]
+    def finish(self, batch: Batch, sequences: Sequence[TokenSequence]) -> PairBatch:
+        """The batch with the number of targets of each answer, and the reference if it is known."""
+        pairs = PairBatch.of(batch)
+        lengths = []
+        for sequence in sequences:
+            # A chosen answer is branch 2 of its pair and the rejected one branch 3, so where the
+            # number changes, the answer does.
+            labelled = [
+                number
+                for number, label in zip(sequence.attention_mask, sequence.labels)
+                if label != IGNORED
+            ]
+            lengths += [len(list(answer)) for _, answer in groupby(labelled)]
+        pairs.lengths = torch.tensor(lengths)
         if self.reference is not None:
-            batch.reference = torch.tensor([self.reference[where] for where in loaded.records])
-        return dataclasses.replace(loaded, batch=batch)
+            names = [record for sequence in sequences for record in sequence.records]
+            pairs.reference = torch.tensor([self.reference[name] for name in names])
+        return pairs
 
-
-def _last_answer_labelled(encoded: Encoded) -> Encoded:
-    """The same without labels before the last run of them, which is the last answer."""
-    end = max(place for place, label in enumerate(encoded.labels) if label != IGNORED) + 1
-    start = end
-    while start and encoded.labels[start - 1] != IGNORED:
-        start -= 1
-    return Encoded(encoded.input_ids, [IGNORED] * start + encoded.labels[start:])
+    def _encode_answer(self, record: Record, options: BatchOptions) -> tuple[TokenSequence, bool]:
+        """The record without labels before the last run of them, which is its last answer."""
+        sequence, is_cut = self.single.encode(record, options)
+        start = max(i for i, label in enumerate(sequence.labels) if label != IGNORED)
+        while start and sequence.labels[start - 1] != IGNORED:
+            start -= 1
+        labels = [IGNORED] * start + sequence.labels[start:]
+        return dataclasses.replace(sequence, labels=labels), is_cut

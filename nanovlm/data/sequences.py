@@ -1,29 +1,18 @@
-"""Encoded samples → one batch. Samples that begin alike, image included, can share a row and read the image once."""
+"""Samples → token sequences. Samples with a common prefix, image included, can share it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
-import torch
-
-from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import IGNORED, Encoded
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A tokenized record and the images it shows, in order. `record` names it in messages."""
-
-    encoded: Encoded
-    images: tuple[Path, ...]
-    record: str = ""
+from nanovlm.inputs.chat import IGNORED, Sample
 
 
 @dataclass
 class TokenSequence:
-    """One line of a batch: token ids, labels and the attention mask's numbers (`causal_mask`), all of one length, and
-    the names of the records in it."""
+    """What one row of a batch holds: token ids, labels and the attention mask's numbers, all of one
+    length (the numbers: `causal_mask`), with the images in order and the names of the records."""
 
     input_ids: list[int]
     labels: list[int]
@@ -32,16 +21,16 @@ class TokenSequence:
     records: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, encoded: Encoded, images: tuple[Path, ...] = (), record: str = ""
-    ) -> "TokenSequence":
-        """A sample in a row of its own."""
-        return cls(
-            encoded.input_ids, encoded.labels, [1] * len(encoded.input_ids), images, (record,)
-        )
+    def of(cls, sample: Sample, images: tuple[Path, ...] = (), record: str = "") -> "TokenSequence":
+        """One sample by itself."""
+        return cls(sample.input_ids, sample.labels, [1] * len(sample.input_ids), images, (record,))
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def has_branches(self) -> bool:
+        return max(self.attention_mask) > 1
 
 
 def chunks(items: list, size: int) -> list[list]:
@@ -49,65 +38,49 @@ def chunks(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def share_prefix(samples: Sequence[Sample], image_token_id: int) -> list[TokenSequence]:
-    """Lay out samples of the same images as one row: what they have in common once, then each one's own branch.
+def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> list[TokenSequence]:
+    """Join samples of the same images into one sequence: their common prefix once, then one branch
+    for each.
 
-    The branches see the common beginning and not each other, so every logit is what it would be in a row of its
-    own, at a fraction of the work. Where they do not have all images in common, each sample gets its own row.
+    Tokens of a branch attend to the prefix and to their own branch, so every logit is what it is in
+    a sequence of one sample, for a fraction of the work. The sequences are returned as they are
+    where not all images lie in the prefix, or where one has branches already.
     """
-    sequences = [sample.encoded.input_ids for sample in samples]
-    # A branch starts before its first label, since the token that predicts a label has to stand right before it.
-    first_labels = [
-        next(i for i, label in enumerate(sample.encoded.labels) if label != IGNORED)
-        for sample in samples
-    ]
-    shared = min(len(commonprefix(sequences)), min(first_labels) - 1)
-    if len(samples) == 1 or any(image_token_id in sequence[shared:] for sequence in sequences):
-        return [
-            TokenSequence.of(sample.encoded, sample.images, sample.record) for sample in samples
-        ]
-    row = TokenSequence(
-        sequences[0][:shared],
+    if len(sequences) == 1 or any(sequence.has_branches for sequence in sequences):
+        return list(sequences)
+    # A branch starts before its first label, because the token that predicts a label has to stand
+    # right before it.
+    first_label = min(
+        next(i for i, label in enumerate(sequence.labels) if label != IGNORED)
+        for sequence in sequences
+    )
+    shared = min(len(commonprefix([sequence.input_ids for sequence in sequences])), first_label - 1)
+    if any(image_token_id in sequence.input_ids[shared:] for sequence in sequences):
+        return list(sequences)
+    joined = TokenSequence(
+        sequences[0].input_ids[:shared],
         [IGNORED] * shared,
         [1] * shared,
-        samples[0].images,
-        tuple(sample.record for sample in samples),
+        sequences[0].images,
+        tuple(record for sequence in sequences for record in sequence.records),
     )
-    for branch, sample in enumerate(samples, start=2):
-        row.input_ids += sample.encoded.input_ids[shared:]
-        row.labels += sample.encoded.labels[shared:]
-        row.attention_mask += [branch] * (len(sample.encoded.input_ids) - shared)
-    return [row]
+    for branch, sequence in enumerate(sequences, start=2):
+        joined.input_ids += sequence.input_ids[shared:]
+        joined.labels += sequence.labels[shared:]
+        joined.attention_mask += [branch] * (len(sequence) - shared)
+    return [joined]
 
 
-def collate(rows: Sequence[TokenSequence], image_token_id: int, pad_left: bool = False) -> Batch:
-    """Pad rows to one length, and find where images go and what is to be predicted. Pixels are added by the caller.
-
-    `pad_left` is for generation, where it makes all rows end together.
-    """
-    length = max(map(len, rows))
-
-    def stack(name: str, padding: int) -> torch.Tensor:
-        padded = torch.full((len(rows), length), padding)
-        for line, row in zip(padded, rows):
-            values = torch.tensor(getattr(row, name))
-            line[-len(values) :] = values if pad_left else line[-len(values) :]
-            line[: len(values)] = line[: len(values)] if pad_left else values
-        return padded
-
-    input_ids, labels, attention_mask = (
-        stack("input_ids", 0),
-        stack("labels", IGNORED),
-        stack("attention_mask", 0),
-    )
-    targets = labels.flatten()
-    target_index = (targets != IGNORED).nonzero()[:, 0]
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        image_positions=((input_ids == image_token_id) & (attention_mask > 0))
-        .flatten()
-        .nonzero()[:, 0],
-        target_positions=target_index - 1,
-        targets=targets[target_index],
-    )
+def share_prefixes(
+    sequences: Sequence[TokenSequence], image_token_id: int, at_most: int, longest: int = 0
+) -> list[TokenSequence]:
+    """`share_prefix` for neighbours with the same images, up to `at_most` at a time; fewer where the
+    result would have more than `longest` tokens (0: any length). The order stays."""
+    shared = []
+    for _, group in groupby(sequences, key=lambda sequence: sequence.images):
+        for chunk in chunks(list(group), at_most):
+            joined = share_prefix(chunk, image_token_id)
+            if longest and any(len(sequence) > longest for sequence in joined):
+                joined = share_prefixes(chunk, image_token_id, len(chunk) // 2, longest)
+            shared += joined
+    return shared

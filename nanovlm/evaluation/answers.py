@@ -4,13 +4,12 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
+from nanovlm.data.collate import prepare
 from nanovlm.data.records import Record
-from nanovlm.data.sequences import TokenSequence, collate
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
-from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.inputs.chat import Message
+from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
 
 CONTROLS = ("none", "blind", "shuffled")
@@ -24,40 +23,30 @@ def answer_records(
     control: str = "none",
     sampling: Sampling = Sampling(),
 ) -> Iterator[str]:
-    """Answer each record's last question, in order. A closing assistant turn is left out of the prompt.
+    """Answer each record's last question, in order. A closing assistant turn is left out of the
+    prompt.
 
-    `control="blind"` blanks every image to the mean colour; `"shuffled"` gives each question another image of the
-    same file. What a model still gets right then, it did not see. Without `sampling`, answers are greedy.
+    `control="blind"` replaces every image by its mean colour; `"shuffled"` gives each question
+    another image of the same file. What a model still gets right then does not come from the image.
+    Without `sampling`, answers are greedy.
     """
     if control not in CONTROLS:
         raise NanoVLMError(f"control {control!r} is not known; take one of {', '.join(CONTROLS)}")
     device = next(model.parameters()).device
     others = other_images(records) if control == "shuffled" else {}
     for start in range(0, len(records), batch_size):
-        rows, pixels = [], []
-        for record in records[start : start + batch_size]:
-            messages = (
-                record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
-            )
-            images = [open_image(others.get(path, path)) for path in record.images]
-            tokens = [model.image_tokens(*image.size) for image in images]
-            rows.append(
-                TokenSequence.of(
-                    model.chat.encode(messages, tokens, add_generation_prompt=True), record.images
-                )
-            )
-            pixels += [image_pixels(image, model.config.image) for image in images]
-        batch = collate(rows, model.chat.image_token_id, pad_left=True)
-        if pixels:
-            batch.pixels = torch.cat(pixels)
-            if control == "blind":
-                batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
+        part = records[start : start + batch_size]
+        prompts = [_prompt(record) for record in part]
+        images = [(open_image(others.get(path, path)) for path in record.images) for record in part]
+        batch = prepare(model, prompts, images, add_generation_prompt=True)
+        if control == "blind" and batch.pixels is not None:
+            batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
         for answer in generate(model, batch.to(device), max_new_tokens, sampling):
             yield model.tokenizer.decode(answer, skip_special=True).strip()
 
 
 def other_images(records: Sequence[Record], seed: int = 0) -> dict[Path, Path]:
-    """For each image another one, so that none keeps its own and each is used once."""
+    """For each image another one, each used once."""
     images = sorted({path for record in records for path in record.images})
     random.Random(seed).shuffle(images)
     if len(images) < 2:
@@ -66,7 +55,12 @@ def other_images(records: Sequence[Record], seed: int = 0) -> dict[Path, Path]:
 
 
 def references_of(record: Record) -> list[str]:
-    """What counts as right: the record's references, or its closing assistant turn."""
+    """The right answers: the record's references, or its closing assistant turn."""
     if record.references:
         return list(record.references)
     return ["".join(part for part in record.messages[-1].content if isinstance(part, str))]
+
+
+def _prompt(record: Record) -> tuple[Message, ...]:
+    """The turns up to the last question."""
+    return record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages

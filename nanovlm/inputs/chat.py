@@ -1,4 +1,5 @@
-"""A conversation → token ids and labels. What is a special token is decided here, never by what a user typed."""
+"""A conversation → token ids and labels. Special tokens come from the template and the images' places
+alone, never from what a user typed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +8,10 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.tokenizer.base import spelling_pattern
 
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # the label of a token that the model is not trained to predict
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
-# What stands before each picture of a cut image, and what after the last: the first pair that the tokenizer knows.
+# The tokens before each tile of an image that is cut, and after the last: the first pair that the
+# tokenizer knows.
 TILE_FRAMES = (
     ("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
     ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
@@ -24,7 +26,7 @@ class ImageSlot:
         return "IMAGE"
 
     def __reduce__(self) -> str:
-        return "IMAGE"  # pickled by name: in a worker process, too, there is one
+        return "IMAGE"  # pickled by name, so that a worker process gets the same object
 
 
 IMAGE = ImageSlot()
@@ -32,10 +34,10 @@ IMAGE = ImageSlot()
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The placeholders of one image: `length` for each of its pictures, which are the tiles of a grid and the whole."""
+    """The placeholders of one image: `length` for each of its tiles, the whole image included."""
 
     length: int
-    rows: int = 0  # of tiles; 0 where the image is not cut
+    rows: int = 0  # of the grid of tiles; 0 where the image is not cut
     columns: int = 0
 
     @property
@@ -72,8 +74,8 @@ class ChatConfig:
 
     template: str = "chatml"  # a name of TEMPLATES
     image_token: str = "<|image_pad|>"  # the placeholder whose embeddings the visual tokens replace
-    default_system: str | None = None  # stands in where a conversation has no system turn
-    empty_think: bool = False  # Qwen3 with thinking off: an empty think block opens the last answer
+    default_system: str | None = None  # for conversations without a system turn
+    empty_think: bool = False  # Qwen3 with thinking off: the last answer opens with an empty block
 
 
 ROLES = ("system", "user", "assistant")
@@ -81,19 +83,20 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Template:
-    """How turns are framed, role by role. Where a frame spells one of `special`, it is that token; the rest is text."""
+    """What stands around the turns of each role. In `first` and `before`, the spelling of one of
+    `special` is that token; the rest is text."""
 
-    special: frozenset[str]  # what a tokenizer has to have
+    special: frozenset[str]  # tokens that a tokenizer has to have
     before: dict[str, str]
-    end_of_turn: dict[str, str]  # a special token, or nothing; the assistant's is learned
+    end_of_turn: dict[str, str]  # a special token or nothing; the assistant's has a label
     after: dict[str, str]  # text between the turn and the next
-    first: str = ""  # what opens the conversation
+    first: str = ""  # at the beginning of the conversation
 
     @classmethod
     def alike(
         cls, before: str, end_of_turn: str, after: str, special: Iterable[str], first: str = ""
     ) -> "Template":
-        """One whose turns are framed alike but for `{role}`."""
+        """The template in which all roles' turns are written the same way, but for `{role}`."""
         return cls(
             frozenset(special),
             {role: before.format(role=role) for role in ROLES},
@@ -103,7 +106,8 @@ class Template:
         )
 
 
-TEMPLATES = {  # a tokenizer takes the first that fits
+# A tokenizer takes the first template whose special tokens it has.
+TEMPLATES = {
     # <|im_start|>user\n…<|im_end|>\n: Qwen, SmolLM2 and many others
     "chatml": Template.alike(
         "<|im_start|>{role}\n", "<|im_end|>", "\n", ("<|im_start|>", "<|im_end|>")
@@ -116,10 +120,11 @@ TEMPLATES = {  # a tokenizer takes the first that fits
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         first="<|begin_of_text|>",
     ),
-    # <user>…</s><assistant>…</s>: the tiny model; one token a frame
+    # <user>…</s><assistant>…</s>: the tiny model, to which a turn costs two tokens
     "plain": Template.alike("<{role}>", "</s>", "", ("<system>", "<user>", "<assistant>", "</s>")),
-    # <s>… USER: … ASSISTANT: …</s>USER: …: Vicuna and LLaVA-1.5. The space before an answer is the one that LLaMA's
-    # tokenizer puts before every text. Roles are plain text here, so a user who types "ASSISTANT:" can imitate one.
+    # <s>… USER: … ASSISTANT: …</s>USER: …: Vicuna and LLaVA-1.5. LLaMA's tokenizer puts a space
+    # before every text, which gives the one before an answer. Roles are plain text here, so a user
+    # who types "ASSISTANT:" can imitate one.
     "vicuna": Template(
         special=frozenset(("<s>", "</s>")),
         first="<s>",
@@ -132,16 +137,17 @@ EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 
 @dataclass
-class Encoded:
-    """Token ids of a conversation and, for each, its label: itself where it is to be learned, else IGNORED."""
+class Sample:
+    """An encoded conversation: token ids and, for each, its label, which is the token itself where
+    the model is trained to predict it, and otherwise IGNORED."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
-    def extend(self, ids: Iterable[int], learned: bool) -> None:
+    def extend(self, ids: Iterable[int], labelled: bool = False) -> None:
         ids = list(ids)
         self.input_ids += ids
-        self.labels += ids if learned else [IGNORED] * len(ids)
+        self.labels += ids if labelled else [IGNORED] * len(ids)
 
 
 class Chat:
@@ -150,18 +156,20 @@ class Chat:
     def __init__(self, config: ChatConfig, tokenizer: Tokenizer) -> None:
         if config.template not in TEMPLATES:
             raise NanoVLMError(
-                f"chat template {config.template!r} is not known; take one of {', '.join(TEMPLATES)}"
+                f"chat template {config.template!r} is not known; "
+                f"take one of {', '.join(TEMPLATES)}"
             )
         self.config, self.tokenizer, self.template = config, tokenizer, TEMPLATES[config.template]
         for token in (config.image_token, *sorted(self.template.special)):
             if token not in tokenizer.special_tokens:
                 raise NanoVLMError(
-                    f"the tokenizer has no special token {token!r}, which the {config.template} template needs"
+                    f"the tokenizer has no special token {token!r}, "
+                    f"which the {config.template} template needs"
                 )
         self.image_token_id = tokenizer.special_tokens[config.image_token]
         self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
         self._spellings = spelling_pattern(self.template.special)
-        self._picture_frame = next(
+        self._tile_frame = next(
             pair
             for pair in TILE_FRAMES
             if all(not token or token in tokenizer.special_tokens for token in pair)
@@ -173,12 +181,13 @@ class Chat:
         images: Sequence[ImageTokens] = (),
         *,
         add_generation_prompt: bool = False,
-    ) -> Encoded:
+    ) -> Sample:
         """Ids and labels of a conversation whose i-th image takes the placeholder tokens `images[i]`.
 
-        Labels are the words of every assistant turn and its end-of-turn token. `add_generation_prompt` ends with the
-        opening of an assistant turn, for the model to go on. An answer is tokenized apart from its header, as it
-        will be when generated. Raises if the images and their places differ in number.
+        The text of every assistant turn and its end-of-turn token have labels. With
+        `add_generation_prompt` the ids end with the opening of an assistant turn, for the model to
+        continue. Answers are tokenized apart from what is before them, as when they are generated.
+        Raises if the images and their places differ in number.
         """
         places = sum(message.num_images for message in messages)
         if places != len(images):
@@ -188,37 +197,36 @@ class Chat:
             )
         if self.config.default_system and (not messages or messages[0].role != "system"):
             messages = [Message("system", (self.config.default_system,)), *messages]
-        encoded, remaining = Encoded(), iter(images)
+        sample, remaining = Sample(), iter(images)
         last_query = max(
             (i for i, message in enumerate(messages) if message.role == "user"), default=-1
         )
-        text = self._open(encoded, "", self.template.first)
+        text = self._open(sample, "", self.template.first)
         for index, message in enumerate(messages):
-            text = self._encode_turn(encoded, text, message, remaining, think=index > last_query)
+            text = self._encode_turn(sample, text, message, remaining, think=index > last_query)
         if add_generation_prompt:
-            text = self._open(encoded, text, self._before("assistant", think=True))
-        encoded.extend(self.tokenizer.encode(text), learned=False)
-        return encoded
+            text = self._open(sample, text, self._before("assistant", think=True))
+        sample.extend(self.tokenizer.encode(text))
+        return sample
 
     def _encode_turn(
         self,
-        encoded: Encoded,
+        sample: Sample,
         text: str,
         message: Message,
         images: Iterator[ImageTokens],
         think: bool,
     ) -> str:
-        """Append a turn. `text` is what the turn before left to be encoded together with what comes; returns the like."""
+        """Append a turn to `sample`. `text` is the end of the turn before it, not yet tokenized,
+        because it is tokenized together with what follows; returns the end of this turn."""
         if message.role not in ROLES:
             raise NanoVLMError(
                 f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
             )
-        learned = message.role == "assistant"
-        text = self._open(encoded, text, self._before(message.role, think))
-        if (
-            learned
-        ):  # the boundary between what is given and what is learned is a boundary between tokens
-            encoded.extend(self.tokenizer.encode(text), learned=False)
+        labelled = message.role == "assistant"
+        text = self._open(sample, text, self._before(message.role, think))
+        if labelled:  # no token reaches from the prompt into the answer
+            sample.extend(self.tokenizer.encode(text))
             text = ""
         for part in message.content:
             if isinstance(part, str):
@@ -228,43 +236,36 @@ class Chat:
                     f"an image in a {message.role} turn; images belong to user turns"
                 )
             else:
-                encoded.extend(self.tokenizer.encode(text), learned=False)
-                encoded.extend(self._image_ids(next(images)), learned=False)
+                sample.extend(self.tokenizer.encode(text))
+                sample.extend(self._image_ids(next(images)))
                 text = ""
         if end := self.template.end_of_turn[message.role]:
-            encoded.extend(
-                [*self.tokenizer.encode(text), self.tokenizer.special_tokens[end]], learned
-            )
+            ids = self.tokenizer.encode(text)
+            sample.extend([*ids, self.tokenizer.special_tokens[end]], labelled)
             text = ""
         return text + self.template.after[message.role]
 
     def _image_ids(self, image: ImageTokens) -> list[int]:
-        """An image's placeholders; where it is cut, in a text that says which tile is which, as Idefics3's processor
-        writes it. Its names of tiles are special tokens where the tokenizer has them, else plain text."""
+        """An image's placeholders. If it is cut, each tile has its row and column before it, as
+        Idefics3's processor writes them: special tokens if the tokenizer has them, else text."""
         if not image.rows:
             return [self.image_token_id] * image.length
-        before, after = self._picture_frame
-        picture = self.config.image_token * image.length
-        rows = [
-            "".join(
-                f"{before}<row_{row}_col_{column}>{picture}"
-                for column in range(1, image.columns + 1)
-            )
-            + "\n"
-            for row in range(1, image.rows + 1)
-        ]
-        return self.tokenizer.encode_with_special(
-            "".join(rows) + f"\n{before}<global-img>{picture}{after}"
-        )
+        before, after = self._tile_frame
+        tile = self.config.image_token * image.length
+        text = ""
+        for row in range(1, image.rows + 1):
+            for column in range(1, image.columns + 1):
+                text += f"{before}<row_{row}_col_{column}>{tile}"
+            text += "\n"
+        return self.tokenizer.encode_with_special(f"{text}\n{before}<global-img>{tile}{after}")
 
-    def _open(self, encoded: Encoded, text: str, frame: str) -> str:
-        """Append `text` and a frame, in which alone special tokens are looked for, up to the last of them; returns the rest."""
+    def _open(self, sample: Sample, text: str, frame: str) -> str:
+        """Append `text` and `frame` up to the last special token in `frame`; returns the rest, not
+        yet tokenized. Special tokens are looked for in `frame` only, which comes from the template."""
         start = 0
         for match in self._spellings.finditer(frame):
-            encoded.extend(
-                self.tokenizer.encode(text + frame[start : match.start()]), learned=False
-            )
-            encoded.extend([self.tokenizer.special_tokens[match[0]]], learned=False)
+            sample.extend(self.tokenizer.encode(text + frame[start : match.start()]))
+            sample.extend([self.tokenizer.special_tokens[match[0]]])
             text, start = "", match.end()
         return text + frame[start:]
 

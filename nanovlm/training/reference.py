@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanovlm.data.preferences import PairBatch, PairBatches
+from nanovlm.data.batches import Batches, BatchOptions
+from nanovlm.data.preferences import PairBatch
 from nanovlm.data.records import record_files
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
@@ -45,7 +46,7 @@ Reference = dict[
 
 def reference_of(
     model: VisionLanguageModel,
-    parts: Sequence[PairBatches],
+    parts: Sequence[Batches],
     settings: Settings,
     precision: Precision,
     parallel: Parallel,
@@ -72,7 +73,7 @@ def reference_of(
 @torch.no_grad()
 def compute(
     model: VisionLanguageModel,
-    batches: PairBatches,
+    batches: Batches,
     settings: Settings,
     precision: Precision,
     parallel: Parallel,
@@ -82,20 +83,14 @@ def compute(
     found = torch.zeros(
         len(place), 3, device=precision.device
     )  # both answers', and 1 where there are any
-    in_order = PairBatches(
-        batches.records,
-        batches.chat,
-        batches.image,
-        batches.image_length,
-        batch_size=batches.batch_size,
-        share=1,
-        max_length=batches.max_length,
-        seed=0,
+    options = BatchOptions(
+        batch_size=batches.options.batch_size,
+        max_length=batches.options.max_length,
         shuffle=False,
         rank=parallel.rank,
         world=parallel.world,
-        features=batches.features,
     )
+    in_order = Batches(batches.records, batches.encoder, options, batches.features)
     model.eval()
     loader = in_order.loader(
         0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda"

@@ -7,14 +7,13 @@ import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanovlm.data.batches import Batches
-from nanovlm.data.preferences import PairBatches, read_pairs
+from nanovlm.data.batches import Batches, BatchOptions, Encoder, RecordEncoder
+from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.data.records import Record, read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
@@ -87,30 +86,28 @@ def run_stage(settings: Settings) -> Path:
         if device.type == "cpu":
             give_back_freed_memory()
     say(describe(model, settings))
-    options = dict(
-        chat=model.chat,
-        image=model.config.image,
-        image_length=model.image_length,
-        share=settings.share,
-        max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
+    options = BatchOptions(
         batch_size=settings.batch_size,
-        seed=settings.seed,
-        features=features,
-    )
-    objective, kind = (
-        objective_of(settings),
-        PairBatches if settings.objective == "dpo" else Batches,
-    )
-    held_out = _usable(held_out, kind, options)
-    batches = kind(
-        records,
-        **options,
+        max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
+        share=settings.share,
         pack=settings.pack,
         bucket=settings.bucket,
+        seed=settings.seed,
         rank=parallel.rank,
         world=parallel.world,
     )
-    validation = kind(held_out, **options, shuffle=False) if held_out else None
+    in_order = BatchOptions(
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        share=options.share,
+        shuffle=False,
+    )
+    objective, encoder = objective_of(settings), RecordEncoder.of(model)
+    if settings.objective == "dpo":
+        encoder = PairEncoder(encoder)
+    held_out = _usable(held_out, encoder, in_order, features)
+    batches = Batches(records, encoder, options, features)
+    validation = Batches(held_out, encoder, in_order, features) if held_out else None
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
 
@@ -126,11 +123,9 @@ def run_stage(settings: Settings) -> Path:
             run / "settings.toml",
             to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)),
         )
-    if settings.objective == "dpo":
+    if isinstance(encoder, PairEncoder):
         parts = [part for part in (batches, validation) if part is not None]
-        reference = reference_of(model, parts, settings, precision, parallel)
-        for part in parts:
-            part.reference = reference
+        encoder.reference = reference_of(model, parts, settings, precision, parallel)
     train(
         model,
         objective,
@@ -257,11 +252,17 @@ def _split(
     )
 
 
-def _usable(records: list[Record], kind: type[Batches], options: dict[str, Any]) -> list[Record]:
-    """The held-out records that make a sample; the others are named here, and not again at each validation."""
+def _usable(
+    records: list[Record],
+    encoder: Encoder,
+    options: BatchOptions,
+    features: dict[Path, Tensor] | None,
+) -> list[Record]:
+    """The held-out records that make a sample; the others are named here, and not again at each
+    validation."""
     usable = []
     for record in records:
-        skipped = kind([record], **options | {"batch_size": 1}, shuffle=False)[0].skipped
+        skipped = Batches([record], encoder, options, features)[0].skipped
         usable += [] if skipped else [record]
         for reason in skipped:
             say(f"skipped: {reason}")

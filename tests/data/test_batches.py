@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.batches import Batches, LoadedBatch
+from nanovlm.data.batches import Batches, BatchOptions, LoadedBatch, RecordEncoder
 from nanovlm.data.records import Record
 from nanovlm.inputs.chat import Chat, ChatConfig, ImageTokens, Message
 from nanovlm.inputs.image import open_image, preprocess
@@ -46,9 +46,9 @@ def record(number: int, images: Sequence[Path] = (), answer: str = "") -> Record
     return Record(f"data.jsonl:{number}", tuple(images), messages, (), {})
 
 
-def make(records: Sequence[Record], chat: Chat, **settings) -> Batches:
-    defaults = dict(batch_size=4, share=4, max_length=200, seed=0)
-    return Batches(records, chat, PIXELS, IMAGE_LENGTH, **(defaults | settings))
+def make(records: Sequence[Record], chat: Chat, features=None, **options) -> Batches:
+    options = BatchOptions(**dict(batch_size=4, share=4, max_length=200) | options)
+    return Batches(records, RecordEncoder(chat, PIXELS, IMAGE_LENGTH), options, features)
 
 
 @pytest.fixture

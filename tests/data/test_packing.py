@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.data.batches import Batches, LoadedBatch
+from nanovlm.data.batches import Batches, BatchOptions, LoadedBatch, RecordEncoder
 from nanovlm.data.packing import cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record, read_records
 from nanovlm.data.sequences import TokenSequence
@@ -129,10 +129,8 @@ def records(tiny) -> list[Record]:
 
 
 def make(model: VisionLanguageModel, records: list[Record], **settings) -> Batches:
-    defaults = dict(batch_size=8, share=4, max_length=150, seed=0)
-    return Batches(
-        records, model.chat, model.config.image, model.image_length, **defaults | settings
-    )
+    options = BatchOptions(**dict(batch_size=8, share=4, max_length=150) | settings)
+    return Batches(records, RecordEncoder.of(model), options)
 
 
 def loss_and_gradients(model: VisionLanguageModel, loaded: list[LoadedBatch]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovlm.data.batches import Batches
-from nanovlm.data.preferences import PairBatch, PairBatches, read_pairs
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
+from nanovlm.data.preferences import PairBatch, PairEncoder, read_pairs
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
@@ -132,9 +132,10 @@ def pairs(tiny, tmp_path_factory) -> list:
     ]
 
 
-def make(model: VisionLanguageModel, records, kind=PairBatches, **settings) -> Batches:
-    defaults = dict(batch_size=4, share=8, max_length=500, seed=0, shuffle=False)
-    return kind(records, model.chat, model.config.image, model.image_length, **defaults | settings)
+def make(model: VisionLanguageModel, records, encoder=None, **settings) -> Batches:
+    defaults = dict(batch_size=4, share=8, max_length=500, shuffle=False)
+    encoder = encoder or PairEncoder(RecordEncoder.of(model))
+    return Batches(records, encoder, BatchOptions(**defaults | settings))
 
 
 @torch.no_grad()
@@ -143,7 +144,8 @@ def expected(model: VisionLanguageModel, record) -> list[float]:
     sums = []
     for text in (record.messages[-1].content[0], record.rejected):
         messages = (*record.messages[:-1], Message("assistant", (text,)))
-        loaded = make(model, [dataclasses.replace(record, messages=messages)], Batches)[0].batch
+        single = dataclasses.replace(record, messages=messages)
+        loaded = make(model, [single], RecordEncoder.of(model))[0].batch
         logits = (
             model.language_model(loaded.input_ids)
             if loaded.pixels is None
@@ -223,7 +225,7 @@ def test_what_is_too_long_is_cut_or_skipped_and_named(model, pairs):
 
 def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, pairs):
     batches = make(model, pairs, shuffle=True, seed=1)
-    batches.reference = {
+    batches.encoder.reference = {
         record.where: (-float(number), -number - 0.5) for number, record in enumerate(pairs)
     }
     (loaded,) = list(batches.loader(1, 2, workers=1))
@@ -232,7 +234,7 @@ def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, 
     assert type(batch) is PairBatch and batch.reference.tolist() == [
         [-number, -number - 0.5] for number in numbers
     ]
-    del batches.reference[pairs[0].where]
+    del batches.encoder.reference[pairs[0].where]
     (reason,) = [reason for number in range(len(batches)) for reason in batches[number].skipped]
     assert "could not be read when the reference" in reason
 

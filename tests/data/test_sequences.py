@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.data.sequences import Sample, TokenSequence, collate, share_prefix
-from nanovlm.inputs.chat import IGNORED, Encoded, ImageTokens, Message
+from nanovlm.data.collate import collate
+from nanovlm.data.sequences import TokenSequence, share_prefix
+from nanovlm.inputs.chat import IGNORED, ImageTokens, Message, Sample
 from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference.models import tiny_vlm
 
 A, B = Path("a.png"), Path("b.png")
-PICTURES = dict(zip((A, B), torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))))
+PIXELS = dict(zip((A, B), torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))))
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -21,7 +22,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory) -> VisionLanguageMod
     return tiny_vlm(tmp_path_factory.mktemp("vlm"), family=request.param)
 
 
-def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> Sample:
+def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> TokenSequence:
     """Turns of user and assistant in turn, a first one that starts with "system:" aside."""
     messages = []
     if turns[0].startswith("system:"):
@@ -29,17 +30,15 @@ def sample(model: VisionLanguageModel, images: Sequence[Path], *turns: str) -> S
     messages += [
         Message.parse(("user", "assistant")[index % 2], text) for index, text in enumerate(turns)
     ]
-    return Sample(
-        model.chat.encode(messages, [ImageTokens(model.image_length)] * len(images)), tuple(images)
-    )
+    encoded = model.chat.encode(messages, [ImageTokens(model.image_length)] * len(images))
+    return TokenSequence.of(encoded, tuple(images))
 
 
 def loss_and_gradients(
     model: VisionLanguageModel, rows: Sequence[TokenSequence]
 ) -> dict[str, Tensor]:
-    batch = collate(rows, model.chat.image_token_id)
-    pixels = [PICTURES[path] for row in rows for path in row.images]
-    batch.pixels = torch.stack(pixels) if pixels else None
+    pixels = [PIXELS[path][None] for row in rows for path in row.images]
+    batch = collate(rows, model.chat.image_token_id, pixels)
     model.zero_grad()
     loss = model(batch)
     loss.backward()
@@ -163,7 +162,7 @@ def test_collate_pads_and_finds_places(pad_left):
     batch = collate(
         [row([9, 9, 3, 4, 5], [no, no, no, 4, 5]), row([6, 9, 7], [no, no, 7])],
         placeholder,
-        pad_left,
+        pad_left=pad_left,
     )
     pad = [0, 0]
     second = [*pad, 6, 9, 7] if pad_left else [6, 9, 7, *pad]
@@ -197,8 +196,8 @@ def test_rows_of_one_length_and_a_single_row():
 
 def test_a_branch_starts_before_its_first_label():
     """The token that predicts a branch's first word has to be in the branch, however much the beginnings agree."""
-    first = Sample(Encoded([1, 2, 3, 4, 5], [IGNORED, IGNORED, 3, 4, 5]), ())
-    second = Sample(Encoded([1, 2, 3, 4, 6], [IGNORED, IGNORED, IGNORED, IGNORED, 6]), ())
+    first = TokenSequence.of(Sample([1, 2, 3, 4, 5], [IGNORED] * 2 + [3, 4, 5]))
+    second = TokenSequence.of(Sample([1, 2, 3, 4, 6], [IGNORED] * 4 + [6]))
     shared = share_prefix([first, second], image_token_id=9)
     assert shared == [
         TokenSequence(

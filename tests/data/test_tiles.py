@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from nanovlm.data.batches import Batches, TokenSequence, collate
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
+from nanovlm.data.collate import prepare
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import answers
@@ -73,11 +74,10 @@ def record(number: int, *images: Path, answer: str = "") -> Record:
     )
 
 
-def make(model: VisionLanguageModel, records: list[Record], **settings) -> Batches:
-    defaults = dict(batch_size=len(records), share=1, max_length=1000, seed=0, shuffle=False)
-    return Batches(
-        records, model.chat, model.config.image, model.image_length, **defaults | settings
-    )
+def make(model, records: list[Record], image=None, features=None, **settings) -> Batches:
+    defaults = dict(batch_size=len(records), max_length=1000, shuffle=False)
+    encoder = RecordEncoder(model.chat, image or model.config.image, model.image_length)
+    return Batches(records, encoder, BatchOptions(**defaults | settings), features)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,12 @@ def test_sizes_are_read_from_headers_and_only_for_tiles(model, images, monkeypat
     records = [record(0, images["photo"]), record(1, images["turned"])]
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     tiled = make(model, records, pack=1000)
-    assert len(tiled._plan(0).batches[0]) > 0
+    assert len(tiled._lay_out(0).batches[0]) > 0
     monkeypatch.setattr("nanovlm.data.batches.image_size", lambda path: pytest.fail("read"))
-    whole = make(model, records, pack=1000)
-    whole.image = ImageConfig(28, 28)
-    assert len(whole._plan(0).batches[0]) > 0
+    whole = make(model, records, image=ImageConfig(28, 28), pack=1000)
+    assert len(whole._lay_out(0).batches[0]) > 0
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        tiled._lay_out(0)
 
 
 def test_too_few_and_too_many_pictures_are_told_with_both_numbers(model, images):
@@ -215,13 +216,7 @@ def test_a_folder_keeps_its_tiles(model, images, tmp_path):
     again = load_model(tmp_path)
     assert again.config.image == TILES and again.image_tokens(90, 20) == ImageTokens(LENGTH, 1, 3)
     assert again.max_image_length == 10 * LENGTH
-    rows = [
-        TokenSequence.of(
-            again.chat.encode(
-                [Message("user", (IMAGE,))], [ImageTokens(LENGTH, 1, 3)], add_generation_prompt=True
-            )
-        )
-    ]
-    batch = collate(rows, again.chat.image_token_id)
-    batch.pixels = image_pixels(open_image(images["wide"]), TILES)
+    question, opened = [Message("user", (IMAGE,))], [open_image(images["wide"])]
+    batch = prepare(again, [question], [opened], add_generation_prompt=True)
+    assert len(batch.pixels) == 4
     assert generate(again, batch, 3) == generate(model, batch, 3)

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools import pack_tar
 from data_tools.pack_tar import pack
-from nanovlm.data.batches import Batches
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
@@ -102,19 +102,9 @@ def test_shards_of_shards_hold_the_same_again(folder):
 def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
     assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2
     model = load_model(tiny.model)
+    options = BatchOptions(batch_size=8, share=4, max_length=200, pack=256, bucket=2)
     batches = [
-        Batches(
-            read_records(data)[0],
-            model.chat,
-            model.config.image,
-            model.image_length,
-            batch_size=8,
-            share=4,
-            max_length=200,
-            seed=0,
-            pack=256,
-            bucket=2,
-        )
+        Batches(read_records(data)[0], RecordEncoder.of(model), options)
         for data in (tiny.data / "train.jsonl", tmp_path / "*.jsonl")
     ]
     for number in range(8):

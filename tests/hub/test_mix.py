@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.collate import collate
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import generate
 from nanovlm.hub.models import load_model, save_model

@@ -12,7 +12,7 @@ from transformers.models.smolvlm.processing_smolvlm import _prompt_split_image
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.chat_configs import read_chat_config
-from nanovlm.inputs.chat import IGNORED, IMAGE, Chat, ChatConfig, Encoded, ImageTokens, Message
+from nanovlm.inputs.chat import IGNORED, IMAGE, Chat, ChatConfig, ImageTokens, Message, Sample
 from nanovlm.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.reference.models import CORPUS, byte_pair, sentence_piece
 
@@ -125,11 +125,11 @@ def parse(conversation: list[tuple[str, str]]) -> list[Message]:
     return [Message.parse(role, text) for role, text in conversation]
 
 
-def written(chat: Chat, encoded: Encoded) -> str:
+def written(chat: Chat, encoded: Sample) -> str:
     return chat.tokenizer.decode(encoded.input_ids)
 
 
-def learned(chat: Chat, encoded: Encoded) -> str:
+def learned(chat: Chat, encoded: Sample) -> str:
     """The text of the labels; each label has to be the token it stands at."""
     assert len(encoded.labels) == len(encoded.input_ids)
     assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm.data.sequences import TokenSequence, collate
+from nanovlm.data.collate import collate
+from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Prompt, Sampling, decode, generate
 from nanovlm.hub.models import join_parts, load_model, parse_model_config, save_model

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.data.preferences import PairBatches, read_pairs
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
+from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model
@@ -116,17 +117,9 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     for parameter in other.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     records = read_pairs(pairs, tiny.data)[0][:5]
-    batches = PairBatches(
-        records,
-        model.chat,
-        model.config.image,
-        model.image_length,
-        batch_size=5,
-        share=8,
-        max_length=500,
-        seed=0,
-        shuffle=False,
-    )
+    encoder = PairEncoder(RecordEncoder.of(model))
+    options = BatchOptions(batch_size=5, max_length=500, share=8, shuffle=False)
+    batches = Batches(records, encoder, options)
     chosen_lengths, sums, sums_then = [], [], []
     for number, record in enumerate(records):
         texts = (record.messages[-1].content[0], record.rejected)
@@ -141,7 +134,7 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
         for voice, into in ((model, sums), (other, sums_then)):
             into.append([_log_probability(voice, encoded, pixels) for encoded in alone])
         chosen_lengths.append(sum(label != IGNORED for label in alone[0].labels))
-    batches.reference = {
+    encoder.reference = {
         record.where: [value.item() for value in then] for record, then in zip(records, sums_then)
     }
     objective = DPO(Settings(beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight))
