@@ -60,22 +60,28 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object; a `NanoVLMError` names the file and the line that is broken."""
-    path = Path(path)
+def read_text(path: str | Path) -> str:
+    """Read a text file; a `NanoVLMError` says why it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise NanoVLMError(f"{path}: is not UTF-8 text; was it damaged or compressed?") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; a `NanoVLMError` names the file and the line that is broken."""
+    text, advice = read_text(path), "fetch or write the file again"
+    try:
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise NanoVLMError(
-            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); fetch or write the file again"
+            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); {advice}"
         ) from None
     except (ValueError, RecursionError) as error:  # thousands of digits, or of nested lists
         raise NanoVLMError(
-            f"{path}: is not usable JSON ({type(error).__name__}); fetch or write the file again"
+            f"{path}: is not usable JSON ({type(error).__name__}); {advice}"
         ) from None
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
