@@ -23,7 +23,7 @@ from nanovlm.training import building
 from nanovlm.training.building import build_model
 from nanovlm.training.settings import Settings, load_settings
 from tests.reference import hub_folders
-from tests.reference.models import byte_pair, qwen, tower
+from tests.reference.models import byte_pair, qwen, vision_model
 
 VISION_ENCODERS, LANGUAGE_MODELS = (
     tuple(hub_folders.VISION_ENCODERS),
@@ -234,7 +234,7 @@ def test_what_cannot_fit_is_one_line(hub: Hub, changes: dict, message: str):
 
 
 def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path):
-    tower(tmp_path, "siglip_vision_model", hidden_size=36)
+    vision_model(tmp_path, "siglip_vision_model", hidden_size=36)
     assert refusal(
         hub.settings("siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28)
     ) == (
