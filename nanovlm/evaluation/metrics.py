@@ -27,7 +27,7 @@ def tokenize(text: str) -> list[str]:
     The text is NFKC-normalised (full-width letters and digits become ASCII) and lower-cased. If it
     holds any Chinese, Japanese or Korean character, every letter and digit is a token of its own:
     `穿T恤。` gives `穿 t 恤`. Otherwise every word is one, with an apostrophe or hyphen inside
-    it: `A man's t-shirt .` gives `a man's t-shirt`. Punctuation, symbols and whitespace are dropped.
+    it: `A man's t-shirt .` gives `a man's t-shirt`. Punctuation, symbols and spaces are dropped.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     if CJK.search(text):

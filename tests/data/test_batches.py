@@ -1,4 +1,5 @@
-"""The order of a run: a function of the seed, every record once an epoch, the same for any number of workers."""
+"""The order of a run: a function of the seed, every record once an epoch, the same for any number
+of workers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -222,10 +223,11 @@ def test_an_image_is_never_cut(chat, images):
     for max_length in range(end - IMAGE_LENGTH, end):
         loaded = make([last], chat, batch_size=1, max_length=max_length)[0]
         assert loaded.batch is None
-        assert loaded.skipped == [
+        (reason,) = loaded.skipped
+        assert reason == (
             f"data.jsonl:7: an image lies beyond {max_length} tokens and an image is never cut; "
             "raise --max-length"
-        ]
+        )
     assert (
         len(make([last], chat, batch_size=1, max_length=end)[0].batch.image_positions)
         == IMAGE_LENGTH

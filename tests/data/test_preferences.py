@@ -193,8 +193,8 @@ def test_a_pair_reads_its_image_once(model, pairs):
 
 def test_only_the_last_answer_is_labelled(model, pairs):
     loaded = make(model, [pairs[3]], batch_size=1)[0]
-    told = model.tokenizer.decode(loaded.batch.targets.tolist())
-    assert "Three" in told and "Two" in told and "Yes" not in told
+    text = model.tokenizer.decode(loaded.batch.targets.tolist())
+    assert "Three" in text and "Two" in text and "Yes" not in text
 
 
 def test_targets_go_through_the_head_and_nothing_else_does(model, pairs):
