@@ -217,9 +217,8 @@ def test_an_image_is_never_cut(chat, images):
         {},
     )
     encoded = chat.encode(last.messages, [ImageTokens(IMAGE_LENGTH)])
-    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(
-        chat.image_token_id
-    )  # right after the image
+    # The position right after the image.
+    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(chat.image_token_id)
     for max_length in range(end - IMAGE_LENGTH, end):
         loaded = make([last], chat, batch_size=1, max_length=max_length)[0]
         assert loaded.batch is None

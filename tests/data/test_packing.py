@@ -84,9 +84,8 @@ def test_cut_by_length_counts_records():
         [[9]],
     ]
     assert list(map(len, cut_by_length([[row(1)]] * 12, 4))) == [3] * 4
-    assert (
-        list(map(len, cut_by_length([[row(1, 9)], *[[row(2)]] * 3], 4))) == [1] * 4
-    )  # none is empty
+    # No batch is empty.
+    assert list(map(len, cut_by_length([[row(1, 9)], *[[row(2)]] * 3], 4))) == [1] * 4
     assert list(map(len, cut_by_length([[row(1)]] * 2, 3))) == [1, 1, 0]
     assert cut_by_length([], 2) == [[], []]
 
@@ -152,9 +151,8 @@ def loss_and_gradients(model: VisionLanguageModel, loaded: list[LoadedBatch]) ->
 @pytest.mark.parametrize("share", [1, 4])
 @pytest.mark.parametrize("mode", list(MODES.values())[1:], ids=list(MODES)[1:])
 def test_loss_and_every_gradient_equal_those_of_a_row_each(model, records, mode, share):
-    size = (
-        len(records) // 3 if "bucket" in mode else len(records)
-    )  # so that the bucket is one epoch
+    # One bucket is one epoch.
+    size = len(records) // 3 if "bucket" in mode else len(records)
     batches = make(model, records, batch_size=size, share=share, **mode)
     ours = [batches[number] for number in range(mode.get("bucket", 1))]
     plain = [make(model, records, batch_size=len(records), share=1)[0]]
@@ -188,9 +186,8 @@ def test_a_packed_sample_does_not_depend_on_its_neighbours(model, records):
 @every_mode
 @pytest.mark.parametrize("share", [1, 4])
 def test_every_record_comes_exactly_once_an_epoch(model, records, mode, share):
-    batches = make(
-        model, records, share=share, **mode
-    )  # 48 records: six batches, a whole number of buckets
+    # 48 records: six batches, a whole number of buckets.
+    batches = make(model, records, share=share, **mode)
     for epoch in range(2):
         loaded = [batches[number] for number in range(6 * epoch, 6 * epoch + 6)]
         assert sorted(name for item in loaded for name in item.records) == sorted(
@@ -211,9 +208,8 @@ def test_processes_share_each_step_without_overlap(model, records, mode, share):
         for number in (0, 4, 7):
             parts, whole = [rank[number] for rank in ranks], alone[number]
             assert sorted(name for part in parts for name in part.records) == sorted(whole.records)
-            assert (
-                sum(part.tokens for part in parts) >= whole.tokens
-            )  # a prefix may be read once in each process
+            # A prefix may be read once in each process.
+            assert sum(part.tokens for part in parts) >= whole.tokens
             assert sum(len(part.batch.targets) for part in parts if part.batch) == len(
                 whole.batch.targets
             )
@@ -233,10 +229,8 @@ def test_the_processes_losses_add_up_to_that_of_one(model, records, mode):
 
 
 def test_processes_get_alike_numbers_of_tokens(model, records):
-    for mode, difference in (
-        ({"bucket": 6}, 20),
-        ({"bucket": 6, "pack": 160}, 160),
-    ):  # a row more or less
+    # The numbers may differ by one row.
+    for mode, difference in (({"bucket": 6}, 20), ({"bucket": 6, "pack": 160}, 160)):
         ranks = [
             make(model, records, batch_size=8, share=1, rank=rank, world=2, **mode)
             for rank in range(2)

@@ -184,9 +184,8 @@ def test_collate_pads_and_finds_places(pad_left):
 
 
 def test_padding_is_never_taken_for_an_image():
-    batch = collate(
-        [row([0, 5], [IGNORED, 5]), row([5], [IGNORED])], image_token_id=0
-    )  # the id padding is filled with
+    # 0 is also the id that padding is filled with.
+    batch = collate([row([0, 5], [IGNORED, 5]), row([5], [IGNORED])], image_token_id=0)
     assert batch.image_positions.tolist() == [0]
 
 

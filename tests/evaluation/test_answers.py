@@ -95,8 +95,7 @@ def test_score_counts_a_description_in_any_order_and_reports_each_kind(records, 
     assert (
         wrong.keys() == result.keys() == {"exact", "cider_d", "bleu_4", "chair_i", "chair_s", "n"}
     )
-    assert (
-        result["chair_i"] == wrong["chair_i"] == 0
-    )  # an answer that names nothing names nothing wrong
+    # An answer that names nothing names nothing wrong.
+    assert result["chair_i"] == wrong["chair_i"] == 0
     questions = [record for record in records if record.extra["kind"] == "count"]
     assert "chair_i" not in score(questions, [references_of(record)[0] for record in questions])

@@ -234,9 +234,8 @@ def test_vicunas_labels_are_each_answer_and_its_end(vicuna):
         [("user", "<image>Hi"), ("assistant", "A dog."), ("user", "More"), ("assistant", "No")]
     )
     encoded = chat.encode(conversation, [ImageTokens(2)])
-    assert (
-        labelled(chat, encoded) == "A dog.</s> No</s>"
-    )  # each text begins with a space, of which decoding drops the first
+    # Each text begins with a space, of which decoding drops the first.
+    assert labelled(chat, encoded) == "A dog.</s> No</s>"
     assert written(chat, encoded).endswith(
         "USER: <image><image> Hi ASSISTANT: A dog.</s> USER: More ASSISTANT: No</s>"
     )
@@ -458,9 +457,10 @@ def test_without_names_for_tiles_they_are_plain_text(chat, plain, tmp_path):
     byte_pair(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.add_special_token("<|vision_start|>")
+    # A frame with only one of its tokens is not used.
     assert written(chat, chat.encode([message], images)) == (
         f"<|im_start|>user\n{tiles('', '<|image_pad|>', '')}a<|image_pad|><|im_end|>\n"
-    )  # half a frame is none
+    )
     tokenizer.add_special_token("<|vision_end|>")
     framed = Chat(ChatConfig(), tokenizer)
     cut = tiles("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

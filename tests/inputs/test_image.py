@@ -208,9 +208,8 @@ def test_exif_rotation_is_applied(format: str) -> None:
     # The scene, upright: red above blue, 16 wide and 32 high. Stored as each orientation stores it.
     upright = Image.new("RGB", (16, 32), "red")
     upright.paste((0, 0, 255), (0, 16, 16, 32))
-    upright.paste(
-        (255, 255, 255), (0, 0, 8, 16)
-    )  # and white in the top left corner, to tell mirrors apart
+    # And white in the top left corner, to tell mirrors apart.
+    upright.paste((255, 255, 255), (0, 0, 8, 16))
     stored = {
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -341,14 +340,12 @@ def test_a_truncated_file_never_gives_part_of_the_image(name: str) -> None:
     refused = 0
     for length in range(len(whole)):
         try:
-            assert open_image(whole[:length]).tobytes() == expected, (
-                length
-            )  # only an end marker was lost
+            # Only an end marker was lost.
+            assert open_image(whole[:length]).tobytes() == expected, length
         except NanoVLMError:
             refused += 1
-    assert (
-        refused >= len(whole) - 21
-    )  # 21: the tail of a PNG, its last checksum and the empty end chunk
+    # 21: the tail of a PNG, its last checksum and the empty end chunk.
+    assert refused >= len(whole) - 21
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -360,9 +357,8 @@ def test_large_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     limit, pillow_limit = f"{image_module.MAX_PIXELS:,}", Image.MAX_IMAGE_PIXELS
     assert_refused(png(30_000, 30_000, zlib.compress(b"")), limit)
     assert_refused(png(8193, 8192, zlib.compress(b"")), limit, "8193 x 8192")
-    assert_refused(
-        png(10_000, 10_000, zlib.compress(bytes(1251 * 10_000))), limit
-    )  # pillow only warns about this one
+    # Pillow only warns about this one.
+    assert_refused(png(10_000, 10_000, zlib.compress(bytes(1251 * 10_000))), limit)
     assert_refused(png(2**31 - 1, 2**31 - 1, b""), limit)
     assert_refused(b"P6 40000 40000 255\n", limit)
     assert pillow_limit == Image.MAX_IMAGE_PIXELS
@@ -456,13 +452,11 @@ def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, numb
         if processor is squash:
             assert difference.max() < 1e-6
         elif resample != "nearest":
-            assert (
-                difference.max() < 1.01 / 255 and difference.mean() < 1e-4
-            )  # a rounding here and there
+            # A rounding here and there.
+            assert difference.max() < 1.01 / 255 and difference.mean() < 1e-4
         else:
-            different = (difference > 1e-6).any(
-                dim=0
-            )  # at most one row and one column lies between two pixels
+            # At most one row and one column lies between two pixels.
+            different = (difference > 1e-6).any(dim=0)
             assert different.any(dim=0).sum() <= 1 or different.any(dim=1).sum() <= 1
 
 
