@@ -2,6 +2,7 @@
 of workers."""
 
 import dataclasses
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,6 +113,14 @@ def test_any_number_of_workers_prepares_the_same(chat, records):
         assert len(prepared) == 5
         for ours, theirs in zip(prepared, expected):
             assert_same(ours, theirs)
+
+
+def test_a_pickled_copy_makes_the_same(chat, records):
+    """As a worker process gets it where processes are spawned and not forked."""
+    batches = make(records, chat, bucket=2)
+    copy = pickle.loads(pickle.dumps(batches))
+    for number in range(4):
+        assert_same(copy[number], batches[number])
 
 
 def test_without_shuffling_the_order_is_the_files_and_each_record_comes_once(chat, records):
