@@ -38,7 +38,8 @@ from nanovlm.inputs.image_config import ImageConfig  # noqa: E402
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
 from nanovlm.model.projector import ProjectorConfig, build_projector  # noqa: E402
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig  # noqa: E402
-from nanovlm.training.settings import Settings, load_settings  # noqa: E402
+from nanovlm.training.presets import load_settings  # noqa: E402
+from nanovlm.training.settings import Settings  # noqa: E402
 from nanovlm.utils.console import run_command, say  # noqa: E402
 from nanovlm.utils.files import read_json, write_atomically  # noqa: E402
 from nanovlm.utils.parser import CommandParser

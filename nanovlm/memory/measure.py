@@ -70,8 +70,8 @@ def take_steps(
                 precision.dtype if settings.cache_features else None,
             )
             with precision.autocast():
-                loss = objective(model, batch.to(precision.device))[0]
-            precision.scaled(loss / objective.count(batch)).backward()
+                loss, _ = objective(model, batch.to(precision.device))
+            precision.scaled(loss / objective.count_targets(batch)).backward()
         nn.utils.clip_grad_norm_(learning, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

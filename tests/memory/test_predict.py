@@ -20,7 +20,8 @@ from nanovlm.training.building import planned_config
 from nanovlm.training.objectives import objective_of
 from nanovlm.training.optim import optimizer
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings, load_settings
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings
 
 CPU = torch.device("cpu")
 WORK = Work(rows=2, length=128, images=2, targets=32)
