@@ -32,7 +32,7 @@ from data_tools.scenes_text import Question, questions  # noqa: E402
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene  # noqa: E402
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.hub.language_configs import parse_language_model_config
-from nanovlm.hub.shapes import ASSETS
+from nanovlm.hub.toy import ASSETS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import ImageConfig  # noqa: E402
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig  # noqa: E402

@@ -30,7 +30,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.image_configs import read_processor  # noqa: E402
 from nanovlm.hub.models import load_vision_encoder
 from nanovlm.hub.safetensors import SafetensorsFile, save_file  # noqa: E402
-from nanovlm.hub.shapes import VISION_ENCODERS  # noqa: E402
+from nanovlm.hub.shapes import VISION_ENCODERS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.utils.console import first_line, run_command, say  # noqa: E402
 from nanovlm.utils.files import read_json, write_json  # noqa: E402

@@ -2,4 +2,4 @@
 
 
 class NanoVLMError(Exception):
-    """One line that says what was wrong, where (file, line, tensor, key), and what to do about it."""
+    """One line: what is wrong, where (file, line, tensor, key), and what to do about it."""

@@ -1,4 +1,5 @@
-"""Writing an answer: one pass over the prompt, then one token at a time through the cache."""
+"""Writing an answer: one pass over the prompt (prefill), then one token at a time through the cache
+(decode)."""
 
 import codecs
 import contextlib
@@ -17,13 +18,15 @@ from nanovlm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: the most likely token, always the same answer."""
+    """How the next token is chosen. Temperature 0 is greedy: the most likely token, always the same
+    answer."""
 
     temperature: float = 0.0
-    top_p: float = 1.0  # keep the most likely tokens that together have this probability (Holtzman et al. 2020)
+    # keep the most likely tokens that together have this probability (Holtzman et al. 2020)
+    top_p: float = 1.0
     top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
     repetition_penalty: float = (
-        1.0  # above 1, tokens already there become less likely (Keskar et al. 2019)
+        1.0  # above 1, tokens already in the text get less likely (Keskar et al. 2019)
     )
     seed: int = 0
 
@@ -39,6 +42,44 @@ class Sampling:
                 raise NanoVLMError(f"{name} is {getattr(self, name)}; it has to be {expected}")
 
 
+@dataclass
+class Prompt:
+    """What a language model reads before it writes: B rows of T tokens, padded on either side."""
+
+    embeddings: Tensor  # (B, T, C)
+    input_ids: Tensor  # (B, T), for the repetition penalty
+    attention_mask: Tensor | None = (
+        None  # (B, T), see `LanguageModel.hidden_states`; None: no padding
+    )
+    groups: Tensor | None = None  # (B, T), see there
+
+    def last_tokens(self) -> Tensor:
+        """The index of each row's last token that is not padding, (B,)."""
+        rows, length = self.input_ids.shape
+        if self.attention_mask is None:
+            return torch.full((rows,), length - 1, device=self.input_ids.device)
+        index = torch.arange(length, device=self.input_ids.device)
+        return (self.attention_mask.ne(0) * index).argmax(dim=-1)
+
+    def lengths(self) -> Tensor:
+        """The number of tokens of each row, without padding, (B,)."""
+        if self.attention_mask is None:
+            return torch.full_like(self.input_ids[:, 0], self.input_ids.shape[1])
+        return (self.attention_mask > 0).sum(dim=1)
+
+    def known_ids(self, vocab_size: int) -> Tensor:
+        """The ids that the repetition penalty is about, (B, T).
+
+        No logit belongs to a placeholder outside the vocabulary, and padding is not part of the
+        text: the row's last token stands in for them.
+        """
+        known = self.input_ids < vocab_size
+        if self.attention_mask is not None:
+            known &= self.attention_mask > 0
+        last = self.input_ids.gather(1, self.last_tokens()[:, None])
+        return torch.where(known, self.input_ids, last)
+
+
 def generate(
     model: VisionLanguageModel,
     batch: Batch,
@@ -46,23 +87,17 @@ def generate(
     sampling: Sampling = Sampling(),
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Answer every row of `batch`, padded on either side: B lists of token ids, without the end-of-turn token.
+    """Answer every row of `batch`, padded on either side: B lists of token ids, without the
+    end-of-turn token.
 
-    `on_tokens` is called with the (B) tokens of each step as they come, -1 for rows that have ended.
+    `on_tokens` is called with the B tokens of each step as they come, -1 for rows that have ended.
     """
+    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
     with torch.inference_mode():
-        embeddings = model.embed(batch)
-        answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
-        for tokens in decode(
-            model.language_model,
-            embeddings,
-            batch.input_ids,
-            batch.attention_mask,
-            max_new_tokens,
-            {model.chat.end_of_turn_id},
-            sampling,
-            groups=model.image_groups(batch),
-        ):
+        groups = model.image_groups(batch)
+        prompt = Prompt(model.embed(batch), batch.input_ids, batch.attention_mask, groups)
+        stop_ids = {model.chat.end_of_turn_id}
+        for tokens in decode(model.language_model, prompt, max_new_tokens, stop_ids, sampling):
             for answer, token in zip(answers, tokens):
                 answer += [token] if token >= 0 else []
             if on_tokens is not None:
@@ -72,95 +107,74 @@ def generate(
 
 @torch.inference_mode()
 def decode(
-    decoder: LanguageModel,
-    embeddings: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+    model: LanguageModel,
+    prompt: Prompt,
     max_new_tokens: int,
     stop_ids: Collection[int],
     sampling: Sampling = Sampling(),
     use_cache: bool = True,
-    groups: Tensor | None = None,
 ) -> Iterator[list[int]]:
-    """Yield the next token of each row, -1 once a row has ended, until all have or `max_new_tokens` are written.
+    """Yield the next token of each row, -1 once a row has ended, until all have or `max_new_tokens`
+    are written.
 
-    `embeddings` (B, T, C) is the prompt as the decoder reads it and `input_ids` (B, T) its ids, for the repetition
-    penalty; `groups`: see `LanguageModel.hidden_states`. `use_cache=False` reads everything again for every token; it is there to
-    check the cache against.
+    `use_cache=False` reads the whole text again for every token; it is the reference that the cache
+    is tested against.
     """
-    batch, length, _ = embeddings.shape
-    limit = decoder.config.max_position_embeddings
+    batch, length = prompt.input_ids.shape
+    device, limit = prompt.embeddings.device, model.config.max_position_embeddings
     if length + max_new_tokens > limit:
         raise NanoVLMError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the decoder's {limit} positions; "
-            "shorten the prompt or lower --max-new-tokens"
+            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language model's "
+            f"{limit} positions; shorten the prompt or lower --max-new-tokens"
         )
-    cache = decoder.new_cache(batch, length + max_new_tokens) if use_cache else None
-    generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
-    ended = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
-    stops = torch.tensor(sorted(stop_ids), device=embeddings.device)
-    last, inputs = _last_token(attention_mask, length, batch, embeddings.device), embeddings
-    lengths = (
-        torch.full_like(last, length) if attention_mask is None else (attention_mask > 0).sum(dim=1)
-    )
-    # Padding has been seen by nobody, and no logit belongs to a placeholder: a token that is there stands in for them.
-    is_seen = input_ids < decoder.config.vocab_size
-    if attention_mask is not None:
-        is_seen &= attention_mask > 0
-    seen = torch.where(is_seen, input_ids, input_ids.gather(1, last[:, None]))
-    for step in range(max_new_tokens):
-        wanted = torch.arange(batch, device=last.device) * inputs.shape[1] + last
-        with _products_for(inputs):
-            logits = decoder.logits(
-                decoder.hidden_states(
-                    inputs, attention_mask, cache, wanted, prompt_lengths=lengths, groups=groups
-                )
-            ).float()  # (B, V)
-        token = choose(logits, seen, sampling, generator)
+    cache = model.new_cache(batch, length + max_new_tokens) if use_cache else None
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    seen, lengths = prompt.known_ids(model.config.vocab_size), prompt.lengths()
+    inputs, mask, groups = prompt.embeddings, prompt.attention_mask, prompt.groups
+    last, row_starts = prompt.last_tokens(), torch.arange(batch, device=device)
+    for _ in range(max_new_tokens):
+        positions = row_starts * inputs.shape[1] + last  # flat, of each row's last token
+        with _fast_products(inputs):
+            hidden_states = model.hidden_states(
+                inputs, mask, cache, positions=positions, groups=groups, prompt_lengths=lengths
+            )
+            logits = model.logits(hidden_states).float()  # (B, V)
+        token = sample(logits, seen, sampling, generator)  # (B,)
         ended |= torch.isin(token, stops)
         tokens = torch.where(ended, -1, token).tolist()
         yield tokens
         if max(tokens) < 0:
             return
-        if attention_mask is not None:
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, 1)), dim=1)
-        if groups is not None:
-            groups = torch.cat((groups, groups.new_zeros(batch, 1)), dim=1)
         seen = torch.cat((seen, token[:, None]), dim=1)
-        new = decoder.embed_tokens(token[:, None])
+        mask = None if mask is None else torch.cat((mask, mask.new_ones(batch, 1)), dim=1)
+        groups = None if groups is None else torch.cat((groups, groups.new_zeros(batch, 1)), dim=1)
+        new = model.embed_tokens(token[:, None])  # (B, 1, C)
         inputs = new if use_cache else torch.cat((inputs, new), dim=1)
         last = torch.full_like(last, inputs.shape[1] - 1)
 
 
 @contextlib.contextmanager
-def _products_for(inputs: Tensor) -> Iterator[None]:
-    """On a CPU, oneDNN multiplies a bf16 matrix with a single vector at half the speed of PyTorch's own loop."""
-    one_vector = (
-        inputs.device.type == "cpu"
-        and inputs.dtype == torch.bfloat16
-        and inputs.shape[:2].numel() == 1
-    )
+def _fast_products(inputs: Tensor) -> Iterator[None]:
+    """Switch oneDNN off for a single bf16 vector on a CPU: PyTorch's own loop reads the matrix
+    twice as fast."""
+    rows = inputs.shape[0] * inputs.shape[1]
+    one_vector = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows == 1
     enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled and not one_vector
+    torch.backends.mkldnn.enabled = enabled and not one_vector  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.backends.mkldnn.enabled = enabled
 
 
-def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """(B, V) logits and the (B, T) ids so far → (B,) next tokens."""
     if sampling.repetition_penalty != 1:
-        values = logits.gather(1, seen)
-        logits = logits.scatter(
-            1,
-            seen,
-            torch.where(
-                values > 0,
-                values / sampling.repetition_penalty,
-                values * sampling.repetition_penalty,
-            ),
-        )
+        penalty, values = sampling.repetition_penalty, logits.gather(1, seen)
+        values = torch.where(values > 0, values / penalty, values * penalty)
+        logits = logits.scatter(1, seen, values)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits, order = (logits / sampling.temperature).sort(dim=-1, descending=True)
@@ -172,30 +186,22 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
     return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def _last_token(
-    attention_mask: Tensor | None, length: int, batch: int, device: torch.device
-) -> Tensor:
-    """The index of each row's last real token, wherever its padding is."""
-    if attention_mask is None:
-        return torch.full((batch,), length - 1, device=device)
-    return (attention_mask.ne(0) * torch.arange(length, device=device)).argmax(dim=-1)
-
-
 class TextStreamer:
-    """Token ids in, text out, whole characters only: a character's last byte may be several tokens away."""
+    """Token ids in, text out, whole characters only: the bytes of a character may be spread over
+    several tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._put_space = tokenizer.puts_space  # before the first word, where nobody wrote one
+        self._strip_space = tokenizer.puts_space  # SentencePiece writes one before the first word
 
     def put(self, token: int) -> str:
-        """The characters that `token` completes; often one word, sometimes nothing yet."""
+        """The characters that `token` completes: often one word, sometimes nothing yet."""
         text = self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        if self._put_space and text:
-            text, self._put_space = text.removeprefix(" "), False
+        if self._strip_space and text:
+            text, self._strip_space = text.removeprefix(" "), False
         return text
 
     def end(self) -> str:
-        """What is left when the answer stops in the middle of a character."""
+        """What is left when the answer stops within a character."""
         return self._utf8.decode(b"", final=True)

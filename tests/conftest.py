@@ -1,4 +1,4 @@
-"""A tiny world for the tests of training and of the commands: random weights in the published layouts, and a few scenes."""
+"""Tiny models with random weights in the published layouts, a few scenes, and running commands."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import run_command
 
-torch.set_num_threads(1)  # what the tests compute is too small to share
+torch.set_num_threads(1)  # the tests' tensors are too small to share
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL = ["<image>", "<system>", "<user>", "<assistant>"]
-VISION_ENCODERS = {
+VISION_CONFIG = {
     "model_type": "dinov2",
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -41,8 +42,8 @@ VISION_ENCODERS = {
     "patch_size": 16,
     "layer_norm_eps": 1e-6,
 }
-PIXELS = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
-VOICE = {
+IMAGE_CONFIG = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+LANGUAGE_CONFIG = {
     "model_type": "qwen3",
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -57,41 +58,33 @@ VOICE = {
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Folders that the tests read and never write to."""
+    """Folders that the tests read and never write to. All weights are random."""
 
-    vision_encoder: Path  # random eyes, DINOv2's layout
-    language_model: Path  # a random voice, Qwen3's layout, with a SentencePiece tokenizer
-    model: Path  # both joined by a random projector: a model folder
+    vision_encoder: Path  # DINOv2's layout
+    language_model: Path  # Qwen3's layout, with a SentencePiece tokenizer
+    model: Path  # both joined by a projector: a model folder
     data: Path  # a dozen scenes: train.jsonl, val.jsonl and novel.jsonl
 
     def settings(self, out: Path, **changes) -> Settings:
         """Settings of a short run on the CPU: four steps of the projector, four records each."""
-        start = (
-            {}
-            if "init" in changes
-            else {
-                "vision_encoder": str(self.vision_encoder),
-                "language_model": str(self.language_model),
-            }
-        )
-        return Settings(
-            **{
-                **start,
-                "data": str(self.data / "train.jsonl"),
-                "val": str(self.data / "val.jsonl"),
-                "val_samples": 4,
-                "out": str(out),
-                "batch_size": 4,
-                "max_steps": 4,
-                "log_every": 1,
-                "device": "cpu",
-                "dtype": "float32",
-                **changes,
-            }
-        )
+        settings: dict[str, Any] = {
+            "data": str(self.data / "train.jsonl"),
+            "val": str(self.data / "val.jsonl"),
+            "val_samples": 4,
+            "out": str(out),
+            "batch_size": 4,
+            "max_steps": 4,
+            "log_every": 1,
+            "device": "cpu",
+            "dtype": "float32",
+        }
+        if "init" not in changes:
+            settings["vision_encoder"] = str(self.vision_encoder)
+            settings["language_model"] = str(self.language_model)
+        return Settings(**settings | changes)
 
     def train(self, out: Path, **changes) -> Path:
-        """Run a stage to its end; returns the run folder."""
+        """Run a stage to its end and return the run folder."""
         run_stage(self.settings(out, **changes))
         return out
 
@@ -100,31 +93,25 @@ class TinyWorld:
 def tiny(tmp_path_factory) -> TinyWorld:
     folder = tmp_path_factory.mktemp("tiny")
     data = make_scenes(folder / "scenes", scenes=12, eval_scenes=4, workers=1)
-    torch.manual_seed(0)
-    _save_hub(
-        folder / "vision_encoder",
-        VisionEncoder(parse_vision_encoder_config(VISION_ENCODERS)),
-        DINOV2,
-        VISION_ENCODERS,
-    )
-    (folder / "vision_encoder" / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     tokenizer = _tokenizer((data / "train.jsonl").read_text().splitlines())
-    voice = {**VOICE, "vocab_size": tokenizer.vocab_size}
-    _save_hub(
-        folder / "language_model", LanguageModel(parse_language_model_config(voice)), QWEN, voice
-    )
-    tokenizer.save(folder / "language_model")
-    image = parse_image_config(PIXELS)
-    model = join_parts(
-        folder / "vision_encoder", folder / "language_model", ProjectorConfig("mlp"), image
-    )
+    vision_folder, language_folder = folder / "vision_encoder", folder / "language_model"
+    torch.manual_seed(0)
+    vision_encoder = VisionEncoder(parse_vision_encoder_config(VISION_CONFIG))
+    _save_hub(vision_encoder, vision_folder, DINOV2, VISION_CONFIG)
+    (vision_folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_CONFIG))
+    language_config = {**LANGUAGE_CONFIG, "vocab_size": tokenizer.vocab_size}
+    language_model = LanguageModel(parse_language_model_config(language_config))
+    _save_hub(language_model, language_folder, QWEN, language_config)
+    tokenizer.save(language_folder)
+    image = parse_image_config(IMAGE_CONFIG)
+    model = join_parts(vision_folder, language_folder, ProjectorConfig("mlp"), image)
     save_model(model, folder / "model")
-    return TinyWorld(folder / "vision_encoder", folder / "language_model", folder / "model", data)
+    return TinyWorld(vision_folder, language_folder, folder / "model", data)
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a command's `main` in this process, which saves the seconds that another takes to start: `call(main, *arguments)`."""
+    """Run a command's `main` in this process, which is faster: `call(main, *arguments)`."""
 
     def completed(
         main: Callable[[], int | None], *arguments, stdin: bytes = b""
@@ -141,35 +128,28 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def command():
-    """Run one of the commands as a user does, in a process of its own: `command("infer.py", …)` or `("-m", …)`."""
+    """Start a command in a process of its own: `command("infer.py", …)` or `("-m", …)`."""
 
-    def start(*arguments, cwd: Path = REPOSITORY, **options) -> subprocess.Popen:
-        script = [] if arguments[0] == "-m" else [REPOSITORY / arguments[0]]
-        rest = arguments if arguments[0] == "-m" else arguments[1:]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    def start(script: str, *arguments, cwd: Path = REPOSITORY, **options) -> subprocess.Popen:
+        script = script if script == "-m" else str(REPOSITORY / script)
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return subprocess.Popen(
-            [sys.executable, *map(str, script), *map(str, rest)],
+            [sys.executable, script, *map(str, arguments)],
             cwd=cwd,
-            env=environment,
-            **{
-                "stdin": subprocess.DEVNULL,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.PIPE,
-                **options,
-            },
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            **pipes | options,
         )
 
     return start
 
 
-def _save_hub(folder: Path, model: torch.nn.Module, table: dict, config: dict) -> None:
+def _save_hub(model: torch.nn.Module, folder: Path, names: dict, config: dict) -> None:
+    """Save a model as the hub publishes it; `names` is its table of tensor names."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    published = translate(invert(table))
-    save_file(
-        {published(name): tensor.detach() for name, tensor in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
+    published = translate(invert(names))
+    tensors = {published(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def _tokenizer(lines: list[str]) -> SentencePieceTokenizer:

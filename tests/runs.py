@@ -1,4 +1,4 @@
-"""Reading what a run left, for the tests that compare runs."""
+"""The log of a run, for tests that compare runs."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,6 @@ CLOCK = (
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what the clock and the machine say."""
+    """The lines of metrics.jsonl without the columns that depend on the clock or the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]

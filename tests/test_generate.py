@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 from nanovlm.data.collate import collate
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, TextStreamer, choose, decode, generate
+from nanovlm.generate import Prompt, Sampling, TextStreamer, decode, generate, sample
 from nanovlm.hub.models import load_language_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import ImageTokens, Message
@@ -79,9 +79,7 @@ def write(
     with torch.inference_mode():
         steps = decode(
             model.language_model,
-            model.embed(batch),
-            batch.input_ids,
-            batch.attention_mask if masked else None,
+            Prompt(model.embed(batch), batch.input_ids, batch.attention_mask if masked else None),
             NEW_TOKENS,
             stop_ids,
             sampling,
@@ -124,7 +122,7 @@ def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
     assert set(seen) == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
     monkeypatch.setattr(
         importlib.import_module("nanovlm.generate"),
-        "_products_for",
+        "_fast_products",
         lambda inputs: contextlib.nullcontext(),
     )
     assert write(half, batch) == answer
@@ -157,7 +155,7 @@ def test_generate_stops_at_the_end_of_turn(model, monkeypatch):
         torch.tensor([[5, 6, 7], [end, 8, 9], [11, end, 10], [12, 13, end], [14, 15, 16]])
     )
     monkeypatch.setattr(
-        importlib.import_module("nanovlm.generate"), "choose", lambda *_: next(script)
+        importlib.import_module("nanovlm.generate"), "sample", lambda *_: next(script)
     )
     seen = []
     answers = generate(
@@ -184,9 +182,7 @@ def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
     )
     steps = decode(
         ours,
-        ours.embed_tokens(ids),
-        ids,
-        None,
+        Prompt(ours.embed_tokens(ids), ids),
         NEW_TOKENS,
         (),
         Sampling(repetition_penalty=penalty),
@@ -218,7 +214,7 @@ def test_choices_follow_the_reference_distribution(sampling):
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)]
     expected = LogitsProcessorList(warpers)(seen, logits.clone()).softmax(dim=-1)[0]
-    tokens = choose(
+    tokens = sample(
         logits.expand(draws, -1), seen.expand(draws, -1), sampling, torch.Generator().manual_seed(0)
     )
     counts = tokens.bincount(minlength=vocabulary)
@@ -231,7 +227,7 @@ def test_choices_follow_the_reference_distribution(sampling):
 def test_choosing_leaves_the_logits_alone():
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    choose(
+    sample(
         logits, torch.zeros(2, 3, dtype=torch.long), Sampling(1.0, 0.5, 3, 1.5), torch.Generator()
     )
     assert torch.equal(logits, before)
@@ -353,6 +349,6 @@ def test_greedy_answers_equal_transformers_on_real_weights():
             eos_token_id=end,
             pad_token_id=end,
         )[0, ids.shape[1] :]
-        steps = [row[0] for row in decode(ours, ours.embed_tokens(ids), ids, None, 40, {end})]
+        steps = [row[0] for row in decode(ours, Prompt(ours.embed_tokens(ids), ids), 40, {end})]
         answer = tokenizer.decode([token for token in steps if token >= 0])
         assert answer == their_tokenizer.decode(expected, skip_special_tokens=True), prompt

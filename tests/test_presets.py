@@ -22,7 +22,7 @@ from nanovlm.data.records import read_records
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
-from nanovlm.generate import decode, generate
+from nanovlm.generate import Prompt, decode, generate
 from nanovlm.hub.adapters import load_adapter
 from nanovlm.hub.models import load_model, save_model
 from nanovlm.inputs.batch import Batch
@@ -139,7 +139,7 @@ def test_text_is_causal_and_images_are_what_the_preset_says(toy: Toy):
     torch.testing.assert_close(toy.hidden_states(batch), after)
 
     batch = toy.batch()
-    patches = toy.model.look(batch.pixels)
+    patches = toy.model.vision_features(batch.pixels)
     batch.pixels, batch.patches = None, patches
     before = toy.hidden_states(batch)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
     records = _records(toy, images)
     learned = _loaded(toy, records)
     with torch.no_grad():
-        features = toy.model.projector(toy.model.look(learned.pixels))
+        features = toy.model.projector(toy.model.vision_features(learned.pixels))
     assert len(learned.image_positions) == features.shape[:2].numel() > 0
 
     asked: list[Batch] = []
@@ -319,19 +319,11 @@ def test_a_missing_image_is_counted_and_not_faked(toy: Toy):
 def test_cached_and_uncached_generation_agree(toy: Toy):
     batch = toy.batch()
     with torch.no_grad():
-        embeddings = toy.model.embed(batch)
-    options = dict(max_new_tokens=12, stop_ids={-1}, groups=toy.model.image_groups(batch))
+        embeddings, groups = toy.model.embed(batch), toy.model.image_groups(batch)
+    prompt = Prompt(embeddings, batch.input_ids, groups=groups)
+    options = dict(max_new_tokens=12, stop_ids={-1})
     cached, uncached = (
-        list(
-            decode(
-                toy.model.language_model,
-                embeddings,
-                batch.input_ids,
-                None,
-                use_cache=use_cache,
-                **options,
-            )
-        )
+        list(decode(toy.model.language_model, prompt, use_cache=use_cache, **options))
         for use_cache in (True, False)
     )
     assert cached == uncached and len(cached) == 12

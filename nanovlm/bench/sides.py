@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanovlm.generate import decode
+from nanovlm.generate import Prompt, decode
 from nanovlm.hub.models import join_parts
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED
@@ -115,14 +115,8 @@ class NanoVLM:
         tokens = []
         with torch.inference_mode():
             embeddings = self.model.embed(prepared)
-            for (token,) in decode(
-                self.language_model,
-                embeddings,
-                prepared.input_ids,
-                prepared.attention_mask,
-                new_tokens,
-                stop_ids={-1},
-            ):
+            prompt = Prompt(embeddings, prepared.input_ids, prepared.attention_mask)
+            for (token,) in decode(self.language_model, prompt, new_tokens, stop_ids={-1}):
                 tokens.append(token)
                 on_token()
         return tokens

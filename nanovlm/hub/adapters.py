@@ -20,8 +20,9 @@ ADAPTER_FILE, CONFIG_FILE = "adapter.safetensors", "adapter.json"
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Deferred]:
-    """The state dict of `model` as a plain one, adapters merged and quantised matrices decoded: computed in fp32, cast
-    to `dtype`, and each made only when it is written. The model stays as it is."""
+    """The state dict of `model` as a plain one, adapters merged and quantised matrices decoded:
+    computed in fp32, cast to `dtype`, and each made only when it is written. The model stays as it
+    is."""
     tensors: dict[str, Deferred] = {}
     for path, module in model.named_modules():
         path = path.removesuffix(
@@ -54,9 +55,11 @@ def save_adapter(model: VisionLanguageModel, folder: Path, config: LoRAConfig) -
 
 @torch.no_grad()
 def load_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
-    """Give `model`, the one they learned on, the adapters, projector and other tensors that `save_adapter` wrote.
+    """Give `model`, the one they learned on, the adapters, projector and other tensors that
+    `save_adapter` wrote.
 
-    Raises NanoVLMError for tensors that are missing, have no place in the model or another shape there.
+    Raises NanoVLMError for tensors that are missing, have no place in the model or another shape
+    there.
     """
     folder = Path(folder)
     config = from_dict(LoRAConfig, read_json(folder / CONFIG_FILE), where=str(folder / CONFIG_FILE))

@@ -30,10 +30,11 @@ DEFAULT_SYSTEM = {  # as it stands in a published template
 def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
     """Work out a hub folder's template from its special tokens and its chat template.
 
-    The published template is a program, which is not run; of it only two facts are read: the default system
-    prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2, Vicuna), and whether it has think blocks (Qwen3).
-    Raises if no template fits, with what each would need. LLaMA's tokenizer, whose <s> and </s> many templates share,
-    is taken for Vicuna's only with its template or with none.
+    The published template is a program, which is not run; of it only two facts are read: the
+    default system prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2, Vicuna), and
+    whether it has think blocks (Qwen3). Raises if no template fits, with what each would need.
+    LLaMA's tokenizer, whose <s> and </s> many templates share, is taken for Vicuna's only with its
+    template or with none.
     """
     special, source = tokenizer.special_tokens, _template_source(Path(folder))
     fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
@@ -59,7 +60,8 @@ def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
 
 
 def _template_source(folder: Path) -> str:
-    """The text of a hub folder's chat template: a file of its own in newer folders, a setting in older ones."""
+    """The text of a hub folder's chat template: a file of its own in newer folders, a setting in
+    older ones."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     path = folder / "tokenizer_config.json"

@@ -1,4 +1,5 @@
-"""Reading a published `config.json` strictly: documented defaults are filled in, what would change the result is refused."""
+"""Reading a published `config.json` strictly: documented defaults are filled in, what would change
+the result is refused."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +7,8 @@ from typing import Any
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.config import unknown_key
 
-# What hub files say about themselves, about generation or about initialisation: nothing that changes a forward pass.
+# What hub files say about themselves, about generation or about initialisation: nothing that
+# changes a forward pass.
 HUB_BOOKKEEPING = frozenset(
     {
         "architectures",
@@ -31,7 +33,8 @@ HUB_BOOKKEEPING = frozenset(
         "is_encoder_decoder",
         "_attn_implementation",
         "_attn_implementation_autoset",
-        # What older files repeat of the library's defaults, in the table of each part: generation, tasks, other frameworks.
+        # What older files repeat of the library's defaults, in the table of each part: generation,
+        # tasks, other frameworks.
         "add_cross_attention",
         "bad_words_ids",
         "begin_suppress_tokens",
@@ -81,7 +84,8 @@ def read_hf_config(
     defaults: Mapping[str, Any],
     ignored: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Fill the defaults a hub `config.json` leaves out or sets to null; a value of another type is an error.
+    """Fill the defaults a hub `config.json` leaves out or sets to null; a value of another type is
+    an error.
 
     `ignored` names keys known not to change a forward pass.
     """

@@ -1,4 +1,4 @@
-"""From a hub folder to a model whose weights are held once: which names a family's files use, and how they are read."""
+"""Families of published models: how the files of each name our tensors."""
 
 import re
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from nanovlm.hub.names import (
 class Family:
     """How the files of a family name our tensors.
 
-    table: from their names to ours, or a function that makes it of the model's config.
-    prefix: a pattern of what may stand before a name; it depends on which class of the reference the file was saved from.
-    unused: shell-style patterns of names, without prefix, that belong to other parts of the published model.
+    table: from their names to ours, or a function of the model's config that returns it.
+    prefix: a pattern of what may precede a name; it depends on the class that saved the file.
+    unused: shell-style patterns of names, without prefix, of other parts of the published model.
     """
 
     table: NameTable | Callable[[Any], NameTable]
@@ -36,13 +36,12 @@ class Family:
     def names(self, config: Any) -> Callable[[str], Target]:
         """The function from a published name to ours."""
         ours = translate(self.table(config) if callable(self.table) else self.table)
-        prefix = re.compile(self.prefix)
+        prefix = re.compile(rf"\A(?:{self.prefix})")
 
         def name_map(name: str) -> Target:
-            name = name[prefix.match(name).end() :]
-            return (
-                None if any(fnmatchcase(name, pattern) for pattern in self.unused) else ours(name)
-            )
+            name = prefix.sub("", name, count=1)
+            unused = any(fnmatchcase(name, pattern) for pattern in self.unused)
+            return None if unused else ours(name)
 
         return name_map
 

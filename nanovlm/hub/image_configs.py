@@ -1,4 +1,5 @@
-"""How published models prepare an image: `preprocessor_config.json` of every family → `ImageConfig`."""
+"""How published models prepare an image: `preprocessor_config.json` of every family →
+`ImageConfig`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from nanovlm.inputs.image_config import FILTERS, ImageConfig
 from nanovlm.utils.config import check, unknown_key
 from nanovlm.utils.files import read_json
 
-# Hub settings with one implemented value, which is also the default; then what each processor leaves out of its file.
+# Hub settings with one implemented value, which is also the default; then what each processor
+# leaves out of its file.
 _HUB_FIXED = {
     "do_resize": True,
     "do_rescale": True,
@@ -61,7 +63,8 @@ _HUB_DEFAULTS = {
 }
 
 
-# What changes no pixel of a picture: names, what goes along with the pixels, and how to read a video.
+# What changes no pixel of a picture: names, what goes along with the pixels, and how to read a
+# video.
 _HUB_BOOKKEEPING = (
     "image_processor_type",
     "feature_extractor_type",
@@ -82,10 +85,11 @@ _HUB_LONGEST = 4096  # pixels; the reference makes no image longer than this
 
 
 def parse_image_config(config: dict[str, Any]) -> ImageConfig:
-    """Read a hub `preprocessor_config.json` of DINOv2's (Bit), CLIP's, ViT's, SigLIP's, Idefics3's or SmolVLM's processor.
+    """Read a hub `preprocessor_config.json` of DINOv2's (Bit), CLIP's, ViT's, SigLIP's, Idefics3's
+    or SmolVLM's processor.
 
-    Missing settings take that processor's documented defaults. A setting that is not implemented and an unknown
-    key are errors.
+    Missing settings take that processor's documented defaults. A setting that is not implemented
+    and an unknown key are errors.
     """
     where = "preprocessor_config.json"
     check(
@@ -131,8 +135,8 @@ def parse_image_config(config: dict[str, Any]) -> ImageConfig:
 
 
 def read_processor(folder: Path) -> dict[str, Any] | None:
-    """What a hub folder says of its images, for `from_hf`: in a file of its own, or, in newer folders, within that of a
-    processor of text and images; None where neither does."""
+    """What a hub folder says of its images, for `from_hf`: in a file of its own, or, in newer
+    folders, within that of a processor of text and images; None where neither does."""
     if (folder / "preprocessor_config.json").exists():
         return read_json(folder / "preprocessor_config.json")
     path = folder / "processor_config.json"
@@ -163,7 +167,8 @@ def _one_from_hf(settings: dict[str, Any], kind: str, where: str) -> dict[str, A
 
 
 def _tiles_from_hf(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """Of a processor that cuts tiles: what to give ImageConfig. It pads batches, not images, so `do_pad` is no matter."""
+    """Of a processor that cuts tiles: what to give ImageConfig. It pads batches, not images, so
+    `do_pad` is no matter."""
     require(settings, where, do_image_splitting=True)
     size, tile = (
         value.get("longest_edge") if isinstance(value, dict) and len(value) == 1 else None

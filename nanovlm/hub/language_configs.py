@@ -1,4 +1,5 @@
-"""What the decoder families' `config.json` say, as the settings of a `LanguageModelConfig`. What is not implemented is refused."""
+"""What the decoder families' `config.json` say, as the settings of a `LanguageModelConfig`. What is
+not implemented is refused."""
 
 from typing import Any
 
@@ -71,8 +72,9 @@ QWEN1_DEFAULTS = dict(
     scale_attn_weights=True,
     tie_word_embeddings=False,
 )
-# Dropouts are 0 in every published file and off when it is used; `rope_theta` says `rotary_emb_base` once more, to other
-# programs than the reference; the rest is about kernels, number formats and exports.
+# Dropouts are 0 in every published file and off when it is used; `rope_theta` says
+# `rotary_emb_base` once more, to other programs than the reference; the rest is about kernels,
+# number formats and exports.
 QWEN1_IGNORED = (
     "attn_dropout_prob",
     "emb_dropout_prob",
@@ -107,7 +109,8 @@ LLAMA3_ROPE = {
 
 
 def read_language_config(config: dict) -> dict[str, Any]:
-    """The settings of a decoder folder's `config.json`, by the names of `LanguageModelConfig`'s fields."""
+    """The settings of a decoder folder's `config.json`, by the names of `LanguageModelConfig`'s
+    fields."""
     return _read_qwen1(config) if config.get("model_type") == "qwen" else _read_llama(config)
 
 
@@ -145,7 +148,8 @@ def _read_llama(config: dict) -> dict[str, Any]:
 
 
 def _read_rope(config: dict) -> dict[str, Any]:
-    """RoPE's settings: one object in newer files, `rope_theta` and perhaps `rope_scaling` in older ones."""
+    """RoPE's settings: one object in newer files, `rope_theta` and perhaps `rope_scaling` in older
+    ones."""
     spelling = "rope_parameters" if config["rope_parameters"] else "rope_scaling"
     where, given = f"config.json: {spelling}", dict(config[spelling])
     if "type" in given:  # as the oldest spell it
@@ -171,8 +175,8 @@ def _read_rope(config: dict) -> dict[str, Any]:
 
 
 def _read_qwen1(config: dict) -> dict[str, Any]:
-    """Qwen's first generation, such as Qwen-7B-Chat. `seq_length` is the length first trained at, `intermediate_size` that of
-    gate and values together."""
+    """Qwen's first generation, such as Qwen-7B-Chat. `seq_length` is the length first trained at,
+    `intermediate_size` that of gate and values together."""
     config = read_hf_config(config, tuple(LANGUAGE_FAMILIES), QWEN1_DEFAULTS, QWEN1_IGNORED)
     require(config, rotary_pct=1.0, no_bias=True, scale_attn_weights=True)
     stretched = config["use_dynamic_ntk"] or config["use_logn_attn"]
@@ -199,8 +203,9 @@ def _read_qwen1(config: dict) -> dict[str, Any]:
 
 
 def parse_language_model_config(config: dict) -> LanguageModelConfig:
-    """Read the `config.json` of a folder of any family in LANGUAGE_FAMILIES; older and newer spellings of RoPE's settings. A
-    decoder of our own (`LanguageModel.save_pretrained`) has the names of this class."""
+    """Read the `config.json` of a folder of any family in LANGUAGE_FAMILIES; older and newer
+    spellings of RoPE's settings. A decoder of our own (`LanguageModel.save_pretrained`) has the
+    names of this class."""
     if config.get("model_type") == OWN:
         return from_dict(
             LanguageModelConfig,

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a module's parameters: nothing missing, nothing left over, nothing held twice."""
+"""Strict loading: a checkpoint's tensors become a module's parameters, and none is held twice."""
 
 from collections.abc import Callable, Collection, KeysView, Mapping
 from dataclasses import dataclass
@@ -15,16 +15,14 @@ from nanovlm.utils.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LARGE = (
-    2**20
-)  # bytes; larger tensors are streamed from memory, up to a sixth slower where they straddle cache lines
-LINES_PER_KIND = (
-    10  # of a loading report; a wrong config makes hundreds of problems of the same kind
-)
+# In bytes. Larger tensors are read from memory for each product, up to a sixth slower where they
+# straddle cache lines.
+LARGE = 2**20
+LINES_PER_KIND = 10  # of a loading report: a wrong config makes hundreds of problems of one kind
 
 
 class Checkpoint:
-    """The tensors of one or several safetensors files, under one set of names and read only when asked for.
+    """The tensors of one or several safetensors files, read only when asked for.
 
     metadata: that of all files together.
     """
@@ -64,8 +62,9 @@ class Checkpoint:
 def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     """Open a model folder, a safetensors file, or the index (`….index.json`) of a sharded one.
 
-    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's tools do.
-    Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not hold what the index says.
+    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's
+    tools do. Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not
+    hold what the index says.
     """
     path = Path(folder_or_file)
     if path.is_dir():
@@ -74,7 +73,7 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
             raise NanoVLMError(
                 f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
                 + (
-                    "; data_tools/extract_vision.py takes eyes out of .bin files"
+                    "; data_tools/extract_vision.py takes vision encoders out of .bin files"
                     if list(path.glob("*.bin"))
                     else ""
                 )
@@ -90,7 +89,8 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
         isinstance(shard, str) for shard in weight_map.values()
     ):
         raise NanoVLMError(
-            f"{index}: weight_map does not give each tensor the name of a file; fetch the index again"
+            f"{index}: weight_map does not give each tensor the name of a file; "
+            "fetch the index again"
         )
     names_of: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
@@ -105,11 +105,13 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
         file = SafetensorsFile(index.parent / shard)
         if absent := sorted(names - file.keys()):
             raise NanoVLMError(
-                f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again"
+                f"{file.path}: lacks {_some(absent)}, which its index places there; "
+                "fetch both again"
             )
         if extra := sorted(file.keys() - names):
             raise NanoVLMError(
-                f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again"
+                f"{file.path}: holds {_some(extra)}, which its index does not name; "
+                "fetch both again"
             )
         files.append(file)
     return files
@@ -129,20 +131,22 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] = {},
 ) -> None:
-    """Give `module` the tensors of `checkpoint`: each parameter and persistent buffer exactly one, each tensor a place.
+    """Fill every parameter and persistent buffer of `module` with exactly one tensor of `checkpoint`.
 
-    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its parameters then are
-    the checkpoint's tensors themselves, on the CPU: views of the private file mapping where no cast is needed (an
-    optimizer's in-place step copies just the pages it writes and the file stays as it is), one copy where it is, or
-    where the file places a large tensor beside the cache lines.
-    Tied names, such as a head that is the embedding, get one parameter; a file that stores both must store them equal.
-    Non-persistent buffers, such as rotary tables, are not loaded: a module built on meta has to compute them.
+    Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its
+    parameters become the checkpoint's tensors themselves, on the CPU: views of the private file
+    mapping where no cast is needed (an optimizer's in-place step copies just the pages it writes,
+    and the file stays as it is); one copy where a cast is needed, or where the file does not align
+    a large tensor to cache lines. Tied names, such as a head that is the embedding, get one
+    parameter; a file that stores both must store them equal. Non-persistent buffers are not loaded:
+    a module built on meta has to compute them.
 
-    name_map: a tensor's name in the checkpoint → the name in the module, a `Split` where it holds several of ours, or None
-        for a tensor deliberately not used.
-    dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are never cast.
-    ignore: shell-style patterns of checkpoint names deliberately not used, for maps that are plain tables.
-    tied: names that the module has not, of what it has under another name; a file may hold them besides or instead.
+    name_map: a tensor's name in the checkpoint → the name in the module, a `Split` where it holds
+        several of ours, or None for a tensor deliberately not used.
+    dtype: of the loaded floating-point tensors; None keeps the file's. Integers and booleans are
+        never cast.
+    ignore: shell-style patterns of checkpoint names deliberately not used.
+    tied: other names of tensors that the module has; a file may hold them besides or instead.
 
     Raises one NanoVLMError with every problem, before the module is touched.
     """
@@ -151,9 +155,8 @@ def load_into(
     sources: dict[str, _Source] = {}  # by the name in the module
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
     for stored in checkpoint.keys():
-        target = (
-            None if any(fnmatchcase(stored, pattern) for pattern in ignore) else name_map(stored)
-        )
+        ignored = any(fnmatchcase(stored, pattern) for pattern in ignore)
+        target = None if ignored else name_map(stored)
         for name, source in _sources(checkpoint, stored, target):
             if name not in targets:
                 problems["unexpected"].append(
@@ -223,7 +226,8 @@ def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[
 
 
 def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
-    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is let go of."""
+    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is
+    let go of."""
     stored = sources[0].checkpoint.tensor(sources[0].stored)
     tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():
@@ -272,10 +276,8 @@ def _raise_problems(
     counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
     if not counts:
         return
-    report = [
-        f"{checkpoint.path}: the tensors do not fit {type(module).__name__} ({', '.join(counts)}); "
-        "check that the config belongs to these weights"
-    ]
+    heading = f"the tensors do not fit {type(module).__name__} ({', '.join(counts)})"
+    report = [f"{checkpoint.path}: {heading}; check that the config belongs to these weights"]
     for kind, lines in problems.items():
         if lines:
             report.append(f"  {kind} ({PROBLEM_KINDS[kind]}):")

@@ -1,4 +1,5 @@
-"""Model folders: load and save our own models, load the parts that other people publish, join parts to a new model."""
+"""Model folders: load and save our own models, load the parts that other people publish, join parts
+to a new model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,18 +27,21 @@ from nanovlm.utils.files import read_json, write_json
 
 
 def load_vision_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> VisionEncoder:
-    """Load a published folder (`config.json`, `model.safetensors` or shards) of DINOv2, SigLIP, CLIP, SmolVLM2 or Qwen-VL.
+    """Load a published folder (`config.json`, `model.safetensors` or shards) of DINOv2, SigLIP,
+    CLIP, SmolVLM2 or Qwen-VL.
 
-    Of a whole model's folder, only the vision encoder is read. `dtype` is that of the weights; None keeps the file's.
-    Any missing, unexpected or mis-shaped tensor is an error.
+    Of a whole model's folder, only the vision encoder is read. `dtype` is that of the weights; None
+    keeps the file's. Any missing, unexpected or mis-shaped tensor is an error.
     """
     return _load_part(VisionEncoder, parse_vision_encoder_config, folder, VISION_FAMILIES, dtype)
 
 
 def load_language_model(folder: str | Path, dtype: torch.dtype | None = None) -> LanguageModel:
-    """Load a published folder of Qwen, LLaMA, SmolLM2 or Mistral, or one that `save_language_model` wrote.
+    """Load a published folder of Qwen, LLaMA, SmolLM2 or Mistral, or one that `save_language_model`
+    wrote.
 
-    `dtype` is that of the weights; None keeps the file's. Any missing, unexpected or mis-shaped tensor is an error.
+    `dtype` is that of the weights; None keeps the file's. Any missing, unexpected or mis-shaped
+    tensor is an error.
     """
     return _load_part(LanguageModel, parse_language_model_config, folder, LANGUAGE_FAMILIES, dtype)
 
@@ -51,9 +55,11 @@ def save_language_model(model: LanguageModel, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-    """Load a model folder (`config.json`, `model.safetensors`, tokenizer files), in evaluation mode.
+    """Load a model folder (`config.json`, `model.safetensors`, tokenizer files), in evaluation
+    mode.
 
-    Loading is strict, and no weight is held twice. `dtype` is that of the weights; None keeps the file's.
+    Loading is strict, and no weight is held twice. `dtype` is that of the weights; None keeps the
+    file's.
     """
     folder = Path(folder)
     try:
@@ -72,7 +78,8 @@ def save_model(
     folder: str | Path,
     tensors: Mapping[str, Tensor | Deferred] | None = None,
 ) -> None:
-    """Write a complete model folder, with `tensors` in place of the model's own where they are given.
+    """Write a complete model folder, with `tensors` in place of the model's own where they are
+    given.
 
     The weights are written last, so a folder that has them is complete.
     """
@@ -99,10 +106,12 @@ def join_parts(
     language_config: LanguageModelConfig | None = None,
     system: str | None = None,
 ) -> VisionLanguageModel:
-    """Join a pretrained vision encoder and a pretrained language model (two published folders) with a new projector.
+    """Join a pretrained vision encoder and a pretrained language model (two published folders) with
+    a new projector.
 
-    With `language_config` the language model is new, too, and its folder gives the tokenizer alone. `system` is the
-    prompt of conversations that bring none: the published default introduces a model without a vision encoder.
+    With `language_config` the language model is new, too, and its folder gives the tokenizer alone.
+    `system` is the prompt of conversations that bring none: the published default introduces a
+    model without a vision encoder.
     """
     encoder, tokenizer = load_vision_encoder(vision_encoder), load_tokenizer(language_model)
     chat = dataclasses.replace(read_chat_config(language_model, tokenizer), default_system=system)
@@ -125,7 +134,8 @@ def join_parts(
 
 
 def parse_model_config(config: dict[str, Any]) -> VLMConfig:
-    """Read the `config.json` that `save_model` wrote; an unknown or missing key is an error that names it."""
+    """Read the `config.json` that `save_model` wrote; an unknown or missing key is an error that
+    names it."""
     if config.get("model_type") != "nanovlm":
         raise NanoVLMError(
             f"config.json: model_type is {config.get('model_type')!r}, expected 'nanovlm'; "
@@ -142,10 +152,11 @@ def _load_part(
     families: Mapping[str, Family],
     dtype: torch.dtype | None,
 ) -> Any:
-    """Build `model_class` from `folder`'s `config.json` and fill it with its tensors under the family's names.
+    """Build `model_class` from `folder`'s `config.json` and fill it with its tensors under the
+    family's names.
 
-    The module is laid out without memory, then each parameter becomes the file's own tensor, cast once if `dtype`
-    differs: the weights are never held twice.
+    The module is laid out without memory, then each parameter becomes the file's own tensor, cast
+    once if `dtype` differs: the weights are never held twice.
     """
     folder = Path(folder)
     published = read_json(folder / "config.json")

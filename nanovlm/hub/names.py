@@ -1,6 +1,8 @@
-"""What each model family calls our tensors. `{}` stands for the block's number; `None` marks a tensor we do not need.
+"""What each model family calls our tensors. `{}` stands for the block's number; `None` marks a
+tensor we do not need.
 
-Read from left (the published name) to right (ours). `translate` applies a table, `invert` turns it round for export.
+Read from left (the published name) to right (ours). `translate` applies a table, `invert` turns it
+round for export.
 """
 
 import re
@@ -12,14 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Several of our tensors that are published as one, below each other along its first dimension; with `groups`, so in
-    each of that many equal parts of it, such as one a head."""
+    """Several of our tensors that are published as one, below each other along its first dimension;
+    with `groups`, so in each of that many equal parts of it, such as one a head."""
 
     names: tuple[str, ...]
     groups: int = 1
 
     def piece(self, tensor: Tensor, index: int) -> Tensor:
-        """(groups · n · rows, …) → (groups · rows, …), those of `names[index]`: a view where there is one group."""
+        """(groups · n · rows, …) → (groups · rows, …), those of `names[index]`: a view where there
+        is one group."""
         return tensor.unflatten(0, (self.groups, len(self.names), -1))[:, index].flatten(0, 1)
 
     def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -50,7 +53,7 @@ NameTable = Mapping[str, Target]
 
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
     return {
-        f"{theirs}{separator}{kind}": _renamed(ours, lambda name: f"{name}.{kind}")
+        f"{theirs}{separator}{kind}": _renamed(ours, ("{}." + kind).format)
         for theirs, ours in table.items()
         for kind in ("weight", "bias")
     }
@@ -81,7 +84,8 @@ DINOV2: NameTable = {
             "encoder.layer.{}.norm2": "blocks.{}.mlp_norm",
             "encoder.layer.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
             "encoder.layer.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
-            "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",  # the giant's names for the same two
+            # the giant's names for the same two
+            "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",
             "encoder.layer.{}.mlp.weights_out": "blocks.{}.mlp.down_proj",
             "layernorm": "norm",
         }
@@ -119,7 +123,8 @@ CLIP: NameTable = SIGLIP | {
 
 
 def qwen_vl_vision(num_attention_heads: int) -> NameTable:
-    """Of Qwen-VL's tower. In its blocks, queries, keys and values are one matrix in which each head has its three together."""
+    """Of Qwen-VL's tower. In its blocks, queries, keys and values are one matrix in which each head
+    has its three together."""
 
     def projections(path: str, groups: int = 1) -> Split:
         return Split(tuple(f"{path}.{letter}_proj" for letter in "qkv"), groups)
@@ -180,10 +185,12 @@ LLAMA: NameTable = {  # QWEN's names, which were its own first, and biases that 
         f"model.layers.{{}}.mlp.{name}.bias": f"blocks.{{}}.mlp.{name}.bias"
         for name in ("gate_proj", "up_proj", "down_proj")
     },
-    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,  # older files hold the frequencies, which are computed here
+    # older files hold the frequencies, which are computed here
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
 }
 
-QWEN1: NameTable = {  # the first generation: queries, keys and values in one, and of the MLP's matrices the gate second
+# the first generation: queries, keys and values in one, and of the MLP's matrices the gate second
+QWEN1: NameTable = {
     "transformer.wte.weight": "embed_tokens.weight",
     "transformer.h.{}.ln_1.weight": "blocks.{}.attention_norm.weight",
     **{
@@ -205,7 +212,8 @@ QWEN1: NameTable = {  # the first generation: queries, keys and values in one, a
 
 
 def translate(table: NameTable) -> Callable[[str], Target]:
-    """The function from a published name to ours; a name the table lacks comes back as it is, to be reported."""
+    """The function from a published name to ours; a name the table lacks comes back as it is, to be
+    reported."""
 
     def ours(name: str) -> Target:
         block = re.search(r"\.(\d+)\.", name)
@@ -219,6 +227,6 @@ def translate(table: NameTable) -> Callable[[str], Target]:
 
 
 def invert(table: NameTable) -> NameTable:
-    """The table for writing a model under its family's published names; where several exist, the first. Not for families
-    that publish several of our tensors as one."""
+    """The table for writing a model under its family's published names; where several exist, the
+    first. Not for families that publish several of our tensors as one."""
     return {ours: theirs for theirs, ours in reversed(table.items()) if isinstance(ours, str)}

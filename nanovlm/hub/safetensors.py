@@ -35,14 +35,16 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader: a damaged length must not make us read gigabytes
+# the limit of the reference reader: a damaged length must not make us read gigabytes
+MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # what torch supports in most operations
 ALIGNMENT = 64  # a cache line: decoding from mapped weights that straddle two is about 15 % slower
 MAX_BYTES = 2**63 - 1  # torch counts elements and bytes in signed 64-bit integers
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of the header; `begin` and `end` are byte offsets counted from the end of the header."""
+    """One tensor of the header; `begin` and `end` are byte offsets counted from the end of the
+    header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,7 +54,8 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor for `save_file` that is made when its turn to be written comes, and let go of after it."""
+    """A tensor for `save_file` that is made when its turn to be written comes, and let go of after
+    it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,11 +67,13 @@ class Deferred:
 
 
 class SafetensorsFile:
-    """A safetensors file, checked completely when opened, and mapped: its tensors cost nothing until they are read.
+    """A safetensors file, checked completely when opened, and mapped: its tensors cost nothing
+    until they are read.
 
-    The mapping is private (copy-on-write): a tensor may be written to, and the file never changes. Replacing the file
-    by a rename, as `save_file` does, leaves the mapped one alive until its last tensor is gone. Truncating a mapped
-    file in place is the one thing that no mapping survives: the next read past its new end kills the process.
+    The mapping is private (copy-on-write): a tensor may be written to, and the file never changes.
+    Replacing the file by a rename, as `save_file` does, leaves the mapped one alive until its last
+    tensor is gone. Truncating a mapped file in place is the one thing that no mapping survives: the
+    next read past its new end kills the process.
 
     Raises NanoVLMError for anything the format does not allow.
     """
@@ -113,8 +118,8 @@ class SafetensorsFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, as a view of the mapping: nothing is read or copied here.
 
-        Two calls give views of the same memory. Only where the file places a tensor at an offset that its dtype cannot
-        be addressed at (legal, but rare) is it a copy.
+        Two calls give views of the same memory. Only where the file places a tensor at an offset
+        that its dtype cannot be addressed at (legal, but rare) is it a copy.
         """
         dtype, shape, begin, end = self._entry(name)
         if begin == end:
@@ -130,8 +135,8 @@ class SafetensorsFile:
         ).view(shape)
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that reading `name` took, once it has been copied. Read again, it comes from the file;
-        what was written to a view of it is lost."""
+        """Let go of the memory that reading `name` took, once it has been copied. Read again, it
+        comes from the file; what was written to a view of it is lost."""
         _, _, begin, end = self._entry(name)
         first = (
             -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -220,12 +225,14 @@ def save_file(
     path: str | Path,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one tensor at a time.
+    """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one
+    tensor at a time.
 
-    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on the CPU, or deferred.
-    Tensors that share memory are each written in full.
+    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on
+    the CPU, or deferred. Tensors that share memory are each written in full.
 
-    Raises NanoVLMError for what the format cannot hold and for a failing disk; an old file at `path` is then untouched.
+    Raises NanoVLMError for what the format cannot hold and for a failing disk; an old file at
+    `path` is then untouched.
     """
     path = Path(path)
     if metadata and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
@@ -243,7 +250,8 @@ def save_file(
                 "layout, a dtype of the format and another name than __metadata__"
             )
 
-    # The format allows no gaps, so order decides alignment: first what fills whole units, then the widest elements.
+    # The format allows no gaps, so order decides alignment: first what fills whole units, then the
+    # widest elements.
     def order(name: str) -> tuple[bool, int, str]:
         tensor = tensors[name]
         return tensor.nbytes % ALIGNMENT != 0, -tensor.dtype.itemsize, name
@@ -295,7 +303,8 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
 
 
 def _are_sizes(value: object) -> bool:
-    """Whether `value` is a list of non-negative 64-bit integers; JSON's true and 1.0 are not integers here."""
+    """Whether `value` is a list of non-negative 64-bit integers; JSON's true and 1.0 are not
+    integers here."""
     return isinstance(value, list) and all(
         type(size) is int and 0 <= size <= MAX_BYTES for size in value
     )

@@ -1,31 +1,25 @@
-"""Published models by their shapes alone: to plan with one before it is fetched, and to run it at toy widths.
+"""Published models by their shapes alone, to plan with one before it is fetched.
 
-What stands here is what the models' own `config.json` and `preprocessor_config.json` say, read by the same code.
+The tables hold what the models' own `config.json` and `preprocessor_config.json` say, and are read
+by the same code.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from nanovlm.hub.families import OWN
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
-from nanovlm.inputs.chat import TEMPLATES, ChatConfig
+from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
-from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
-from nanovlm.tokenizer import load_tokenizer
-
-ASSETS = Path(__file__).parents[1] / "assets"  # the weights and words that ship
-TOY_LAYERS = 4  # of each tower
-TOY_SIDE = 64  # pixels of an image, as the toy world draws them
 
 
 @dataclass(frozen=True)
 class PublishedVisionEncoder:
-    """A vision tower: where it is published, its shape, and how it is shown an image."""
+    """Where a vision encoder is published, its shape, and how it takes an image."""
 
     hub: str
     config: dict[str, Any]
@@ -33,16 +27,18 @@ class PublishedVisionEncoder:
 
     @property
     def vision_encoder(self) -> VisionEncoderConfig:
+        """The shape."""
         return parse_vision_encoder_config(self.config)
 
     @property
     def image(self) -> ImageConfig:
+        """How an image becomes pixels."""
         return parse_image_config(self.processor)
 
 
 @dataclass(frozen=True)
 class PublishedLanguageModel:
-    """A language model: where it is published, its shape, and how its conversations are written down."""
+    """Where a language model is published, its shape, and how its conversations are written."""
 
     hub: str
     config: dict[str, Any]
@@ -50,51 +46,40 @@ class PublishedLanguageModel:
 
     @property
     def language_model(self) -> LanguageModelConfig:
+        """The shape."""
         return parse_language_model_config(self.config)
 
 
-_HALF = [0.5, 0.5, 0.5]
-_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-_DINOV2 = {
-    "image_processor_type": "BitImageProcessor",
-    "size": {"shortest_edge": 256},
-    "crop_size": 224,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
 
+def _shape(model_type: str, width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """The keys that most published configs share, and others."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": model_type, **sizes, **more}
+
+
 def _dinov2(size: str, width: int, layers: int, heads: int) -> PublishedVisionEncoder:
+    processor = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}}
     return PublishedVisionEncoder(
         f"facebook/dinov2-{size}",
-        {
-            "model_type": "dinov2",
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "image_size": 518,
-        },
-        _DINOV2,
+        _shape("dinov2", width, layers, heads, image_size=518),
+        {**processor, "crop_size": 224, **_IMAGENET},
     )
 
 
 def _clip(side: int) -> PublishedVisionEncoder:
+    sizes = {"intermediate_size": 4096, "patch_size": 14, "image_size": side}
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
     return PublishedVisionEncoder(
         "openai/clip-vit-large-patch14" + ("" if side == 224 else f"-{side}"),
-        {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": side,
-        },
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": side},
-            "crop_size": side,
-        },
+        _shape("clip_vision_model", 1024, 24, 16, **sizes),
+        {**processor, "crop_size": side},
     )
 
 
@@ -106,42 +91,34 @@ VISION_ENCODERS: dict[str, PublishedVisionEncoder] = {
     "clip-large-336": _clip(336),
     "siglip-so400m-384": PublishedVisionEncoder(
         "google/siglip-so400m-patch14-384",
-        {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 384,
-        },
+        _shape(
+            "siglip_vision_model",
+            1152,
+            27,
+            16,
+            intermediate_size=4304,
+            patch_size=14,
+            image_size=384,
+        ),
         {
             "image_processor_type": "SiglipImageProcessor",
             "size": {"height": 384, "width": 384},
-            "image_mean": _HALF,
-            "image_std": _HALF,
+            **_HALF,
         },
     ),
     "smolvlm2-256m": PublishedVisionEncoder(
         "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
-        {
-            "model_type": "smolvlm_vision",
-            "hidden_size": 768,
-            "num_attention_heads": 12,
-            "patch_size": 16,
-            "image_size": 512,
-        },
+        _shape("smolvlm_vision", 768, 12, 12, patch_size=16, image_size=512),
         {
             "image_processor_type": "SmolVLMImageProcessor",
             "size": {"longest_edge": 2048},
             "max_image_size": {"longest_edge": 512},
             "resample": 1,
-            "image_mean": _HALF,
-            "image_std": _HALF,
+            **_HALF,
         },
     ),
     "qwen-vl": PublishedVisionEncoder(
-        "Qwen/Qwen-VL (its eyes, by data_tools/extract_vision.py)",
+        "Qwen/Qwen-VL (its vision encoder, by data_tools/extract_vision.py)",
         {
             "model_type": "qwen_vl_vision",
             "image_size": 448,
@@ -157,49 +134,34 @@ VISION_ENCODERS: dict[str, PublishedVisionEncoder] = {
             "image_processor_type": "ViTImageProcessor",
             "size": {"height": 448, "width": 448},
             "resample": 3,
-            "image_mean": _CLIP_MEAN,
-            "image_std": _CLIP_STD,
+            **_CLIP,
         },
     ),
 }
 
 
-def _qwen2(
-    hub: str,
-    width: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocabulary: int = 151936,
-    tied: bool = True,
-) -> PublishedLanguageModel:
-    return PublishedLanguageModel(
-        hub,
-        {
-            "model_type": "qwen2",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "rope_theta": 1e6,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": tied,
-        },
-    )
+def _qwen2(hub: str, width: int, layers: int, heads: int, **more: Any) -> PublishedLanguageModel:
+    common = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    common |= {"rope_theta": 1e6, "max_position_embeddings": 32768}
+    return PublishedLanguageModel(hub, _shape("qwen2", width, layers, heads, **common | more))
 
 
 LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
-    "decoder-0.1b": _qwen2(
-        "", 640, 2560, 12, 10, 2, 32000
-    ),  # these two are nobody's: small ones to measure
-    "decoder-0.25b": _qwen2("", 896, 3584, 16, 14, 2, 64000),
-    "qwen2-0.5b": _qwen2("Qwen/Qwen2-0.5B-Instruct", 896, 4864, 24, 14, 2),
-    "qwen2.5-0.5b": _qwen2("Qwen/Qwen2.5-0.5B-Instruct", 896, 4864, 24, 14, 2),
-    "qwen2.5-1.5b": _qwen2("Qwen/Qwen2.5-1.5B-Instruct", 1536, 8960, 28, 12, 2),
-    "qwen1.5-7b": _qwen2("Qwen/Qwen1.5-7B-Chat", 4096, 11008, 32, 32, 32, tied=False),
+    # The first two are not published: small ones to measure.
+    "decoder-0.1b": _qwen2("", 640, 12, 10, intermediate_size=2560, vocab_size=32000),
+    "decoder-0.25b": _qwen2("", 896, 16, 14, intermediate_size=3584, vocab_size=64000),
+    "qwen2-0.5b": _qwen2("Qwen/Qwen2-0.5B-Instruct", 896, 24, 14, intermediate_size=4864),
+    "qwen2.5-0.5b": _qwen2("Qwen/Qwen2.5-0.5B-Instruct", 896, 24, 14, intermediate_size=4864),
+    "qwen2.5-1.5b": _qwen2("Qwen/Qwen2.5-1.5B-Instruct", 1536, 28, 12, intermediate_size=8960),
+    "qwen1.5-7b": _qwen2(
+        "Qwen/Qwen1.5-7B-Chat",
+        4096,
+        32,
+        32,
+        intermediate_size=11008,
+        num_key_value_heads=32,
+        tie_word_embeddings=False,
+    ),
     "qwen3-0.6b": PublishedLanguageModel(
         "Qwen/Qwen3-0.6B",
         {
@@ -258,8 +220,9 @@ LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
     ),
     "svlm": PublishedLanguageModel(
         "",
-        {  # of our own making: where its inventor is silent, the widths are those of a 0.5B model
-            "model_type": "nanovlm_language_model",
+        # Made from scratch. Where the original project gives no width, it is that of a 0.5B model.
+        {
+            "model_type": OWN,
             "vocab_size": 32000,
             "hidden_size": 1024,
             "intermediate_size": 2048,
@@ -285,55 +248,3 @@ LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
         ChatConfig("vicuna", image_token="<image>"),
     ),
 }
-
-
-def toy_model(config: VLMConfig) -> VisionLanguageModel:
-    """The architecture of `config` at toy widths, with random weights and the words of the toy world."""
-    tokenizer = load_tokenizer(ASSETS / "tiny-language-model")
-    for token in (*sorted(TEMPLATES[config.chat.template].special), config.chat.image_token):
-        tokenizer.add_special_token(token)
-    return VisionLanguageModel(toy_config(config, tokenizer.vocab_size), tokenizer).eval()
-
-
-def toy_config(config: VLMConfig, vocab_size: int) -> VLMConfig:
-    """`config` with every switch as it is and every number small, for images of TOY_SIDE pixels."""
-    eyes, voice, image = config.vision_encoder, config.language_model, config.image
-    cuts = image.fit == "tiles"
-    side, patch_size = (
-        (TOY_SIDE // 2, TOY_SIDE // 16) if cuts else (TOY_SIDE, TOY_SIDE // 8)
-    )  # 8×8 patches either way
-    table = round(
-        side / patch_size * eyes.image_size / image.height
-    )  # as much smaller or larger than an image as it was
-    vision = dataclasses.replace(
-        eyes,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=TOY_LAYERS,
-        num_attention_heads=4,
-        patch_size=patch_size,
-        image_size=table * patch_size,
-        num_queries=16 if eyes.num_queries else 0,
-        output_size=64 if eyes.num_queries else 0,
-    )
-    text = dataclasses.replace(
-        voice,
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=TOY_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4 if voice.num_key_value_heads == voice.num_attention_heads else 2,
-        head_dim=16 * round(voice.head_dim * voice.num_attention_heads / voice.hidden_size),
-        max_position_embeddings=1024,
-        embedding_size=128 if voice.embedding_size else 0,
-        reducer_size=32,
-        original_max_position_embeddings=512 if voice.original_max_position_embeddings else 0,
-    )
-    projector = dataclasses.replace(
-        config.projector, grid=4, scale=min(config.projector.scale, 4), num_queries=8, num_heads=4
-    )
-    image = dataclasses.replace(image, height=side, width=side, max_tiles=2 if cuts else None)
-    return dataclasses.replace(
-        config, vision_encoder=vision, language_model=text, projector=projector, image=image
-    )

@@ -10,7 +10,8 @@ from nanovlm.hub.families import VISION_FAMILIES
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.utils.config import from_dict
 
-# What the hub files of a family leave out (the reference's defaults), then what all of its models have in common.
+# What the hub files of a family leave out (the reference's defaults), then what all of its models
+# have in common.
 _VIT = dict(
     hidden_size=768,
     intermediate_size=3072,
@@ -44,7 +45,8 @@ _TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-# Whole models, in whose file the tower's settings are a table, `vision_config`; its own model_type is often the model's.
+# Whole models, in whose file the tower's settings are a table, `vision_config`; its own model_type
+# is often the model's.
 _WHOLE = {
     "siglip": "siglip_vision_model",
     "clip": "clip_vision_model",
@@ -69,8 +71,9 @@ _UNUSED = (
 
 
 def parse_vision_encoder_config(config: dict) -> VisionEncoderConfig:
-    """Read the `config.json` of a hub folder: of a tower, or of a whole SigLIP, CLIP, SmolVLM or Idefics3. Hub files
-    leave out what equals the reference's defaults. "qwen_vl_vision" is what `extract_vision.py` calls Qwen-VL's tower."""
+    """Read the `config.json` of a hub folder: of a tower, or of a whole SigLIP, CLIP, SmolVLM or
+    Idefics3. Hub files leave out what equals the reference's defaults. "qwen_vl_vision" is what
+    `extract_vision.py` calls Qwen-VL's tower."""
     model_type = str(config.get("model_type"))
     if model_type in ("dinov2", "dinov2_with_registers"):
         return _parse_dinov2(config)
@@ -162,7 +165,8 @@ def _parse_dinov2(config: dict) -> VisionEncoderConfig:
 
 
 def _parse_qwen_vl(config: dict) -> VisionEncoderConfig:
-    """The keys of the hub file's `visual`. Its `image_size` is that of the images; the table has `patch_positions`."""
+    """The keys of the hub file's `visual`. Its `image_size` is that of the images; the table has
+    `patch_positions`."""
     config = read_hf_config(
         config,
         ("qwen_vl_vision",),

@@ -10,31 +10,33 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """What one forward pass takes. Positions are flat indices into (B, T), made where the batch is made, so that
-    nothing has to be counted on the accelerator."""
+    """The tensors of one forward pass. Positions are flat indices into (B, T), computed where the
+    batch is made, so that nothing has to be counted on the accelerator."""
 
-    input_ids: Tensor  # (B, T); at `image_positions` the placeholder, which needs no row of the embedding table
-    attention_mask: (
-        Tensor  # (B, T): 0 padding, 1 a token, more for branches and packed samples (`causal_mask`)
+    input_ids: (
+        Tensor  # (B, T); the placeholder's id at `image_positions`, where no embedding is looked up
     )
-    image_positions: Tensor  # (N · K,) where the visual tokens go, in the pictures' order
-    target_positions: Tensor  # (M,) the positions that predict a labelled token
+    attention_mask: (
+        Tensor | None
+    )  # (B, T): 0 padding, 1 a token, more for branches (`causal_mask`); None: all ones
+    image_positions: Tensor  # (N · K,) where the visual tokens go, in the order of the tiles
+    target_positions: Tensor  # (M,) positions whose next token is labelled
     targets: Tensor  # (M,) the labelled tokens
-    pixels: Tensor | None = None  # (N, 3, H, W): all pictures of all images (`image_pixels`)
-    patches: Tensor | None = None  # (N, P, C_v) instead of pixels, where the features are kept
+    pixels: Tensor | None = None  # (N, 3, H, W): all tiles of all images
+    patches: Tensor | None = None  # (N, P, C_v) in place of pixels, where features are cached
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Into memory from which the copy to a GPU goes on by itself."""
+        """The batch in pinned memory, from which a copy to a GPU runs asynchronously."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return type(self)(
-            **{
-                name: tensor if tensor is None else function(tensor)
-                for name, tensor in tensors.items()
-            }
-        )
+        tensors = {
+            field.name: function(value)
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        return dataclasses.replace(self, **tensors)

@@ -11,7 +11,7 @@ import torch
 from nanovlm.data.preferences import PairBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import parse_model_config
-from nanovlm.hub.shapes import toy_model
+from nanovlm.hub.toy import toy_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import TEMPLATES
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig

@@ -1,4 +1,7 @@
-"""The one attention both towers use, its key/value cache, and the rule for who sees whom."""
+"""Attention: masks, the key/value cache, the formula, and the module that both transformers use."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,69 +11,78 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.layers import RMSNorm
 from nanovlm.model.rotary import rotate
 
-WRITTEN_OUT_LIMIT = 2048 * 2048  # scores a head above which they are not worth holding
-SEGMENT = 2**16  # what the attention mask's numbers go up by from one packed sample to the next
+WRITTEN_OUT_LIMIT = 2048 * 2048  # scores per head; more would take too much memory to keep
+SEGMENT = 2**16  # how much the attention mask's numbers rise from one packed sample to the next
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, (B, H_kv, S, D) a layer, allocated once for the whole generation."""
+    """Keys and values of the tokens read so far, (layers, B, H_kv, S, D), allocated once for a
+    whole generation."""
 
     def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_length: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_layers, batch, num_kv_heads, max_length, head_dim)
+        """`shape` is (layers, B, H_kv, max_length, D)."""
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.max_length = max_length
-        self.length = 0  # tokens held; the decoder advances it once all layers have appended
-        self.prompt_lengths: Tensor | None = (
-            None  # (B,) how long the rows were at the first pass (`LanguageModel.hidden_states`)
-        )
+        self.max_length = shape[3]
+        self.length = 0  # tokens held; the language model advances it after its last block
+        self.prompt_lengths: Tensor | None = None  # (B,) of the first pass, for dynamic NTK alone
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H_kv, T, D) after the tokens held and return views of everything up to and including them."""
+        """Store (B, H_kv, T, D) after the tokens held; returns views of all tokens up to and
+        including them."""
         end = self.length + keys.shape[2]
         if end > self.max_length:
             raise NanoVLMError(
-                f"the cache holds {self.max_length} tokens and cannot take token {end}; allocate it longer"
+                f"the cache holds {self.max_length} tokens and cannot take token {end}; "
+                "allocate a longer one"
             )
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class AttentionInputs(NamedTuple):
+    """What the attention of every block needs besides the hidden states, made once a pass."""
+
+    mask: Tensor | None = None  # (B, 1, T, S) bool, True where a query may attend
+    is_causal: bool = False  # the plain causal mask, where `mask` is None
+    rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines, (B, 1, T, D) each
+    query_scale: Tensor | None = None  # (B, 1, T, 1), multiplied with the queries
+    cache: KVCache | None = None
+
+
+NO_INPUTS = AttentionInputs()  # every token attends to every other, without positions
+
+
 def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """Which of S tokens each of the last `queries` tokens of a row may look at: (B, S) integers → (B, queries, S) bool.
+    """The causal mask of rows with padding, branches and packed samples: (B, queries, S) bool.
 
-    `attention_mask` is 0 for padding and 1 for a token, as everywhere else; tokens numbered 2, 3, … form branches.
-    A token sees earlier tokens of its own number and those numbered 1. So a row [1 1 1 2 2 3 3] is one prefix with two
-    continuations that do not see each other. Where several samples are packed into one row, the k-th one's numbers,
-    counted from 0, are raised by k · SEGMENT: a token sees nothing of another segment.
-    Padding sees itself alone, only to keep the softmax finite.
+    It is True where one of the last `queries` tokens of a row may attend to one of its S tokens.
+    `attention_mask` is 0 for padding and 1 for a token, as everywhere else. Tokens numbered 2, 3, …
+    form branches: a token attends to earlier tokens of its own number and to those numbered 1, so a
+    row [1 1 1 2 2 3 3] is one prefix with two independent continuations. Where several samples are
+    packed into one row, the numbers of the k-th one, counted from 0, are raised by k · SEGMENT, and
+    the mask is block-diagonal: a token attends to nothing of another segment. Padding attends to
+    itself alone, which keeps the softmax finite.
 
-    The result takes a byte a pair, 4 MiB for a row of 2,048 tokens; it is made once a forward pass, for all layers.
+    The result takes a byte a pair, 4 MiB for a row of 2,048 tokens.
     """
     length = attention_mask.shape[1]
     keys, query = attention_mask[:, None, :], attention_mask[:, -queries:, None]
     index = torch.arange(length, device=attention_mask.device)
     earlier = index <= index[-queries:, None]  # (queries, S)
     same = index == index[-queries:, None]
-    prefix = query // SEGMENT * SEGMENT + 1  # what the own segment's branches have in common
+    prefix = query // SEGMENT * SEGMENT + 1  # the number that all branches of a segment share
     return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
 
 
 def bidirectional_mask(groups: Tensor, queries: int) -> Tensor:
-    """Which of S tokens each of the last `queries` sees for being in its group: (B, S) integers → (B, queries, S) bool.
+    """Which tokens attend to each other both ways: (B, S) integers → (B, queries, S) bool.
 
-    Tokens of a row with the same number above 0 see each other whatever their order; those with 0 are in no group. It
-    adds to what `causal_mask` lets a token see, as the prefix of a prefix LM does (Raffel et al. 2020).
+    Tokens of a row with the same number above 0 attend to each other whatever their order; 0 is no
+    group. The result is added to `causal_mask`, as in a prefix language model (Raffel et al. 2020).
     """
     query = groups[:, -queries:, None]
     return (groups[:, None, :] == query) & (query > 0)
@@ -85,26 +97,22 @@ def attend(
 ) -> Tensor:
     """softmax(Q Kᵀ / √D) V: queries (B, H, T, D), keys and values (B, H_kv, S, D) → (B, H, T, D).
 
-    H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S) bool, True where a
-    query may look; `is_causal` is the triangular one. On a CPU in half precision, and for a single query
-    anywhere, the formula is written out: on a CPU it is two to four times as fast as PyTorch's fused kernel, which does
-    the rest.
+    H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S)
+    bool, True where a query may attend; `is_causal` is the triangular one. PyTorch's fused kernel
+    does the work, except where the formula written out is two to four times as fast: on a CPU in
+    half precision, and for a single query.
     """
     batch, num_heads, length, head_dim = queries.shape
     half_on_cpu = queries.device.type == "cpu" and queries.dtype != torch.float32
     if (length > 1 and not half_on_cpu) or length * keys.shape[2] > WRITTEN_OUT_LIMIT:
+        shared = num_heads != keys.shape[1]
         return F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=num_heads != keys.shape[1],
+            queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=shared
         )
-    # The query heads that share a key head stand one below the other, so that one product serves them all.
-    queries = (queries * head_dim**-0.5).reshape(
-        batch, keys.shape[1], -1, head_dim
-    )  # (B, H_kv, H/H_kv · T, D)
+    # The query heads that share a key head are stacked along T, so that one product serves them
+    # all.
+    queries = queries * head_dim**-0.5
+    queries = queries.reshape(batch, keys.shape[1], -1, head_dim)  # (B, H_kv, H/H_kv · T, D)
     scores = (queries @ keys.transpose(-1, -2)).view(batch, num_heads, length, -1)
     if is_causal:
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -114,67 +122,59 @@ def attend(
     return (weights @ values).view(batch, num_heads, length, head_dim)
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The shape of an attention module. The head width may differ from hidden_size / num_heads
+    (Qwen3)."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm_eps: float | None = None  # RMS-normalise queries and keys per head, before the rotation
+
+    @classmethod
+    def multi_head(cls, hidden_size: int, num_heads: int) -> "AttentionConfig":
+        """Heads of equal width that share the hidden size, with all biases, as vision transformers
+        have them."""
+        return cls(hidden_size, num_heads, num_heads, hidden_size // num_heads, True, True)
+
+
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017), grouped-query when `num_kv_heads` < `num_heads` (Ainslie et al. 2023).
+    """Multi-head attention (Vaswani et al. 2017), grouped-query where `num_kv_heads` < `num_heads`
+    (Ainslie et al. 2023)."""
 
-    The head width may differ from `hidden_size / num_heads` (Qwen3). With `qk_norm_eps`, queries and keys are
-    RMS-normalised per head before the rotation.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        qkv_bias: bool,
-        output_bias: bool,
-        qk_norm_eps: float | None = None,
-    ) -> None:
+    def __init__(self, config: AttentionConfig, layer: int = 0) -> None:
+        """`layer` is the number of the block it belongs to: its place in the cache."""
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or hidden_size // num_heads
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=output_bias)
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(self.head_dim, qk_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, qk_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.layer = config.head_dim, layer
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(config.head_dim, config.qk_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.qk_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        query_scale: Tensor | None = None,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        """(B, T, C) → (B, T, C). `mask` is (B, 1, T, S) bool, True where a query may look; S counts cached tokens too.
-        `query_scale` (B, 1, T, 1) multiplies the queries."""
-        batch, length, _ = hidden_states.shape
-        queries = self.q_norm(
-            self._heads(self.q_proj(hidden_states), self.num_heads)
-        )  # (B, H, T, D)
-        keys = self.k_norm(
-            self._heads(self.k_proj(hidden_states), self.num_kv_heads)
-        )  # (B, H_kv, T, D)
-        values = self._heads(self.v_proj(hidden_states), self.num_kv_heads)
-        if rotary is not None:
-            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
-        if query_scale is not None:
-            queries = queries * query_scale
-        if cache is not None:
-            keys, values = cache.append(layer, keys, values)
-        attended = attend(queries, keys, values, mask, is_causal)  # (B, H, T, D)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+    def forward(self, hidden_states: Tensor, inputs: AttentionInputs = NO_INPUTS) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        queries = self.q_norm(self.heads(self.q_proj(hidden_states)))  # (B, H, T, D)
+        keys = self.k_norm(self.heads(self.k_proj(hidden_states)))  # (B, H_kv, T, D)
+        values = self.heads(self.v_proj(hidden_states))  # (B, H_kv, T, D)
+        if inputs.rotary is not None:
+            queries, keys = rotate(queries, inputs.rotary), rotate(keys, inputs.rotary)
+        if inputs.query_scale is not None:
+            queries = queries * inputs.query_scale
+        if inputs.cache is not None:
+            keys, values = inputs.cache.append(self.layer, keys, values)  # (B, H_kv, S, D)
+        attended = attend(queries, keys, values, inputs.mask, inputs.is_causal)  # (B, H, T, D)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
-    def _heads(self, projected: Tensor, num_heads: int) -> Tensor:
-        return projected.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+    def heads(self, projected: Tensor) -> Tensor:
+        """(B, T, heads · D) → (B, heads, T, D)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,35 +1,50 @@
-"""The language model: token ids → logits. Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2, Mistral; and
-decoders of our own, made from scratch."""
+"""The language model: token ids → logits.
+
+One decoder for Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2 and Mistral, and for
+models made from scratch. The path of a plain decoder is `hidden_states`: embeddings → blocks →
+final norm.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.model.attention import Attention, KVCache, bidirectional_mask, causal_mask
-from nanovlm.model.layers import MLPS, LayerNorm, RMSNorm
+from nanovlm.model.attention import (
+    Attention,
+    AttentionConfig,
+    AttentionInputs,
+    KVCache,
+    bidirectional_mask,
+    causal_mask,
+)
+from nanovlm.model.layers import MLPS, NORMS, LayerNorm
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.rotary import (
-    frequencies,
     llama3_frequencies,
     logn_scale,
     ntk_theta,
     rotary_embedding,
+    rotary_frequencies,
 )
 from nanovlm.utils.config import check_divides, check_numbers
 
-NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
-ROPE_TYPES = ("default", "llama3", "dynamic_ntk")
+CHOICES = {
+    "rope_type": ("default", "llama3", "dynamic_ntk"),
+    "norm": tuple(NORMS),
+    "positions": ("rotary", "learned"),
+    "mlp": tuple(MLPS),
+}
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """The shape of a decoder; the names are the hub's."""
+    """The shape of a language model; names as in published configs."""
 
     vocab_size: int = 151936
     hidden_size: int = 896
@@ -44,83 +59,87 @@ class LanguageModelConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True  # the output head is the embedding table
-    output_bias: bool = False  # of the attention's last matrix
+    output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    # How rotary positions are stretched (`rotary.py`) beyond the length first trained at, which is 0 where they are not.
+    # How rotary positions go beyond the length trained at first (`rotary.py`), which is 0 where
+    # they do not.
     rope_type: str = "default"
     original_max_position_embeddings: int = 0
-    rope_factor: float = 1.0  # these three: of llama3 alone
+    rope_factor: float = 1.0  # this and the next two: of llama3 alone
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
-    logn_attention: bool = (
-        False  # beyond that length queries grow with the logarithm of the tokens they see
-    )
-    # What a decoder made from scratch may have besides.
-    norm: str = "rms"  # or "layer", as in GPT-2; `rms_norm_eps` is either's
+    logn_attention: bool = False  # scale queries by the logarithm of their position (`logn_scale`)
+    # What a language model made from scratch may have besides.
+    norm: str = "rms"  # or "layer", as in GPT-2; `rms_norm_eps` is the epsilon of both
     positions: str = "rotary"  # or "learned": a table of `max_position_embeddings`, as in GPT-2
     mlp: str = "gated"  # or "gelu": linear, GELU, linear, as in GPT-2
-    dropout: float = 0.0  # in training alone (`new_dropout`)
+    dropout: float = 0.0  # in training, on what enters the first block and each residual branch
     embedding_size: int = (
-        0  # width of the word vectors where they pass a reducer (0: `hidden_size`, and none)
+        0  # width of the embeddings before a reducer (0: `hidden_size`, no reducer)
     )
     reducer_size: int = 384  # width between the reducer's two matrices
-    num_experts: int = 0  # MLPs a block chooses from for each token (0: one MLP, which all pass)
+    num_experts: int = 0  # MLPs of a mixture of experts (0: one plain MLP)
     experts_per_token: int = 2
-    num_shared_experts: int = 0  # MLPs that all tokens pass besides
-    balance_loss: float = (
-        0.0  # weight of the load-balance loss of each layer of experts (`experts.py`)
-    )
+    num_shared_experts: int = 0  # MLPs that serve all tokens besides
+    balance_loss: float = 0.0  # weight of the load-balance loss of each mixture (`moe.py`)
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.rope_type not in ROPE_TYPES:
-            raise NanoVLMError(
-                f"LanguageModelConfig: rope_type {self.rope_type!r} is not known; take one of {', '.join(ROPE_TYPES)}"
-            )
-        if (
-            self.rope_type != "default" or self.logn_attention
-        ) and self.original_max_position_embeddings < 2:
-            raise NanoVLMError(
-                f"LanguageModelConfig: rope_type {self.rope_type!r} needs original_max_position_embeddings, "
+        check_divides(self, "num_attention_heads", "num_key_value_heads")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise self._error(
+                    f"{name} is {getattr(self, name)!r}; take one of {', '.join(known)}"
+                )
+        stretched = self.rope_type != "default" or self.logn_attention
+        if stretched and self.original_max_position_embeddings < 2:
+            raise self._error(
+                f"rope_type {self.rope_type!r} needs original_max_position_embeddings, "
                 "the length the model was first trained at"
             )
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
-            raise NanoVLMError(
-                f"LanguageModelConfig: rope_high_freq_factor = {self.rope_high_freq_factor} is not above "
+            raise self._error(
+                f"rope_high_freq_factor = {self.rope_high_freq_factor} is not above "
                 f"rope_low_freq_factor = {self.rope_low_freq_factor}"
             )
-        check_divides(self, "num_attention_heads", "num_key_value_heads")
-        self._check_what_is_from_scratch()
-
-    def _check_what_is_from_scratch(self) -> None:
-        for name, known in (("norm", NORMS), ("positions", ("rotary", "learned")), ("mlp", MLPS)):
-            if getattr(self, name) not in known:
-                raise NanoVLMError(
-                    f"LanguageModelConfig: {name} is {getattr(self, name)!r}; take one of {', '.join(known)}"
-                )
         if self.dropout >= 1:
-            raise NanoVLMError(
-                f"LanguageModelConfig: dropout is {self.dropout}; it has to be below 1"
-            )
+            raise self._error(f"dropout is {self.dropout}; it has to be below 1")
         if self.embedding_size and self.tie_word_embeddings:
-            raise NanoVLMError(
-                f"LanguageModelConfig: a head of width {self.hidden_size} cannot be the table of "
-                f"{self.embedding_size}-wide word vectors; set tie_word_embeddings to false, or embedding_size to 0"
+            raise self._error(
+                f"an output head of width {self.hidden_size} cannot be an embedding table of width "
+                f"{self.embedding_size}; set tie_word_embeddings to false, or embedding_size to 0"
             )
         if self.num_experts and self.experts_per_token > self.num_experts:
-            raise NanoVLMError(
-                f"LanguageModelConfig: experts_per_token is {self.experts_per_token} and there are {self.num_experts} "
+            raise self._error(
+                f"experts_per_token is {self.experts_per_token} and there are {self.num_experts} "
                 "experts; lower it"
             )
 
+    def _error(self, problem: str) -> NanoVLMError:
+        return NanoVLMError(f"LanguageModelConfig: {problem}")
+
     @property
     def input_size(self) -> int:
-        """The width of the embeddings that the decoder takes, words' and visual tokens' alike."""
+        """The width of the embeddings that the model takes, of words and visual tokens alike."""
         return self.embedding_size or self.hidden_size
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The shape of the attention of every block."""
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            qk_norm_eps=self.rms_norm_eps if self.qk_norm else None,
+        )
 
 
 class Reducer(nn.Module):
-    """Wide embeddings → the model's width through a narrow middle, one for words and visual tokens."""
+    """Wide embeddings → the model's width through a narrow middle, the same for words and visual
+    tokens."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -133,72 +152,34 @@ class Reducer(nn.Module):
         return self.norm(self.up(F.gelu(self.down(embeddings))))
 
 
-def new_dropout(config: LanguageModelConfig) -> nn.Module:
-    """Where GPT-2 has it but for the attention's weights, which no fused kernel shows: on what enters the first block and
-    on what each attention and MLP adds to the stream."""
-    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-
-
 class DecoderBlock(nn.Module):
-    """Pre-norm causal attention, then the MLP or a choice of several (`experts.py`)."""
+    """Pre-norm causal attention, then an MLP or a mixture of experts."""
 
-    def __init__(self, config: LanguageModelConfig) -> None:
+    def __init__(self, config: LanguageModelConfig, layer: int = 0) -> None:
         super().__init__()
-        norm, mlp = (
-            NORMS[config.norm],
-            partial(
-                MLPS[config.mlp], config.hidden_size, config.intermediate_size, config.mlp_bias
-            ),
-        )
-        self.attention_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
-        )
-        self.mlp_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            mlp()
-            if not config.num_experts
-            else MixtureOfExperts(
-                config.hidden_size,
-                config.num_experts,
-                config.experts_per_token,
-                config.num_shared_experts,
-                mlp,
-            )
-        )
-        self.has_experts, self.dropout = config.num_experts > 0, new_dropout(config)
+        norm = partial(NORMS[config.norm], config.hidden_size, config.rms_norm_eps)
+        sizes = config.hidden_size, config.intermediate_size, config.mlp_bias
+        mlp = partial(MLPS[config.mlp], *sizes)
+        self.attention_norm = norm()
+        self.attention = Attention(config.attention, layer)
+        self.mlp_norm = norm()
+        self.mlp = _mixture(config, mlp) if config.num_experts else mlp()
+        self.dropout = _dropout(config)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        positions: Tensor | None = None,
-        present: Tensor | None = None,
-        **attention,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """(B, T, C) → (B, T, C); or, past the attention, only the flat `positions` (M,) of (B, T) → (M, C).
-
-        A block with experts gives their load-balance loss besides (`MixtureOfExperts`), over the tokens where `present` (B, T).
-        """
-        hidden_states = hidden_states + self.dropout(
-            self.attention(self.attention_norm(hidden_states), **attention)
-        )
+        self, hidden_states: Tensor, inputs: AttentionInputs, positions: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C), or (M, C): only the flat `positions` (M,) of (B, T) pass the MLP."""
+        attended = self.attention(self.attention_norm(hidden_states), inputs)
+        hidden_states = hidden_states + self.dropout(attended)
         if positions is not None:
-            hidden_states, present = hidden_states.flatten(0, 1).index_select(0, positions), None
-        if not self.has_experts:
-            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        mixed, balance = self.mlp(self.mlp_norm(hidden_states), present)
-        return hidden_states + self.dropout(mixed), balance
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions)  # (M, C)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer (Touvron et al. 2023: LLaMA; Bai et al. 2023: Qwen; Yang et al. 2024, 2025: Qwen2, Qwen2.5,
-    Qwen3), or one made from scratch of GPT-2's kind."""
+    """A causal transformer as LLaMA (Touvron et al. 2023) and Qwen (Bai et al. 2023; Yang et al.
+    2024, 2025) have it, or one made from scratch like GPT-2 (Radford et al. 2019)."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -206,30 +187,24 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
         self.reducer = Reducer(config) if config.embedding_size else nn.Identity()
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(
-                config.max_position_embeddings, config.hidden_size
-            )
-        self.dropout = new_dropout(config)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
+            table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embedding = table
+        self.dropout = _dropout(config)
+        layers = range(config.num_hidden_layers)
+        self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in layers)
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._initialise)
-        if config.norm == "layer":  # as in GPT-2: what many blocks add to the stream begins smaller
+        self.apply(_initialise)
+        if config.norm == "layer":  # as in GPT-2: residual branches start smaller in deep models
             for name, parameter in self.blocks.named_parameters():
                 if name.endswith(("out_proj.weight", "down_proj.weight")):
                     nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
 
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     @property
     def tied_names(self) -> dict[str, str]:
-        """What a file may hold once more under another name: Qwen3-0.6B's has its head beside the table it is tied to."""
+        """Names that a file may store a second time: Qwen3-0.6B's holds its head beside the table
+        it is tied to."""
         return {"lm_head.weight": "embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     @property
@@ -240,7 +215,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """(B, T) token ids → (B, T, V) logits. `attention_mask` and `cache`: see `hidden_states`."""
+        """(B, T) token ids → (B, T, V) logits; `attention_mask` and `cache` as in `hidden_states`."""
         return self.logits(self.hidden_states(self.embed_tokens(input_ids), attention_mask, cache))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -252,115 +227,161 @@ class LanguageModel(nn.Module):
         embeddings: Tensor,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
         positions: Tensor | None = None,
-        prompt_lengths: Tensor | None = None,
         groups: Tensor | None = None,
-        balance: list[Tensor] | None = None,
+        prompt_lengths: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C_input) token embeddings → (B, T, C) after the final norm; or (M, C), of the flat `positions` (M,) alone.
+        """(B, T, C_input) embeddings → (B, T, C) after the final norm, or (M, C) at `positions`.
 
-        `attention_mask` is (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more for
-        branches and packed samples (`causal_mask`). Without one, every row is a full sequence. A token's position is the
-        number of tokens it sees before it, which is right for padding on either side, branches and packed samples alike.
-        `prompt_lengths` (B,) is for dynamic NTK alone: how long the rows were when generation began, where neither this
-        pass nor the cache's first one tells.
-        `groups` (B, S) numbers tokens that see each other both ways (`bidirectional_mask`), which moves no position.
-        In training, the load-balance loss of each layer of experts that is_trainable, a scalar, is appended to `balance`.
+        attention_mask: (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more
+            for branches and packed samples (`causal_mask`). None: every row is a full sequence.
+        positions: (M,) flat indices into (B, T), the only ones that are needed.
+        groups: (B, S) numbers of tokens that attend to each other both ways (`bidirectional_mask`).
+        prompt_lengths: (B,) for dynamic NTK alone: the rows' lengths when generation began, where
+            neither this pass nor the first pass of the cache tells.
         """
-        batch, length, _ = embeddings.shape
         start = cache.length if cache is not None else 0
-        if attention_mask is None and (groups is not None or start > 0 and length > 1):
-            attention_mask = torch.ones(
-                batch, start + length, dtype=torch.int64, device=embeddings.device
-            )
-        if attention_mask is None:
-            position_ids, mask = (
-                torch.arange(start, start + length, device=embeddings.device).expand(batch, -1),
-                None,
-            )
-        else:
-            visible = causal_mask(attention_mask, length)  # (B, T, S)
-            position_ids = visible.sum(dim=-1) - 1
-            mask = (visible if groups is None else visible | bidirectional_mask(groups, length))[
-                :, None
-            ]
-        options = dict(mask=mask, is_causal=mask is None and length > 1, cache=cache)
-        if self.config.rope_type == "dynamic_ntk":
-            if prompt_lengths is None:
-                prompt_lengths = cache.prompt_lengths if start > 0 else position_ids.amax(dim=1) + 1
-            if cache is not None:
-                cache.prompt_lengths = prompt_lengths
+        mask, position_ids = self._mask_and_positions(embeddings, attention_mask, start, groups)
         hidden_states = self.reducer(embeddings)
+        inputs = AttentionInputs(mask, mask is None and embeddings.shape[1] > 1, cache=cache)
         if self.config.positions == "learned":
-            hidden_states = hidden_states + self._learned(position_ids, start + length).to(
-                hidden_states.dtype
-            )
+            table = self._learned_positions(position_ids, start + embeddings.shape[1])
+            hidden_states = hidden_states + table.to(hidden_states.dtype)
         else:
-            options |= self._rotary(position_ids, prompt_lengths, hidden_states.dtype)
-        if self.config.num_experts and attention_mask is not None:
-            options["present"] = attention_mask[:, -length:] > 0
+            theta = self._rotary_base(position_ids, prompt_lengths, cache)
+            rotary, scale = self._rotary(position_ids, theta, hidden_states.dtype)
+            inputs = inputs._replace(rotary=rotary, query_scale=scale)
+        if self.config.num_experts:
+            self._count_tokens(attention_mask, embeddings.shape[1], positions)
+
         hidden_states = self.dropout(hidden_states)
-        for layer, block in enumerate(self.blocks):
-            last = (
-                layer == len(self.blocks) - 1
-            )  # nobody looks at the other positions after its attention
-            hidden_states = block(
-                hidden_states, positions if last else None, layer=layer, **options
-            )
-            if self.config.num_experts:
-                hidden_states, loss = hidden_states
-                if balance is not None and loss is not None:
-                    balance.append(loss)
+        for block in self.blocks[:-1]:
+            hidden_states = block(hidden_states, inputs)
+        hidden_states = self.blocks[-1](hidden_states, inputs, positions)
         if cache is not None:
-            cache.length += length
+            cache.length += embeddings.shape[1]
         return self.norm(hidden_states)
 
-    def _learned(self, position_ids: Tensor, tokens: int) -> Tensor:
-        """(B, T) positions in rows of `tokens` tokens → (B, T, C). Only in a row longer than the table may one lie beyond
-        it, and only then is the device asked: packed rows are long, and their samples short."""
+    def _mask_and_positions(
+        self, embeddings: Tensor, attention_mask: Tensor | None, start: int, groups: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The mask (B, 1, T, S), or None for the plain causal one, and each token's position (B,
+        T).
+
+        A token's position is the number of tokens it attends to before it. That is right for
+        padding on either side, branches and packed samples alike; groups do not change it.
+        """
+        batch, length, _ = embeddings.shape
+        device = embeddings.device
+        if attention_mask is None and (groups is not None or (start > 0 and length > 1)):
+            attention_mask = torch.ones(batch, start + length, dtype=torch.int64, device=device)
+        if attention_mask is None:
+            return None, torch.arange(start, start + length, device=device).expand(batch, -1)
+        mask = causal_mask(attention_mask, length)  # (B, T, S)
+        position_ids = mask.sum(dim=-1) - 1  # (B, T)
+        if groups is not None:
+            mask = mask | bidirectional_mask(groups, length)
+        return mask[:, None], position_ids
+
+    def _learned_positions(self, position_ids: Tensor, row_length: int) -> Tensor:
+        """(B, T) positions → (B, T, C). Only where the row is longer than the table may a position
+        lie outside it, and only then is the device asked: packed rows are long, and their samples
+        short."""
         limit = self.config.max_position_embeddings
-        if tokens > limit and int(position_ids.max()) >= limit:
+        if row_length > limit and int(position_ids.max()) >= limit:
             raise NanoVLMError(
-                f"a text of {int(position_ids.max()) + 1} tokens exceeds the decoder's {limit} positions; "
-                "shorten it, in training with --max-length"
+                f"a text of {int(position_ids.max()) + 1} tokens exceeds the language model's {limit} "
+                "positions; shorten it, in training with --max-length"
             )
         return self.position_embedding(position_ids)
 
-    def _rotary(
-        self, position_ids: Tensor, prompt_lengths: Tensor | None, dtype: torch.dtype
-    ) -> dict[str, Any]:
-        """What all layers turn queries and keys by, and multiply queries with: cast here, not once more in each of them.
+    def _rotary_base(
+        self, position_ids: Tensor, prompt_lengths: Tensor | None, cache: KVCache | None
+    ) -> float | Tensor:
+        """The base of the rotary frequencies; with dynamic NTK one for each row, (B, 1, 1, 1).
 
-        The first Qwen is trained with neither dynamic NTK nor log-n scaling. When it writes, its base stays that of the
-        prompt, as long as the answer gets: the keys in the cache have been turned by it.
+        The first Qwen is trained without dynamic NTK. When it generates, its base stays that of the
+        prompt however long the answer gets: the keys in the cache have been rotated with it.
         """
+        config = self.config
+        if config.rope_type != "dynamic_ntk":
+            return config.rope_theta
+        if prompt_lengths is None and cache is not None and cache.length > 0:
+            prompt_lengths = cache.prompt_lengths
+        if prompt_lengths is None:
+            prompt_lengths = position_ids.amax(dim=1) + 1
+        if cache is not None:
+            cache.prompt_lengths = prompt_lengths
+        if self.training:
+            return config.rope_theta
+        trained_length = config.original_max_position_embeddings
+        return ntk_theta(config.rope_theta, config.head_dim, prompt_lengths, trained_length)
+
+    def _rotary(
+        self, position_ids: Tensor, theta: float | Tensor, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The rotary tables of all blocks and the scale of their queries, cast to `dtype` once."""
         config, trained_length = self.config, self.config.original_max_position_embeddings
-        theta, query_scale = config.rope_theta, None
-        if config.rope_type == "dynamic_ntk" and not self.training:
-            theta = ntk_theta(theta, config.head_dim, prompt_lengths, trained_length)
-        turns = frequencies(config.head_dim, theta, position_ids.device)
+        frequencies = rotary_frequencies(config.head_dim, theta, position_ids.device)
         if config.rope_type == "llama3":
-            turns = llama3_frequencies(
-                turns,
-                config.rope_factor,
-                config.rope_low_freq_factor,
-                config.rope_high_freq_factor,
-                trained_length,
+            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            frequencies = llama3_frequencies(
+                frequencies, config.rope_factor, low, high, trained_length
             )
+        cos, sin = rotary_embedding(position_ids, frequencies)
+        query_scale = None
         if config.logn_attention and not self.training:
             query_scale = logn_scale(position_ids, trained_length).to(dtype)
-        cos, sin = rotary_embedding(position_ids, turns)
-        return {"rotary": (cos.to(dtype), sin.to(dtype)), "query_scale": query_scale}
+        return (cos.to(dtype), sin.to(dtype)), query_scale
+
+    def _count_tokens(
+        self, attention_mask: Tensor | None, length: int, positions: Tensor | None
+    ) -> None:
+        """Tell each mixture of experts which tokens its load-balance loss counts: all but padding."""
+        counted = None if attention_mask is None else attention_mask[:, -length:] > 0  # (B, T)
+        for mixture in self._mixtures():
+            mixture.counted = counted
+        if positions is not None:
+            self._mixtures()[-1].counted = None  # it gets the chosen positions alone
+
+    def take_balance_loss(self) -> Tensor | None:
+        """The load-balance losses of the last forward pass, summed over the blocks, a scalar; None
+        where there are none.
+
+        They are forgotten here: each holds on to the graph of its forward pass.
+        """
+        mixtures = self._mixtures()
+        losses = [mixture.balance_loss for mixture in mixtures if mixture.balance_loss is not None]
+        for mixture in mixtures:
+            mixture.balance_loss = None
+        return torch.stack(losses).sum() if losses else None
+
+    def _mixtures(self) -> list[MixtureOfExperts]:
+        mlps = [block.mlp for block in self.blocks]
+        return [mlp for mlp in mlps if isinstance(mlp, MixtureOfExperts)]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and on their device."""
-        weight = self.embed_tokens.weight
-        return KVCache(
-            self.config.num_hidden_layers,
-            batch,
-            self.config.num_key_value_heads,
-            self.config.head_dim,
-            max_length,
-            weight.dtype,
-            weight.device,
-        )
+        """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and
+        on their device."""
+        config, weight = self.config, self.embed_tokens.weight
+        heads, width = config.num_key_value_heads, config.head_dim
+        shape = config.num_hidden_layers, batch, heads, max_length, width
+        return KVCache(shape, weight.dtype, weight.device)
+
+
+def _dropout(config: LanguageModelConfig) -> nn.Module:
+    """GPT-2's dropout, but not on attention weights, which fused kernels do not give."""
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+
+def _mixture(config: LanguageModelConfig, mlp: Callable[[], nn.Module]) -> MixtureOfExperts:
+    counts = config.num_experts, config.experts_per_token, config.num_shared_experts
+    return MixtureOfExperts(config.hidden_size, *counts, mlp)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

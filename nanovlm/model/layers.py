@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The formula of `RMSNorm`, in fp32. Only the input and one number a vector are kept; the rest is computed anew."""
+    """The formula of `RMSNorm` in fp32. Only the input and one number a vector are saved for the
+    backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,12 +27,14 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normalised).flatten(0, -2).sum(dim=0).to(weight.dtype)
         grad = (grad * weight).float()
-        along = (grad * normalised).mean(dim=-1, keepdim=True)
-        return ((grad - normalised * along) * scale).to(hidden_states.dtype), grad_weight, None
+        projection = (grad * normalised).mean(dim=-1, keepdim=True)
+        grad_input = (grad - normalised * projection) * scale
+        return grad_input.to(hidden_states.dtype), grad_weight, None
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019); any shape in, the same out."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019), any shape
+    → the same shape."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -42,13 +45,14 @@ class RMSNorm(nn.Module):
         weight = self.weight.to(hidden_states.dtype)
         if (
             hidden_states.device.type == "cpu"
-        ):  # where PyTorch's has no kernel and in bf16 takes eight times as long
+        ):  # PyTorch has no kernel here: in bf16 8 times as slow
             return _RMSNorm.apply(hidden_states, weight, self.eps)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Ba et al. 2016. What comes out has the dtype of what goes in, also under autocast, which would make it fp32."""
+    """Ba et al. 2016. The output has the dtype of the input, also under autocast, which would make
+    it fp32."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
@@ -56,11 +60,14 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
 
 
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 def _quick_gelu(hidden_states: Tensor) -> Tensor:
     return hidden_states * torch.sigmoid(1.702 * hidden_states)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # under the hub's names
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names of published configs
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
@@ -69,7 +76,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # under the hub's names
 
 
 class _GatedProduct(torch.autograd.Function):
-    """silu(gate) · value, of which only the two inputs are kept: silu(gate) is computed anew in the backward pass."""
+    """silu(gate) · value, which saves only its two inputs: the backward pass computes silu(gate)
+    again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
@@ -96,11 +104,11 @@ class GatedMLP(nn.Module):
         gate, value = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         if gate.requires_grad or value.requires_grad:
             return self.down_proj(_GatedProduct.apply(gate, value))
-        return self.down_proj(F.silu(gate, inplace=True).mul_(value))  # nobody needs the gate again
+        return self.down_proj(F.silu(gate, inplace=True).mul_(value))
 
 
 class PlainMLP(nn.Module):
-    """Linear, GELU, linear: GPT-2's (Radford et al. 2019), with the exact GELU."""
+    """Linear, GELU, linear: GPT-2's MLP (Radford et al. 2019), with the exact GELU."""
 
     def __init__(self, width: int, inner: int, bias: bool) -> None:
         super().__init__()
@@ -112,47 +120,41 @@ class PlainMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
 
 
-MLPS: dict[str, type[nn.Module]] = {"gated": GatedMLP, "gelu": PlainMLP}
+MLPS: dict[str, Callable[[int, int, bool], nn.Module]] = {"gated": GatedMLP, "gelu": PlainMLP}
 
 
 def resize_positions(
     table: Tensor, side: int, rows: int, columns: int, mode: str = "bicubic"
 ) -> Tensor:
-    """A table for a grid of side × side places, (1, side², C), as one for rows × columns: (1, rows · columns, C).
+    """Resize a position table of a side × side grid: (1, side², C) → (1, rows · columns, C).
 
-    `mode` is "bicubic", "bicubic_antialias" (a larger filter where the grid shrinks), or "nearest": each place takes the
-    vector of the one that its upper left corner falls in.
+    `mode` is "bicubic", "bicubic_antialias" (a larger filter where the grid shrinks), or "nearest":
+    each place takes the vector of the place that its upper left corner falls into.
     """
     if (rows, columns) == (side, side):
         return table
     grid = table.unflatten(1, (side, side))  # (1, side, side, C)
-    if (
-        mode == "nearest"
-    ):  # in whole numbers: where a corner falls between two places, fractions would choose at random
-        down, across = (
-            torch.arange(count, device=table.device) * side // count for count in (rows, columns)
-        )
-        return grid[:, down[:, None], across].flatten(1, 2)
+    if mode == "nearest":  # whole numbers: with fractions, rounding would choose between two places
+        row, column = (torch.arange(n, device=table.device) * side // n for n in (rows, columns))
+        return grid[:, row[:, None], column].flatten(1, 2)
     grid = grid.permute(0, 3, 1, 2).float()  # bicubic in half precision shifts the table
-    grid = F.interpolate(
-        grid, (rows, columns), mode="bicubic", antialias=mode == "bicubic_antialias"
-    )
+    antialias = mode == "bicubic_antialias"
+    grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=antialias)
     return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 def sine_cosine_positions(
     side: int, width: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Fixed positions of a grid of side × side places (Vaswani et al. 2017, in two dimensions): (1, side², width) in fp32.
+    """Fixed positions of a side × side grid (Vaswani et al. 2017, in two dimensions): (1, side²,
+    width) in fp32.
 
-    The first half of a vector says the column, the second the row; each half is its number's sines at width / 4
-    frequencies, then its cosines. `width` is a multiple of 4.
+    The first half of a vector encodes the column, the second the row; each half holds the sines at
+    width / 4 frequencies, then the cosines. `width` is a multiple of 4.
     """
-    frequencies = 10000 ** (
-        -torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4)
-    )
-    angles = torch.arange(side, device=device)[:, None] * frequencies  # (side, width / 4)
-    numbers = torch.cat((angles.sin(), angles.cos()), dim=-1)  # (side, width / 2)
-    across = numbers[None].expand(side, -1, -1)  # of a place in row i and column j, the j-th
-    down = numbers[:, None].expand(-1, side, -1)
-    return torch.cat((across, down), dim=-1).flatten(0, 1)[None]
+    exponents = -torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4)
+    angles = torch.arange(side, device=device)[:, None] * 10000**exponents  # (side, width / 4)
+    codes = torch.cat((angles.sin(), angles.cos()), dim=-1)  # (side, width / 2)
+    columns = codes[None].expand(side, -1, -1)  # [row, column] → codes[column]
+    rows = codes[:, None].expand(-1, side, -1)  # [row, column] → codes[row]
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1)[None]

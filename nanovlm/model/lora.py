@@ -1,8 +1,5 @@
-"""LoRA (Hu et al. 2021): small matrices that learn beside frozen ones, and can be merged into them.
-
-run/adapter/adapter.safetensors   the adapters, the projector, and whatever else learned
-run/adapter/adapter.json          rank, alpha, targets, and the model they belong to
-"""
+"""LoRA (Hu et al. 2021): small trainable matrices beside frozen ones, which can be merged into
+them."""
 
 import difflib
 import math
@@ -20,15 +17,14 @@ from nanovlm.model.quantization import QuantizedLinear
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers have adapters, and of what shape. `targets` are names as `--lora-targets` takes them, `layers` the
-    top blocks that have any (0: all), `base_model` what they learned on."""
+    """Which layers have adapters, and of what shape."""
 
     rank: int
     alpha: float
-    targets: str
+    targets: str  # ends or patterns of layer names, with commas, such as q_proj,v_proj
     dropout: float = 0.0
-    layers: int = 0
-    base_model: str = ""
+    layers: int = 0  # top blocks that have adapters; 0: all
+    base_model: str = ""  # the model that they were trained on
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -36,9 +32,10 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha/rank · B A dropout(x): `base` is frozen and plain or quantised, A (rank, in) and B (out, rank) learn.
+    """base(x) + alpha/rank · B A dropout(x), with a frozen `base` and trainable A (rank, in) and B
+    (out, rank).
 
-    B starts at zero, so that the first forward pass gives what `base` alone gives.
+    B starts at zero, so the first forward pass gives what `base` alone gives.
     """
 
     def __init__(self, base: nn.Linear | QuantizedLinear, config: LoRAConfig) -> None:
@@ -60,30 +57,27 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def plain_weight(layer: nn.Linear | QuantizedLinear | LoRALinear) -> Tensor:
-    """The one matrix that a layer multiplies by, (out, in) in fp32; of an adapter W + alpha/rank · B A."""
+    """The matrix that a layer stands for, (out, in) in fp32: of an adapter W + alpha/rank · B A."""
     if isinstance(layer, LoRALinear):
-        return plain_weight(layer.base).addmm(
-            layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale
-        )
-    return (
-        layer.dequantize(torch.float32)
-        if isinstance(layer, QuantizedLinear)
-        else layer.weight.float()
-    )
+        up, down = layer.lora_B.float(), layer.lora_A.float()
+        return plain_weight(layer.base).addmm(up, down, alpha=layer.scale)
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize(torch.float32)
+    return layer.weight.float()
 
 
-def add_adapters(decoder: LanguageModel, config: LoRAConfig) -> None:
-    """Wrap the layers that `config` names, among those of the decoder's blocks, in place."""
-    if any(isinstance(module, LoRALinear) for module in decoder.modules()):
+def add_adapters(model: LanguageModel, config: LoRAConfig) -> None:
+    """Wrap the linear layers that `config` names, in the top blocks that it names, in place."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise NanoVLMError(
             "the model has LoRA adapters already; merge them before others are added"
         )
-    names = [
+    names = [  # without routers, which do more than multiply
         f"blocks.{number}.{name}"
-        for number in range(len(decoder.blocks))[-config.layers :]  # [-0:] are all
-        for name, module in decoder.blocks[number].named_modules()
+        for number in range(len(model.blocks))[-config.layers :]  # [-0:] is all of them
+        for name, module in model.blocks[number].named_modules()
         if type(module) is nn.Linear or isinstance(module, QuantizedLinear)
-    ]  # no router, which is more than its matrix
+    ]
     chosen: set[str] = set()
     for target in filter(None, map(str.strip, config.targets.split(","))):
         matching = {
@@ -93,13 +87,15 @@ def add_adapters(decoder: LanguageModel, config: LoRAConfig) -> None:
             known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.0)
             raise NanoVLMError(
-                f"--lora-targets: no layer of the decoder is {target!r}; the nearest is {near[0]!r}"
+                f"--lora-targets: no layer of the language model is {target!r}; the nearest is {near[0]!r}"
             )
         chosen |= matching
     if not chosen:
         raise NanoVLMError("--lora-targets names no layer; name some, such as q_proj,v_proj")
     for name in sorted(chosen):
-        _replace(decoder, name, LoRALinear(decoder.get_submodule(name), config))
+        base = model.get_submodule(name)
+        assert isinstance(base, (nn.Linear, QuantizedLinear))
+        _replace(model, name, LoRALinear(base, config))
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -110,14 +106,17 @@ def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Put plain layers that compute the same in the place of all that have adapters, one by one, in their dtype."""
-    for name in [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
-        adapter = model.get_submodule(name)
+    """Replace every layer that has an adapter by a plain one that computes the same, in the dtype
+    of its base."""
+    for name, adapter in list(model.named_modules()):
+        if not isinstance(adapter, LoRALinear):
+            continue
         base = adapter.base
         with torch.device("meta"):
             merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
         dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-        merged.weight, merged.bias = nn.Parameter(plain_weight(adapter).to(dtype)), base.bias
+        merged.weight = nn.Parameter(plain_weight(adapter).to(dtype))
+        merged.register_parameter("bias", base.bias)
         _replace(model, name, merged.train(adapter.training))
 
 

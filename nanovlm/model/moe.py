@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of one MLP: many weights, of which each token passes few."""
+"""A mixture of experts in the place of one MLP: many weights, of which each token uses few."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 
 class Router(nn.Linear):
-    """How likely each expert is for each token: (N, C) → (N, experts) probabilities in fp32. A class of its own, so that
-    quantisation, which takes plain linear layers, leaves this small and touchy one alone."""
+    """The probability of each expert for each token: (N, C) → (N, experts) in fp32.
+
+    A class of its own, so that quantisation, which replaces plain linear layers, leaves this small
+    and sensitive one.
+    """
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count, bias=False)
@@ -18,11 +21,17 @@ class Router(nn.Linear):
 
 
 class MixtureOfExperts(nn.Module):
-    """Of `count` MLPs a router chooses `per_token` for each token (Shazeer et al. 2017); `shared` more serve all tokens
-    (Dai et al. 2024: DeepSeekMoE).
+    """For each token a router chooses `per_token` of `count` MLPs (Shazeer et al. 2017); `shared`
+    more serve all tokens (Dai et al. 2024: DeepSeekMoE).
 
-    What comes out is Σ w_i · expert_i(x) over the chosen, plus the shared ones' outputs. The w_i are the router's
-    probabilities, divided by their sum over the chosen. `build` makes one MLP, (N, C) → (N, C).
+    The output is Σ w_i · expert_i(x) over the chosen experts, plus the outputs of the shared ones.
+    The weights w_i are the router's probabilities, divided by their sum over the chosen. `build`
+    makes one MLP, (N, C) → (N, C).
+
+    In training, `balance_loss` holds the load-balance loss of the last forward pass, a scalar,
+    where the router is trainable; where it is frozen, the loss would only bend what lies below. It
+    counts the tokens where `counted` is true, a tensor of the shape (…) of the input without its
+    last dimension; None counts all.
     """
 
     def __init__(
@@ -33,55 +42,50 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(width, count)
         self.experts = nn.ModuleList(build() for _ in range(count))
         self.shared_experts = nn.ModuleList(build() for _ in range(shared))
+        self.counted: Tensor | None = None
+        self.balance_loss: Tensor | None = None
 
-    def forward(
-        self, hidden_states: Tensor, present: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(…, C) → (…, C), and in training the load-balance loss over the tokens where `present` (…) is true, a scalar.
-
-        There is no such loss where the router does not learn: it would only bend what learns below towards a choice
-        that nobody made.
-        """
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         probabilities = self.router(tokens)  # (N, E)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)  # (N, k)
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        taken = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(
-            1, chosen, True
-        )  # (N, E)
-        mixed = self.mix(tokens, weights, chosen, taken)
+        used = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, chosen, True)  # (N, E)
+        mixed = self.mix(tokens, weights, chosen, used)
         for expert in self.shared_experts:
             mixed = mixed + expert(tokens)
-        learns = self.training and any(
-            parameter.requires_grad for parameter in self.router.parameters()
-        )
-        balance = load_balance(probabilities, taken, self.per_token, present) if learns else None
-        return mixed.view_as(hidden_states), balance
+        self.balance_loss = None
+        if self.training and any(parameter.requires_grad for parameter in self.router.parameters()):
+            self.balance_loss = load_balance(probabilities, used, self.per_token, self.counted)
+        return mixed.view_as(hidden_states)
 
-    def mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor, taken: Tensor) -> Tensor:
-        """Sort the choices by expert, multiply each expert's tokens at once, and put the results back in order.
+    def mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor, used: Tensor) -> Tensor:
+        """Sort the choices by expert, run each expert on its tokens at once, and put the results
+        back in order.
 
-        The counts are read from the device, once a layer; they are no shapes that a compiler could know. An expert without
-        a token runs on none, so that its gradient is zero and not missing.
+        The counts are read from the device once a layer; they are shapes that a compiler cannot
+        know. An expert without a token runs on none, so that its gradient is zero and not missing.
         """
-        order = chosen.flatten().argsort(stable=True)  # of the N · k choices
-        pieces = tokens.index_select(0, order // self.per_token).split(taken.sum(dim=0).tolist())
+        order = chosen.flatten().argsort(stable=True)  # (N · k,), grouped by expert
+        pieces = tokens.index_select(0, order // self.per_token).split(used.sum(dim=0).tolist())
         outputs = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces)])
         outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (N, k, C)
         return (outputs * weights.to(outputs.dtype)[..., None]).sum(dim=1)
 
 
 def load_balance(
-    probabilities: Tensor, taken: Tensor, per_token: int, present: Tensor | None = None
+    probabilities: Tensor, used: Tensor, per_token: int, counted: Tensor | None = None
 ) -> Tensor:
-    """E · Σ f_i · P_i (Fedus et al. 2021, Switch Transformer), for k experts a token instead of one: 1 where all of E
-    experts are equally busy, and E / k where all tokens go to the same k alone.
+    """E · Σ f_i · P_i (Fedus et al. 2021, Switch Transformer), for k experts a token instead of
+    one.
 
-    `probabilities` and `taken`, k of which are true in a row, are (N, E); `present` is any shape of N truth values: tokens
-    that count (None: all). f_i, the share of choices that fell on expert i, is a count; the gradient goes through P_i, its
-    mean probability.
+    The result is 1 where all E experts are equally busy, and E / k where all tokens go to the same
+    k. `probabilities` and `used`, with k true values a row, are (N, E); `counted` is any shape of N
+    truth values (None: all true). f_i is the share of choices that fell on expert i, a count; the
+    gradient goes through P_i, its mean probability.
     """
-    counted = taken.new_ones(len(taken)) if present is None else present.flatten()
-    weights = (counted / counted.sum().clamp(min=1))[:, None]  # (N, 1)
-    load = (taken * weights).sum(dim=0) / per_token
+    tokens = used.new_ones(len(used)) if counted is None else counted.flatten()
+    weights = (tokens / tokens.sum().clamp(min=1))[:, None]  # (N, 1)
+    load = (used * weights).sum(dim=0) / per_token
     return len(load) * (load * (probabilities * weights).sum(dim=0)).sum()

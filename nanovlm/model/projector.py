@@ -1,6 +1,7 @@
-"""Projectors: patch vectors of the eyes → visual tokens of the voice, one small class each.
+"""Projectors: patch vectors of the vision encoder → visual tokens of the language model, one small
+class each.
 
-To add one, write a class with this constructor and `num_tokens`, and add a line to PROJECTORS.
+To add one, write a subclass of `Projector` and add a line to PROJECTORS.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.model.attention import AttentionConfig
 from nanovlm.model.layers import ACTIVATIONS
 from nanovlm.model.resampler import CrossAttention
 from nanovlm.utils.config import check_numbers
@@ -18,18 +20,15 @@ from nanovlm.utils.config import check_numbers
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """`kind` is a name of PROJECTORS. `grid` is the side of the downsampled patch grid (bilinear), `scale` the
-    side of the square of patches merged into one token (pixel_shuffle), `activation` what stands between two matrices
-    (a name of ACTIVATIONS), `bias` whether a single matrix has one (linear, pixel_shuffle). `num_queries` visual tokens
-    look at the patches with `num_heads` heads (resampler)."""
+    """Which projector, and its settings. Each setting is for the projectors named beside it."""
 
-    kind: str = "mlp"
-    grid: int = 8
-    scale: int = 2
-    activation: str = "gelu"
-    bias: bool = True
-    num_queries: int = 32
-    num_heads: int = 8
+    kind: str = "mlp"  # a name of PROJECTORS
+    grid: int = 8  # bilinear: side of the downsampled grid of patches
+    scale: int = 2  # pixel_shuffle: side of the square of patches merged into one token
+    activation: str = "gelu"  # mlp, bilinear, resampler: a name of ACTIVATIONS
+    bias: bool = True  # linear, pixel_shuffle: whether their single matrix has one
+    num_queries: int = 32  # resampler: visual tokens of an image
+    num_heads: int = 8  # resampler
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -40,43 +39,51 @@ class ProjectorConfig:
             )
 
 
-class LinearProjector(nn.Module):
-    """One matrix, one token a patch (LLaVA: Liu et al. 2023)."""
+class Projector(nn.Module):
+    """(N, P, C_vision) patch vectors → (N, K, C_text) visual tokens."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(vision_width, text_width, bias=config.bias)
 
     def num_tokens(self, num_patches: int) -> int:
+        """K, the number of visual tokens that `num_patches` become; an error where the projector
+        cannot take them."""
         return num_patches
+
+
+class LinearProjector(Projector):
+    """One matrix, one token a patch (LLaVA: Liu et al. 2023)."""
+
+    def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
+        super().__init__(vision_width, text_width, config)
+        self.linear = nn.Linear(vision_width, text_width, bias=config.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, P, C_text)."""
         return self.linear(patches)
 
 
-class MLPProjector(nn.Module):
-    """Two layers with a GELU between, one token a patch (LLaVA-1.5: Liu et al. 2024), or with another activation."""
+class MLPProjector(Projector):
+    """Two matrices with a GELU or another activation between, one token a patch (LLaVA-1.5: Liu et
+    al. 2024)."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
-        super().__init__()
+        super().__init__(vision_width, text_width, config)
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(vision_width, text_width)
         self.down = nn.Linear(text_width, text_width)
-
-    def num_tokens(self, num_patches: int) -> int:
-        return num_patches
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, P, C_text)."""
         return self.down(self.activation(self.up(patches)))
 
 
-class PixelShuffleProjector(nn.Module):
-    """Each square of scale × scale patches becomes one long vector, then one matrix (Shi et al. 2016; Idefics3)."""
+class PixelShuffleProjector(Projector):
+    """Each square of scale × scale patches becomes one long vector, then one matrix (Shi et al.
+    2016; Idefics3)."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
-        super().__init__()
+        super().__init__(vision_width, text_width, config)
         self.scale = config.scale
         self.linear = nn.Linear(vision_width * config.scale**2, text_width, bias=config.bias)
 
@@ -95,7 +102,8 @@ class PixelShuffleProjector(nn.Module):
 
 
 class BilinearProjector(MLPProjector):
-    """The grid is averaged down to grid × grid, then the two-layer MLP: fewer tokens at no parameters."""
+    """The grid of patches is averaged down to grid × grid, then the two-layer MLP: fewer tokens at
+    no parameters."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)
@@ -104,36 +112,40 @@ class BilinearProjector(MLPProjector):
     def num_tokens(self, num_patches: int) -> int:
         if square_side(num_patches) < self.grid:
             raise NanoVLMError(
-                f"{num_patches} patches cannot be averaged down to {self.grid}×{self.grid}; use a smaller grid"
+                f"{num_patches} patches cannot be averaged down to {self.grid}×{self.grid}; "
+                "use a smaller grid"
             )
         return self.grid**2
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, P, C_vision) → (N, grid², C_text). The antialiased filter weighs every patch, also at uneven ratios."""
-        side = square_side(patches.shape[1])
-        grid = patches.transpose(1, 2).unflatten(2, (side, side)).float()
-        grid = F.interpolate(grid, (self.grid, self.grid), mode="bilinear", antialias=True)
+        """(N, P, C_vision) → (N, grid², C_text). The antialiased filter weighs every patch, also at
+        uneven ratios."""
+        side, size = square_side(patches.shape[1]), (self.grid, self.grid)
+        grid = (
+            patches.transpose(1, 2).unflatten(2, (side, side)).float()
+        )  # (N, C_vision, side, side)
+        grid = F.interpolate(grid, size, mode="bilinear", antialias=True)
         return super().forward(grid.flatten(2).transpose(1, 2).to(patches.dtype))
 
 
-class ResamplerProjector(nn.Module):
-    """Learned queries look at all patches, so that any number of them becomes `num_queries` visual tokens (Perceiver:
-    Jaegle et al. 2021; BLIP-2: Li et al. 2023). An MLP with a residual, four times as wide, then a two-layer head that
-    takes the tokens from the eyes' width to the voice's."""
+class ResamplerProjector(Projector):
+    """Learned queries attend to all patches and become `num_queries` visual tokens (Perceiver:
+    Jaegle et al. 2021; BLIP-2: Li et al. 2023). A residual MLP of four times the width follows,
+    then a two-layer head to the language model's width."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
-        super().__init__()
+        super().__init__(vision_width, text_width, config)
         if vision_width % config.num_heads:
             raise NanoVLMError(
-                f"patch vectors of {vision_width} numbers are not made of the resampler's {config.num_heads} "
-                "heads; take another projector, or another num_heads"
+                f"patch vectors of {vision_width} numbers cannot be split into the resampler's "
+                f"{config.num_heads} heads; take another projector, or another num_heads"
             )
         self.activation = ACTIVATIONS[config.activation]
-        # As large as patch vectors are: small ones would begin with the same mean of all patches, 32 times.
+        # As large as patch vectors are: with small queries all tokens would start as the mean of
+        # all patches.
         self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))
-        self.attention = CrossAttention(
-            vision_width, config.num_heads, qkv_bias=True, output_bias=True
-        )
+        heads = AttentionConfig.multi_head(vision_width, config.num_heads)
+        self.attention = CrossAttention(heads)
         self.mlp_norm = nn.LayerNorm(vision_width)
         self.mlp_up = nn.Linear(vision_width, 4 * vision_width)
         self.mlp_down = nn.Linear(4 * vision_width, vision_width)
@@ -151,7 +163,7 @@ class ResamplerProjector(nn.Module):
         return self.head_down(self.activation(self.head_up(self.head_norm(tokens))))
 
 
-PROJECTORS: dict[str, type[nn.Module]] = {
+PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
@@ -160,7 +172,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_projector(config: ProjectorConfig, vision_width: int, text_width: int) -> nn.Module:
+def build_projector(config: ProjectorConfig, vision_width: int, text_width: int) -> Projector:
     """The projector that `config.kind` names."""
     if config.kind not in PROJECTORS:
         raise NanoVLMError(
@@ -170,12 +182,12 @@ def build_projector(config: ProjectorConfig, vision_width: int, text_width: int)
 
 
 def pixel_shuffle(patches: Tensor, scale: int) -> Tensor:
-    """(N, P, C) on a square grid → (N, P / scale², C · scale²): space moved into channels, row by row."""
+    """(N, P, C) on a square grid → (N, P / scale², C · scale²): space moved into channels, row by
+    row."""
     batch, count, width = patches.shape
     side = square_side(count)
-    squares = patches.reshape(batch, side // scale, scale, side // scale, scale, width).transpose(
-        2, 3
-    )
+    squares = patches.reshape(batch, side // scale, scale, side // scale, scale, width)
+    squares = squares.transpose(2, 3)  # (N, side / scale, side / scale, scale, scale, C)
     return squares.reshape(batch, count // scale**2, width * scale**2)
 
 

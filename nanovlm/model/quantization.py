@@ -1,7 +1,9 @@
-"""Frozen matrices in few bits: 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, QLoRA), and int8.
+"""Frozen matrices in few bits: 4-bit NormalFloat with double quantisation (Dettmers et al. 2023,
+QLoRA), and int8.
 
-What is stored are buffers outside the state dict: a quantised model is never saved as such, `lora.merged_tensors` gives
-it back as plain matrices. Numbers in fp32 are kept as their bits, in int32: `model.to(bfloat16)` leaves those alone.
+Codes and scales are buffers outside the state dict: a quantised model is never saved as such,
+`hub.adapters.merged_tensors` turns it into plain matrices. fp32 numbers are stored as their bits,
+in int32, which `model.to(bfloat16)` does not change.
 """
 
 import torch
@@ -10,13 +12,12 @@ from torch import Tensor, nn
 
 BLOCK = 64  # weights of NF4 that share a scale
 SCALE_BLOCK = 256  # scales of NF4 that share a scale of their own
-AT_ONCE = (
-    2**21
-)  # weights decoded at a time: little beside the matrix in fp32, and on a CPU still in its cache
+AT_ONCE = 2**21  # weights decoded at a time: few enough to stay in a CPU's cache
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """inputs @ Wᵀ + b. The matrix is decoded here and again in the backward pass; nothing of its size is kept between."""
+    """inputs @ Wᵀ + b. Both passes decode the matrix, so that nothing of its size is kept between
+    them."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, layer: "QuantizedLinear") -> Tensor:
@@ -30,10 +31,12 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ + b in place of a frozen nn.Linear: rows of codes, of which each is decoded and multiplied by its scale.
+    """x Wᵀ + b in place of a frozen nn.Linear: rows of codes, each decoded and multiplied by its
+    scale.
 
-    (…, in_features) → (…, out_features), computed in autocast's dtype or without it in that of the input. The gradient
-    goes to the input alone. A subclass sets `codes`, and says how wide a decoded row is, what it holds and its scale.
+    (…, in_features) → (…, out_features), computed in autocast's dtype, or without autocast in that
+    of the input. Only the input gets a gradient. A subclass sets `codes` and `row`, the width of a
+    decoded row, and defines `scales` and `decode`.
     """
 
     codes: Tensor
@@ -41,11 +44,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = (
-            linear.in_features,
-            linear.out_features,
-            linear.weight.dtype,
-        )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
         self.bias = linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -66,29 +66,35 @@ class QuantizedLinear(nn.Module):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             rows[part] = self.decode(self.codes[part]).mul_(scales[part])
-        return rows.view(-1)[: self.out_features * self.in_features].view(
-            self.out_features, self.in_features
-        )
+        shape = self.out_features, self.in_features
+        return rows.view(-1)[: shape[0] * shape[1]].view(shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
         return _QuantizedProduct.apply(inputs, self)
 
-    def _keep(self, **tensors: Tensor) -> None:
+    def _store(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             bits = tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
             self.register_buffer(name, bits, persistent=False)
 
 
 class NF4Linear(QuantizedLinear):
-    """Each weight is the nearest of 16 levels times the largest magnitude of its block of 64: 4.13 bits a weight.
+    """Each weight is the nearest of 16 levels times the largest magnitude of its block of 64: 4.13
+    bits a weight.
 
-    Blocks run over the matrix row by row; the last one is filled up with zeros. Two codes share a byte, the first in
-    its high half. The blocks' scales, less their mean, are stored in 8 bits, in blocks of 256 with an fp32 scale each.
+    Blocks follow the matrix row by row; the last one is padded with zeros. Two codes share a byte,
+    the first in its high half. The scales of the blocks, minus their mean, are stored in 8 bits, in
+    blocks of 256 with an fp32 scale each.
     """
 
     row = BLOCK
+    levels: Tensor
+    scale_codes: Tensor
+    scale_steps: Tensor
+    scale_mean: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -96,13 +102,12 @@ class NF4Linear(QuantizedLinear):
         scales = blocks.abs().amax(dim=1)
         levels = nf4_levels().to(blocks.device)
         boundaries = (levels[1:] + levels[:-1]) / 2
-        nearest = torch.bucketize(blocks / _divisor(scales), boundaries, out_int32=True).to(
-            torch.uint8
-        )
+        nearest = torch.bucketize(blocks / _divisor(scales), boundaries, out_int32=True)
+        nearest = nearest.to(torch.uint8)
         mean = scales.mean()
         spread = _in_blocks(scales - mean, SCALE_BLOCK)
         steps = spread.abs().amax(dim=1) / 127
-        self._keep(
+        self._store(
             codes=nearest[:, 0::2] << 4 | nearest[:, 1::2],
             levels=levels,
             scale_codes=(spread / _divisor(steps)).round().to(torch.int8),
@@ -112,33 +117,30 @@ class NF4Linear(QuantizedLinear):
 
     def scales(self) -> Tensor:
         spread = self.scale_codes.float() * self.scale_steps.view(torch.float32)[:, None]
-        return (
-            (spread + self.scale_mean.view(torch.float32)).clamp_(min=0).view(-1)[: len(self.codes)]
-        )
+        scales = (spread + self.scale_mean.view(torch.float32)).clamp_(min=0)
+        return scales.view(-1)[: len(self.codes)]
 
     def decode(self, codes: Tensor) -> Tensor:
-        # A byte is two weights. Looked up as one number of eight bytes, they cost one access instead of two.
+        # A byte holds two weights. Looked up as one number of eight bytes, they cost one access
+        # instead of two.
         levels = self.levels.view(torch.float32)
-        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(
-            torch.int64
-        )  # (256, 1)
-        return (
-            pairs.view(-1)
-            .index_select(0, codes.reshape(-1).int())
-            .view(torch.float32)
-            .view(len(codes), BLOCK)
-        )
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # (256, 2)
+        decoded = pairs.view(torch.int64).view(-1).index_select(0, codes.reshape(-1).int())
+        return decoded.view(torch.float32).view(len(codes), BLOCK)
 
 
 class Int8Linear(QuantizedLinear):
-    """Each weight is a whole number from −127 to 127 times 1/127 of the largest magnitude of its row."""
+    """Each weight is a whole number from −127 to 127 times 1/127 of the largest magnitude of its
+    row."""
+
+    steps: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.row = linear.in_features
         weight = linear.weight.detach().float()
         steps = weight.abs().amax(dim=1) / 127
-        self._keep(codes=(weight / _divisor(steps)).round().to(torch.int8), steps=steps)
+        self._store(codes=(weight / _divisor(steps)).round().to(torch.int8), steps=steps)
 
     def scales(self) -> Tensor:
         return self.steps.view(torch.float32)
@@ -151,17 +153,17 @@ KINDS: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def hide_from_compiler(module: nn.Module) -> None:
-    """Have torch.compile leave quantised matrices alone: it would see that both passes decode the same one, and keep it
-    between them."""
+    """Exclude quantised layers from torch.compile, which would keep the decoded matrix from one
+    pass to the other."""
     for layer in module.modules():
         if isinstance(layer, QuantizedLinear):
-            layer.forward = torch.compiler.disable(layer.forward)
+            layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore
 
 
 def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) -> None:
-    """Put a quantised layer in place of every nn.Linear inside `module`, on `device` where one is named.
+    """Replace every nn.Linear inside `module` by a quantised layer, on `device` where one is given.
 
-    One by one: each matrix is let go of before the next is read. `kind` is a name of KINDS.
+    `kind` is a name of KINDS. Each matrix is released before the next one is read.
     """
     for parent in list(module.modules()):
         for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
@@ -169,27 +171,26 @@ def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) 
 
 
 def nf4_levels() -> Tensor:
-    """The 16 levels of 4-bit NormalFloat in fp32, ascending: quantiles of a normal distribution, scaled to [−1, 1].
+    """The 16 levels of 4-bit NormalFloat in fp32, ascending: quantiles of a normal distribution,
+    scaled to [−1, 1].
 
-    Eight are above 0 and seven below, both halves evenly spaced in probability, and 0 stands between, so that it is
-    represented exactly (Dettmers et al. 2023, section 3 and appendix E).
+    Eight are above 0 and seven below, each half evenly spaced in probability, with an exact 0
+    between (Dettmers et al. 2023, section 3 and appendix E).
     """
-    # A normal distribution has no largest value. The outermost quantile taken is in the middle of the last of 15 and of
-    # the last of 16 even shares of probability, averaged, as there are 15 levels below 1 and 16 with it.
+    # A normal distribution has no largest value. The outermost quantile is the mean of two: the
+    # middle of the last of 15 even shares of probability, and of the last of 16.
     outermost = 1 - (1 / (2 * 15) + 1 / (2 * 16)) / 2
     shares = [torch.linspace(0.5, outermost, count + 1, dtype=torch.float64) for count in (8, 7)]
-    above, below = (
-        torch.special.ndtri(share) for share in shares
-    )  # both begin with the quantile of a half, which is 0
+    above, below = (torch.special.ndtri(share) for share in shares)  # both start with 0
     return (torch.cat((-below.flip(0)[:-1], above)) / above[-1]).float()
 
 
 def _in_blocks(tensor: Tensor, size: int) -> Tensor:
-    """All of `tensor` in rows of `size`, the last one filled up with zeros."""
+    """All of `tensor` in rows of `size`, the last one padded with zeros."""
     flat = tensor.reshape(-1)
     return F.pad(flat, (0, -len(flat) % size)).view(-1, size)
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """(R,) → (R, 1), with 1 for 0: what is all zero stays so."""
+    """(R,) → (R, 1), with 1 in place of 0: a block of zeros stays one."""
     return scales.masked_fill(scales == 0, 1)[:, None]

@@ -1,14 +1,15 @@
-"""From the patch vectors of an image to a fixed number of vectors: learned queries look at them (Qwen-VL, Bai et al. 2023)."""
+"""Learned queries that attend to all patches of an image: any number of patches → a fixed number of
+vectors."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from nanovlm.model.attention import Attention, attend
+from nanovlm.model.attention import Attention, AttentionConfig, attend
 from nanovlm.model.layers import resize_positions, sine_cosine_positions
 
-HEAD_SIZE = 128  # of an attention head, as in every published one
+HEAD_DIM = 128  # of every published one
 
 
 class CrossAttention(Attention):
@@ -16,18 +17,20 @@ class CrossAttention(Attention):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries (B or 1, T, C), keys and values (B, S, C) → (B, T, C)."""
-        queries = self.q_norm(self._heads(self.q_proj(queries), self.num_heads)).expand(
-            len(keys), -1, -1, -1
-        )  # (B, H, T, D)
-        keys = self.k_norm(self._heads(self.k_proj(keys), self.num_kv_heads))  # (B, H_kv, S, D)
-        values = self._heads(self.v_proj(values), self.num_kv_heads)
+        queries = self.q_norm(self.heads(self.q_proj(queries)))  # (B or 1, H, T, D)
+        queries = queries.expand(len(keys), -1, -1, -1)
+        keys = self.k_norm(self.heads(self.k_proj(keys)))  # (B, H_kv, S, D)
+        values = self.heads(self.v_proj(values))
         return self.out_proj(attend(queries, keys, values).transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
-    """`num_queries` learned queries, a square of them, each over its part of the image: one layer of cross-attention.
+    """Qwen-VL's resampler (Bai et al. 2023): `num_queries` learned queries, one layer of
+    cross-attention.
 
-    Fixed sine–cosine positions tell queries and keys, not values, where they are. The patches' are the queries', resized.
+    The queries form a square grid, as the patches do. Fixed sine–cosine positions are added to
+    queries and keys, not to values; the keys' table is the queries' one, resized to the patches'
+    grid.
     """
 
     def __init__(self, hidden_size: int, num_queries: int, output_size: int, eps: float) -> None:
@@ -36,13 +39,11 @@ class Resampler(nn.Module):
         self.query_norm = nn.LayerNorm(output_size, eps=eps)
         self.kv_proj = nn.Linear(hidden_size, output_size, bias=False)
         self.kv_norm = nn.LayerNorm(output_size, eps=eps)
-        self.attention = CrossAttention(
-            output_size, max(1, output_size // HEAD_SIZE), qkv_bias=True, output_bias=True
-        )
+        num_heads = max(1, output_size // HEAD_DIM)
+        self.attention = CrossAttention(AttentionConfig.multi_head(output_size, num_heads))
         self.norm = nn.LayerNorm(output_size, eps=eps)
-        self.projection = nn.Parameter(
-            torch.randn(output_size, output_size) * output_size**-0.5
-        )  # applied from the right
+        projection = torch.randn(output_size, output_size) * output_size**-0.5
+        self.projection = nn.Parameter(projection)  # multiplied from the right
 
     def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """(N, rows · columns, hidden_size) → (N, num_queries, output_size)."""

@@ -1,7 +1,9 @@
-"""The whole model in one place: an image's patches become tokens among the words, and the decoder reads on.
+"""The whole model: an image's patches become visual tokens among the words, and the language model
+reads the sequence.
 
-pixels (N, 3, H, W) ─ vision ─▶ patches (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
-input_ids (B, T), K placeholders an image ─ embedding ─▶ (B, T, C_t) ◀─ spliced in ─┘ ─ decoder ─▶ loss | next token
+pixels (N, 3, H, W) ─ vision_encoder ─▶ patches (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
+input_ids (B, T), K placeholders an image ─ embed_tokens ─▶ (B, T, C_t) ◀─ spliced in ─┘ ─
+language_model ─▶ loss
 """
 
 from collections.abc import Callable
@@ -21,148 +23,137 @@ from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.tokenizer import Tokenizer
 
-TILES_AT_ONCE = 32  # that the eyes see when a model answers
+TILES_AT_ONCE = 32  # in inference mode: 32 questions about images in tiles may bring 544
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, head, targets → loss
 
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """All parts' settings, and the layer whose patch vectors are looked at (`VisionEncoder.patches`)."""
+    """The settings of all parts, and how they are joined."""
 
     vision_encoder: VisionEncoderConfig
     language_model: LanguageModelConfig
     projector: ProjectorConfig
     image: ImageConfig
     chat: ChatConfig
-    vision_layer: int = -1
-    bidirectional_images: bool = (
-        False  # visual tokens of one image see each other both ways; text is causal all the same
-    )
+    vision_layer: int = -1  # whose patch vectors the projector gets (`VisionEncoder.patches`)
+    bidirectional_images: bool = False  # visual tokens of one image attend to each other both ways
 
 
 class VisionLanguageModel(nn.Module):
-    """PublishedVisionEncoder, projector and voice. `tokenizer` and `chat` belong to the voice and travel with it."""
+    """Vision encoder, projector and language model, with the language model's tokenizer and chat
+    template."""
 
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer, self.chat = config, tokenizer, Chat(config.chat, tokenizer)
-        # Nobody looks up the placeholder, so it may lie behind the decoder's last row (LLaVA's does).
-        placeholder_is_last = self.chat.image_token_id == tokenizer.vocab_size - 1
-        if tokenizer.vocab_size - placeholder_is_last > config.language_model.vocab_size:
+        vision, language, image = config.vision_encoder, config.language_model, config.image
+        self._check_vocabulary()
+        self.vision_encoder = VisionEncoder(vision)
+        patch_size = vision.feature_size(config.vision_layer)
+        self.projector = build_projector(config.projector, patch_size, language.input_size)
+        self.language_model = LanguageModel(language)
+        num_patches = vision.num_features(image.height, image.width, config.vision_layer)
+        self.image_length = self.projector.num_tokens(num_patches)  # K, visual tokens of a tile
+        self.max_image_length = self.image_length * image.max_tiles_per_image  # of a whole image
+        if self.max_image_length >= language.max_position_embeddings:
             raise NanoVLMError(
-                f"the tokenizer knows {tokenizer.vocab_size} tokens and the decoder {config.language_model.vocab_size}; "
-                "they do not belong together"
-            )
-        self.vision_encoder = VisionEncoder(config.vision_encoder)
-        self.projector = build_projector(
-            config.projector,
-            config.vision_encoder.feature_size(config.vision_layer),
-            config.language_model.input_size,
-        )
-        self.language_model = LanguageModel(config.language_model)
-        self.image_length = (
-            self.projector.num_tokens(  # K, placeholder tokens that each picture of an image takes
-                config.vision_encoder.num_features(
-                    config.image.height, config.image.width, config.vision_layer
-                )
-            )
-        )
-        self.max_image_length = (
-            self.image_length * config.image.max_tiles_per_image
-        )  # of the image that is cut into most tiles
-        if self.max_image_length >= config.language_model.max_position_embeddings:
-            raise NanoVLMError(
-                f"an image takes up to {self.max_image_length} visual tokens, which leave no room for words among "
-                f"the decoder's {config.language_model.max_position_embeddings} positions; take a projector that makes fewer, "
-                "a smaller image or fewer tiles"
+                f"an image takes up to {self.max_image_length} visual tokens, which leave no room for words "
+                f"among the language model's {language.max_position_embeddings} positions; take a "
+                "projector that makes fewer, a smaller image or fewer tiles"
             )
 
-    def forward(
-        self, batch: Batch, loss_function: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """The summed loss over `batch.targets`, a scalar in fp32; or what `loss_function` makes of the same three: hidden
-        states (M, C), head (V, C) and targets (M,). Only positions with a label pass the output head.
+    def forward(self, batch: Batch, loss_function: LossFunction | None = None) -> Tensor:
+        """The summed loss over `batch.targets`, a scalar in fp32.
 
-        In training, the decoder's experts add their load-balance losses to that loss, times the number of targets: divided
-        by all of a step's targets, they are a mean weighted by tokens. Of k batches and one k times as large, the rest of
-        the loss is exactly the same and this term on average: how busy experts are is counted within a batch.
+        `loss_function` replaces the cross entropy: it gets hidden states (M, C), head (V, C) and
+        targets (M,), and its result is returned. Only labelled positions pass the output head.
         """
-        balance: list[Tensor] = []
+        visual_tokens = self.encode_images(batch)  # (N, K, C_t)
+        embeddings = self.splice(batch, visual_tokens)  # (B, T, C_t)
         hidden_states = self.language_model.hidden_states(
-            self.embed(batch),
+            embeddings,
             batch.attention_mask,
             positions=batch.target_positions,
             groups=self.image_groups(batch),
-            balance=balance,
-        )
+        )  # (M, C_t)
+        balance_loss = self.language_model.take_balance_loss()
+        head = self.language_model.head_weight
         if loss_function is not None:
-            return loss_function(hidden_states, self.language_model.head_weight, batch.targets)
-        loss = chunked_cross_entropy(hidden_states, self.language_model.head_weight, batch.targets)
-        if balance:
-            loss = (
-                loss
-                + self.config.language_model.balance_loss
-                * len(batch.targets)
-                * torch.stack(balance).sum()
-            )
-        return loss
+            return loss_function(hidden_states, head, batch.targets)
+        loss = chunked_cross_entropy(hidden_states, head, batch.targets)
+        return loss if balance_loss is None else loss + self._weigh(balance_loss, batch)
 
-    def image_groups(self, batch: Batch) -> Tensor | None:
-        """Which tokens see each other both ways: (B, T), k + 1 for those of image k of the batch, 0 for words; or None,
-        where `bidirectional_images` is off. What `pixels` counts as an image is one, such as each tile of a picture."""
-        if not self.config.bidirectional_images or not len(batch.image_positions):
-            return None
-        numbers = (
-            torch.arange(len(batch.image_positions), device=batch.input_ids.device)
-            // self.image_length
-            + 1
-        )
-        groups = batch.input_ids.new_zeros(batch.input_ids.numel()).index_copy_(
-            0, batch.image_positions, numbers
-        )
-        return groups.view_as(batch.input_ids)
+    def encode_images(self, batch: Batch) -> Tensor | None:
+        """The batch's visual tokens, (N, K, C_t); None where it has no images."""
+        self._check_placeholders(batch)
+        patches = batch.patches
+        if patches is None and batch.pixels is not None:
+            patches = self.vision_features(batch.pixels)  # (N, P, C_v)
+        return None if patches is None else self.projector(patches)
+
+    def splice(self, batch: Batch, visual_tokens: Tensor | None) -> Tensor:
+        """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
+        # The placeholder's id may lie outside the embedding table, so id 0 is looked up in its
+        # place.
+        words = batch.input_ids.flatten().index_fill(0, batch.image_positions, 0)
+        embeddings = self.language_model.embed_tokens(words)  # (B · T, C_t)
+        if torch.is_autocast_enabled(embeddings.device.type):  # so is the whole residual stream
+            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
+        if visual_tokens is not None:
+            visual_tokens = visual_tokens.flatten(0, 1).to(embeddings.dtype)  # (N · K, C_t)
+            embeddings = embeddings.index_copy(0, batch.image_positions, visual_tokens)
+        return embeddings.view(*batch.input_ids.shape, -1)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Word embeddings with the visual tokens in their places: (B, T, C_t), the decoder's `input_size` wide."""
-        words = batch.input_ids.flatten().index_fill(
-            0, batch.image_positions, 0
-        )  # a row there is, in place of the placeholder
-        embeddings = self.language_model.embed_tokens(words.view_as(batch.input_ids))
-        if torch.is_autocast_enabled(
-            embeddings.device.type
-        ):  # the residual stream runs in the precision of the products
-            embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-        patches = (
-            self.look(batch.pixels)
-            if batch.patches is None and batch.pixels is not None
-            else batch.patches
-        )
-        found = 0 if patches is None else len(patches)
-        if len(batch.image_positions) != found * self.image_length:
-            raise NanoVLMError(
-                f"the text has {len(batch.image_positions)} image placeholders and {found} pictures of "
-                f"{self.image_length} visual tokens fill {found * self.image_length}; they have to be equal"
-            )
-        if patches is None:
-            return embeddings
-        visual_tokens = self.projector(patches)  # (N, K, C_t)
-        spliced = embeddings.flatten(0, 1).index_copy(
-            0, batch.image_positions, visual_tokens.flatten(0, 1).to(embeddings.dtype)
-        )
-        return spliced.view_as(embeddings)
+        """What the language model reads: word embeddings and visual tokens, (B, T, C_t)."""
+        return self.splice(batch, self.encode_images(batch))
+
+    def vision_features(self, pixels: Tensor) -> Tensor:
+        """The patch vectors that the projector gets: (N, 3, H, W) → (N, P, C_v)."""
+        pixels = pixels.to(self.vision_encoder.patch_embedding.weight.dtype)
+        layer = self.config.vision_layer
+        if not torch.is_inference_mode_enabled() or len(pixels) <= TILES_AT_ONCE:
+            return self.vision_encoder.patches(pixels, layer)
+        parts = pixels.split(TILES_AT_ONCE)
+        return torch.cat([self.vision_encoder.patches(part, layer) for part in parts])
+
+    def image_groups(self, batch: Batch) -> Tensor | None:
+        """Which tokens attend to each other both ways: (B, T), k + 1 for those of tile k of the
+        batch, 0 for words; None where `bidirectional_images` is off."""
+        if not self.config.bidirectional_images or not len(batch.image_positions):
+            return None
+        places = torch.arange(len(batch.image_positions), device=batch.input_ids.device)
+        groups = torch.zeros_like(batch.input_ids).flatten()
+        groups.index_copy_(0, batch.image_positions, places // self.image_length + 1)
+        return groups.view_as(batch.input_ids)
 
     def image_tokens(self, width: int, height: int) -> ImageTokens:
         """The placeholders of an image of this size, as `chat.encode` takes them."""
         return ImageTokens(self.image_length, *tile_grid(width, height, self.config.image))
 
-    def look(self, pixels: Tensor) -> Tensor:
-        """What the eyes give the projector: (N, 3, H, W) → (N, P, C_v). Where a model answers (inference mode), a few
-        pictures at a time: of 32 images to be asked about, tiles make up to 544."""
-        pixels = pixels.to(self.vision_encoder.patch_embedding.weight.dtype)
-        if not torch.is_inference_mode_enabled() or len(pixels) <= TILES_AT_ONCE:
-            return self.vision_encoder.patches(pixels, self.config.vision_layer)
-        return torch.cat(
-            [
-                self.vision_encoder.patches(part, self.config.vision_layer)
-                for part in pixels.split(TILES_AT_ONCE)
-            ]
-        )
+    def _weigh(self, balance_loss: Tensor, batch: Batch) -> Tensor:
+        """The experts' load-balance loss as a part of the summed loss: times the number of targets,
+        so that, divided by all targets of a step, it is a mean. Unlike the rest, it is not exactly
+        the same for k small batches and a large one, because the load of experts is counted within
+        a batch."""
+        return self.config.language_model.balance_loss * len(batch.targets) * balance_loss
+
+    def _check_placeholders(self, batch: Batch) -> None:
+        images = batch.pixels if batch.patches is None else batch.patches
+        tiles = 0 if images is None else len(images)
+        if len(batch.image_positions) != tiles * self.image_length:
+            raise NanoVLMError(
+                f"the text has {len(batch.image_positions)} image placeholders, and {tiles} tiles of "
+                f"{self.image_length} visual tokens fill {tiles * self.image_length}; "
+                "they have to be equal"
+            )
+
+    def _check_vocabulary(self) -> None:
+        tokens, rows = self.tokenizer.vocab_size, self.config.language_model.vocab_size
+        placeholder_is_last = self.chat.image_token_id == tokens - 1  # it needs no row, as in LLaVA
+        if tokens - placeholder_is_last > rows:
+            raise NanoVLMError(
+                f"the tokenizer has {tokens} tokens and the language model {rows}; "
+                "they do not belong together"
+            )

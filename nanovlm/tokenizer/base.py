@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the little they share."""
+"""The interface of all tokenizers, and what they share."""
 
 import re
 from abc import ABC, abstractmethod
@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 class Tokenizer(ABC):
-    """What every tokenizer offers. `vocab_size` is the highest id + 1; `special_tokens` maps text to id; `puts_space` is
-    whether each text that is encoded gets a space before it, as LLaMA's does."""
+    """Text to ids and back.
+
+    `vocab_size` is the highest id + 1, `special_tokens` maps a special token's text to its id, and
+    `puts_space` says whether a space is put before every text that is encoded, as LLaMA's does.
+    """
 
     vocab_size: int
     special_tokens: dict[str, int]
@@ -16,18 +19,18 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a user's text, none of them special. A lone surrogate, which is no character, is read as U+FFFD."""
+        """Ids of a user's text, none of them special. A lone surrogate is read as U+FFFD."""
 
     @abstractmethod
     def encode_with_special(self, text: str) -> list[int]:
-        """Ids of a text written by the program, in which a special token's spelling means the token."""
+        """Ids of a text that the program wrote, in which special tokens are recognized."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """The UTF-8 bytes of each id, joined. A character may be spread over several ids; unused ids give nothing."""
+        """The UTF-8 bytes of ids; an id may hold part of a character, and an unused id is empty."""
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
 
     @abstractmethod
@@ -40,10 +43,9 @@ class Tokenizer(ABC):
 
 
 def spelling_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds tokens as they are spelled, the longest first; without tokens it finds nothing."""
-    return re.compile(
-        "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
-    )
+    """A pattern that finds the texts of tokens, the longest first; without tokens, nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def without_surrogates(text: str) -> str:

@@ -1,11 +1,12 @@
-"""Byte-pair encoding of one word: from its bytes up, always merging the pair of neighbours that was learned first.
+"""Byte-pair encoding of one word: of its neighbouring tokens, the pair learned first merges first.
 
-The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in GPT-2. Vocabulary files
-spell a byte as a printable character: itself where it prints in Latin-1, else one from U+0100 on (a space is `Ġ`).
+The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in
+GPT-2. A vocabulary file spells each byte as one printable character: the byte's own in Latin-1 if
+that prints, otherwise one from U+0100 on (a space is `Ġ`).
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import add
 
@@ -19,17 +20,18 @@ BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 _TO_LATIN_1 = {ord(character): byte for character, byte in CHARACTER_TO_BYTE.items()}
 
+REMOVED = -1  # no id, and part of no pair that merges
 CACHED_WORDS = 1 << 17
-CACHED_LENGTH = 64  # characters; a longer word seldom comes twice
+CACHED_LENGTH = 64  # characters; a longer word rarely occurs twice
 
 
-def spell(raw: bytes) -> str:
+def bytes_to_token(raw: bytes) -> str:
     """Bytes as a vocabulary file spells them."""
     return raw.decode("latin-1").translate(BYTE_TO_CHARACTER)
 
 
-def unspell(token: str) -> bytes:
-    """The bytes that a token of a vocabulary stands for; a token with any other character stands for its own text."""
+def token_to_bytes(token: str) -> bytes:
+    """The bytes that a token spells; one with any other character stands for its own text."""
     try:
         return bytes([CHARACTER_TO_BYTE[character] for character in token])
     except KeyError:
@@ -37,9 +39,11 @@ def unspell(token: str) -> bytes:
 
 
 def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) -> list[int]:
-    """Merge neighbours until no pair of `ranks` is left: lowest rank first, then leftmost. O(n log n); uses up `ids`.
+    """Merge neighbouring ids, lowest rank first, then leftmost, until no pair has a rank.
 
-    A linked list holds the symbols (the right one of a merged pair becomes None), a heap the pairs to merge.
+    `ranks` maps a pair to its rank, and `merged` a rank to the id of the merged token. `ids` is
+    overwritten. O(n log n): a linked list holds the ids (the right one of a merged pair becomes
+    REMOVED), a heap the pairs to merge.
     """
     length = len(ids)
     before, after = list(range(-1, length - 1)), list(range(1, length + 1))
@@ -50,7 +54,7 @@ def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) 
         right = after[left]
         if right == length or ranks.get((ids[left], ids[right])) != rank:
             continue  # one of the two has been merged with its other neighbour since
-        ids[left], ids[right] = merged[rank], None
+        ids[left], ids[right] = merged[rank], REMOVED
         after[left] = following = after[right]
         if following < length:
             before[following] = left
@@ -61,18 +65,19 @@ def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) 
             rank = ranks.get((ids[preceding], ids[left]))
             if rank is not None:
                 heapq.heappush(heap, (rank, preceding))
-    return [id for id in ids if id is not None]
+    return [id for id in ids if id != REMOVED]
 
 
 class _Neighbours(dict[str, bool]):
-    """Whether some token holds two characters side by side. If none does, the text on either side merges on its own.
+    """Whether any token holds two given characters side by side.
 
-    Chinese is written without spaces, so its "words" are whole clauses, each of them new. Cut at such places they
-    become a few characters that come again and again, and the cache answers.
+    If none does, no merge crosses the place between them, and the text can be split there. Chinese
+    is written without spaces, so its "words" are whole clauses, nearly all of them new. Split at
+    such places they become parts of a few characters, which occur often and are in the cache.
     """
 
     def __init__(self, tokens: Iterable[str]):
-        # Tokens that end inside a character: the bytes on the two sides of the character boundaries they hold.
+        # Of tokens that end inside a character: the two bytes around each character boundary.
         self._bytes: set[tuple[int, int]] = set()
         for token in tokens:
             if token.isascii():
@@ -80,7 +85,7 @@ class _Neighbours(dict[str, bool]):
             try:
                 raw = token.translate(_TO_LATIN_1).encode("latin-1")
             except UnicodeEncodeError:
-                continue  # not spelled in bytes, so no merge yields it
+                continue  # does not spell bytes, so no merge makes it
             if raw.isascii():
                 continue
             try:
@@ -97,9 +102,9 @@ class _Neighbours(dict[str, bool]):
 
 
 class BytePairEncoder:
-    """Encodes words with a vocabulary (token to id) and its merges, in the order they were learned."""
+    """Encodes words with a vocabulary (token to id) and its merges in the order of learning."""
 
-    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
+    def __init__(self, vocab: dict[str, int], merges: Iterable[Sequence[str]]):
         missing = [byte for byte, character in BYTE_TO_CHARACTER.items() if character not in vocab]
         if missing:
             raise NanoVLMError(
@@ -123,7 +128,7 @@ class BytePairEncoder:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The merges as ids, first learned first."""
+        """The merges as pairs of ids, in the order of learning."""
         return sorted(self._ranks, key=self._ranks.__getitem__)
 
     def encode(self, word: str) -> list[int]:

@@ -1,8 +1,10 @@
-r"""Cutting a text into words before byte-pair encoding, as the `tokenizers` package does, on the standard library.
+r"""Pre-tokenization: normalizing a text and splitting it into words before byte-pair encoding.
 
-A `tokenizer.json` names its patterns in the Oniguruma dialect, whose `\p{L}` (letter), `\p{N}` (number) and `\p{M}`
-(mark) Python's `re` lacks. Their members come from `unicodedata`; the tables below add what a Python may be too old to
-know, so that every Python up to Unicode 16 gives the same words. What is not implemented is refused, never skipped.
+Equal to the `tokenizers` package, on the standard library. A `tokenizer.json` gives its patterns in
+the Oniguruma dialect, whose `\p{L}` (letter), `\p{N}` (number) and `\p{M}` (mark) Python's `re`
+lacks. Their members come from `unicodedata`; the tables below add those that an older Python does
+not know, so that every Python up to Unicode 16 gives the same words. Unimplemented settings are
+refused.
 """
 
 import re
@@ -12,33 +14,35 @@ from functools import lru_cache
 
 from nanovlm.errors import NanoVLMError
 
-# The patterns of Qwen2, Qwen2.5 and Qwen3, and of GPT-2 (`ByteLevel` with `use_regex`), for files that name none.
+# The patterns of Qwen2 to Qwen3 and of GPT-2 (`ByteLevel` with `use_regex`), for files without one.
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Oniguruma's classes are those of Unicode 16, Python 3.11's those of Unicode 14. These are the code points between.
+# Oniguruma's classes follow Unicode 16, Python 3.11's Unicode 14. These code points are new since.
 NEW_IN_UNICODE_15_AND_16 = {
-    "L": "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 1123f-11240 11380-11389 1138b "
-    "1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa "
-    "16100-1611d 16d40-16d6c 18cff 1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 "
-    "2ebf0-2ee5d 31350-323af",
-    "M": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2 113e1-113e2 "
-    "11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
-    "N": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 "
-    "1e5f1-1e5fa",
+    "L": "1c89-1c8a a7cb-a7cd a7da-a7dc 105c0-105f3 10d4a-10d65 10d6f-10d85 10ec2-10ec4 "
+    "1123f-11240 11380-11389 1138b 1138e 11390-113b5 113b7 113d1 113d3 11bc0-11be0 11f02 "
+    "11f04-11f10 11f12-11f33 1342f 13441-13446 13460-143fa 16100-1611d 16d40-16d6c 18cff "
+    "1b132 1b155 1df25-1df2a 1e030-1e06d 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 2b739 2ebf0-2ee5d "
+    "31350-323af",
+    "M": "897 cf3 ece 10d69-10d6d 10efc-10eff 11241 113b8-113c0 113c2 113c5 113c7-113ca "
+    "113cc-113d0 113d2 113e1-113e2 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f5a 13440 "
+    "13447-13455 1611e-1612f 1e08f 1e4ec-1e4ef 1e5ee-1e5ef",
+    "N": "10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16d70-16d79 1ccf0-1ccf9 "
+    "1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa",
 }
-# The NFC of `tokenizers` follows Unicode 9: later combining marks are inert to it, neither reordered nor composed.
+# The NFC of `tokenizers` follows Unicode 9: it neither reorders nor composes later combining marks.
 NEW_MARKS_SINCE_UNICODE_9 = (
-    "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 10eab-10eac 10f46-10f50 "
-    "10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 "
-    "16ff0-16ff1 1e130-1e136 1e2ae 1e2ec-1e2ef"
+    "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 "
+    "10eab-10eac 10f46-10f50 10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e "
+    "11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 16ff0-16ff1 1e130-1e136 1e2ae "
+    "1e2ec-1e2ef"
 )
-WHITE_SPACE = (
-    "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"  # Unicode's; Python's `\s` adds 1c to 1f
-)
+# Unicode's white space; Python's `\s` adds 1c to 1f.
+WHITE_SPACE = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"
 
 
 def _ranges(table: str) -> list[tuple[int, int]]:
@@ -69,29 +73,31 @@ def _character_classes() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _normalization_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What normalization may touch, and in it long runs of combining marks."""
+    """Patterns of the text that NFC may change, and of long runs of combining marks in it."""
     inert = " ".join(
         [NEW_MARKS_SINCE_UNICODE_9, NEW_IN_UNICODE_15_AND_16["L"], NEW_IN_UNICODE_15_AND_16["M"]]
     )
     touched = re.compile(f"[^{_set(_ranges(inert))}]+")
-    marks = (
-        chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))
-    )  # the higher planes have none
+    # Planes 2 and above have no combining marks.
+    marks = (chr(code) for code in range(0x20000) if unicodedata.combining(chr(code)))
     return touched, re.compile(f"[{''.join(filter(touched.match, marks))}]{{32,}}")
 
 
 def nfc(text: str) -> str:
-    """Canonical composition (Unicode NFC) as `tokenizers` computes it, on every Python alike."""
+    """Canonical composition (Unicode NFC) as `tokenizers` computes it, alike on every Python."""
     if unicodedata.is_normalized("NFC", text):
         return text
     touched, mark_runs = _normalization_patterns()
-    # Python orders marks by insertion, in quadratic time; it is linear on runs that are in order already.
+    # Python sorts marks by insertion, in quadratic time, but linear for runs in order already.
     text = mark_runs.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
     return touched.sub(lambda part: unicodedata.normalize("NFC", part[0]), text)
 
 
 def translate_pattern(pattern: str) -> re.Pattern[str]:
-    r"""Compile an Oniguruma pattern with `re`, from `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both share."""
+    r"""Compile an Oniguruma pattern with `re`.
+
+    Implemented are `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both dialects share.
+    """
     classes, translated, in_set = _character_classes(), [], False
     for token in re.findall(r"\\[pP]\{[^}]*\}|\\.|&&|\}\+|.", pattern, re.DOTALL):
         if token in classes:
@@ -99,13 +105,9 @@ def translate_pattern(pattern: str) -> re.Pattern[str]:
         elif token == r"\S" and not in_set:
             token = "[^" + classes[r"\s"] + "]"
         elif token[0] == "\\" and token[1].isalnum() and token not in (r"\r", r"\n", r"\t"):
-            raise NanoVLMError(
-                f"pattern {pattern!r}: {token} is not implemented; use a tokenizer without it"
-            )
+            raise _unimplemented(f"pattern {pattern!r}: {token}")
         elif token in ("[", "&&") if in_set else token in ("^", "$", "}+"):
-            raise NanoVLMError(
-                f"pattern {pattern!r}: {token!r} here is not implemented; use a tokenizer without it"
-            )
+            raise _unimplemented(f"pattern {pattern!r}: {token!r} here")
         elif token in "[]":
             in_set = token == "["
         translated.append(token)
@@ -117,15 +119,16 @@ def translate_pattern(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def check_settings(what: str, spec: dict, **implemented: tuple | None) -> None:
-    """Refuse a setting that is not among the `implemented` values of its key; None stands for any value."""
+def check_settings(where: str, spec: dict, **implemented: tuple | None) -> None:
+    """Refuse a value that is not among the `implemented` ones of its key; None allows any."""
     for key, value in spec.items():
-        if key not in implemented or (
-            implemented[key] is not None and value not in implemented[key]
-        ):
-            raise NanoVLMError(
-                f"{what}: {key} = {value!r:.80} is not implemented; use a tokenizer without it"
-            )
+        allowed = implemented.get(key, ())
+        if allowed is not None and value not in allowed:
+            raise _unimplemented(f"{where}: {key} = {value!r:.80}")
+
+
+def _unimplemented(setting: str) -> NanoVLMError:
+    return NanoVLMError(f"{setting} is not implemented; use a tokenizer without it")
 
 
 def _steps(spec: dict | None, children: str) -> list[dict]:
@@ -139,8 +142,8 @@ def _steps(spec: dict | None, children: str) -> list[dict]:
     return [step for child in spec.get(children, []) for step in _steps(child, children)]
 
 
-def reads_nfc(normalizer: dict | None) -> bool:
-    """Whether a `tokenizer.json` normalizer means NFC (or nothing at all); any other is refused."""
+def read_normalizer(normalizer: dict | None) -> bool:
+    """Whether the normalizer of a `tokenizer.json` is NFC or none; any other is refused."""
     steps = _steps(normalizer, "normalizers")
     for step in steps:
         if step["type"] != "NFC":
@@ -151,49 +154,41 @@ def reads_nfc(normalizer: dict | None) -> bool:
 
 
 def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
-    """The patterns that a `tokenizer.json` pre-tokenizer cuts with, one after the other.
+    """The patterns by which the pre-tokenizer of a `tokenizer.json` splits, in order.
 
     Implemented are isolating `Split`s and `Digits`, followed by one `ByteLevel`.
     """
     patterns = []
-    *cuts, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
+    *splits, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
     if last["type"] != "ByteLevel":
         raise NanoVLMError(
             f"pre-tokenizer: ends with {last['type']}; only byte-level ones (ByteLevel) are read"
         )
-    for step in cuts:
+    for step in splits:
         if step["type"] == "Split" and isinstance(step.get("pattern"), dict):
-            check_settings(
-                "Split", step, type=None, pattern=None, behavior=("Isolated",), invert=(False,)
-            )
+            behaviour = {"behavior": ("Isolated",), "invert": (False,)}
+            check_settings("Split", step, type=None, pattern=None, **behaviour)
             regex, literal = step["pattern"].get("Regex"), step["pattern"].get("String", "")
             patterns.append(
                 re.compile(re.escape(literal)) if regex is None else translate_pattern(regex)
             )
         elif step["type"] == "Digits":
             check_settings("Digits", step, type=None, individual_digits=(True, False))
-            patterns.append(
-                translate_pattern(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-            )
+            number = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+            patterns.append(translate_pattern(number))
         else:
-            raise NanoVLMError(
-                f"pre-tokenizer {step['type']} is not implemented; use a tokenizer without it"
-            )
+            raise _unimplemented(f"pre-tokenizer {step['type']}")
     check_settings(
-        "ByteLevel",
-        last,
-        type=None,
-        add_prefix_space=(False,),
-        trim_offsets=None,
+        "ByteLevel", last, type=None, add_prefix_space=(False,), trim_offsets=None,
         use_regex=(True, False),
-    )
+    )  # fmt: skip
     if last.get("use_regex", True):
         patterns.append(translate_pattern(GPT2_PATTERN))
     return patterns
 
 
-def cut(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
-    """The words of a text: each pattern's matches, and what lies between them, become words of their own."""
+def pre_tokenize(text: str, patterns: list[re.Pattern[str]]) -> list[str]:
+    """The words of a text: each pattern splits them further, into its matches and the rest."""
     words = [text]
     for pattern in patterns:
         pieces = []

@@ -1,8 +1,9 @@
-"""SentencePiece models behind the common interface. The algorithm is the `sentencepiece` package's.
+"""SentencePiece models (LLaMA); the `sentencepiece` package does the encoding.
 
-A model's user-defined symbols are found by `sentencepiece` in any text, so a user could type one (even in full-width
-letters, which normalization turns into ASCII). They are therefore handed to the package as control symbols, a type it
-never finds in text: one byte per symbol is changed in memory, and what the user typed is encoded like other words.
+The package finds a model's user-defined symbols in any text, so that a user could type one (even in
+full-width letters, which normalization turns into ASCII). They are therefore given to the package
+as control symbols, which it never finds in a text: one byte per symbol is changed in memory, and
+the user's spelling of one is encoded as ordinary text.
 """
 
 import json
@@ -17,7 +18,7 @@ from nanovlm.utils.files import read_json, write_atomically
 
 MODEL_FILE, ADDED_TOKENS_FILE = "tokenizer.model", "added_tokens.json"
 SPACE = "\u2581"  # how a piece spells a space
-# Types of a piece, and the field numbers below, are those of sentencepiece_model.proto.
+# Types of pieces, and the field numbers below, from sentencepiece_model.proto.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 
@@ -54,14 +55,15 @@ def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, in
 
 
 def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
-    """The text and type of each piece, whether a space begins a text, and the model without user-defined pieces."""
+    """Text and type of each piece, whether a space is put first, and the patched model.
+
+    In the patched model user-defined pieces are control pieces.
+    """
     pieces, patched = [], bytearray(model)
-    puts_space = {
-        3: True,
-        4: True,
-    }  # add_dummy_prefix, remove_extra_whitespaces: true unless the model says otherwise
+    # add_dummy_prefix and remove_extra_whitespaces: true unless the model says otherwise.
+    puts_space = {3: True, 4: True}
     for part, start, end in _fields(model, 0, len(model)):
-        if part == 1:
+        if part == 1:  # a piece
             piece, kind = "", 1
             for field, first, last in _fields(model, start, end):
                 if field == 1:
@@ -70,7 +72,7 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
                     kind = model[first]
                     patched[first] = CONTROL if kind == USER_DEFINED else kind
             pieces.append((piece, kind))
-        elif part == 3:
+        elif part == 3:  # the normalizer
             for field, first, _ in _fields(model, start, end):
                 if field in puts_space:
                     puts_space[field] = bool(model[first])
@@ -80,12 +82,14 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. Its control, unknown and user-defined pieces are the special tokens, besides those added.
+    """A SentencePiece model.
 
-    Each call of `encode` is one text to the model: a model trained with `add_dummy_prefix` puts a space before each
-    segment of a conversation that is encoded on its own. `decode` drops the first of them, `decode_bytes`, which may be
-    given one id at a time, none. Training with `add_dummy_prefix=False, remove_extra_whitespaces=False` avoids them.
-    Without `byte_fallback` a character the model lacks becomes `<unk>`, the one special id that a user's text can give.
+    Its special tokens are the control, unknown and user-defined pieces, and those added. A model
+    trained with `add_dummy_prefix` puts a space before every text that is encoded, so before each
+    segment of a conversation. `decode` drops the first of these spaces, `decode_bytes`, which may
+    be given one id at a time, none. Training with `add_dummy_prefix=False,
+    remove_extra_whitespaces=False` avoids them. Without byte fallback (`byte_fallback`) a character
+    outside the vocabulary becomes `<unk>`, the only special id that a user's text can give.
     """
 
     def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None):
@@ -95,9 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = SentencePieceProcessor(model_proto=patched)
         except (ValueError, IndexError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            raise NanoVLMError(
-                f"is not a SentencePiece model, or a damaged one ({reason})"
-            ) from None
+            raise NanoVLMError(f"is not a SentencePiece model, or damaged ({reason})") from None
         self.special_tokens = {
             piece: id
             for id, (piece, kind) in enumerate(self._pieces)
@@ -111,15 +113,18 @@ class SentencePieceTokenizer(Tokenizer):
         for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
             if (next_id := self.add_special_token(text)) != id:
                 raise NanoVLMError(
-                    f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; of another model?"
+                    f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; "
+                    "is it another model's?"
                 )
 
     @classmethod
     def from_file(
         cls, path: str | Path, added_tokens: dict[str, int] | None = None
     ) -> "SentencePieceTokenizer":
-        """Read a model file, and the `added_tokens.json` beside it if there is one; `added_tokens` are those that another
-        file tells of, which may name the model's own once more."""
+        """Read a model file and, if there is one, the `added_tokens.json` beside it.
+
+        `added_tokens` (text to id) come from another file and may repeat the model's own.
+        """
         path = Path(path)
         added_path = path.with_name(ADDED_TOKENS_FILE)
         added_tokens = (added_tokens or {}) | (read_json(added_path) if added_path.exists() else {})
@@ -159,7 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
         return b"".join(self._bytes(id, skip_special) for id in ids)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids, without the space that the model puts before every text."""
+        """The text of ids, without the space that the model puts before a text."""
         text = super().decode(ids, skip_special)
         return text.removeprefix(" ") if self.puts_space else text
 
@@ -169,7 +174,8 @@ class SentencePieceTokenizer(Tokenizer):
                 raise NanoVLMError("special token '': is empty; give it a text")
             if text in self._ordinary:
                 raise NanoVLMError(
-                    f"special token {text!r}: ordinary text gives that piece too; choose another text"
+                    f"special token {text!r}: ordinary text gives that piece too; "
+                    "choose another text"
                 )
             self.special_tokens[text] = self._added[text] = self.vocab_size
             self._texts[self.vocab_size] = text
@@ -178,7 +184,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.special_tokens[text]
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.model`, the same bytes as were read, and `added_tokens.json`."""
+        """Write `tokenizer.model`, byte for byte as it was read, and `added_tokens.json`."""
         folder = Path(folder)
         write_atomically(folder / ADDED_TOKENS_FILE, json.dumps(self._added, ensure_ascii=False))
         write_atomically(folder / MODEL_FILE, self._model)

@@ -11,7 +11,8 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.image_configs import parse_image_config, read_processor
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import join_parts, load_model
-from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS, toy_model
+from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
+from nanovlm.hub.toy import toy_model
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.shapes import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
+from nanovlm.hub.toy import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
 from nanovlm.training.settings import FREE_TO_CHANGE, GROUPS, RunSettings, Settings, flag
 from nanovlm.utils.config import from_dict, unknown_key
 from nanovlm.utils.parser import CommandParser

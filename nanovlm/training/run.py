@@ -137,7 +137,8 @@ def encode_images(
                 continue
         if pixels:
             parts = torch.cat(list(pixels.values())).split(ENCODED_AT_ONCE)
-            patches = torch.cat([model.look(part.to(precision.device)).cpu() for part in parts])
+            on_device = (part.to(precision.device) for part in parts)
+            patches = torch.cat([model.vision_features(part).cpu() for part in on_device])
             features |= zip(pixels, patches.split([len(tiles) for tiles in pixels.values()]))
     return features
 

@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.config import RENAMED_VALUES
 
 PARTS = ("projector", "language_model", "vision_encoder")  # of VisionLanguageModel
-# Values that had other names before version 0.2.
-RENAMED_VALUES = {
-    "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
-    "train": {"text": "language_model", "vision": "vision_encoder"},
-}
 # Settings outside the group "run" that may change when a run is resumed, since they do not change
 # its result. The training loop checks that processes × batch size × accumulate stay the same.
 FREE_TO_CHANGE = ("workers", "device", "parallel", "compile", "batch_size", "accumulate")
@@ -218,12 +214,10 @@ class Settings(
     """
 
     def __post_init__(self) -> None:
-        for name, renamed in RENAMED_VALUES.items():
-            for value in getattr(self, name).split(","):
-                if value.strip() in renamed:
-                    raise NanoVLMError(
-                        f"{flag(name)} {value.strip()} is now {flag(name)} {renamed[value.strip()]}"
-                    )
+        for name in ("dtype", "train"):
+            for value in map(str.strip, getattr(self, name).split(",")):
+                if new := RENAMED_VALUES.get(value):
+                    raise NanoVLMError(f"{flag(name)} {value} is now {flag(name)} {new}")
         for checked in dataclasses.fields(self):
             value, limit = getattr(self, checked.name), checked.metadata["limit"]
             if not limit.holds(value):

@@ -1,1 +1,1 @@
-"""What every part needs: configs, console, devices, files, figures."""
+"""What every other part of the package uses: configs, console, devices, files, figures."""

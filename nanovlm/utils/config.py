@@ -1,18 +1,24 @@
-"""Reading settings strictly: a key nobody knows, or a value nobody implements, is an error and never ignored."""
+"""Reading settings strictly: an unknown key or a value of the wrong type is an error."""
 
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from nanovlm.errors import NanoVLMError
 
-T = TypeVar("T")
 
-MAX_LAYERS = 1000  # layers are built before any tensor is compared: a damaged number must not fill the memory
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-# Settings and parts that had other names before version 0.2.
+T = TypeVar("T", bound=Dataclass)
+
+# Layers are built before any tensor is compared: a damaged number must not fill the memory.
+MAX_LAYERS = 1000
+# Settings and parts by the names they had before version 0.2.
 RENAMED = {
     "vision": "vision_encoder",
     "text": "language_model",
@@ -23,6 +29,14 @@ RENAMED = {
     "lr_text": "lr_language_model",
     "lr_vision": "lr_vision_encoder",
 }
+# Values of settings by the names they had before version 0.2.
+RENAMED_VALUES = {
+    "vision": "vision_encoder",
+    "text": "language_model",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -31,14 +45,15 @@ def unknown_key(key: str, known: Collection[str], where: str) -> NanoVLMError:
     if RENAMED.get(key) in known:
         return NanoVLMError(f"{where}: key {key!r} is now {RENAMED[key]!r}; rename it")
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return NanoVLMError(
-        f"{where}: unknown key {key!r}"
-        + (f"; did you mean {near[0]!r}?" if near else "; remove it")
-    )
+    advice = f"did you mean {near[0]!r}?" if near else "remove it"
+    return NanoVLMError(f"{where}: unknown key {key!r}; {advice}")
 
 
 def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None) -> T:
-    """Build a flat dataclass from a dictionary, checking every key and every type. Lists become tuples."""
+    """Build a flat dataclass from a dictionary, checking every key and type. Lists become tuples.
+
+    `where` (a file, or the name of the class) begins the message of a `NanoVLMError`.
+    """
     where = where or cls.__name__
     if not isinstance(config, Mapping):
         raise NanoVLMError(f"{where}: expected a table of settings, found {type(config).__name__}")
@@ -47,52 +62,47 @@ def from_dict(cls: type[T], config: Mapping[str, Any], where: str | None = None)
     for key, value in config.items():
         if key not in fields:
             raise unknown_key(key, fields, where)
-        values[key] = tuple(value) if isinstance(value, list) else value
-        expected = fields[key].type
-        if dataclasses.is_dataclass(expected):
-            values[key] = from_dict(expected, value)
-            continue
-        if isinstance(expected, type):
-            accepted = (int, float) if expected is float else expected
-            if not isinstance(values[key], accepted) or (
-                isinstance(value, bool) and expected is not bool
-            ):
-                raise NanoVLMError(
-                    f"{where}: {key} is {value!r}, expected {TYPE_NAMES.get(expected, expected.__name__)}"
-                )
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise NanoVLMError(f"{where}: key {missing[0]!r} is missing")
+        values[key] = _read_value(value, fields[key].type, f"{where}: {key}")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise NanoVLMError(f"{where}: key {name!r} is missing")
     return cls(**values)
 
 
+def _read_value(value: Any, expected: Any, where: str) -> Any:
+    """The value as a field of type `expected` holds it; only plain types are checked."""
+    if not isinstance(expected, type):  # such as `str | None`
+        return tuple(value) if isinstance(value, list) else value
+    if dataclasses.is_dataclass(expected):
+        return from_dict(expected, value)
+    read = tuple(value) if isinstance(value, list) else value
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(read, accepted) or (isinstance(value, bool) and expected is not bool):
+        wanted = TYPE_NAMES.get(expected, expected.__name__)
+        raise NanoVLMError(f"{where} is {value!r}, expected {wanted}")
+    return read
+
+
 def check_numbers(part: Any) -> None:
-    """Refuse a number that no part of a model can have: one below 0, or 0 where it is not the default."""
+    """Refuse a config with a number below 0, or with 0 where that is not the default."""
+    name = type(part).__name__
     if getattr(part, "num_hidden_layers", 0) > MAX_LAYERS:
         raise NanoVLMError(
-            f"{type(part).__name__}: num_hidden_layers is {part.num_hidden_layers}; "
+            f"{name}: num_hidden_layers is {part.num_hidden_layers}; "
             f"it has to be at most {MAX_LAYERS}"
         )
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if type(value) in (int, float) and (value < 0 or (value == 0 and field.default != 0)):
-            raise NanoVLMError(
-                f"{type(part).__name__}: {field.name} is {value}; it has to be above 0"
-            )
+            raise NanoVLMError(f"{name}: {field.name} is {value}; it has to be above 0")
 
 
-def check_divides(part: Any, whole: str, share: str) -> None:
-    """Refuse a part of which one number is no multiple of another."""
-    if getattr(part, whole) % getattr(part, share):
+def check_divides(part: Any, multiple: str, divisor: str) -> None:
+    """Refuse a config in which the field `multiple` is not a multiple of the field `divisor`."""
+    if getattr(part, multiple) % getattr(part, divisor):
         raise NanoVLMError(
-            f"{type(part).__name__}: {whole} = {getattr(part, whole)} is not a multiple of "
-            f"{share} = {getattr(part, share)}"
+            f"{type(part).__name__}: {multiple} = {getattr(part, multiple)} is not a multiple of "
+            f"{divisor} = {getattr(part, divisor)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which device there is, which number format it is fast in, and how the CPU's allocator treats freed memory."""
+"""The device, the compute dtype that is fast on it, and the memory it takes."""
 
 import ctypes
 import sys
@@ -9,75 +9,75 @@ import torch
 from nanovlm.errors import NanoVLMError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # x86's and Arm's, as PyTorch names them
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device asked for, or the best there is: CUDA, Apple's MPS, CPU."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """The device asked for, or the best one available: CUDA, Apple's MPS, CPU."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
-    if not available[name]:
+        return torch.device(available[0])
+    if name not in available:
         raise NanoVLMError(
-            f"device {name!r} is not available here; take one of "
-            f"{', '.join(device for device, there in available.items() if there)}"
+            f"device {name!r} is not available here; take one of {', '.join(available)}"
         )
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format to compute in and, if it is not the one asked for, a sentence that says why.
+    """The compute dtype and, where it is not the one asked for, a sentence that says why.
 
-    bf16 wherever the hardware multiplies in it; elsewhere it is emulated, slower than fp32 and no more exact.
+    bf16 is taken where the hardware multiplies in it; elsewhere it is emulated, which is slower
+    than fp32 and no more exact.
     """
     if name in ("float16", "float32"):
         return DTYPES[name], ""
-    if device.type == "cuda":
-        fast, other = torch.cuda.is_bf16_supported(including_emulation=False), "float16"
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast, other = (
-            any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16")),
-            "float32",
-        )
-    else:
-        fast, other = False, "float32"  # MPS has bf16, but not in every operation used here
-    if fast:
+    if _has_fast_bf16(device):
         return torch.bfloat16, ""
+    other = "float16" if device.type == "cuda" else "float32"
     return DTYPES[other], f"{device.type} has no fast bf16 here, using {other}"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes needed at most so far: on CUDA those that tensors took there, elsewhere those of the whole process.
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(feature) for feature in CPU_BF16_FEATURES)
+    return False  # MPS has bf16, but not in every operation used here
 
-    0 on Windows, which does not tell without a further package.
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at once so far: on CUDA by tensors, elsewhere by the whole process.
+
+    0 on Windows, where the standard library cannot say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if (
-        sys.platform == "linux"
-    ):  # unlike getrusage, this does not count what the parent process held
+    if sys.platform == "linux":
+        # Unlike getrusage, this does not count what the parent process held.
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
         return 0
     import resource  # which Windows lacks
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def give_back_freed_memory(from_bytes: int = 2**16) -> None:
-    """Let glibc's allocator return every freed block of `from_bytes` and more to the system at once.
+    """Let glibc's allocator return every freed block of at least `from_bytes` to the system.
 
-    By default it comes to keep blocks of up to 32 MB to use again. A training step frees temporary tensors between ones
-    that stay, so that the process grows around holes that nothing fits into.
+    By default it keeps blocks of up to 32 MB for reuse. A training step frees temporary tensors
+    between ones that stay, so the process would grow around holes that nothing fits into.
     """
-    if sys.platform == "linux" and hasattr(
-        libc := ctypes.CDLL(None), "mallopt"
-    ):  # elsewhere there is no such setting
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have no such setting
         libc.mallopt(M_MMAP_THRESHOLD, from_bytes)

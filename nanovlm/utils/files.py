@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves either the old file or the new one, never half of one."""
+"""Reading and writing files; a crash at any moment leaves the old file or the new one, whole."""
 
 import json
 import os
@@ -11,7 +11,10 @@ from nanovlm.errors import NanoVLMError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, on failure delete it."""
+    """Yield a temporary path beside `path`.
+
+    On success it is flushed to disk and renamed to `path`, on failure it is deleted.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -20,16 +23,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(
-            path
-        )  # a failing write or flush does not know which file it was about
+        error.filename = error.filename or str(path)  # a failing write or flush does not name it
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def flush_folder(folder: str | Path) -> None:
-    """Have the system write down which names a folder holds, so that a rename outlives a power cut."""
+    """Flush a folder's list of names to disk, so that a rename survives a power cut."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -39,45 +40,48 @@ def flush_folder(folder: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path` in one step."""
+    """Write `data` (text as UTF-8) to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    """Write a JSON object for people to read, in one step."""
+    """Write an indented JSON object to `path` atomically."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def to_jsonl(lines: Iterable[dict]) -> str:
-    """One JSON object a line, Chinese as it is read."""
+    """The text of a .jsonl file, with Chinese characters unescaped."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a .jsonl file of our own; what follows the last end of a line was cut off while it was written."""
+    """Read a .jsonl file that nanovlm wrote, without a last line that was cut off."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object, or say in one line which file is missing or at which line it is broken."""
-    path = Path(path)
+def read_text(path: str | Path) -> str:
+    """Read a text file; a `NanoVLMError` says why it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise NanoVLMError(f"{path}: is not UTF-8 text; was it damaged or compressed?") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; a `NanoVLMError` names the file and the line that is broken."""
+    text, advice = read_text(path), "fetch or write the file again"
+    try:
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise NanoVLMError(
-            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); fetch or write the file again"
+            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); {advice}"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, or lists nested as deep
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested lists
         raise NanoVLMError(
-            f"{path}: is not usable JSON ({type(error).__name__}); fetch or write the file again"
+            f"{path}: is not usable JSON ({type(error).__name__}); {advice}"
         ) from None
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")

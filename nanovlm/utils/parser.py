@@ -1,23 +1,29 @@
-"""The argument parser of every command: no abbreviations, and errors of one line."""
+"""The argument parser of every command: no abbreviations, one-line errors."""
 
 import argparse
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.config import RENAMED
+from nanovlm.utils.config import RENAMED, RENAMED_VALUES
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one `NanoVLMError` that names the flag."""
+    """An argument parser that raises `NanoVLMError`, naming the flag, instead of exiting.
 
-    def __init__(self, **options) -> None:
+    A flag or a value that has been renamed is refused with its new name.
+    """
+
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        for old, new in ((f"--{flag.replace('_', '-')}", name) for flag, name in RENAMED.items()):
-            if message.startswith("unrecognized") and re.search(
-                rf"(?<!\S){old}(?=[\s=]|$)", message
-            ):
-                raise NanoVLMError(f"{old} is now --{new.replace('_', '-')}")
+        if message.startswith("unrecognized"):
+            for old, new in RENAMED.items():
+                flag, new_flag = (f"--{name.replace('_', '-')}" for name in (old, new))
+                if re.search(rf"(?<!\S){flag}(?=[\s=]|$)", message):
+                    raise NanoVLMError(f"{flag} is now {new_flag}")
+        choice = re.fullmatch(r"argument (\S+): invalid choice: '(\w+)' .*", message)
+        if choice and (new := RENAMED_VALUES.get(choice[2])):
+            raise NanoVLMError(f"{choice[1]} {choice[2]} is now {choice[1]} {new}")
         raise NanoVLMError(f"{message}; --help lists the flags")

@@ -1,13 +1,13 @@
-"""Which process of how many this one is, as torchrun says."""
+"""The rank of this process and the number of processes, as torchrun sets them."""
 
 import os
 
 
 def processes() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun's environment says; without it, 0 of 1."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Rank and world size from torchrun's environment variables; without torchrun, 0 and 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and talks."""
+    """Whether this is rank 0, the process that prints and writes files."""
     return processes()[0] == 0

@@ -205,7 +205,7 @@ def test_sizes_are_read_from_headers_and_only_for_tiles(model, images, monkeypat
 def test_too_few_and_too_many_pictures_are_told_with_both_numbers(model, images):
     batch = make(model, [record(0, images["wide"])])[0].batch
     for pixels in (batch.pixels[:3], batch.pixels.repeat(2, 1, 1, 1)):
-        told = f"16 image placeholders and {len(pixels)} pictures of 4 visual tokens fill {4 * len(pixels)};"
+        told = f"16 image placeholders, and {len(pixels)} tiles of 4 visual tokens fill {4 * len(pixels)};"
         with pytest.raises(NanoVLMError, match=told):
             model(dataclasses.replace(batch, pixels=pixels))
 

@@ -24,7 +24,7 @@ from nanovlm.training.building import build_model
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings
 from tests.reference import hub_folders
-from tests.reference.models import byte_pair, qwen, tower
+from tests.reference.models import byte_pair, qwen, vision_model
 
 VISION_ENCODERS, LANGUAGE_MODELS = (
     tuple(hub_folders.VISION_ENCODERS),
@@ -235,11 +235,11 @@ def test_what_cannot_fit_is_one_line(hub: Hub, changes: dict, message: str):
 
 
 def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path):
-    tower(tmp_path, "siglip_vision_model", hidden_size=36)
+    vision_model(tmp_path, "siglip_vision_model", hidden_size=36)
     assert refusal(
         hub.settings("siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28)
     ) == (
-        "patch vectors of 36 numbers are not made of the resampler's 8 heads; take another projector, or another num_heads"
+        "patch vectors of 36 numbers cannot be split into the resampler's 8 heads; take another projector, or another num_heads"
     )
 
 
@@ -250,7 +250,7 @@ def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path)
             ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
             300,
             "",
-            "the tokenizer knows 326 tokens and the decoder 300; they do",
+            "the tokenizer has 326 tokens and the language model 300; they do",
         ),
         (
             ("<|endoftext|>",),

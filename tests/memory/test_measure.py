@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.shapes import ASSETS
+from nanovlm.hub.toy import ASSETS
 from nanovlm.memory.__main__ import main
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import to_toml

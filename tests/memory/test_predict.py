@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.hub.shapes import toy_config
+from nanovlm.hub.toy import toy_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model, take_steps

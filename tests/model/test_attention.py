@@ -8,7 +8,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model import attention
 from nanovlm.model.attention import KVCache, attend, bidirectional_mask, causal_mask
 from nanovlm.model.layers import LayerNorm, RMSNorm
-from nanovlm.model.rotary import frequencies, rotary_embedding, rotate
+from nanovlm.model.rotary import rotary_embedding, rotary_frequencies, rotate
 
 # (query heads, key heads, queries, keys)
 SHAPES = [(4, 4, 7, 7), (4, 2, 7, 7), (6, 1, 5, 5), (4, 2, 1, 9), (4, 1, 1, 1), (6, 3, 3, 11)]
@@ -114,7 +114,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
     def score(query_position: int, key_position: int) -> float:
         at_query, at_key = (
-            rotary_embedding(torch.tensor([[at]]), frequencies(8, 100.0))
+            rotary_embedding(torch.tensor([[at]]), rotary_frequencies(8, 100.0))
             for at in (query_position, key_position)
         )
         return float((rotate(query, at_query) * rotate(key, at_key)).sum())
@@ -157,15 +157,7 @@ def test_rms_norm_backward_is_its_derivative():
 
 
 def test_a_full_cache_says_so():
-    cache = KVCache(
-        num_layers=1,
-        batch=1,
-        num_kv_heads=1,
-        head_dim=2,
-        max_length=3,
-        dtype=torch.float32,
-        device="cpu",
-    )
+    cache = KVCache((1, 1, 1, 3, 2), torch.float32, torch.device("cpu"))
     pair = torch.ones(1, 1, 2, 2)
     keys, _ = cache.append(0, pair, pair)
     assert keys.shape == (1, 1, 2, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, decode
+from nanovlm.generate import Prompt, Sampling, decode
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import load_language_model, save_language_model
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
@@ -326,8 +326,9 @@ def test_the_first_qwen_writes_the_same_with_and_without_a_cache(first_qwen, len
         padding([length, 5], length, left=True),
     )
     with torch.inference_mode():
+        prompt = Prompt(ours.embed_tokens(ids), ids, mask)
         cached, uncached = (
-            list(decode(ours, ours.embed_tokens(ids), ids, mask, 20, (), Sampling(1.0), use_cache))
+            list(decode(ours, prompt, 20, (), Sampling(1.0), use_cache))
             for use_cache in (True, False)
         )
     assert cached == uncached and len(set(next(zip(*cached)))) > 10
@@ -655,25 +656,28 @@ def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
 
 def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router():
     decoder, ids, mask = from_scratch(SCRATCH), random_ids(2, 9), padding([9, 4], 9, left=False)
-    balance: list[Tensor] = []
-    decoder.hidden_states(decoder.embed_tokens(ids), mask, balance=balance)
-    assert balance == []
+    decoder.hidden_states(decoder.embed_tokens(ids), mask)
+    assert decoder.take_balance_loss() is None
     decoder.train()
-    decoder.hidden_states(decoder.embed_tokens(ids), mask, balance=balance)
+    decoder.hidden_states(decoder.embed_tokens(ids), mask)
+    balance = [block.mlp.balance_loss for block in decoder.blocks]
     assert len(balance) == 3 and all(loss.item() >= 0.9 for loss in balance)
-    torch.stack(balance).sum().backward()
+    total = decoder.take_balance_loss()
+    assert total == sum(balance) and decoder.take_balance_loss() is None
+    total.backward()
     assert all(block.mlp.router.weight.grad.any() for block in decoder.blocks)
     other = ids.clone()
     other[1, 4:] = 0
-    again: list[Tensor] = []
-    decoder.hidden_states(decoder.embed_tokens(other), mask, balance=again)
+    decoder.hidden_states(decoder.embed_tokens(other), mask)
+    again = [block.mlp.balance_loss for block in decoder.blocks]
     torch.testing.assert_close(again, balance)  # what stands at padding does not count
 
 
 def test_a_text_beyond_the_table_of_positions_is_refused_and_a_long_row_of_short_ones_is_not():
     decoder = from_scratch(GPT).train()
     with pytest.raises(
-        NanoVLMError, match="a text of 25 tokens exceeds the decoder's 24 positions; shorten it"
+        NanoVLMError,
+        match="a text of 25 tokens exceeds the language model's 24 positions; shorten it",
     ):
         decoder(random_ids(1, 25))
     with pytest.raises(NanoVLMError, match="a text of 25 tokens"):
@@ -724,7 +728,7 @@ def test_as_made_it_begins_like_gpt2():
         ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
         (
             {"tie_word_embeddings": True},
-            "a head of width 32 cannot be the table of 40-wide word vectors",
+            "an output head of width 32 cannot be an embedding table of width 40",
         ),
         ({"experts_per_token": 5}, "experts_per_token is 5 and there are 4 experts"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0"),

@@ -153,10 +153,14 @@ def test_targets_are_ends_or_patterns_of_names(model, targets, layers, expected)
 @pytest.mark.parametrize(
     ("targets", "layers", "expected"),
     [
-        ("q_proj,o_proj", 0, "no layer of the decoder is 'o_proj'; the nearest is 'out_proj'"),
-        ("proj", 0, "no layer of the decoder is 'proj'"),
-        ("blocks.0.*", 1, "no layer of the decoder is 'blocks.0.*'"),
-        ("lm_head", 0, "no layer of the decoder is 'lm_head'"),
+        (
+            "q_proj,o_proj",
+            0,
+            "no layer of the language model is 'o_proj'; the nearest is 'out_proj'",
+        ),
+        ("proj", 0, "no layer of the language model is 'proj'"),
+        ("blocks.0.*", 1, "no layer of the language model is 'blocks.0.*'"),
+        ("lm_head", 0, "no layer of the language model is 'lm_head'"),
         (" , ", 0, "names no layer"),
     ],
 )

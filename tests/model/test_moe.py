@@ -43,7 +43,7 @@ def naive(experts: MixtureOfExperts, hidden_states: Tensor, per_token: int) -> T
 def test_equals_a_loop_over_tokens_forwards_and_backwards(count, per_token, shared):
     experts, x = build(count, per_token, shared), tokens(3, 7).requires_grad_()
     factors, results = tokens(3, 7).flip(0), []
-    for out in (experts(x)[0], naive(experts, x, per_token)):
+    for out in (experts(x), naive(experts, x, per_token)):
         gradients = torch.autograd.grad(
             (out * factors).sum(), [x, *experts.parameters()], allow_unused=True
         )
@@ -64,13 +64,13 @@ def test_an_expert_without_a_token_has_a_gradient_of_zero():
 
 
 def test_no_token_at_all_is_none_at_the_end_too():
-    out, balance = build()(tokens(0))
-    assert out.shape == (0, WIDTH) and balance.item() == 0
+    experts = build()
+    assert experts(tokens(0)).shape == (0, WIDTH) and experts.balance_loss.item() == 0
 
 
 def test_what_other_tokens_are_there_changes_nothing():
     experts, x = build(), tokens(9)
-    torch.testing.assert_close(experts(x)[0][:4], experts(x[:4])[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(experts(x)[:4], experts(x[:4]), atol=1e-6, rtol=0)
 
 
 def test_the_balance_is_one_where_all_are_equally_busy_and_more_where_not():
@@ -88,14 +88,21 @@ def test_the_balance_is_one_where_all_are_equally_busy_and_more_where_not():
     )
 
 
+def balance_of(
+    experts: MixtureOfExperts, x: Tensor, counted: Tensor | None = None
+) -> Tensor | None:
+    experts.counted = counted
+    experts(x)
+    return experts.balance_loss
+
+
 def test_only_tokens_that_are_present_count():
     experts, x = build(), tokens(2, 5)
     present = torch.tensor([[True] * 5, [True, True, False, False, False]])
     x[1, 2:] = 100  # what padding is does not matter
-    _, balance = experts(x, present)
-    _, expected = experts(x[present])
+    balance, expected = balance_of(experts, x, present), balance_of(experts, x[present])
     torch.testing.assert_close(balance, expected)
-    assert not torch.isclose(balance, experts(x)[1])
+    assert not torch.isclose(balance, balance_of(experts, x))
 
 
 def test_the_balance_reaches_the_router_and_makes_the_load_even():
@@ -108,7 +115,7 @@ def test_the_balance_reaches_the_router_and_makes_the_load_even():
     experts.router.weight.data[0, 0] += 2
     balances, loads = [], []
     for _ in range(60):
-        balance = experts(x)[1]
+        balance = balance_of(experts, x)
         optimizer.zero_grad()
         balance.backward()
         assert experts.router.weight.grad.any()
@@ -122,18 +129,18 @@ def test_the_balance_reaches_the_router_and_makes_the_load_even():
 
 def test_there_is_no_balance_where_nothing_learns():
     experts, x = build(), tokens(5)
-    assert experts(x)[1] is not None
+    assert balance_of(experts, x) is not None
     experts.router.requires_grad_(False)
-    assert experts(x)[1] is None
+    assert balance_of(experts, x) is None
     experts.requires_grad_(True).eval()
-    assert experts(x)[1] is None
+    assert balance_of(experts, x) is None
 
 
 def test_under_autocast_probabilities_and_balance_stay_in_fp32():
     experts, x = build(), tokens(50)
-    exact, exact_balance = experts(x)
+    exact, exact_balance = experts(x), experts.balance_loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, balance = experts(x)
+        out, balance = experts(x), experts.balance_loss
         assert experts.router(x).dtype == balance.dtype == torch.float32
     assert out.dtype == torch.bfloat16
     assert (

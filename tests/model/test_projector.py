@@ -226,7 +226,10 @@ def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
             {"activation": "relu"},
             "activation 'relu' is not known; take one of gelu, gelu_pytorch_tanh, quick_gelu, silu",
         ),
-        ({"num_heads": 2}, "patch vectors of 5 numbers are not made of the resampler.s 2 heads"),
+        (
+            {"num_heads": 2},
+            "patch vectors of 5 numbers cannot be split into the resampler.s 2 heads",
+        ),
         ({"num_queries": 0}, "num_queries is 0; it has to be above 0"),
     ],
 )

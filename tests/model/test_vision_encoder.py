@@ -17,7 +17,7 @@ from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.utils.files import read_json
-from tests.reference.models import TOWERS, dinov2, tower, whole_model
+from tests.reference.models import VISION_CLASSES, dinov2, vision_model, whole_model
 
 VARIANTS = {
     "plain": {},
@@ -118,13 +118,15 @@ def reference_states(
     return output.last_hidden_state, output.hidden_states
 
 
-@pytest.fixture(scope="module", params=[*TOWERS, "siglip", "clip", "smolvlm", "idefics3"])
+@pytest.fixture(scope="module", params=[*VISION_CLASSES, "siglip", "clip", "smolvlm", "idefics3"])
 def loaded(
     request: pytest.FixtureRequest, tmp_path_factory
 ) -> tuple[VisionEncoder, PreTrainedModel, Path]:
     """Ours and the reference's, of a tower's folder or a whole model's."""
     folder = tmp_path_factory.mktemp(request.param)
-    reference = (tower if request.param in TOWERS else whole_model)(folder, request.param)
+    reference = (vision_model if request.param in VISION_CLASSES else whole_model)(
+        folder, request.param
+    )
     return load_vision_encoder(folder), reference, folder
 
 
@@ -166,7 +168,7 @@ def test_every_family_in_bfloat16_is_as_close_to_fp32_as_its_reference_is(loaded
 @torch.inference_mode()
 def test_what_an_image_has_beyond_whole_patches_is_cut_off_as_the_reference_does(tmp_path):
     """As SigLIP so400m/14 at 384 pixels: 27 patches a side and 6 pixels that no patch holds."""
-    reference = tower(tmp_path, "siglip_vision_model", image_size=30)
+    reference = vision_model(tmp_path, "siglip_vision_model", image_size=30)
     ours, pixels = load_vision_encoder(tmp_path), picture(30, 30)
     torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0)
     assert ours.config.num_patches(30, 30) == 16
@@ -175,7 +177,7 @@ def test_what_an_image_has_beyond_whole_patches_is_cut_off_as_the_reference_does
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "quick_gelu"])
 @torch.inference_mode()
 def test_every_activation(activation, tmp_path):
-    reference = tower(tmp_path, "clip_vision_model", hidden_act=activation)
+    reference = vision_model(tmp_path, "clip_vision_model", hidden_act=activation)
     ours, pixels = load_vision_encoder(tmp_path), picture(28, 28)
     assert ours.config.hidden_act == activation
     torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0)
@@ -188,7 +190,7 @@ def change_file(folder: Path, change: dict[str, Tensor], drop: tuple[str, ...] =
 
 
 def test_older_files_name_the_tower_and_hold_its_position_numbers(tmp_path):
-    reference = tower(tmp_path, "clip_vision_model")
+    reference = vision_model(tmp_path, "clip_vision_model")
     file = SafetensorsFile(tmp_path / "model.safetensors")
     older = {f"vision_model.{name}": file.tensor(name) for name in file.keys()}
     save_file(
@@ -215,7 +217,7 @@ def test_a_tensor_that_no_part_of_the_model_has_is_an_error(model_type, tmp_path
 
 
 def test_hub_files_leave_out_the_reference_defaults():
-    for config_class, _ in TOWERS.values():
+    for config_class, _ in VISION_CLASSES.values():
         config = config_class()
         assert parse_vision_encoder_config(
             {"model_type": config.model_type}

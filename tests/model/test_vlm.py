@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovlm.data.collate import collate
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, decode, generate
+from nanovlm.generate import Prompt, Sampling, decode, generate
 from nanovlm.hub.models import join_parts, load_model, parse_model_config, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, Message
@@ -127,7 +127,7 @@ def test_changing_an_image_changes_what_follows_it_and_nothing_else(model):
 @torch.inference_mode()
 def test_kept_features_stand_in_for_pixels(model):
     batch, _ = make_batch(model)
-    kept = dataclasses.replace(batch, pixels=None, patches=model.look(batch.pixels))
+    kept = dataclasses.replace(batch, pixels=None, patches=model.vision_features(batch.pixels))
     assert model(kept) == model(batch)
 
 
@@ -154,7 +154,9 @@ def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
     assert generate(other, masked, 5, Sampling(repetition_penalty=1.3))
     tokenizer.add_special_token("<another>")
     tokenizer.save(tmp_path)
-    with pytest.raises(NanoVLMError, match="the tokenizer knows 328 tokens and the decoder 326"):
+    with pytest.raises(
+        NanoVLMError, match="the tokenizer has 328 tokens and the language model 326"
+    ):
         load_model(tmp_path)
 
 
@@ -169,17 +171,17 @@ def test_vision_layer_is_the_one_looked_at(tmp_path):
         vision_layer=-2,
     )
     pixels = torch.randn(1, 3, 28, 28)
-    assert torch.equal(deeper.look(pixels), model.vision_encoder.patches(pixels, -2))
-    assert not torch.equal(deeper.look(pixels), model.look(pixels))
+    assert torch.equal(deeper.vision_features(pixels), model.vision_encoder.patches(pixels, -2))
+    assert not torch.equal(deeper.vision_features(pixels), model.vision_features(pixels))
     assert deeper.image_length == 16
 
 
 @pytest.mark.parametrize(
     "images, message",
     [
-        (2, "the text has 12 image placeholders and 2 pictures of 4 visual tokens fill 8"),
-        (4, "the text has 12 image placeholders and 4 pictures of 4 visual tokens fill 16"),
-        (0, "the text has 12 image placeholders and 0 pictures of 4 visual tokens fill 0"),
+        (2, "the text has 12 image placeholders, and 2 tiles of 4 visual tokens fill 8"),
+        (4, "the text has 12 image placeholders, and 4 tiles of 4 visual tokens fill 16"),
+        (0, "the text has 12 image placeholders, and 0 tiles of 4 visual tokens fill 0"),
     ],
 )
 def test_placeholders_and_pictures_have_to_match(model, images, message):
@@ -270,7 +272,7 @@ def change_config(folder: Path, change) -> None:
         ),
         (
             lambda config: config["language_model"].update(vocab_size=100),
-            "the tokenizer knows 326 tokens and the decoder 100",
+            "the tokenizer has 326 tokens and the language model 100",
         ),
     ],
 )
@@ -305,7 +307,10 @@ def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
     pixels = torch.randn(1, 3, 42, 42)
     with torch.inference_mode():
         torch.testing.assert_close(
-            model.look(pixels), reference(pixels).last_hidden_state[:, 3:], atol=1e-5, rtol=0
+            model.vision_features(pixels),
+            reference(pixels).last_hidden_state[:, 3:],
+            atol=1e-5,
+            rtol=0,
         )
     assert model.image_length == 4
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -417,7 +422,6 @@ def test_left_padding_packing_and_a_shared_beginning_leave_images_as_they_are(sc
 def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
     batch, _ = make_batch(scratch)
     plain = scratch(batch)
-    balance: list[Tensor] = []
     scratch.train()
     try:
         scratch.language_model.hidden_states(
@@ -425,8 +429,8 @@ def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
             batch.attention_mask,
             positions=batch.target_positions,
             groups=scratch.image_groups(batch),
-            balance=balance,
         )
+        balance = [block.mlp.balance_loss for block in scratch.language_model.blocks]
         loss = scratch(batch)
     finally:
         scratch.eval()
@@ -468,13 +472,10 @@ def test_from_scratch_cached_and_uncached_answers_agree(scratch, pad_left):
             list(
                 decode(
                     scratch.language_model,
-                    embeddings,
-                    batch.input_ids,
-                    batch.attention_mask,
+                    Prompt(embeddings, batch.input_ids, batch.attention_mask, groups),
                     8,
                     {-2},
                     use_cache=use_cache,
-                    groups=groups,
                 )
             )
         )
@@ -482,6 +483,6 @@ def test_from_scratch_cached_and_uncached_answers_agree(scratch, pad_left):
     assert [list(row) for row in zip(*answers[0])] == generate(scratch, batch, 8)
     with pytest.raises(
         NanoVLMError,
-        match="a prompt of 16 tokens and 60 new ones exceed the decoder's 64 positions",
+        match="a prompt of 16 tokens and 60 new ones exceed the language model's 64 positions",
     ):
         generate(scratch, batch, 60)

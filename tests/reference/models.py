@@ -1,4 +1,4 @@
-"""The trusted `transformers` models at tiny random sizes, saved as folders, and a whole tiny model of ours."""
+"""Tiny random `transformers` models, the trusted reference, and a tiny model of ours, as folders."""
 
 import json
 from pathlib import Path
@@ -59,19 +59,19 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
 CORPUS = (
     "system\nuser\nassistant\n图中有几个红色的圆形？有三个红色的圆形。左边的蓝色三角形比右边的绿色正方形大。",
-    "A little girl in a pink dress climbs the stairs. Describe the picture. What is left of the red circle?",
+    (
+        "A little girl in a pink dress climbs the stairs. Describe the picture. "
+        "What is left of the red circle?"
+    ),
 )
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Give every parameter values at which it matters; as initialised, biases are 0 and scales are 1."""
+    """Give every parameter random values: as initialised, biases are 0 and scales are 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim in (
-            2,
-            4,
-        ):  # matrices and convolutions keep the size of what passes through
+        if parameter.ndim in (2, 4):  # matrices and convolutions preserve the scale
             noise *= parameter[0].numel() ** -0.5
         elif parameter.ndim == 1 and not name.endswith("bias"):
             noise = 1 + 0.2 * noise
@@ -105,8 +105,8 @@ def dinov2(
     return save(model, folder, seed)
 
 
-# By the tower's name and by that of the whole model it is published in.
-TOWERS = {
+# By the model_type of the vision encoder, and by that of the whole model it is published in.
+VISION_CLASSES = {
     "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
     "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
     "smolvlm_vision": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
@@ -119,7 +119,7 @@ WHOLE_MODELS = {
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
 }
-TOWER_SHAPE = dict(
+VISION_SHAPE = dict(
     hidden_size=24,
     intermediate_size=40,
     num_hidden_layers=3,
@@ -129,16 +129,18 @@ TOWER_SHAPE = dict(
 )
 
 
-def tower(folder: Path, model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A vision tower of three blocks for a 4 × 4 grid of 7-pixel patches, saved to `folder`."""
-    config_class, model_class = TOWERS[model_type]
-    return save(model_class(config_class(**(TOWER_SHAPE | settings))), folder, seed)
+def vision_model(
+    folder: Path, model_type: str, *, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
+    """A vision encoder of three blocks for a 4 × 4 grid of 7-pixel patches, saved to `folder`."""
+    config_class, model_class = VISION_CLASSES[model_type]
+    return save(model_class(config_class(**(VISION_SHAPE | settings))), folder, seed)
 
 
 def whole_model(
     folder: Path, model_type: str, *, seed: int = 0, max_shard_size: str = "1GB", **settings: Any
 ) -> PreTrainedModel:
-    """The tower as a part of a whole model, saved to `folder`. Returns the tower."""
+    """A whole model with such a vision encoder, saved to `folder`. Returns the vision encoder."""
     config_class, model_class = WHOLE_MODELS[model_type]
     text = dict(
         vocab_size=50,
@@ -150,17 +152,11 @@ def whole_model(
     text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     if model_type not in ("siglip", "clip"):
         text |= dict(model_type="llama", num_key_value_heads=2)
-    vision = (
-        TOWER_SHAPE
-        | settings
-        | ({"model_type": "clip_vision_model"} if model_type == "llava" else {})
-    )
-    model = save(
-        model_class(config_class(vision_config=vision, text_config=text)),
-        folder,
-        seed,
-        max_shard_size=max_shard_size,
-    )
+    vision = VISION_SHAPE | settings
+    if model_type == "llava":
+        vision |= {"model_type": "clip_vision_model"}
+    model = model_class(config_class(vision_config=vision, text_config=text))
+    save(model, folder, seed, max_shard_size=max_shard_size)
     names = {"vision_model", "model.vision_model", "model.vision_tower"}
     return next(module for name, module in model.named_modules() if name in names)
 
@@ -173,7 +169,10 @@ def qwen(
     max_shard_size: str = "1GB",
     **settings: Any,
 ) -> PreTrainedModel:
-    """A Qwen2, Qwen3, LLaMA or Mistral of three blocks, saved to `folder`; `settings` are those of its config."""
+    """A Qwen2, Qwen3, LLaMA or Mistral of three blocks, saved to `folder`.
+
+    `settings` are those of its config.
+    """
     classes = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -191,13 +190,15 @@ def qwen(
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
     )
-    return save(
-        model_class(config_class(**(shape | settings))), folder, seed, max_shard_size=max_shard_size
-    )
+    model = model_class(config_class(**(shape | settings)))
+    return save(model, folder, seed, max_shard_size=max_shard_size)
 
 
 def qwen1(folder: Path) -> dict[str, torch.Tensor]:
-    """The recorded model of Qwen's first generation as a hub folder; returns what it was given and what it answered."""
+    """The recorded model of Qwen's first generation as a hub folder.
+
+    Returns the recorded inputs and outputs.
+    """
     stored = load_file(FIXTURES / "qwen1_text.safetensors")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith("fixture.")}
@@ -213,7 +214,7 @@ def qwen1(folder: Path) -> dict[str, torch.Tensor]:
 def byte_pair(
     folder: Path, chat_template: str = "", special: tuple[str, ...] = SPECIAL_TOKENS
 ) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer made like Qwen's, of 320 tokens and `special` ones, saved to `folder`."""
+    """A byte-pair tokenizer like Qwen's, with 320 tokens and `special` ones, saved to `folder`."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -246,8 +247,11 @@ def byte_pair(
 def sentence_piece(
     folder: Path, chat_template: str = "", added: tuple[str, ...] = ("<image>", "<pad>")
 ) -> PreTrainedTokenizerFast:
-    """A folder like LLaVA's: a SentencePiece model made like LLaMA's, and its conversion for `tokenizers`, which is what the
-    reference reads; `added` follow the model's own pieces in `tokenizer_config.json`."""
+    """A folder like LLaVA's: a SentencePiece model, and its conversion for `tokenizers`.
+
+    The reference reads the conversion. `added` tokens follow the model's own pieces in
+    `tokenizer_config.json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokenizer.model", "wb") as file:
         SentencePieceTrainer.train(
@@ -268,6 +272,29 @@ def sentence_piece(
             num_threads=1,
         )
     model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    special = ("<unk>", "<s>", "</s>", *added)
+    tokenizer = _converted(model)
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    numbered = {str(tokenizer.token_to_id(text)): {"content": text, **flags} for text in special}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": numbered,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+        "chat_template": chat_template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=chat_template, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def _converted(model: SentencePieceProcessor) -> tokenizers.Tokenizer:
+    """A SentencePiece model as a byte-pair model with byte fallback."""
     ids = {model.id_to_piece(id): id for id in range(len(model))}
     pairs = [
         (ids[piece], ids[piece[:at]], ids[piece[at:]], piece[:at], piece[at:])
@@ -275,14 +302,9 @@ def sentence_piece(
         for at in range(1, len(piece))
         if not model.is_byte(ids[piece]) and piece[:at] in ids and piece[at:] in ids
     ]
+    merges = [pair[3:] for pair in sorted(pairs)]
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            ids,
-            [pair[3:] for pair in sorted(pairs)],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -295,30 +317,7 @@ def sentence_piece(
             decoders.Strip(" ", 1, 0),
         ]
     )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *added])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-    numbered = {
-        str(tokenizer.token_to_id(text)): {"content": text, **flags}
-        for text in ("<unk>", "<s>", "</s>", *added)
-    }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "added_tokens_decoder": numbered,
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "legacy": True,
-                "chat_template": chat_template,
-            }
-        ),
-        encoding="utf-8",
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=chat_template, bos_token="<s>", eos_token="</s>"
-    )
+    return tokenizer
 
 
 def tiny_vlm(
@@ -328,14 +327,14 @@ def tiny_vlm(
     image: ImageConfig = ImageConfig(28, 28),
     **settings: Any,
 ) -> VisionLanguageModel:
-    """Eyes for 28 × 28 pixels, a voice and a projector, all random: 16 patches, 4 visual tokens a picture by default."""
+    """A random model for images of 28 × 28 pixels, its parts saved to `folder`.
+
+    By default an image has 16 patches and 4 visual tokens. `settings` are the language model's.
+    """
+    vision_folder, language_folder = folder / "vision_encoder", folder / "language_model"
     torch.manual_seed(0)
-    dinov2(folder / "vision_encoder")
-    tokenizer = byte_pair(folder / "language_model")
-    qwen(
-        folder / "language_model",
-        family,
-        **({"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings),
-    )
-    model = join_parts(folder / "vision_encoder", folder / "language_model", projector, image)
-    return model.eval()
+    dinov2(vision_folder)
+    tokenizer = byte_pair(language_folder)
+    settings = {"vocab_size": len(tokenizer), "tie_word_embeddings": True} | settings
+    qwen(language_folder, family, **settings)
+    return join_parts(vision_folder, language_folder, projector, image).eval()

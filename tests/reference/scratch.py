@@ -1,4 +1,4 @@
-"""A whole tiny model around a decoder made from scratch: resampler, reducer, experts, images seen both ways."""
+"""A tiny model around a language model from scratch: resampler, reducer, mixture of experts."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference.models import byte_pair, dinov2, randomise
 
-TEXT = LanguageModelConfig(
+LANGUAGE_CONFIG = LanguageModelConfig(
     hidden_size=32,
     intermediate_size=24,
     num_hidden_layers=3,
@@ -37,21 +37,24 @@ TEXT = LanguageModelConfig(
 
 
 def scratch_vlm(
-    folder: Path, bidirectional_images: bool = True, **text: Any
+    folder: Path, bidirectional_images: bool = True, **settings: Any
 ) -> VisionLanguageModel:
-    """16 patches, 4 visual tokens; `text` are settings of its decoder. The parts are saved to `folder`."""
+    """16 patches and 4 visual tokens an image; `settings` are those of the language model.
+
+    Its parts are saved to `folder`.
+    """
+    vision_folder, language_folder = folder / "vision_encoder", folder / "language_model"
     torch.manual_seed(0)
-    dinov2(folder / "vision_encoder")
-    decoder = LanguageModel(
-        dataclasses.replace(TEXT, vocab_size=len(byte_pair(folder / "language_model")), **text)
-    )
-    randomise(decoder, seed=0)
-    save_language_model(decoder, folder / "language_model")
-    projector = ProjectorConfig("resampler", num_queries=4, num_heads=4)
+    dinov2(vision_folder)
+    vocab_size = len(byte_pair(language_folder))
+    config = dataclasses.replace(LANGUAGE_CONFIG, vocab_size=vocab_size, **settings)
+    language_model = LanguageModel(config)
+    randomise(language_model, seed=0)
+    save_language_model(language_model, language_folder)
     return join_parts(
-        folder / "vision_encoder",
-        folder / "language_model",
-        projector,
+        vision_folder,
+        language_folder,
+        ProjectorConfig("resampler", num_queries=4, num_heads=4),
         ImageConfig(28, 28),
         bidirectional_images=bidirectional_images,
     ).eval()

@@ -12,6 +12,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model, save_model
 from nanovlm.inputs.batch import Batch
+from nanovlm.model.attention import AttentionInputs
 from nanovlm.model.language_model import DecoderBlock, LanguageModelConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
@@ -241,13 +242,17 @@ def test_a_compiled_block_computes_the_same():
         )
     )
     inputs = torch.randn(2, 5, 16)
-    expected = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
+    expected = torch.autograd.grad(
+        block(inputs, AttentionInputs(is_causal=True)).square().sum(), block.parameters()
+    )
     towers = types.SimpleNamespace(
         vision_encoder=types.SimpleNamespace(blocks=[]),
-        decoder=types.SimpleNamespace(blocks=[block]),
+        language_model=types.SimpleNamespace(blocks=[block]),
     )
     compile_blocks(towers, CPU)
-    ours = torch.autograd.grad(block(inputs, is_causal=True).square().sum(), block.parameters())
+    ours = torch.autograd.grad(
+        block(inputs, AttentionInputs(is_causal=True)).square().sum(), block.parameters()
+    )
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -171,7 +171,9 @@ def _log_probability(model, encoded, pixels):
     """Of an answer, from the logits of every position."""
     ids, labels = torch.tensor([encoded.input_ids]), torch.tensor(encoded.labels)
     words = model.language_model.embed_tokens(ids).clone()
-    words[0, ids[0] == model.chat.image_token_id] = model.projector(model.look(pixels))[0]
+    words[0, ids[0] == model.chat.image_token_id] = model.projector(model.vision_features(pixels))[
+        0
+    ]
     logits = model.language_model.logits(model.language_model.hidden_states(words))[0, :-1]
     return -F.cross_entropy(logits, labels[1:], reduction="sum")
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.shapes import ASSETS
+from nanovlm.hub.toy import ASSETS
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings, to_toml
 

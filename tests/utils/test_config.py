@@ -1,4 +1,4 @@
-"""Settings are read strictly: what is not known or not implemented is refused, with the key and what to do."""
+"""Settings are read strictly: an unknown key or an unimplemented value is refused by name."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -32,9 +32,8 @@ class Toy:
 
 def test_from_dict_fills_defaults_and_turns_lists_into_tuples():
     assert from_dict(Toy, {"width": 3}) == Toy(3)
-    assert from_dict(Toy, {"width": 3, "ratio": 2, "mean": [1, 2], "name": None}) == Toy(
-        3, 2, mean=(1, 2)
-    )
+    given = {"width": 3, "ratio": 2, "mean": [1, 2], "name": None}
+    assert from_dict(Toy, given) == Toy(3, 2, mean=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ LLAMA3 = {
         ({}, "model_type is None"),
     ],
 )
-def test_a_decoder_that_is_not_implemented_is_refused(config, message):
+def test_a_language_model_that_is_not_implemented_is_refused(config, message):
     with pytest.raises(NanoVLMError, match=message):
         parse_language_model_config(config)
 
@@ -206,7 +205,7 @@ def test_a_decoder_that_is_not_implemented_is_refused(config, message):
         ),
     ],
 )
-def test_a_vision_transformer_that_is_not_implemented_is_refused(config, message):
+def test_a_vision_encoder_that_is_not_implemented_is_refused(config, message):
     with pytest.raises(NanoVLMError, match=message):
         parse_vision_encoder_config(config)
 
@@ -218,23 +217,19 @@ def test_null_counts_as_left_out():
     assert parse_language_model_config(QWEN2 | null) == parse_language_model_config(QWEN2)
 
 
-def test_how_a_dinov2_saved_by_an_older_library_names_its_stages():
+def test_a_dinov2_saved_by_an_older_library():
     older = {"_out_features": ["stage12"], "_out_indices": [12], "stage_names": ["stem", "stage12"]}
     assert parse_vision_encoder_config(DINOV2 | older) == parse_vision_encoder_config(DINOV2)
 
 
 def test_what_hub_files_leave_out_is_the_reference_default():
+    parse = parse_language_model_config
     for config in (Qwen2Config(), Qwen3Config(), LlamaConfig()):
-        assert parse_language_model_config(
-            {"model_type": config.model_type}
-        ) == parse_language_model_config(config.to_dict())
-    assert parse_language_model_config(MISTRAL) == parse_language_model_config(
-        MistralConfig(sliding_window=None).to_dict()
-    )
+        assert parse({"model_type": config.model_type}) == parse(config.to_dict())
+    assert parse(MISTRAL) == parse(MistralConfig(sliding_window=None).to_dict())
+    parse = parse_vision_encoder_config
     for config in (Dinov2Config(), Dinov2WithRegistersConfig()):
-        assert parse_vision_encoder_config(
-            {"model_type": config.model_type}
-        ) == parse_vision_encoder_config(config.to_dict())
+        assert parse({"model_type": config.model_type}) == parse(config.to_dict())
 
 
 @pytest.mark.parametrize(

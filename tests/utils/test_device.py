@@ -1,4 +1,4 @@
-"""The choice of device and number format."""
+"""The choice of device and compute dtype."""
 
 import platform
 import subprocess
@@ -34,9 +34,8 @@ def test_bf16_where_it_is_fast_and_a_sentence_where_it_is_not(monkeypatch, asked
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_dtype(asked, CUDA) == (torch.bfloat16, "")
     assert choose_dtype(asked, MPS)[0] == torch.float32 and "mps" in choose_dtype(asked, MPS)[1]
-    assert choose_dtype("float16", CPU) == (torch.float16, "") and choose_dtype(
-        "float32", CUDA
-    ) == (torch.float32, "")
+    assert choose_dtype("float16", CPU) == (torch.float16, "")
+    assert choose_dtype("float32", CUDA) == (torch.float32, "")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
@@ -57,12 +56,10 @@ before = resident()
 del blocks[::2]
 print(before - resident())
 """
-    kept, returned = (
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code, choice], stdout=subprocess.PIPE, check=True
-            ).stdout
-        )
-        for choice in ("keep", "give back")
-    )
+
+    def freed(choice: str) -> float:
+        command = [sys.executable, "-c", code, choice]
+        return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    kept, returned = freed("keep"), freed("give back")
     assert kept < 10 and returned > 45

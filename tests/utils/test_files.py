@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and broken JSON is told by its place."""
+"""Files appear whole or not at all; an error about broken JSON names the line."""
 
 import pytest
 
@@ -10,9 +10,8 @@ def test_text_and_bytes_replace_what_was_there(tmp_path):
     write_atomically(tmp_path / "a", "图\n")
     assert (tmp_path / "a").read_bytes() == "图\n".encode()
     write_atomically(tmp_path / "a", b"\x00")
-    assert (tmp_path / "a").read_bytes() == b"\x00" and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"\x00"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -39,11 +38,9 @@ def test_json_that_cannot_be_used(tmp_path, data, expected):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(NanoVLMError) as caught:
         read_json(tmp_path / "a.json")
-    assert (
-        expected in str(caught.value)
-        and str(caught.value).startswith(str(tmp_path / "a.json"))
-        and "\n" not in str(caught.value)
-    )
+    message = str(caught.value)
+    assert expected in message and message.startswith(str(tmp_path / "a.json"))
+    assert "\n" not in message
 
 
 def test_json_that_is_there_and_json_that_is_not(tmp_path):
