@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from data_tools.make_scenes import make_scenes
+from nanovlm.training.presets import load_settings
 from nanovlm.training.recipes import Recipe, next_commands
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import load_settings
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.processes import is_main
 

@@ -7,9 +7,9 @@ python train_stage2.py --init DIR --data FILE --out runs/mine
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.training.presets import load_settings
 from nanovlm.training.recipes import Recipe, next_commands, preparations
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import load_settings
 from nanovlm.utils.console import run_command, say
 
 

@@ -33,7 +33,7 @@ from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
-from nanovlm.training.settings import load_settings
+from nanovlm.training.presets import load_settings
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.figures import plt
 from nanovlm.utils.files import read_json, write_atomically

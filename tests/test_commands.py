@@ -24,7 +24,8 @@ from nanovlm.hub.adapters import merged_tensors, save_adapter
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model, save_model
 from nanovlm.hub.safetensors import save_file
-from nanovlm.model.lora import LoRAConfig, adapter_parameters, add_adapters
+from nanovlm.model.lora import adapter_parameters, add_adapters
+from nanovlm.training.building import lora_config
 from nanovlm.training.freezing import freeze
 from nanovlm.training.settings import Settings, to_toml
 from tests.runs import metrics
@@ -141,7 +142,7 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
         load_model(tiny.model),
         Settings(train="projector,language_model", lora_rank=4),
     )
-    config = LoRAConfig.from_settings(settings)
+    config = lora_config(settings)
     add_adapters(model.language_model, config)
     freeze(model, settings)
     for parameter in (*adapter_parameters(model), *model.projector.parameters()):

@@ -15,7 +15,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 import nanovlm
-from nanovlm.training.settings import Settings, load_settings
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 GUIDES = ("CONTRIBUTING.md", "CONTRIBUTING.zh-CN.md")

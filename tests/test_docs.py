@@ -16,7 +16,7 @@ import pytest
 
 from nanovlm.data.preferences import parse_pair
 from nanovlm.data.records import parse_record
-from nanovlm.training.settings import load_settings
+from nanovlm.training.presets import load_settings
 from tests.pages import (
     ASSETS,
     ENGLISH,

@@ -31,8 +31,9 @@ from nanovlm.inputs.image import image_pixels, open_image
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.building import build_model, set_up
 from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates
+from nanovlm.training.presets import PRESETS, load_settings
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import PRESETS, Settings, load_settings
+from nanovlm.training.settings import Settings
 from nanovlm.utils.files import read_json
 from tests.runs import metrics
 

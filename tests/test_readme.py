@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from PIL import Image, ImageChops
 
 from data_tools.draw_architecture import draw_architecture
-from nanovlm.training.settings import load_settings
+from nanovlm.training.presets import load_settings
 from tests.pages import ENGLISH, README, REPOSITORY, TEXTS, prose
 
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")

@@ -32,16 +32,13 @@ from nanovlm.memory.predict import TERMS, Prediction, predict
 from nanovlm.memory.shapes import batch_shape, feature_shape, model_config
 from nanovlm.memory.summary import Stage, summary
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings, load_settings, stage_names
+from nanovlm.training.presets import load_settings, stage_names
+from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import run_command
 from nanovlm.utils.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.utils.parser import CommandParser
 
-MODEL = [
-    field.name
-    for field in dataclasses.fields(Settings)
-    if field.metadata["group"] == "model" and field.name != "init"
-]
+MODEL = [field.name for field in dataclasses.fields(ModelSettings) if field.name != "init"]
 
 
 def main() -> None:

@@ -72,8 +72,8 @@ def take_steps(
         for _ in range(settings.accumulate):
             batch = random_batch(model, shape, precision.dtype)
             with precision.autocast():
-                loss = objective(model, batch.to(precision.device))[0]
-            precision.scaled(loss / objective.count(batch)).backward()
+                loss, _ = objective(model, batch.to(precision.device))
+            precision.scaled(loss / objective.count_targets(batch)).backward()
         nn.utils.clip_grad_norm_(trainable, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

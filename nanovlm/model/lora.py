@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.quantization import QuantizedLinear
-from nanovlm.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,6 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise NanoVLMError(f"the rank of a LoRA adapter is {self.rank}; it has to be 1 or more")
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> "LoRAConfig":
-        base = settings.init or f"{settings.vision_encoder} + {settings.language_model}"
-        return cls(
-            settings.lora_rank,
-            settings.lora_alpha or 2.0 * settings.lora_rank,
-            settings.lora_targets,
-            settings.lora_dropout,
-            settings.language_model_layers,
-            base,
-        )
 
 
 class LoRALinear(nn.Module):

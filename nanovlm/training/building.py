@@ -1,4 +1,4 @@
-"""The model that a run starts from, and what a run makes of it before the first step."""
+"""The model that a run starts from, and what is done to it before the first step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,25 +21,19 @@ from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.quantization import quantize_
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import freeze
-from nanovlm.training.settings import Settings
+from nanovlm.training.settings import ModelSettings, Settings, flag
 from nanovlm.utils.console import say
 from nanovlm.utils.files import read_json
 
 
 def build_model(settings: Settings) -> VisionLanguageModel:
-    """The model a run starts from: a folder of ours, eyes and voice joined by a new projector, or all of it at toy widths."""
+    """The model a run starts from.
+
+    A whole one (`--init`), a vision encoder and a language model joined by a new projector, or all
+    of it at toy widths (`--tiny`).
+    """
     if settings.init:
-        unused = [
-            f"--{setting.name.replace('_', '-')}"
-            for setting in dataclasses.fields(settings)
-            if setting.metadata["group"] == "model"
-            and setting.name not in ("init", "tiny")
-            and getattr(settings, setting.name) != setting.default
-        ]
-        if unused:
-            say(
-                f"--init {settings.init} is a whole model, so nothing is made of {', '.join(unused)}"
-            )
+        _say_what_is_unused(settings)
         return load_model(settings.init)
     if settings.objective == "dpo":
         raise NanoVLMError(
@@ -50,10 +44,11 @@ def build_model(settings: Settings) -> VisionLanguageModel:
     _check_folders(settings)
     config = planned_config(settings)
     if read_processor(Path(settings.vision_encoder)) is None:
+        known = settings.vision_encoder in VISION_ENCODERS
         say(
-            f"{settings.vision_encoder}: holds no preprocessor_config.json; images are prepared as for "
-            + (settings.vision_encoder if settings.vision_encoder in VISION_ENCODERS else "DINOv2")
-            + f", {config.image.width}×{config.image.height} pixels"
+            f"{settings.vision_encoder}: holds no preprocessor_config.json; images are prepared as "
+            f"for {settings.vision_encoder if known else 'DINOv2'}, "
+            f"{config.image.width}×{config.image.height} pixels"
         )
     return join_parts(
         settings.vision_encoder,
@@ -67,15 +62,114 @@ def build_model(settings: Settings) -> VisionLanguageModel:
     )
 
 
-def _check_folders(settings: Settings) -> None:
-    """Of published shapes, only the numbers are here: weights and words are the user's to fetch."""
+def set_up(model: VisionLanguageModel, settings: Settings, device: torch.device) -> None:
+    """Quantise, adapt and freeze what `settings` name. Quantised matrices move to `device`."""
+    if settings.quantize:
+        quantize_(model.language_model.blocks, settings.quantize, device)
+    if settings.lora_rank:
+        add_adapters(model.language_model, lora_config(settings))
+    freeze(model, settings)
+
+
+def lora_config(settings: Settings) -> LoRAConfig:
+    """The adapters that `settings` name, for the language model that the run starts from."""
+    return LoRAConfig(
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
+        targets=settings.lora_targets,
+        dropout=settings.lora_dropout,
+        layers=settings.language_model_layers,
+        base_model=settings.init or f"{settings.vision_encoder} + {settings.language_model}",
+    )
+
+
+def planned_config(settings: ModelSettings) -> VLMConfig:
+    """All shapes of the model that `settings` join.
+
+    They are of folders, of which only `config.json` is read, or of published shapes by name.
+    """
+    if settings.vision_encoder in VISION_ENCODERS:
+        vision_encoder = VISION_ENCODERS[settings.vision_encoder].vision_encoder
+    else:
+        vision_encoder = _read_config(
+            parse_vision_encoder_config,
+            settings.vision_encoder,
+            "--vision-encoder",
+            VISION_ENCODERS,
+        )
+    name = settings.language_model_shape or settings.language_model
+    if name in LANGUAGE_MODELS:
+        language_model, chat = LANGUAGE_MODELS[name].language_model, LANGUAGE_MODELS[name].chat
+    else:
+        from_shape = "--language-model-shape" if settings.language_model_shape else ""
+        language_model = _read_config(
+            parse_language_model_config, name, from_shape or "--language-model", LANGUAGE_MODELS
+        )
+        chat = ChatConfig()  # the folder's tokenizer decides, once it is read
+    return VLMConfig(
+        vision_encoder,
+        language_model,
+        *projector_and_image(settings),
+        chat,
+        settings.vision_layer,
+        settings.bidirectional_images,
+    )
+
+
+def projector_and_image(settings: ModelSettings) -> tuple[ProjectorConfig, ImageConfig]:
+    """The projector, and how images are prepared: as the vision encoder's folder says, if it does.
+
+    Where that one crops, which might cut off what is asked about, the whole image is resized.
+    """
+    processor = read_processor(Path(settings.vision_encoder)) if settings.vision_encoder else None
+    if processor is not None:
+        image = parse_image_config(processor)
+    elif settings.vision_encoder in VISION_ENCODERS:
+        image = VISION_ENCODERS[settings.vision_encoder].image
+    else:
+        image = ImageConfig()
+    if image.fit == "crop":
+        image = dataclasses.replace(image, fit="squash", shortest_edge=None)
+    image = dataclasses.replace(
+        image, height=settings.image_size or image.height, width=settings.image_size or image.width
+    )
+    if settings.tiles == 1:
+        image = dataclasses.replace(image, fit="squash", max_tiles=None)
+    elif settings.tiles:
+        image = dataclasses.replace(image, fit="tiles", max_tiles=settings.tiles)
+    projector = ProjectorConfig(
+        settings.projector,
+        settings.grid,
+        settings.scale,
+        settings.projector_activation,
+        settings.projector_bias,
+        settings.num_queries,
+    )
+    return projector, image
+
+
+def _say_what_is_unused(settings: ModelSettings) -> None:
+    """Name the settings of a new model that were given beside a whole one."""
+    unused = [
+        flag(field.name)
+        for field in dataclasses.fields(ModelSettings)
+        if field.name not in ("init", "tiny") and getattr(settings, field.name) != field.default
+    ]
+    if unused:
+        say(
+            f"--init {settings.init} is a whole model, so these have no effect: {', '.join(unused)}"
+        )
+
+
+def _check_folders(settings: ModelSettings) -> None:
+    """Refuse published shapes without folders: weights and tokenizers are for the user to fetch."""
     missing = [
-        f"{flag} DIR, the folder of {shapes[name].hub or name}"
-        for flag, name, shapes in (
+        f"{name} DIR, the folder of {shapes[value].hub or value}"
+        for name, value, shapes in (
             ("--vision-encoder", settings.vision_encoder, VISION_ENCODERS),
             ("--language-model", settings.language_model, LANGUAGE_MODELS),
         )
-        if name in shapes and not Path(name).exists()
+        if value in shapes and not Path(value).exists()
     ]
     if settings.language_model_shape and not settings.language_model:
         missing.append(
@@ -83,7 +177,8 @@ def _check_folders(settings: Settings) -> None:
         )
     if missing:
         raise NanoVLMError(
-            f"only shapes are named here, without weights; fetch and give {', and '.join(missing)}; "
+            "only shapes are named here, without weights; "
+            f"fetch and give {', and '.join(missing)}; "
             "or add --tiny to a preset, which needs none"
         )
     if not settings.vision_encoder or not settings.language_model:
@@ -92,97 +187,18 @@ def _check_folders(settings: Settings) -> None:
         )
 
 
-def planned_config(settings: Settings) -> VLMConfig:
-    """All shapes of the model that `settings` join: of folders, of which only the `config.json` is read, or of published
-    shapes by name."""
-    vision = (
-        VISION_ENCODERS[settings.vision_encoder].vision_encoder
-        if settings.vision_encoder in VISION_ENCODERS
-        else _of_folder(
-            parse_vision_encoder_config,
-            settings.vision_encoder,
-            "--vision-encoder",
-            VISION_ENCODERS,
-        )
-    )
-    name = settings.language_model_shape or settings.language_model
-    text = (
-        LANGUAGE_MODELS[name].language_model
-        if name in LANGUAGE_MODELS
-        else _of_folder(
-            parse_language_model_config,
-            name,
-            "--language-model-shape" if settings.language_model_shape else "--language-model",
-            LANGUAGE_MODELS,
-        )
-    )
-    chat = (
-        LANGUAGE_MODELS[name].chat if name in LANGUAGE_MODELS else ChatConfig()
-    )  # of a folder, the tokenizer decides once it is read
-    return VLMConfig(
-        vision,
-        text,
-        *projector_and_image(settings),
-        chat,
-        settings.vision_layer,
-        settings.bidirectional_images,
-    )
-
-
-def projector_and_image(settings: Settings) -> tuple[ProjectorConfig, ImageConfig]:
-    """What joins eyes and voice, and how the eyes are shown an image: as their folder says, where it says so."""
-    processor = read_processor(Path(settings.vision_encoder)) if settings.vision_encoder else None
-    if processor is not None:
-        image = parse_image_config(processor)
-    else:
-        image = (
-            VISION_ENCODERS[settings.vision_encoder].image
-            if settings.vision_encoder in VISION_ENCODERS
-            else ImageConfig()
-        )
-    if (
-        image.fit == "crop"
-    ):  # which might cut off what is asked about: the whole picture is squashed into the square
-        image = dataclasses.replace(image, fit="squash", shortest_edge=None)
-    image = dataclasses.replace(
-        image, height=settings.image_size or image.height, width=settings.image_size or image.width
-    )
-    if settings.tiles:
-        cuts = settings.tiles > 1
-        image = dataclasses.replace(
-            image, fit="tiles" if cuts else "squash", max_tiles=settings.tiles if cuts else None
-        )
-    return ProjectorConfig(
-        settings.projector,
-        settings.grid,
-        settings.scale,
-        settings.projector_activation,
-        settings.projector_bias,
-        settings.num_queries,
-    ), image
-
-
-def _of_folder(
-    parse: Callable[[dict], Any], folder: str, flag: str, shapes: Mapping[str, Any]
+def _read_config(
+    parse: Callable[[dict], Any], folder: str, name: str, shapes: Mapping[str, Any]
 ) -> Any:
     path = Path(folder) / "config.json"
     if not path.exists():
         known = f"one of {', '.join(shapes)}"
         raise NanoVLMError(
-            f"{flag} {folder}: is no folder with a config.json; give one, or {known}"
+            f"{name} {folder}: is no folder with a config.json; give one, or {known}"
             if folder
-            else f"{flag} is missing; give a folder with a config.json, or {known}"
+            else f"{name} is missing; give a folder with a config.json, or {known}"
         )
     try:
         return parse(read_json(path))
     except NanoVLMError as error:
         raise NanoVLMError(f"{folder}: {error}") from None
-
-
-def set_up(model: VisionLanguageModel, settings: Settings, device: torch.device) -> None:
-    """Quantise, adapt and freeze what `settings` name. What is quantised moves to `device`, the rest stays where it is."""
-    if settings.quantize:
-        quantize_(model.language_model.blocks, settings.quantize, device)
-    if settings.lora_rank:
-        add_adapters(model.language_model, LoRAConfig.from_settings(settings))
-    freeze(model, settings)

@@ -1,4 +1,4 @@
-"""What learns: which parts, how deep, how fast; and what that costs in memory."""
+"""Which parameters are trained, and a table of what each part of the model takes in memory."""
 
 import torch
 from torch import nn
@@ -7,89 +7,96 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.lora import adapter_parameters
 from nanovlm.model.quantization import QuantizedLinear
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.optim.optimizer import AFTER_BLOCKS, PARTS, state_bytes
-from nanovlm.training.settings import Settings
+from nanovlm.training.optim.optimizer import AFTER_BLOCKS, state_bytes
+from nanovlm.training.settings import PARTS, OptimizerSettings, TrainableSettings
+
+BEFORE_BLOCKS = ("embed_tokens", "reducer", "position_embedding")  # of the language model
+COLUMNS = ("part", "parameters", "trainable", "rate", "weights", "gradients", "optimizer")
 
 
-def freeze(model: VisionLanguageModel, settings: Settings) -> None:
-    """Let exactly what `settings` name learn.
+def freeze(model: VisionLanguageModel, settings: TrainableSettings) -> None:
+    """Make exactly the parameters that `settings` name trainable.
 
-    The top blocks of a tower learn with the norm and the resampler after them, and of the decoder with an output head of
-    its own. With LoRA the decoder's own tensors are frozen and adapters learn in their place (`lora.py`), at any depth
-    given. With the word embeddings learns all between them and the first block: a reducer, a table of positions.
+    With the last blocks of the vision encoder its norm and its resampler are trained, with those of
+    the language model its norm and an output head of its own; with the word embeddings all that
+    stands before the first block. With LoRA the language model is frozen but for the adapters.
     """
-    decoder, vision = model.language_model, model.vision_encoder
-    for name, layers, blocks in (
-        ("language_model", settings.language_model_layers, decoder.blocks),
-        ("vision_encoder", settings.vision_encoder_layers, vision.blocks),
-    ):
-        if layers > len(blocks):
-            raise NanoVLMError(
-                f"--{name.replace('_', '-')}-layers is {layers} and there are {len(blocks)} blocks; give at most as many"
-            )
-        if layers and name not in settings.trained_parts:
-            raise NanoVLMError(
-                f"--{name.replace('_', '-')}-layers {layers} says how deep {name} is_trainable, but --train does not name {name}"
-            )
+    _check_depths(model, settings)
     model.requires_grad_(False)
-    for part in PARTS:
-        if part in settings.trained_parts:
-            getattr(model, part).requires_grad_(True)
-    for layers, tower in (
-        (settings.language_model_layers, decoder),
-        (settings.vision_encoder_layers, vision),
-    ):
-        if layers:
-            above = [
-                *tower.blocks[-layers:],
-                *(getattr(tower, name) for name in AFTER_BLOCKS if hasattr(tower, name)),
-            ]
-            tower.requires_grad_(False)
-            for module in above:
+    for name in PARTS:
+        if name in settings.trained_parts:
+            part = model.get_submodule(name)
+            for module in _last_blocks(part, getattr(settings, f"{name}_layers", 0)):
                 module.requires_grad_(True)
+    language_model = model.language_model
     if settings.lora_rank:
-        decoder.requires_grad_(False)
-        for parameter in adapter_parameters(decoder):
+        language_model.requires_grad_(False)
+        for parameter in adapter_parameters(language_model):
             parameter.requires_grad_(True)
     if settings.language_model_embedding:
-        for name in ("embed_tokens", "reducer", "position_embedding"):  # the words' way in
-            if hasattr(decoder, name):
-                getattr(decoder, name).requires_grad_(True)
+        for name in BEFORE_BLOCKS:
+            if hasattr(language_model, name):
+                language_model.get_submodule(name).requires_grad_(True)
 
 
 def is_trainable(module: nn.Module) -> bool:
-    """Whether anything in `module` does."""
+    """Whether any parameter of `module` is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def describe(model: VisionLanguageModel, settings: Settings) -> str:
-    """A table: for each part its parameters, those that learn, their rate, and the bytes of weights, gradients and
-    optimizer state."""
-    lines = [
-        f"{'part':16}{'parameters':>13}{'learn':>13}{'rate':>9}{'weights':>11}{'gradients':>11}{'optimizer':>11}"
-    ]
+def describe(model: VisionLanguageModel, settings: OptimizerSettings) -> str:
+    """A table of parameters, learning rates, and megabytes of weights, gradients and optimizer."""
+    lines = [_line(*COLUMNS)]
     totals = [0.0] * 5
     for part in PARTS:
-        module = getattr(model, part)
+        module = model.get_submodule(part)
         parameters, buffers = list(module.parameters()), list(module.buffers())
         quantized = sum(
             layer.in_features * layer.out_features
             for layer in module.modules()
             if isinstance(layer, QuantizedLinear)
         )
-        learning = [parameter for parameter in parameters if parameter.requires_grad]
-        row = [
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        values = [
             sum(map(torch.numel, parameters)) + quantized,
-            sum(map(torch.numel, learning)),
+            sum(map(torch.numel, trainable)),
             sum(tensor.nbytes for tensor in parameters + buffers),
-            sum(tensor.nbytes for tensor in learning),
-            sum(state_bytes(tensor, settings) for tensor in learning),
+            sum(tensor.nbytes for tensor in trainable),
+            sum(state_bytes(tensor, settings) for tensor in trainable),
         ]
-        totals = [total + value for total, value in zip(totals, row)]
-        lines.append(_line(part, f"{settings.peak_lr(part):.0e}" if learning else "—", row))
-    return "\n".join([*lines, _line("together", "", totals)])
+        totals = [total + value for total, value in zip(totals, values)]
+        lines.append(_values(part, f"{settings.peak_lr(part):.0e}" if trainable else "—", values))
+    return "\n".join([*lines, _values("total", "", totals)])
 
 
-def _line(part: str, rate: str, row: list[float]) -> str:
-    counts = "".join(f"{value / 1e6:12.2f}M" for value in row[:2])
-    return f"{part:16}{counts}{rate:>9}" + "".join(f"{value / 1e6:8.1f} MB" for value in row[2:])
+def _check_depths(model: VisionLanguageModel, settings: TrainableSettings) -> None:
+    for name in ("language_model", "vision_encoder"):
+        layers, count = getattr(settings, f"{name}_layers"), len(getattr(model, name).blocks)
+        flag = f"--{name.replace('_', '-')}-layers"
+        if layers > count:
+            raise NanoVLMError(
+                f"{flag} is {layers} and there are {count} blocks; give at most as many"
+            )
+        if layers and name not in settings.trained_parts:
+            raise NanoVLMError(
+                f"{flag} {layers} says how many blocks of {name} are trained, "
+                f"but --train does not name {name}"
+            )
+
+
+def _last_blocks(part: nn.Module, count: int) -> list[nn.Module]:
+    """The last `count` blocks of a part, with what stands after them; 0: all of the part."""
+    if not count:
+        return [part]
+    after = [getattr(part, name) for name in AFTER_BLOCKS if hasattr(part, name)]
+    return [*part.get_submodule("blocks").children()][-count:] + after
+
+
+def _values(part: str, rate: str, values: list[float]) -> str:
+    counts = [f"{value / 1e6:.2f}M" for value in values[:2]]
+    return _line(part, *counts, rate, *(f"{value / 1e6:.1f} MB" for value in values[2:]))
+
+
+def _line(part: str, *cells: str) -> str:
+    widths = (13, 13, 9, 11, 11, 11)
+    return f"{part:16}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))

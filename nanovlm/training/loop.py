@@ -1,8 +1,9 @@
-"""The training loop, in the order one would tell it: data, forward, backward, step, log, checkpoint."""
+"""The training loop: data, forward, backward, step; then log, validate, save."""
 
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.training.distributed.shares import total
-from nanovlm.training.interruption import Interruption
 from nanovlm.training.monitor.bad_steps import BadSteps
 from nanovlm.training.monitor.flops import Utilisation
 from nanovlm.training.monitor.log import RunLog
@@ -30,370 +30,337 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.recipes import Recipe
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
+from nanovlm.utils.interruption import Interruption
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run trains, on what and how; all that is ready before its first step."""
+
+    settings: Settings
+    model: VisionLanguageModel
+    objective: Objective
+    batches: Batches
+    validation: Batches | None
+    total_steps: int
+    precision: Precision
+    parallel: Parallel
+    tracker: Tracker
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What has to stay the same when the run is resumed, though no setting alone decides it."""
+        per_step = self.settings.batch_size * self.settings.accumulate * self.parallel.world
+        return {"records to train on": len(self.batches.records), "records per step": per_step}
 
 
 @dataclass
 class Progress:
-    """How far a run is, all processes together; a checkpoint keeps all of it. `loss_sum`, `target_count` and `measures`
-    belong to the log line being gathered."""
+    """How far a run is, all processes together. A checkpoint keeps all of it."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     images: int = 0
-    slots: int = 0  # places for tokens in the batches, padding included
-    loss_sum: float = 0.0
-    target_count: int = 0  # labelled tokens, or what else the objective counts
-    measures: list[float] = field(
-        default_factory=list
-    )  # sums of what the objective tells beside the loss
+    slots: int = 0  # positions of the batches, padding included
+    loss_sum: float = 0.0  # this and the next two: of the steps since the last log line
+    target_count: int = 0  # labelled tokens, or pairs
+    measures: list[float] = field(default_factory=list)  # sums of the objective's metrics
     bad_in_a_row: int = 0
     best_val_loss: float | None = None
 
 
 @dataclass
-class Taken:
-    """A step that all processes took; the records are this one's. Its numbers stay on the device until a line is logged,
-    so that no step waits for them."""
+class StepResult:
+    """A step of all processes, until its numbers are read back from the device."""
 
     step: int
-    numbers: Tensor  # gradient norm, summed loss and the objective's other sums, (2 + measures,)
-    targets: int  # what the sums are over: labelled tokens, or what else the objective counts
-    records: list[str]
+    numbers: Tensor  # (2 + metrics,) on the device: gradient norm, summed loss, summed metrics
+    target_count: int  # what the sums are over
+    records: list[str]  # of this process
 
 
-def train(
-    model: VisionLanguageModel,
-    objective: Objective,
-    batches: Batches,
-    validation: Batches | None,
-    settings: Settings,
-    precision: Precision,
-    total_steps: int,
-    run: Path,
-    parallel: Parallel,
-    tracker: Tracker,
-) -> None:
-    """Train the parts of `model` that learn for `total_steps` optimizer steps, logging and saving into `run`.
+def train(run: Run) -> None:
+    """Train the trainable parameters of `run.model` for `run.total_steps` optimizer steps.
 
-    A step takes `settings.accumulate` batches. Their losses are summed over labelled tokens (or what else `objective`
-    counts) and divided by their number in the whole step, so that k batches make the same step as one k times as large.
-    A step whose loss or gradient is not finite changes nothing; its records are named in `bad_steps.jsonl`.
-    Ctrl-C and SIGTERM finish the step, save a checkpoint and exit with 130 and 143.
+    The loss of a step is summed over the targets of its batches and divided by their number, so
+    that k batches make the same step as one that is k times as large. A step whose loss or gradient
+    is not finite changes nothing; its records are named in `bad_steps.jsonl`. Ctrl-C and SIGTERM
+    finish the step, save a checkpoint and exit with 130 and 143.
     """
+    settings, model, precision, parallel = run.settings, run.model, run.precision, run.parallel
     optimizer = build_optimizer(model, settings)
-    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    facts = {
-        "records to learn from": len(batches.records),
-        "records a step takes": settings.batch_size * settings.accumulate * parallel.world,
-    }
-    progress = (
-        _resume(run, model, optimizer, precision, facts, settings, parallel)
-        if settings.resume
-        else Progress()
-    )
-    log, bad_steps = (
-        RunLog(run, progress.step, precision.device),
-        BadSteps(run, progress.step, settings.max_bad_steps),
-    )
-    utilisation = Utilisation(model, precision.device, precision.dtype)
-    samples = (
-        Samples(run, validation.records, progress.step)
-        if validation is not None and parallel.is_main
-        else None
-    )
-    tracker.start(progress.step)
-    skipped, taken = Skipped(len(batches.records), parallel), list[Taken]()
-    loader = batches.loader(
-        progress.step * settings.accumulate,
-        total_steps * settings.accumulate,
-        settings.workers,
-        pin_memory=precision.device.type == "cuda",
-    )
-    bar = tqdm(
-        total=total_steps,
-        initial=progress.step,
-        desc="training",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not parallel.is_main,
-    )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    progress = resume(run, optimizer) if settings.resume else Progress()
+    monitor = Monitor(run, optimizer, progress)
+    first, last = (step * settings.accumulate for step in (progress.step, run.total_steps))
+    loader = run.batches.loader(first, last, settings.workers, precision.device.type == "cuda")
     model.train()
-    with bar, closing(tracker), Interruption() as interruption:
-        while progress.step < total_steps:
-            with log.waiting_for_data():
+    with monitor.bar, closing(run.tracker), Interruption() as interruption:
+        while progress.step < run.total_steps:
+            with monitor.log.waiting_for_data():
                 loaded = [next(loader) for _ in range(settings.accumulate)]
-            step_targets = _count(loaded, objective, progress, skipped)
-            utilisation.add(item.batch for item in loaded)
+            target_count = monitor.count(loaded)  # in the whole step, all processes together
 
             parallel.seed(progress.step)
-            sums = torch.zeros(1 + len(objective.measures), device=precision.device)
-            for batch in parallel.passes(loaded):
+            sums = torch.zeros(1 + len(run.objective.metric_names), device=precision.device)
+            for batch in parallel.micro_batches(loaded):  # gradient accumulation
                 with precision.autocast():
-                    batch_sums = objective(
-                        model, batch.to(precision.device)
-                    )  # over the batch's labelled tokens
-                if (
-                    batch_sums.requires_grad
-                ):  # without images, a projector that learns alone has nothing to learn
-                    precision.scaled(batch_sums[0] / max(step_targets, 1)).backward()
-                sums += batch_sums.detach()
+                    loss, metrics = run.objective(model, batch.to(precision.device))  # summed
+                if loss.requires_grad:  # not if the projector alone is trained and has no image
+                    precision.scaled(loss / max(target_count, 1)).backward()
+                sums += torch.cat((loss.detach()[None], metrics))
 
-            parallel.reduce_gradients(learning)
+            parallel.reduce_gradients(parameters)
             sums = parallel.sum(sums)
-            fits = precision.unscale(learning, parallel.largest)
-            grad_norm = parallel.clip(learning, settings.clip).to(sums)
-            set_learning_rates(
-                optimizer, schedule(progress.step, total_steps, settings.warmup, settings.min_lr)
-            )
-            # Where it is 1, the step changes nothing. It stays on the device, as all else here, so that no step waits.
+            fits = precision.unscale(parameters, parallel.largest)
+            grad_norm = parallel.clip(parameters, settings.clip).to(sums)
+            rate = schedule(progress.step, run.total_steps, settings.warmup, settings.min_lr)
+            set_learning_rates(optimizer, rate)
+            # Where it is 1 the step changes nothing. It is on the device, so that no step waits.
             optimizer.found_inf = (~torch.isfinite(sums[0] + grad_norm)).float()
-            if fits and step_targets:
+            if fits and target_count:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             progress.step += 1
-            taken.append(
-                Taken(
-                    progress.step,
-                    torch.cat((grad_norm[None], sums)),
-                    step_targets,
-                    [where for item in loaded for where in item.records],
-                )
-            )
-            bar.update()
-            last = progress.step == total_steps
-            stopping = parallel.largest(0 if last else interruption.signal)
-            validates = validation is not None and (
-                last or settings.val_every and progress.step % settings.val_every == 0
-            )
-            logs = progress.step % settings.log_every == 0 or last or validates
-            saves = progress.step % settings.save_every == 0 or last or stopping
-            if logs or saves:
-                grad_norm = _settle(
-                    taken, progress, bad_steps, precision, parallel
-                )  # waits until the device is done
-            with log.clock_stopped():
-                val = (
-                    validate(model, objective, validation, precision, parallel) if validates else {}
-                )
-                if logs:
-                    _log(
-                        log,
-                        progress,
-                        objective,
-                        optimizer,
-                        grad_norm,
-                        val | utilisation.read(log.trained_seconds),
-                        bar,
-                    )
-                    tracker.log(log.lines[-1])
-                if validates and (whole := parallel.whole(model)) is not None:
-                    samples.answer(whole, progress.step, precision)
-                    tracker.image("samples", run / "samples.png", progress.step)
-                if _is_best(progress, val) or saves:
-                    _save(run, model, optimizer, progress, precision, facts, val, settings)
-                if last or stopping:
-                    log.draw()
-            if stopping:
-                flags = shlex.join(
-                    [*Recipe.of_command("stage1").flags, "--resume", "--out", str(run)]
-                )
-                say(
-                    f"stopped after step {progress.step} of {total_steps}, all saved; go on with:  "
-                    f"{parallel.launcher} {Path(sys.argv[0]).name} {flags}"
-                )
-                parallel.end()
-                raise SystemExit(128 + stopping)
-    skipped.summarise()
+            monitor.after_step(grad_norm, sums, target_count, loaded, interruption.signal)
+    monitor.skipped.summarise()
+
+
+class Monitor:
+    """What a run shows and writes down: counts, log lines, validations, samples, checkpoints."""
+
+    def __init__(self, run: Run, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        self.run, self.optimizer, self.progress = run, optimizer, progress
+        step, device, is_main = progress.step, run.precision.device, run.parallel.is_main
+        self.log = RunLog(run.folder, step, device)
+        self.bad_steps = BadSteps(run.folder, step, run.settings.max_bad_steps)
+        self.utilisation = Utilisation(run.model, device, run.precision.dtype)
+        self.skipped = Skipped(len(run.batches.records), run.parallel)
+        self.samples: Samples | None = None
+        if run.validation is not None and is_main:
+            self.samples = Samples(run.folder, run.validation.records, step)
+        self.bar = tqdm(
+            total=run.total_steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_main,
+        )
+        run.tracker.start(step)
+        self._unread: list[StepResult] = []  # steps since the last one that was read back
+
+    def count(self, loaded: Sequence[LoadedBatch]) -> int:
+        """Count what all processes have loaded for a step, and name the records that they skipped.
+
+        Returns the number of its targets: labelled tokens, or pairs.
+        """
+        objective, progress = self.run.objective, self.progress
+        targets, samples, tokens, images, slots, skipped = total(
+            sum(objective.count_targets(item.batch) for item in loaded if item.batch is not None),
+            sum(item.samples for item in loaded),
+            sum(item.tokens for item in loaded),
+            sum(item.images for item in loaded),
+            sum(item.slots for item in loaded),
+            sum(len(item.skipped) + len(item.cut) for item in loaded),
+        )
+        progress.samples += samples
+        progress.tokens += tokens
+        progress.images += images
+        progress.slots += slots
+        if skipped:
+            self.skipped.note(loaded)
+        self.utilisation.add(item.batch for item in loaded)
+        return targets
+
+    def after_step(
+        self,
+        grad_norm: Tensor,
+        sums: Tensor,
+        target_count: int,
+        loaded: Sequence[LoadedBatch],
+        signal: int,
+    ) -> None:
+        """Log, validate and save where that is due. A `signal` other than 0 ends the run."""
+        run, progress, settings = self.run, self.progress, self.run.settings
+        numbers = torch.cat((grad_norm[None], sums))
+        records = [record for item in loaded for record in item.records]
+        self._unread.append(StepResult(progress.step, numbers, target_count, records))
+        self.bar.update()
+        last = progress.step == run.total_steps
+        signal = run.parallel.largest(0 if last else signal)
+        validation = run.validation if self._is_due(settings.val_every) else None
+        logs = self._is_due(settings.log_every) or validation is not None
+        saves = self._is_due(settings.save_every) or signal > 0
+        last_norm = self._read_back() if logs or saves else math.nan
+        with self.log.clock_stopped():
+            val = validate(run, validation) if validation is not None else {}
+            if logs:
+                self._log_line(last_norm, val)
+            if validation is not None:
+                self._answer_samples()
+            if self._is_best(val) or saves:
+                save(run, self.optimizer, progress, val.get("val_loss"))
+            if last or signal:
+                self.log.draw()
+        if signal:
+            self._stop(signal)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the step is one of every so many (0: none), or the last one."""
+        step = self.progress.step
+        return step == self.run.total_steps or every > 0 and step % every == 0
+
+    def _read_back(self) -> float:
+        """Read the numbers of the steps so far, which waits for the device; report bad steps.
+
+        Returns the gradient norm of the last one. Under a loss scaler gradients overflow now and
+        then: it drops the step by itself.
+        """
+        progress, precision = self.progress, self.run.precision
+        results, self._unread = self._unread, []
+        norm = math.nan
+        read = torch.stack([result.numbers for result in results]).tolist()
+        for result, (norm, loss, *metrics) in zip(results, read):
+            if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
+                progress.loss_sum += loss
+                sums = progress.measures or [0.0] * len(metrics)
+                progress.measures = [before + new for before, new in zip(sums, metrics)]
+                progress.target_count += result.target_count
+                progress.bad_in_a_row = 0
+            else:
+                progress.bad_in_a_row += 1
+                records = self.run.parallel.all_lines(result.records)
+                self.bad_steps.note(result.step, loss, norm, records, progress.bad_in_a_row)
+        return norm
+
+    def _log_line(self, grad_norm: float, val: dict[str, float | None]) -> None:
+        """Append a line to metrics.jsonl, and begin to gather the next one."""
+        progress, count = self.progress, max(self.progress.target_count, 1)
+        loss = progress.loss_sum / count if progress.target_count else None
+        means = (value / count for value in progress.measures)
+        metrics = dict(zip(self.run.objective.metric_names, means))
+        rates: dict[str, float] = {}
+        for group in self.optimizer.param_groups:  # with layer_decay: the rate of the last block
+            name = f"lr_{group['part']}"
+            rates[name] = max(group["lr"], rates.get(name, 0.0))
+        line = {
+            "step": progress.step,
+            "loss": loss,
+            **metrics,
+            "lr": max(rates.values()),
+            **rates,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "images": progress.images,
+            "slots": progress.slots,
+            **val,
+            **self.utilisation.read(self.log.trained_seconds),
+        }
+        speed = self.log.write(line)
+        self.run.tracker.log(self.log.lines[-1])
+        progress.loss_sum, progress.target_count, progress.measures = 0.0, 0, []
+        shown = ["loss —" if loss is None else f"loss {loss:.3f}"]
+        shown += [f"{name.replace('_', ' ')} {value:.2f}" for name, value in metrics.items()]
+        shown += [f"lr {line['lr']:.1e}", f"{speed['samples']:.1f} samples/s"]
+        self.bar.set_postfix_str(", ".join([*shown, f"{speed['tokens']:,.0f} tokens/s"]))
+
+    def _answer_samples(self) -> None:
+        """Have the model answer a few questions; rank 0 does it, all processes have to call it."""
+        run, step = self.run, self.progress.step
+        whole = run.parallel.whole(run.model)
+        if whole is not None and self.samples is not None:
+            self.samples.answer(whole, step, run.precision)
+            run.tracker.image("samples", run.folder / "samples.png", step)
+
+    def _is_best(self, val: dict[str, float | None]) -> bool:
+        """Whether the validation just done is the best so far; its checkpoint is worth keeping."""
+        loss, best = val.get("val_loss"), self.progress.best_val_loss
+        if loss is None or best is not None and loss >= best:
+            return False
+        self.progress.best_val_loss = loss
+        return True
+
+    def _stop(self, signal: int) -> None:
+        """Say how to continue, and exit as a process does that the signal ends."""
+        run, recipe = self.run, Recipe.of_command("stage1")
+        flags = shlex.join([*recipe.flags, "--resume", "--out", str(run.folder)])
+        say(
+            f"stopped after step {self.progress.step} of {run.total_steps}, all saved; "
+            f"go on with:  {run.parallel.launcher} {Path(sys.argv[0]).name} {flags}"
+        )
+        run.parallel.end()
+        raise SystemExit(128 + signal)
 
 
 @torch.no_grad()
-def validate(
-    model: VisionLanguageModel,
-    objective: Objective,
-    batches: Batches,
-    precision: Precision,
-    parallel: Parallel,
-) -> dict[str, float | None]:
-    """The mean loss per labelled token over all of `batches`, which several processes take in turn, and what else the
-    objective tells: of cross entropy its exponential, the perplexity."""
+def validate(run: Run, batches: Batches) -> dict[str, float | None]:
+    """The mean loss per target over all of `batches`, and the objective's metrics.
+
+    Of cross entropy, which has none, the perplexity. Several processes take the batches in turn.
+    """
+    model, objective, parallel = run.model, run.objective, run.parallel
     model.eval()
-    sums, count = [0.0] * (1 + len(objective.measures)), 0
+    sums, count = [0.0] * (1 + len(objective.metric_names)), 0
     for first in range(0, len(batches), parallel.world):
         number = first + parallel.rank
         batch = parallel.complete(batches[number].batch if number < len(batches) else None)
         if batch is not None:
-            with precision.autocast():
-                sums = [
-                    had + more
-                    for had, more in zip(
-                        sums, objective(model, batch.to(precision.device)).tolist()
-                    )
-                ]
-            count += objective.count(batch)
+            with run.precision.autocast():
+                loss, metrics = objective(model, batch.to(run.precision.device))
+            new = torch.cat((loss[None], metrics)).tolist()
+            sums = [before + more for before, more in zip(sums, new)]
+            count += objective.count_targets(batch)
     parallel.reshard()
     model.train()
     *sums, count = total(*sums, count)
-    told = {"val_loss": sums[0] / max(count, 1)} | {
-        f"val_{name}": value / max(count, 1) for name, value in zip(objective.measures, sums[1:])
-    }
-    if not objective.measures:
-        told["val_perplexity"] = math.exp(
-            min(told["val_loss"], 700.0)
-        )  # beyond that a float has no room
-    finite = all(map(math.isfinite, told.values()))  # for what is not, JSON has no word
-    return told if finite else dict.fromkeys(told)
+    loss, *metrics = (value / max(count, 1) for value in sums)
+    val = {"val_loss": loss}
+    val |= {f"val_{name}": value for name, value in zip(objective.metric_names, metrics)}
+    if not objective.metric_names:
+        val["val_perplexity"] = math.exp(min(loss, 700.0))  # a float holds no more
+    finite = all(map(math.isfinite, val.values()))
+    return dict(val) if finite else dict.fromkeys(val)  # JSON has no word for infinity
 
 
-def _count(
-    loaded: list[LoadedBatch], objective: Objective, progress: Progress, skipped: Skipped
-) -> int:
-    """Add what a step reads in all processes to `progress`, and note what they could not read; returns its labelled tokens,
-    or what else the objective counts."""
-    targets, samples, tokens, images, slots, lost = total(
-        sum(objective.count(item.batch) for item in loaded if item.batch is not None),
-        *(
-            sum(getattr(item, name) for item in loaded)
-            for name in ("samples", "tokens", "images", "slots")
-        ),
-        sum(len(item.skipped) + len(item.cut) for item in loaded),
-    )
-    progress.samples += samples
-    progress.tokens += tokens
-    progress.images += images
-    progress.slots += slots
-    if lost:
-        skipped.note(loaded)
-    return targets
-
-
-def _is_best(progress: Progress, val: dict[str, float]) -> bool:
-    """Whether the validation just done is the best so far; its checkpoint is worth keeping then."""
-    loss = val.get("val_loss")
-    if loss is None or progress.best_val_loss is not None and loss >= progress.best_val_loss:
-        return False
-    progress.best_val_loss = loss
-    return True
-
-
-def _settle(
-    taken: list[Taken],
-    progress: Progress,
-    bad_steps: BadSteps,
-    precision: Precision,
-    parallel: Parallel,
-) -> float:
-    """Read the numbers of the steps taken, all at once; name the bad ones. Returns the last gradient norm.
-
-    Under a loss scaler gradients may overflow now and then: it drops the step by itself.
-    """
-    for one, (norm, loss, *measures) in zip(
-        taken, torch.stack([one.numbers for one in taken]).tolist()
-    ):
-        if math.isfinite(loss) and (math.isfinite(norm) or precision.may_overflow):
-            progress.loss_sum += loss
-            progress.measures = [
-                had + more
-                for had, more in zip(progress.measures or [0.0] * len(measures), measures)
-            ]
-            progress.target_count += one.targets
-            progress.bad_in_a_row = 0
-        else:
-            progress.bad_in_a_row += 1
-            bad_steps.note(
-                one.step, loss, norm, parallel.all_lines(one.records), progress.bad_in_a_row
-            )
-    taken.clear()
-    return norm
-
-
-def _log(
-    log: RunLog,
-    progress: Progress,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    grad_norm: float,
-    more: dict[str, float | None],
-    bar: tqdm,
+def save(
+    run: Run, optimizer: torch.optim.Optimizer, progress: Progress, val_loss: float | None
 ) -> None:
-    loss = progress.loss_sum / progress.target_count if progress.target_count else None
-    told = dict(
-        zip(
-            objective.measures,
-            (value / max(progress.target_count, 1) for value in progress.measures),
-        )
-    )
-    rates: dict[str, float] = {}
-    for (
-        group
-    ) in optimizer.param_groups:  # of a part with a layer-wise decay, the rate of its last block
-        rates[f"lr_{group['part']}"] = max(group["lr"], rates.get(f"lr_{group['part']}", 0.0))
-    line = {
-        "step": progress.step,
-        "loss": loss,
-        **told,
-        "lr": max(rates.values()),
-        **rates,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
-        "samples": progress.samples,
-        "tokens": progress.tokens,
-        "images": progress.images,
-        "slots": progress.slots,
-        **more,
-    }
-    speed = log.write(line)
-    progress.loss_sum, progress.target_count, progress.measures = 0.0, 0, []
-    shown = "—" if loss is None else f"{loss:.3f}"
-    shown += "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in told.items())
-    bar.set_postfix_str(
-        f"loss {shown}, lr {line['lr']:.1e}, {speed['samples']:.1f} samples/s, {speed['tokens']:,.0f} tokens/s"
-    )
-
-
-def _save(
-    run: Path,
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    precision: Precision,
-    facts: dict[str, int],
-    val: dict[str, float | None],
-    settings: Settings,
-) -> None:
-    state = {"progress": asdict(progress), "val_loss": val.get("val_loss"), "facts": facts}
-    if precision.scaler is not None:
-        state["scaler"] = vars(precision.scaler)
+    """Write a checkpoint. If it finds no room, the run ends or goes on, as `full_disk` says."""
+    state = {"progress": asdict(progress), "val_loss": val_loss, "facts": run.facts}
+    if run.precision.scaler is not None:
+        state["scaler"] = vars(run.precision.scaler)
     try:
-        save_checkpoint(run, model, optimizer, state, settings.keep)
+        save_checkpoint(run.folder, run.model, optimizer, state, run.settings.keep)
     except NoRoom as error:
-        if settings.full_disk == "stop":
+        if run.settings.full_disk == "stop":
             raise
         say(f"{error}; training goes on")
 
 
-def _resume(
-    run: Path,
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    facts: dict[str, int],
-    settings: Settings,
-    parallel: Parallel,
-) -> Progress:
-    """Go back to the newest whole checkpoint. `facts`, which no setting alone decides, have to be what they were."""
-    if not parallel.largest(len(list_checkpoints(run))):
-        say(f"{run}: stopped before its first checkpoint, so it starts again")
+def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
+    """Go back to the newest whole checkpoint, in which `run.facts` have to be what they are now."""
+    folder, parallel, scaler = run.folder, run.parallel, run.precision.scaler
+    if not parallel.largest(len(list_checkpoints(folder))):
+        say(f"{folder}: stopped before its first checkpoint, so it starts again")
         return Progress()
-    state = load_checkpoint(run, model, optimizer)
-    for what, now in facts.items():
-        if state["facts"][what] != now and not settings.allow_changes:
+    state = load_checkpoint(folder, run.model, optimizer)
+    for what, now in run.facts.items():
+        if state["facts"][what] != now and not run.settings.allow_changes:
             raise NanoVLMError(
-                f"{run}: {what} were {state['facts'][what]} and are {now} now; give the run what it had (its data; "
-                "processes × --batch-size × --accumulate), or go on all the same with --allow-changes"
+                f"{folder}: {what} were {state['facts'][what]} and are {now} now; give the run "
+                "what it had (its data; processes × --batch-size × --accumulate), "
+                "or go on all the same with --allow-changes"
             )
-    if precision.scaler is not None and "scaler" in state:
-        vars(precision.scaler).update(state["scaler"])
+    if scaler is not None and "scaler" in state:
+        vars(scaler).update(state["scaler"])
     progress = Progress(**state["progress"])
-    parallel.check_same("steps behind them", progress.step)
+    parallel.check_same("finished steps", progress.step)
     return progress

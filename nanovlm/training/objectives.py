@@ -1,4 +1,8 @@
-"""What a run minimises: sums that the loop adds up over the batches of a step, and what it divides them by."""
+"""The loss that a run minimises: cross entropy of answers, or preference training (DPO).
+
+An objective gives sums over a batch. The training loop adds them over the batches of a step, and
+over processes, and divides them by the number of targets in the whole step.
+"""
 
 from typing import Protocol
 
@@ -10,81 +14,87 @@ from nanovlm.data.preferences import PairBatch
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.loss import token_log_probabilities
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.settings import Settings
+from nanovlm.training.settings import ObjectiveSettings
 
 
 class Objective(Protocol):
-    """What the loop knows of an objective. Nothing in it waits for the device."""
+    """What the training loop uses of an objective. Nothing in it waits for the device."""
 
-    measures: tuple[str, ...]  # the names of what it tells beside the loss
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What it measures besides the loss."""
+        ...
 
-    def count(self, batch: Batch) -> int:
-        """How many things the sums are over, of which a run minimises the mean."""
+    def count_targets(self, batch: Batch) -> int:
+        """The number of targets in a batch: labelled tokens, or pairs."""
+        ...
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
-        """The sums over a batch, (1 + measures,) in fp32: first the loss, alone with a gradient."""
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums over the batch's targets in fp32: the loss, (), and the metrics, (metrics,)."""
+        ...
 
 
 class CrossEntropy:
-    """Supervised fine-tuning: the cross entropy of labelled tokens, and their number."""
+    """Supervised fine-tuning: the cross entropy of the labelled tokens, which are its targets."""
 
-    measures: tuple[str, ...] = ()
+    metric_names = ()
 
-    def count(self, batch: Batch) -> int:
+    def count_targets(self, batch: Batch) -> int:
         return len(batch.targets)
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
-        return model(batch)[None]
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = model(batch)
+        return loss, loss.new_zeros(0)
 
 
 class DPO:
-    """The objective of preference training; its sums are over pairs (`objective.py`).
+    """Direct preference optimization (Rafailov et al. 2023), whose targets are pairs of answers.
 
-    `label_smoothing` is the probability that a pair's labels are swapped (conservative DPO, Mitchell 2023), and
-    `sft_weight` that of the chosen answer's cross entropy, per token, which is added.
+    beta: how strongly the model is held to the reference model.
+    label_smoothing: probability that a pair's labels are swapped (Mitchell 2023).
+    sft_weight: weight of the chosen answer's cross entropy per token, which is added to the loss.
     """
 
-    measures = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    metric_names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 
-    def __init__(self, settings: Settings) -> None:
-        self.beta, self.label_smoothing, self.sft_weight = (
-            settings.beta,
-            settings.label_smoothing,
-            settings.sft_weight,
-        )
+    def __init__(self, beta: float, label_smoothing: float = 0.0, sft_weight: float = 0.0) -> None:
+        self.beta, self.label_smoothing, self.sft_weight = beta, label_smoothing, sft_weight
 
-    def count(self, batch: Batch) -> int:
+    def count_targets(self, batch: Batch) -> int:
         return len(PairBatch.of(batch).lengths) // 2
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
-        """Sums over the batch's pairs, (5,): loss, pairs of which the chosen answer has the larger reward, margins between
-        the rewards, and both rewards."""
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Accuracy is the number of pairs whose chosen answer has the larger reward."""
         batch = PairBatch.of(batch)
         log_probabilities = answer_log_probabilities(model, batch)  # (P, 2)
         rewards = self.beta * (log_probabilities - batch.reference)
-        margins = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(
-            margins
-        ) - self.label_smoothing * F.logsigmoid(-margins)
+        chosen, rejected = rewards.unbind(dim=1)  # (P,) each
+        margins = chosen - rejected
+        kept, swapped = F.logsigmoid(margins), F.logsigmoid(-margins)
+        losses = -(1 - self.label_smoothing) * kept - self.label_smoothing * swapped
         if self.sft_weight:
             losses = losses - self.sft_weight * log_probabilities[:, 0] / batch.lengths[::2]
-        told = torch.stack(
-            ((margins > 0).to(margins), margins, rewards[:, 0], rewards[:, 1])
-        ).detach()
-        return torch.cat((losses[None], told)).sum(dim=1)
+        right = (margins > 0).to(margins)
+        metrics = torch.stack((right, margins, chosen, rejected)).detach()
+        sums = torch.cat((losses[None], metrics)).sum(dim=1)  # (1 + 4,)
+        return sums[0], sums[1:].detach()
 
 
-def objective_of(settings: Settings) -> Objective:
-    """What a run with these settings minimises."""
-    return DPO(settings) if settings.objective == "dpo" else CrossEntropy()
+def objective_of(settings: ObjectiveSettings) -> Objective:
+    """The objective that the settings name."""
+    if settings.objective == "dpo":
+        return DPO(settings.beta, settings.label_smoothing, settings.sft_weight)
+    return CrossEntropy()
 
 
 def answer_log_probabilities(model: VisionLanguageModel, batch: PairBatch) -> Tensor:
-    """The log-probability of each answer as a whole, its end-of-turn token included: (P, 2), chosen and rejected."""
+    """The log-probability of each answer, its end-of-turn token included.
+
+    Returns (P, 2): chosen and rejected.
+    """
     tokens = model(batch, token_log_probabilities)  # (M,)
-    number = torch.arange(len(batch.lengths), device=tokens.device)
-    answer_of = number.repeat_interleave(batch.lengths, output_size=len(tokens))
-    # A sum over a masked square: unlike `index_add` it takes one order on every device, so runs come out the same.
-    return (
-        torch.where(answer_of == number[:, None], tokens, 0.0).sum(dim=1).view(len(number) // 2, 2)
-    )
+    number = torch.arange(len(batch.lengths), device=tokens.device)  # (2P,)
+    answer_of = number.repeat_interleave(batch.lengths, output_size=len(tokens))  # (M,)
+    # Unlike `index_add`, a masked sum adds in the same order on every device and in every run.
+    by_answer = torch.where(answer_of == number[:, None], tokens, 0.0)  # (2P, M)
+    return by_answer.sum(dim=1).view(len(number) // 2, 2)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.settings import STAGES, TOY_PAIRS, Settings, load_settings, stage_names
+from nanovlm.training.presets import STAGES, TOY_PAIRS, load_settings, stage_names
+from nanovlm.training.settings import Settings
 from nanovlm.utils.parser import CommandParser
 
 

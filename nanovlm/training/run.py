@@ -1,11 +1,11 @@
-"""From settings to a finished run folder: model, data, training, and what is shown at the end."""
+"""From settings to a finished run folder: model, data, training, and what is saved at the end."""
 
 import dataclasses
 import math
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +19,12 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
 from nanovlm.hub.models import save_model
 from nanovlm.inputs.image import image_pixels, open_image
-from nanovlm.model.lora import LoRAConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
-from nanovlm.training.building import build_model, set_up
-from nanovlm.training.distributed.parallel import Parallel
+from nanovlm.training.building import build_model, lora_config, set_up
+from nanovlm.training.distributed.parallel import Parallel, build_parallel
 from nanovlm.training.freezing import describe, is_trainable
-from nanovlm.training.loop import train
+from nanovlm.training.loop import Run, train
 from nanovlm.training.monitor.samples import last_answers
 from nanovlm.training.monitor.tracking import Tracker, build_tracker
 from nanovlm.training.objectives import objective_of
@@ -37,55 +36,36 @@ from nanovlm.utils.device import DTYPES, choose_device, choose_dtype, give_back_
 from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
-ENCODED_AT_ONCE = (
-    8  # pictures, when features are cached: few enough that a block stays in the CPU cache
-)
+ENCODED_AT_ONCE = 8  # tiles, when features are cached: few enough for the cache of a CPU
 
 
 def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
-    run = Path(settings.out)
-    if is_main():  # which is alone in writing there
-        _check_run_folder(run, settings.resume)
-    tracker = build_tracker(settings, run) if is_main() else Tracker()
-    parallel = Parallel(settings, choose_device(settings.device))
-    device = parallel.device
-    dtype, why = choose_dtype(settings.dtype, device)
-    say(
-        f"device {device}, {str(dtype).removeprefix('torch.')}"
-        + (f" ({why})" if why else "")
-        + (f", {parallel.world} processes, {settings.parallel}" if parallel.world > 1 else "")
+    folder = Path(settings.out)
+    if is_main():  # the only process that writes there
+        _check_run_folder(folder, settings.resume)
+    tracker = (
+        build_tracker(settings.track, folder, dataclasses.asdict(settings))
+        if is_main()
+        else Tracker()
     )
-    settings = dataclasses.replace(
-        settings, dtype=next(name for name, known in DTYPES.items() if known == dtype)
-    )
-    precision = Precision(dtype, device, settings.stochastic_rounding)
+    parallel = build_parallel(settings, choose_device(settings.device))
+    settings = _with_dtype(settings, parallel)
+    precision = Precision(DTYPES[settings.dtype], parallel.device, settings.stochastic_rounding)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
-    set_up(model, settings, device)
-    say(f"{len(records)} records to learn from, {len(held_out)} held out")
-
+    set_up(model, settings, parallel.device)
+    say(f"{len(records)} records to train on, {len(held_out)} held out")
     features = None
     if settings.cache_features:
-        if is_trainable(model.vision_encoder):
-            raise NanoVLMError(
-                "--cache-features keeps what frozen eyes see; take vision out of --train or use --no-cache-features"
-            )
-        precision.place(model.vision_encoder)
-        features = encode_images(
-            model, (path for record in records + held_out for path in record.images), precision
-        )
-    parallel.place(model, precision)
-    if settings.compile:
-        compile_blocks(model, device)
-    if settings.checkpointing:
-        checkpoint_blocks(
-            model, dropout=settings.lora_dropout > 0 or model.config.language_model.dropout > 0
-        )
-        if device.type == "cpu":
-            give_back_freed_memory()
+        features = _cached_features(model, [*records, *held_out], precision)
+    _place(model, settings, precision, parallel)
     say(describe(model, settings))
+
+    encoder = RecordEncoder.of(model)
+    if settings.objective == "dpo":
+        encoder = PairEncoder(encoder)
     options = BatchOptions(
         batch_size=settings.batch_size,
         max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
@@ -102,61 +82,43 @@ def run_stage(settings: Settings) -> Path:
         share=options.share,
         shuffle=False,
     )
-    objective, encoder = objective_of(settings), RecordEncoder.of(model)
-    if settings.objective == "dpo":
-        encoder = PairEncoder(encoder)
     held_out = _usable(held_out, encoder, in_order, features)
     batches = Batches(records, encoder, options, features)
     validation = Batches(held_out, encoder, in_order, features) if held_out else None
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
+    parallel.check_same("records", len(records))
+    parallel.check_same("held-out records", len(held_out))
+    parallel.check_same("steps to take", total_steps)
 
-    for what, number in (
-        ("records", len(records)),
-        ("held-out records", len(held_out)),
-        ("steps to take", total_steps),
-    ):
-        parallel.check_same(what, number)
-    if is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            run / "settings.toml",
-            to_toml(dataclasses.replace(settings, resume=False, allow_changes=False)),
-        )
+    _write_settings(settings)
     if isinstance(encoder, PairEncoder):
         parts = [part for part in (batches, validation) if part is not None]
         encoder.reference = reference_of(model, parts, settings, precision, parallel)
-    train(
-        model,
-        objective,
-        batches,
-        validation,
-        settings,
-        precision,
-        total_steps,
-        run,
-        parallel,
-        tracker,
+    run = Run(
+        settings=settings,
+        model=model,
+        objective=objective_of(settings),
+        batches=batches,
+        validation=validation,
+        total_steps=total_steps,
+        precision=precision,
+        parallel=parallel,
+        tracker=tracker,
     )
-    whole = parallel.whole(model)
-    parallel.end()
-    if whole is not None:
-        if answers := last_answers(run):
-            say(answers)
-        if settings.lora_rank:
-            save_adapter(whole, run / "adapter", LoRAConfig.from_settings(settings))
-        _save_model(whole, run, dtype)  # last, because a run that has its model is finished
-        say(f"the model is in {run / 'model'}")
-    return run / "model"
+    train(run)
+    _save_results(run)
+    return folder / "model"
 
 
 @torch.no_grad()
 def encode_images(
     model: VisionLanguageModel, paths: Iterable[Path], precision: Precision
 ) -> dict[Path, Tensor]:
-    """The patch vectors of each image's pictures, once: path → (n, P, C_v) in the precision of the run, on the CPU.
+    """The patch vectors of each image's tiles, computed once.
 
-    Images that cannot be read are missing from the result, and their records will be skipped by name.
+    Returns path → (tiles, P, C_v) in the compute dtype, on the CPU. Images that cannot be read are
+    missing, and their records will be skipped by name.
     """
     unique = sorted(set(paths))
     features: dict[Path, Tensor] = {}
@@ -175,14 +137,54 @@ def encode_images(
                 continue
         if pixels:
             parts = torch.cat(list(pixels.values())).split(ENCODED_AT_ONCE)
-            patches = torch.cat(
-                [model.vision_features(part.to(precision.device)).cpu() for part in parts]
-            )
-            features |= zip(pixels, patches.split([len(pictures) for pictures in pixels.values()]))
+            on_device = (part.to(precision.device) for part in parts)
+            patches = torch.cat([model.vision_features(part).cpu() for part in on_device])
+            features |= zip(pixels, patches.split([len(tiles) for tiles in pixels.values()]))
     return features
 
 
+def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
+    """The settings with the compute dtype that the device has; says which, and why."""
+    dtype, why = choose_dtype(settings.dtype, parallel.device)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    processes = f"{parallel.world} processes, {settings.parallel}"
+    say(
+        f"device {parallel.device}, {name}"
+        + (f" ({why})" if why else "")
+        + (f", {processes}" if parallel.world > 1 else "")
+    )
+    return dataclasses.replace(settings, dtype=name)
+
+
+def _cached_features(
+    model: VisionLanguageModel, records: Sequence[Record], precision: Precision
+) -> dict[Path, Tensor]:
+    if is_trainable(model.vision_encoder):
+        raise NanoVLMError(
+            "--cache-features keeps what a frozen vision encoder computes; take vision_encoder out "
+            "of --train or use --no-cache-features"
+        )
+    precision.place(model.vision_encoder)
+    paths = (path for record in records for path in record.images)
+    return encode_images(model, paths, precision)
+
+
+def _place(
+    model: VisionLanguageModel, settings: Settings, precision: Precision, parallel: Parallel
+) -> None:
+    """Bring the model to its device; compile and checkpoint its blocks if asked to."""
+    parallel.place(model, precision, features=settings.cache_features)
+    if settings.compile:
+        compile_blocks(model, parallel.device)
+    if settings.checkpointing:
+        dropout = settings.lora_dropout > 0 or model.config.language_model.dropout > 0
+        checkpoint_blocks(model, dropout=dropout)
+        if parallel.device.type == "cpu":
+            give_back_freed_memory()
+
+
 def _check_run_folder(run: Path, resume: bool) -> None:
+    """Refuse to continue a run that is finished, and to write over another one."""
     if resume and (run / "model").exists():
         raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
     if (
@@ -191,20 +193,31 @@ def _check_run_folder(run: Path, resume: bool) -> None:
         and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir()))
     ):
         raise NanoVLMError(
-            f"{run}: holds another run; continue it with --resume, or name another folder with --out"
+            f"{run}: holds another run; "
+            "continue it with --resume, or name another folder with --out"
         )
 
 
+def _write_settings(settings: Settings) -> None:
+    """Keep the settings in the run folder, for `--resume` and for comparisons."""
+    if is_main():
+        folder = Path(settings.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = to_toml(dataclasses.replace(settings, resume=False, allow_changes=False))
+        write_atomically(folder / "settings.toml", text)
+
+
 def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
-    """Records to learn from and records held out; of a split, no image is on both sides."""
+    """Records to train on and records held out; if they are split, no image is on both sides."""
     if not settings.data:
-        raise NanoVLMError("no records to learn from; give them with --data FILE.jsonl")
+        raise NanoVLMError("no records to train on; give them with --data FILE.jsonl")
     read = read_pairs if settings.objective == "dpo" else read_records
     records, skipped = read(settings.data, settings.images or None)
     for record in records:
         if record.references:
             raise NanoVLMError(
-                f"{record.where}: has references and no answer; it is for evaluation, not for training"
+                f"{record.where}: has references and no answer; "
+                "it is for evaluation, not for training"
             )
     for reason in skipped:
         say(f"skipped: {reason}")
@@ -216,18 +229,19 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     else:
         records, held_out = _split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
-        held_out = [
-            held_out[index]
-            for index in sorted(generator.sample(range(len(held_out)), settings.val_samples))
-        ]
+        chosen = sorted(generator.sample(range(len(held_out)), settings.val_samples))
+        held_out = [held_out[index] for index in chosen]
     return records, held_out
 
 
 def _split(
     records: list[Record], fraction: float, generator: random.Random
 ) -> tuple[list[Record], list[Record]]:
-    """Hold out a share of the images with all their records. Images that a record shows together stay together."""
-    parents: dict[Path, Path] = {}  # union-find over images; a record without any stands for itself
+    """Hold out a fraction of the images, with all their records.
+
+    Images of one record stay on one side. Returns records to train on and records held out.
+    """
+    parents: dict[Path, Path] = {}  # union-find over images; a record without any is its own
 
     def first_image(record: Record) -> Path:
         return record.images[0] if record.images else Path(record.where)
@@ -244,7 +258,7 @@ def _split(
     chosen = set(generator.sample(groups, round(fraction * len(groups))))
     if len(chosen) == len(groups):
         raise NanoVLMError(
-            f"--val-fraction {fraction} of {len(groups)} images leaves none to learn from; lower it"
+            f"--val-fraction {fraction} of {len(groups)} images leaves none to train on; lower it"
         )
     return (
         [record for record in records if group(first_image(record)) not in chosen],
@@ -258,8 +272,7 @@ def _usable(
     options: BatchOptions,
     features: dict[Path, Tensor] | None,
 ) -> list[Record]:
-    """The held-out records that make a sample; the others are named here, and not again at each
-    validation."""
+    """The held-out records that can be used; the others are named here, not at each validation."""
     usable = []
     for record in records:
         skipped = Batches([record], encoder, options, features)[0].skipped
@@ -269,10 +282,23 @@ def _usable(
     return usable
 
 
-def _save_model(model: VisionLanguageModel, run: Path, dtype: torch.dtype) -> None:
-    """Write the whole model, adapters merged, in the number format it was trained to compute in, under its name once it
-    is complete."""
-    temporary = run / ".model.tmp"
+def _save_results(run: Run) -> None:
+    """Write the adapters and the model; the latter last, because it marks the run as finished."""
+    whole = run.parallel.whole(run.model)
+    run.parallel.end()
+    if whole is None:
+        return
+    if answers := last_answers(run.folder):
+        say(answers)
+    if run.settings.lora_rank:
+        save_adapter(whole, run.folder / "adapter", lora_config(run.settings))
+    _save_model(whole, run.folder, run.precision.dtype)
+    say(f"the model is in {run.folder / 'model'}")
+
+
+def _save_model(model: VisionLanguageModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write the whole model in the compute dtype, adapters merged, and name it when complete."""
+    temporary = folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(model, temporary, merged_tensors(model, dtype))
-    os.rename(temporary, run / "model")
+    os.rename(temporary, folder / "model")

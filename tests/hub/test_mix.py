@@ -21,7 +21,8 @@ from nanovlm.inputs.image import image_pixels
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training import building
 from nanovlm.training.building import build_model
-from nanovlm.training.settings import Settings, load_settings
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings
 from tests.reference import hub_folders
 from tests.reference.models import byte_pair, qwen, vision_model
 

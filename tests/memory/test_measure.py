@@ -10,7 +10,8 @@ import pytest
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
 from nanovlm.memory.__main__ import main
-from nanovlm.training.settings import load_settings, to_toml
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import to_toml
 
 TINY = ("--preset", "tiny", "--stage", "2")
 

@@ -22,7 +22,8 @@ from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.objectives import objective_of
 from nanovlm.training.optim import optimizer
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings, load_settings
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape(rows=2, length=128, images=2, targets=32)

@@ -18,6 +18,7 @@ from nanovlm.model.lora import LoRAConfig, LoRALinear, add_adapters, merge_adapt
 from nanovlm.model.moe import Router
 from nanovlm.model.quantization import KINDS, QuantizedLinear, quantize_
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training.building import lora_config
 from nanovlm.training.freezing import describe, freeze
 from nanovlm.training.optim.optimizer import build_optimizer
 from nanovlm.training.run import run_stage
@@ -210,7 +211,7 @@ def test_settings_that_contradict_each_other_are_refused(changes, expected):
 def test_adapters_learn_in_the_decoders_place(model, changes, parts):
     settings = Settings(lora_rank=2, lr_language_model=1e-3, layer_decay=0.5, **changes)
     quantize_(model.language_model.blocks, "nf4")
-    add_adapters(model.language_model, LoRAConfig.from_settings(settings))
+    add_adapters(model.language_model, lora_config(settings))
     freeze(model, settings)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {next((part for part in parts if part in name), name) for name in learning} == parts
@@ -359,7 +360,7 @@ def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_route
     quantize_(decoder.blocks, "int8")
     add_adapters(
         decoder,
-        LoRAConfig.from_settings(
+        lora_config(
             Settings(train="language_model", lora_rank=2, language_model_layers=1)
         ),
     )
@@ -381,7 +382,7 @@ def test_a_router_has_no_adapter_whatever_the_pattern(tmp_path):
     before = decoder(torch.arange(9)[None])
     add_adapters(
         decoder,
-        LoRAConfig.from_settings(Settings(train="language_model", lora_rank=2, lora_targets="*")),
+        lora_config(Settings(train="language_model", lora_rank=2, lora_targets="*")),
     )
     merge_adapters(decoder)
     assert all(type(block.mlp.router) is Router for block in decoder.blocks)

@@ -9,7 +9,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model
 from nanovlm.training.freezing import describe, freeze
-from nanovlm.training.optim.optimizer import build_optimizer, learning_layers, set_learning_rates
+from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates, trainable_layers
 from nanovlm.training.settings import Settings
 from tests.reference.scratch import scratch_vlm
 
@@ -88,7 +88,7 @@ def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
     )
     assert rates[named["language_model.blocks.0.mlp.up_proj.weight"]] == 5e-5
     assert rates[named["language_model.embed_tokens.weight"]] == 2.5e-5
-    assert sum(len(layer.parameters) for layer in learning_layers(model)) == len(rates)
+    assert sum(len(layer.parameters) for layer in trainable_layers(model)) == len(rates)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from nanovlm.report import read_run, summary
 from nanovlm.training import loop, reference
 from nanovlm.training.building import build_model
 from nanovlm.training.objectives import DPO
+from nanovlm.training.presets import PRESETS, load_settings
 from nanovlm.training.run import run_stage
-from nanovlm.training.settings import PRESETS, Settings, load_settings
+from nanovlm.training.settings import Settings
 from nanovlm.utils.config import from_dict
 from tests.runs import metrics
 
@@ -137,17 +138,17 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     encoder.reference = {
         record.where: [value.item() for value in then] for record, then in zip(records, sums_then)
     }
-    objective = DPO(Settings(beta=beta, label_smoothing=label_smoothing, sft_weight=sft_weight))
+    objective = DPO(beta, label_smoothing, sft_weight)
     batch = batches[0].batch
-    ours = objective(model, batch)
+    loss, sums_of_metrics = objective(model, batch)
     expected = written_out(sums, batch.reference, chosen_lengths, beta, label_smoothing, sft_weight)
-    assert objective.count(batch) == 5
-    torch.testing.assert_close(ours[0], expected, atol=1e-5, rtol=1e-5)
+    assert objective.count_targets(batch) == 5
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     rewards = beta * (torch.stack([torch.stack(pair) for pair in sums]).detach() - batch.reference)
     margins = rewards[:, 0] - rewards[:, 1]
     assert 0 < float((margins > 0).sum()) < 5
-    told = dict(zip(objective.measures, ours[1:].tolist()))
-    assert told == pytest.approx(
+    measured = dict(zip(objective.metric_names, sums_of_metrics.tolist()))
+    assert measured == pytest.approx(
         {
             "accuracy": float((margins > 0).sum()),
             "margin": float(margins.sum()),
@@ -158,7 +159,7 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
     )
     learning = [parameter for parameter in model.parameters()]
     gradients, right = (
-        torch.autograd.grad(loss, learning, allow_unused=True) for loss in (ours[0], expected)
+        torch.autograd.grad(value, learning, allow_unused=True) for value in (loss, expected)
     )
     assert sum(gradient is not None for gradient in gradients) > 30
     for gradient, correct in zip(gradients, right):
@@ -394,21 +395,17 @@ def test_a_pair_whose_image_cannot_be_read_is_named_and_left_out(
 
 def test_a_loss_that_is_not_finite_changes_nothing(train, tmp_path, monkeypatch):
     call, numbers = DPO.__call__, []
-    monkeypatch.setattr(
-        DPO,
-        "__call__",
-        lambda self, model, batch: (
-            call(self, model, batch)
-            * (
-                float("nan")
-                if model.training and numbers.append(0) is None and len(numbers) == 2
-                else 1
-            )
-        ),
-    )
+
+    def broken(self, model, batch):
+        loss, sums_of_metrics = call(self, model, batch)
+        if model.training and numbers.append(0) is None and len(numbers) == 2:
+            return loss * float("nan"), sums_of_metrics * float("nan")
+        return loss, sums_of_metrics
+
+    monkeypatch.setattr(DPO, "__call__", broken)
     lines = metrics(train(tmp_path / "run", max_steps=3, log_every=3))
     assert len(json.loads((tmp_path / "run" / "bad_steps.jsonl").read_text())["records"]) == 4
-    assert all(lines[-1][name] == lines[-1][name] for name in DPO.measures)
+    assert all(lines[-1][name] == lines[-1][name] for name in DPO.metric_names)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import train_stage1
+from nanovlm.training.presets import load_settings
 from nanovlm.training.recipes import Recipe, next_commands
-from nanovlm.training.settings import Settings, load_settings, to_toml
+from nanovlm.training.settings import Settings, to_toml
 
 ASK = 'python infer.py IMAGE "描述图片" --model'
 

@@ -13,8 +13,8 @@ from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.training.building import build_model, projector_and_image
+from nanovlm.training.presets import load_settings
 from nanovlm.training.run import _split, run_stage
-from nanovlm.training.settings import load_settings
 
 
 def metrics(run: Path) -> list[dict]:
@@ -103,7 +103,7 @@ def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
     for line, expected in zip(metrics(run), metrics(finished), strict=True):
         for key in ("loss", "grad_norm", "val_loss"):
             assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5)
-    with pytest.raises(NanoVLMError, match="frozen eyes"):
+    with pytest.raises(NanoVLMError, match="frozen vision encoder"):
         tiny.train(tmp_path / "impossible", cache_features=True, train="vision_encoder")
 
 
@@ -175,7 +175,7 @@ def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys
         tiny.settings(tmp_path, init=str(tiny.model), vision_encoder="nowhere", projector="linear")
     )
     assert (
-        f"--init {tiny.model} is a whole model, so nothing is made of --vision-encoder, --projector"
+        f"--init {tiny.model} is a whole model, so these have no effect: --vision-encoder, --projector"
         in capsys.readouterr().err
     )
 
@@ -210,7 +210,7 @@ def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data": ""}, "no records to learn from"),
+        ({"data": ""}, "no records to train on"),
         ({"vision_encoder": ""}, "nothing to start from"),
         ({"val_fraction": 0.99}, "leaves none"),
         ({"data": "nope.jsonl"}, "nope.jsonl: cannot be read"),
@@ -301,7 +301,7 @@ def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(
     assert f"skipped: {own_data}:1: image {own_data.parent}/images/gone.png does not exist" in (
         told := capsys.readouterr().err
     )
-    assert "119 records to learn from" in told
+    assert "119 records to train on" in told
     own_data.write_text("\n".join([missing, missing, *lines[2:]]))
     with pytest.raises(
         NanoVLMError,

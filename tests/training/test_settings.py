@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training import settings as settings_module
-from nanovlm.training.settings import Settings, load_settings, to_toml
+from nanovlm.hub.toy import ASSETS
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings, to_toml
 
 
 def refusal(*arguments: str) -> str:
@@ -23,7 +24,7 @@ def test_without_flags_the_tiny_preset_and_its_assets():
         and settings.train == "projector"
         and settings.cache_features
     )
-    assert settings.vision_encoder == str(settings_module.ASSETS / "tiny-vision-encoder")
+    assert settings.vision_encoder == str(ASSETS / "tiny-vision-encoder")
     assert load_settings("stage2", []).init == "runs/stage1/model"
 
 

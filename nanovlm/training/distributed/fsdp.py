@@ -1,7 +1,8 @@
-"""A model of which each process holds a share of every tensor (Zhao et al. 2023), by PyTorch's `fully_shard`.
+"""A model of which each process holds a share of every tensor, by PyTorch's `fully_shard`.
 
-A block's weights are gathered when it runs and let go of after it, so a process holds its share of weights, gradients
-and optimizer state, and one block. Every pass is a conversation of all processes, so all take the same passes.
+FSDP (Zhao et al. 2023): the weights of a block are gathered when it runs and freed afterwards, so a
+process holds its share of weights, gradients and optimizer state, and one whole block. A pass
+exchanges tensors between all processes, so all of them have to take the same passes.
 """
 
 import copy
@@ -20,80 +21,85 @@ from nanovlm.utils.processes import is_main
 
 
 class Sharded:
-    """`model`, brought to its device and number format block by block, a share of each to every process."""
+    """`model`, brought to its device and dtype block by block, and shared among the processes."""
 
     def __init__(
         self, model: VisionLanguageModel, precision: Precision, world: int, features: bool
     ) -> None:
-        """With `features`, batches bring patch vectors and the eyes do not run."""
-        from torch.distributed.device_mesh import (
-            init_device_mesh,
-        )  # imported where they are needed: they take a moment
+        """With `features`, batches bring patch vectors and the vision encoder does not run."""
+        # Imported here, since they take a moment.
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.model, self._whole = model, _without_weights(model)
-        image, eyes = model.config.image, model.config.vision_encoder
-        layer = model.config.vision_layer
-        shape = (1, eyes.num_features(image.height, image.width, layer), eyes.feature_size(layer))
-        self._blank = (
-            {"patches": torch.zeros(shape, dtype=precision.dtype)}
-            if features
-            else {"pixels": torch.zeros(1, 3, image.height, image.width)}
-        )
-        blocks, running = model.vision_encoder.blocks, 0 if features else eyes.blocks_below(layer)
-        idle = (
-            [model.vision_encoder] if features else blocks[running:]
-        )  # fully_shard expects what it shards to run
+        self._blank = _blank_image(model, precision.dtype, features)
+        blocks, layer = model.vision_encoder.blocks, model.config.vision_layer
+        running = 0 if features else model.config.vision_encoder.blocks_below(layer)
+        # fully_shard expects that what it shards runs.
+        idle = [model.vision_encoder] if features else blocks[running:]
         ignored = {parameter for module in idle for parameter in module.parameters()}
         policy = MixedPrecisionPolicy(
             param_dtype=None if precision.dtype == torch.float32 else precision.dtype,
             reduce_dtype=torch.float32,
         )
         mesh = init_device_mesh(precision.device.type, (world,))
-        for unit in (*model.language_model.blocks, *blocks[:running], model):
-            precision.place(unit)
-            broadcast(unit)
-            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-            unit.set_gradient_divide_factor(1.0)  # the sum, where fully_shard would take the mean
+        for module in (*model.language_model.blocks, *blocks[:running], model):
+            precision.place(module)
+            broadcast(module)
+            unit = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+            unit.set_gradient_divide_factor(1.0)  # the sum; fully_shard would take the mean
             unit.set_force_sum_reduction_for_comms(True)  # plain sums: gloo knows no other
+        self._unit = unit
+
+    def sync_gradients(self, wanted: bool) -> None:
+        """Whether the next backward pass exchanges gradients between the processes."""
+        self._unit.set_requires_gradient_sync(wanted)
+
+    def reshard(self) -> None:
+        """Free the layers that a forward pass without a backward one left gathered."""
+        self._unit.reshard()
 
     def complete(self, batch: Batch | None) -> Batch:
-        """The batch (None: an empty one) with a row that shows a blank image, unless it shows one already, so that eyes and
-        projector run. The row has no label, and so no part in loss and gradients."""
+        """A batch that runs the vision encoder and the projector: the one given if it has an image.
+
+        Otherwise a row with a blank image is added to it, or to an empty batch if it is None. The
+        row has no label, so it changes neither loss nor gradients.
+        """
         if batch is not None and len(batch.image_positions):
             return batch
         image_length, none = self.model.image_length, torch.zeros(0, dtype=torch.int64)
         if batch is None:
-            batch = Batch(none.view(0, image_length), none.view(0, image_length), none, none, none)
+            no_rows = none.view(0, image_length)
+            batch = Batch(no_rows, no_rows, none, none, none)
+        mask = batch.attention_mask
+        if mask is None:
+            mask = torch.ones_like(batch.input_ids)
         rows, length = batch.input_ids.shape
         longer = max(length, image_length)
         input_ids, attention_mask = torch.zeros(2, rows + 1, longer, dtype=torch.int64)
-        input_ids[:rows, :length], attention_mask[:rows, :length] = (
-            batch.input_ids,
-            batch.attention_mask,
-        )
-        input_ids[rows, :image_length], attention_mask[rows, :image_length] = (
-            self.model.chat.image_token_id,
-            1,
-        )
+        input_ids[:rows, :length], attention_mask[:rows, :length] = batch.input_ids, mask
+        input_ids[rows, :image_length] = self.model.chat.image_token_id
+        attention_mask[rows, :image_length] = 1
+        row, column = batch.target_positions // length, batch.target_positions % length
         return dataclasses.replace(
             batch,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_positions=rows * longer + torch.arange(image_length),
-            target_positions=batch.target_positions // length * longer
-            + batch.target_positions % length,
+            target_positions=row * longer + column,
             **self._blank,
         )
 
     def finish_gradients(self, saw_images: bool) -> None:
-        """Where no process saw an image, take back the zeros of the blank ones, so that no momentum moves the eyes."""
+        """Drop the gradients of vision encoder and projector if no process had a real image.
+
+        Those of the blank images are zero, and with a gradient of zero AdamW would still move the
+        weights by their momentum.
+        """
         if not total(int(saw_images))[0]:
-            for parameter in (
-                *self.model.vision_encoder.parameters(),
-                *self.model.projector.parameters(),
-            ):
-                parameter.grad = None
+            for module in (self.model.vision_encoder, self.model.projector):
+                for parameter in module.parameters():
+                    parameter.grad = None
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
         """`clip_grad_norm_` over all shares."""
@@ -107,24 +113,35 @@ class Sharded:
         return norm.sqrt()
 
     def whole(self) -> VisionLanguageModel | None:
-        """All of the model as a plain one on the CPU of rank 0; None in the others."""
+        """The whole model as a plain one on the CPU of rank 0; None in the others."""
         weights = {name: gather(tensor) for name, tensor in self.model.state_dict().items()}
         if not is_main():
             return None
         self._whole.load_state_dict(weights, assign=True)
         for module in self._whole.modules():
-            for name, buffer in module.named_buffers(
-                recurse=False
-            ):  # of quantised matrices, which every process holds whole
+            # Buffers are of quantised matrices, which every process holds whole.
+            for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.cpu())
         return self._whole
 
 
 def broadcast(module: nn.Module) -> None:
-    """Give every process the tensors of rank 0; those that are shared already stay."""
+    """Give every process the tensors of rank 0; those that are sharded already stay."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not hasattr(tensor, "to_local"):
             dist.broadcast(tensor.data, src=0)
+
+
+def _blank_image(
+    model: VisionLanguageModel, dtype: torch.dtype, features: bool
+) -> dict[str, Tensor]:
+    """A black image as a batch holds it: pixels, (1, 3, H, W), or features, (1, P, C_v)."""
+    config, layer = model.config.vision_encoder, model.config.vision_layer
+    height, width = model.config.image.height, model.config.image.width
+    if not features:
+        return {"pixels": torch.zeros(1, 3, height, width)}
+    shape = (1, config.num_features(height, width, layer), config.feature_size(layer))
+    return {"patches": torch.zeros(shape, dtype=dtype)}
 
 
 def _without_weights(model: VisionLanguageModel) -> VisionLanguageModel:

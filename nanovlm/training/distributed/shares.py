@@ -1,4 +1,7 @@
-"""Tensors of which each process holds a share (`DTensor`, with fsdp), beside ordinary ones, which pass unchanged."""
+"""Tensors of which each process holds a share (`DTensor`, with fsdp), and numbers of all processes.
+
+Ordinary tensors pass through these functions unchanged.
+"""
 
 import torch
 import torch.distributed as dist
@@ -8,13 +11,15 @@ from nanovlm.utils.processes import is_main, processes
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor; of one that is not shared, all of it."""
+    """This process's share of a tensor; all of one that is not shared."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather(tensor: Tensor) -> Tensor | None:
-    """The whole of a tensor: one that is not shared itself; a shared one on the CPU of rank 0, None in the others. All
-    processes have to call it."""
+    """The whole of a tensor: a shared one on the CPU of rank 0, and None in the other processes.
+
+    All processes have to call it.
+    """
     if not hasattr(tensor, "full_tensor"):
         return tensor
     full = tensor.detach().full_tensor()
@@ -22,11 +27,9 @@ def gather(tensor: Tensor) -> Tensor | None:
 
 
 def scatter(full: Tensor, like: Tensor) -> Tensor:
-    """A copy of `full` as `like` is kept: on its device and, where that one is shared, only this process's share."""
+    """A copy of `full` on the device of `like`; only this process's share if `like` is shared."""
     if full.shape == like.shape and hasattr(like, "full_tensor"):
-        from torch.distributed.tensor import (
-            distribute_tensor,
-        )  # imported where it is needed: it takes a moment
+        from torch.distributed.tensor import distribute_tensor  # here, since it takes a moment
 
         return distribute_tensor(
             full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
@@ -35,7 +38,7 @@ def scatter(full: Tensor, like: Tensor) -> Tensor:
 
 
 def total(*numbers: float) -> list:
-    """Each number summed over the processes, from CPU to CPU; whole numbers stay whole."""
+    """Each number summed over the processes, on the CPU; whole numbers stay whole."""
     if processes()[1] == 1:
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -44,5 +47,5 @@ def total(*numbers: float) -> list:
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have called this."""
     total(0)

@@ -1,13 +1,13 @@
-"""`--track`: the numbers of metrics.jsonl and the strip of samples, also sent to TensorBoard, Weights & Biases or SwanLab.
+"""`--track`: sends log lines and samples to TensorBoard, Weights & Biases or SwanLab as well.
 
-None of the packages is needed otherwise. `metrics.jsonl` is the record; a tracker that fails is reported and left alone.
+Their packages are needed for that alone. The record of a run is `metrics.jsonl`: a service that
+fails is reported and no longer used.
 """
 
-import dataclasses
 import importlib
 import secrets
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.image import open_image
-from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.files import write_atomically
 
@@ -25,13 +24,16 @@ PROJECT = "nanovlm"
 
 
 class Tracker:
-    """Passes on what it is given to the service that `connect` opens, until that fails; without one, does nothing."""
+    """Sends what it is given to the service that `connect` opens, until that one fails.
+
+    Without `connect` it does nothing.
+    """
 
     def __init__(self, name: str = "", connect: Callable[[int], Any] | None = None) -> None:
         self._name, self._connect, self._service = name, connect, None
 
     def start(self, step: int) -> None:
-        """Open the service for a run that is at `step`: 0, or that of the checkpoint it resumes from."""
+        """Open the service for a run at `step`: 0, or the step it is resumed from."""
         if self._connect is not None:
             self._service = self._guarded(self._connect, step)
 
@@ -46,12 +48,12 @@ class Tracker:
             self._guarded(self._service.log, numbers, line["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """A picture, if it has been drawn."""
+        """Send an image file, if it has been written."""
         if self._service is not None and path.exists():
             self._guarded(self._service.image, name, path, step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left and disconnect."""
         if self._service is not None:
             self._guarded(self._service.close)
             self._service = None
@@ -59,35 +61,39 @@ class Tracker:
     def _guarded(self, call: Callable, *arguments: Any) -> Any:
         try:
             return call(*arguments)
-        except Exception as error:  # whatever a foreign package may raise
+        except Exception as error:  # of any kind: the package is not ours
             reason = " ".join(str(error).split())
             say(
-                f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone; "
-                "the training goes on, and metrics.jsonl has every line"
+                f"--track {self._name} failed ({type(error).__name__}: {reason}) and is left alone;"
+                " the training goes on, and metrics.jsonl has every line"
             )
             self._service = None
             return None
 
 
-def build_tracker(settings: Settings, run: Path) -> Tracker:
-    """The tracker that `settings.track` names, imported and not yet opened; NanoVLMError if its package is missing."""
-    if not settings.track:
+def build_tracker(name: str, run: Path, settings: Mapping[str, Any]) -> Tracker:
+    """A tracker for the service `name`, not opened yet; "" is none.
+
+    settings: what the service is to show of the run. Raises NanoVLMError if its package is missing.
+    """
+    if not name:
         return Tracker()
     try:
-        module = importlib.import_module(MODULES[settings.track])
+        module = importlib.import_module(MODULES[name])
     except Exception as error:  # missing, or broken inside
         raise NanoVLMError(
-            f"--track {settings.track}: its package cannot be imported ({' '.join(str(error).split())}); "
-            f"python -m pip install {settings.track}"
+            f"--track {name}: its package cannot be imported ({' '.join(str(error).split())}); "
+            f"python -m pip install {name}"
         ) from None
-    service = {"tensorboard": _TensorBoard, "wandb": _WandB, "swanlab": _SwanLab}[settings.track]
-    return Tracker(settings.track, lambda step: service(module, settings, run, step))
+    shown = {key: value for key, value in settings.items() if key != "resume"}
+    service = {"tensorboard": _TensorBoard, "wandb": _WandB, "swanlab": _SwanLab}[name]
+    return Tracker(name, lambda step: service(module, shown, run, step))
 
 
 class _TensorBoard:
-    """Event files in `run/tensorboard`; those of steps that a resumed run takes again are hidden."""
+    """Event files in `run/tensorboard`; a resumed run hides those of steps that it repeats."""
 
-    def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
+    def __init__(self, module: ModuleType, settings: dict, run: Path, step: int) -> None:
         self._writer = module.SummaryWriter(
             str(run / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -104,7 +110,10 @@ class _TensorBoard:
 
 
 class _Online:
-    """One run of a service for one run folder, however often it is resumed. `_run` is what the service logs to."""
+    """One run of a service for one run folder, however often that is resumed.
+
+    _run: what has `log` and `finish`.
+    """
 
     _module: ModuleType
     _run: Any
@@ -120,9 +129,9 @@ class _Online:
 
 
 class _WandB(_Online):
-    """`WANDB_MODE=offline` works as always."""
+    """Weights & Biases; `WANDB_MODE=offline` works as always."""
 
-    def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
+    def __init__(self, module: ModuleType, settings: dict, run: Path, step: int) -> None:
         self._module = module
         self._run = module.init(
             project=PROJECT,
@@ -130,15 +139,15 @@ class _WandB(_Online):
             id=_service_id(run),
             resume="allow",
             dir=str(run),
-            config=_config(settings),
+            config=settings,
             allow_val_change=True,
         )
 
 
 class _SwanLab(_Online):
-    """`SWANLAB_MODE` works as always. The package itself logs to the run it has opened."""
+    """SwanLab; `SWANLAB_MODE` works as always. The module itself logs to the run it has opened."""
 
-    def __init__(self, module: ModuleType, settings: Settings, run: Path, step: int) -> None:
+    def __init__(self, module: ModuleType, settings: dict, run: Path, step: int) -> None:
         self._module = self._run = module
         module.init(
             project=PROJECT,
@@ -146,18 +155,14 @@ class _SwanLab(_Online):
             id=_service_id(run),
             resume="allow",
             logdir=str(run / "swanlab"),
-            config=_config(settings),
+            config=settings,
         )
 
 
 def _service_id(run: Path) -> str:
-    """The id under which the services know this run folder, kept in it: 21 small letters and digits, as SwanLab wants."""
+    """The id of a run folder at the services, kept in it: 21 small letters and digits (SwanLab)."""
     path = run / "track_id"
     if not path.exists():
         alphabet = string.ascii_lowercase + string.digits
         write_atomically(path, "".join(secrets.choice(alphabet) for _ in range(21)) + "\n")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _config(settings: Settings) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "resume"}

@@ -16,7 +16,7 @@ from torch import nn
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.training.distributed import parallel
-from nanovlm.training.distributed.parallel import Parallel
+from nanovlm.training.distributed.parallel import Parallel, build_parallel
 from nanovlm.training.distributed.shares import gather, local, scatter, total
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
@@ -201,7 +201,7 @@ def test_a_step_without_an_image_left_the_eyes_alone_in_the_runs_compared(world,
 def test_one_process_talks(by_two):
     assert by_two.stdout == ""
     for said in (
-        "records to learn from",
+        "records to train on",
         "device cpu, float32, 2 processes, fsdp",
         "the model is in",
     ):
@@ -273,12 +273,11 @@ def test_four_processes_draw_the_curve_of_one_and_go_on_with_what_others_saved(w
 
 
 def test_a_world_of_one_starts_nothing():
-    alone = Parallel(Settings(parallel="fsdp"), torch.device("cpu"))
+    alone = Parallel(torch.device("cpu"), sharded=True)
     assert not torch.distributed.is_initialized() and (alone.rank, alone.world) == (0, 1)
     assert total(3, 0.5) == [3, 0.5] and alone.largest(2) == 2 and alone.all_lines(["a"]) == ["a"]
-    state = torch.get_rng_state()
-    alone.seed(5)
-    assert torch.equal(torch.get_rng_state(), state)
+    drawn = [torch.rand(4) for step in (5, 5, 6) if alone.seed(step) is None]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     weight = nn.Parameter(torch.ones(3))
     alone.reduce_gradients([weight])
     assert weight.grad is None and gather(weight) is weight and local(weight) is weight
@@ -296,7 +295,7 @@ def test_what_several_processes_cannot_do_is_refused_before_they_meet(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(NanoVLMError, match=expected):
-        Parallel(Settings(**changes), torch.device(device))
+        build_parallel(Settings(**changes), torch.device(device))
 
 
 def test_a_copy_of_a_tensor_that_is_not_shared_is_whole():

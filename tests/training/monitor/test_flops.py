@@ -19,7 +19,8 @@ from nanovlm.training.building import planned_config
 from nanovlm.training.monitor import flops
 from nanovlm.training.monitor.walk import BatchShape, walk
 from nanovlm.training.precision import Precision
-from nanovlm.training.settings import Settings, load_settings
+from nanovlm.training.presets import load_settings
+from nanovlm.training.settings import Settings
 
 CPU = torch.device("cpu")
 CONFIG = VLMConfig(

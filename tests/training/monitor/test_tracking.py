@@ -64,7 +64,7 @@ def picture(folder: Path) -> Path:
 @pytest.mark.parametrize("name", MODULES)
 def test_numbers_and_pictures_arrive_with_their_step(fake, tmp_path, name):
     calls = fake(name)
-    tracker = build_tracker(Settings(track=name), tmp_path)
+    tracker = build_tracker(name, tmp_path, {"track": name})
     assert not calls  # a run that cannot start leaves no experiment behind
     tracker.start(0)
     tracker.log(LINE)
@@ -100,7 +100,7 @@ def test_a_resumed_run_goes_on_under_its_id(fake, tmp_path, name):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     for run, resume in (("first", False), ("first", True), ("second", False)):
-        build_tracker(Settings(track=name, resume=resume), tmp_path / run).start(
+        build_tracker(name, tmp_path / run, {"track": name, "resume": resume}).start(
             20 if resume else 0
         )
     first, again, second = (options for _, _, options in calls)
@@ -113,7 +113,7 @@ def test_a_resumed_run_goes_on_under_its_id(fake, tmp_path, name):
 def test_tensorboard_hides_the_steps_that_are_taken_again(fake, tmp_path):
     calls = fake("tensorboard")
     for step in (0, 20):
-        build_tracker(Settings(track="tensorboard"), tmp_path).start(step)
+        build_tracker("tensorboard", tmp_path, {}).start(step)
     assert [(arguments, options) for _, arguments, options in calls] == [
         ((str(tmp_path / "tensorboard"),), {"purge_step": None}),
         ((str(tmp_path / "tensorboard"),), {"purge_step": 21}),
