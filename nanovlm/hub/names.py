@@ -57,7 +57,7 @@ Target = str | Split | None
 NameTable = Mapping[str, Target]
 
 # First parts of our tensors' names before version 0.2, and now.
-_RENAMED_PARTS = {"vision.": "vision_encoder.", "decoder.": "language_model."}
+RENAMED_PARTS = {"vision.": "vision_encoder.", "decoder.": "language_model."}
 
 
 def refuse_old_names(names: Iterable[str], where: str | Path) -> None:
@@ -66,7 +66,7 @@ def refuse_old_names(names: Iterable[str], where: str | Path) -> None:
     A file of a published model may use such names for its own tensors and is not for this check.
     """
     for name in names:
-        for old, new in _RENAMED_PARTS.items():
+        for old, new in RENAMED_PARTS.items():
             if name.startswith(old):
                 raise NanoVLMError(
                     f"{where}: tensor {name!r} is now {name.replace(old, new, 1)!r}; the file was "
