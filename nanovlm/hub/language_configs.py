@@ -4,7 +4,7 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.config_json import parse_hub_config, require
-from nanovlm.hub.families import LANGUAGE_FAMILIES, OWN, OWN_BEFORE
+from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, OWN_BEFORE
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.utils.config import from_dict, unknown_key
 

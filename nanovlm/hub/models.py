@@ -11,10 +11,9 @@ from torch import Tensor
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.chat_configs import read_chat_config
 from nanovlm.hub.config_json import read_config
-from nanovlm.hub.families import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.loading import load_into, open_checkpoint
-from nanovlm.hub.names import refuse_old_names
+from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES, refuse_old_names
 from nanovlm.hub.safetensors import Deferred, save_file
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import ImageConfig

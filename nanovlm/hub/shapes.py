@@ -7,9 +7,9 @@ reads them.
 from dataclasses import dataclass
 from typing import Any
 
-from nanovlm.hub.families import OWN
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.hub.language_configs import parse_language_model_config
+from nanovlm.hub.names import OWN
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig

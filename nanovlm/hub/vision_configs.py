@@ -6,7 +6,7 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.config_json import parse_hub_config, require
-from nanovlm.hub.families import VISION_FAMILIES
+from nanovlm.hub.names import VISION_FAMILIES
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.utils.config import from_dict
 

@@ -30,8 +30,12 @@ class Toy(nn.Module):
 
 
 def toy_tensors() -> dict[str, torch.Tensor]:
-    return {"embedding.weight": torch.randn(11, 4), "layer.weight": torch.randn(4, 4), "layer.bias": torch.randn(4),
-            "steps": torch.arange(3)}  # fmt: skip
+    return {
+        "embedding.weight": torch.randn(11, 4),
+        "layer.weight": torch.randn(4, 4),
+        "layer.bias": torch.randn(4),
+        "steps": torch.arange(3),
+    }
 
 
 def toy_on_meta(tied: bool = True) -> Toy:

@@ -1,4 +1,4 @@
-"""Any eyes, any voice, any projector: folders joined as `--vision-encoder DIR --language-model DIR --projector NAME` does, or one clear line."""
+"""Any vision encoder, language model and projector: joined from folders, or refused in one line."""
 
 import dataclasses
 import itertools
@@ -26,17 +26,10 @@ from nanovlm.training.settings import Settings
 from tests.reference import hub_folders
 from tests.reference.models import byte_pair, qwen, vision_model
 
-VISION_ENCODERS, LANGUAGE_MODELS = (
-    tuple(hub_folders.VISION_ENCODERS),
-    tuple(hub_folders.LANGUAGE_MODELS),
-)
-VISUAL_TOKENS = {
-    "linear": 16,
-    "mlp": 16,
-    "pixel_shuffle": 4,
-    "bilinear": 9,
-    "resampler": 5,
-}  # of 4 × 4 vectors
+VISION_ENCODERS = tuple(hub_folders.VISION_ENCODERS)
+LANGUAGE_MODELS = tuple(hub_folders.LANGUAGE_MODELS)
+# Of 4 × 4 patch vectors.
+VISUAL_TOKENS = {"linear": 16, "mlp": 16, "pixel_shuffle": 4, "bilinear": 9, "resampler": 5}
 CHATS = {
     "qwen1": ChatConfig(image_token="<|extra_0|>"),
     "qwen2": ChatConfig(),
@@ -45,16 +38,15 @@ CHATS = {
     "vicuna": ChatConfig("vicuna", "<image>"),
     "scratch": ChatConfig("vicuna", "<image>"),
 }
-# All pairs of eyes and voice; each of either meets every projector.
+# All pairs of vision encoder and language model; each of either meets every projector.
 MIXES = [
-    (eyes, voice, list(VISUAL_TOKENS)[(i + j) % len(VISUAL_TOKENS)])
-    for (i, eyes), (j, voice) in itertools.product(
+    (vision, language, list(VISUAL_TOKENS)[(i + j) % len(VISUAL_TOKENS)])
+    for (i, vision), (j, language) in itertools.product(
         enumerate(VISION_ENCODERS), enumerate(LANGUAGE_MODELS)
     )
 ]
-IMAGE = Image.effect_noise((60, 40), 80).convert(
-    "RGB"
-)  # which SmolVLM2's eyes see in 2 × 2 tiles and as a whole
+# SmolVLM2 cuts it into 2 × 2 tiles, and the whole image is a fifth.
+IMAGE = Image.effect_noise((60, 40), 80).convert("RGB")
 
 
 @dataclass
@@ -63,20 +55,18 @@ class Hub:
 
     root: Path
 
-    def settings(self, eyes: str, voice: str, projector: str = "mlp", **changes) -> Settings:
-        shape = {"language_model_shape": str(self.root / "shape")} if voice == "scratch" else {}
-        return Settings(
-            **{
-                "vision_encoder": str(self.root / eyes),
-                "language_model": str(self.root / voice),
-                "projector": projector,
-                "grid": 3,
-                "num_queries": 5,
-                "vision_layer": -2 if eyes == "clip" else -1,
-                **shape,
-                **changes,
-            }
-        )
+    def settings(self, vision: str, language: str, projector: str = "mlp", **changes) -> Settings:
+        settings = {
+            "vision_encoder": str(self.root / vision),
+            "language_model": str(self.root / language),
+            "projector": projector,
+            "grid": 3,
+            "num_queries": 5,
+            "vision_layer": -2 if vision == "clip" else -1,
+        }
+        if language == "scratch":
+            settings["language_model_shape"] = str(self.root / "shape")
+        return Settings(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -90,36 +80,32 @@ def hub(tmp_path_factory) -> Hub:
 
 def batch_of(model: VisionLanguageModel, answer: str | None = "一个圆。") -> Batch:
     """A question about an image, and its answer or none."""
-    messages = [Message.parse("user", "<image>\n描述图片")] + (
-        [Message.parse("assistant", answer)] if answer else []
-    )
-    encoded = model.chat.encode(
-        messages, [model.image_tokens(*IMAGE.size)], add_generation_prompt=not answer
-    )
+    messages = [Message.parse("user", "<image>\n描述图片")]
+    if answer:
+        messages.append(Message.parse("assistant", answer))
+    images = [model.image_tokens(*IMAGE.size)]
+    encoded = model.chat.encode(messages, images, add_generation_prompt=not answer)
     batch = collate([TokenSequence.of(encoded)], model.chat.image_token_id)
     batch.pixels = image_pixels(IMAGE, model.config.image)
     return batch
 
 
-@pytest.mark.parametrize(("eyes", "voice", "projector"), MIXES)
-def test_any_mix_trains_speaks_and_is_saved(
-    hub: Hub, eyes: str, voice: str, projector: str, tmp_path: Path
+@pytest.mark.parametrize(("vision", "language", "projector"), MIXES)
+def test_any_mix_trains_answers_and_is_saved(
+    hub: Hub, vision: str, language: str, projector: str, tmp_path: Path
 ):
     torch.manual_seed(0)
-    model = build_model(hub.settings(eyes, voice, projector)).eval()
-    assert model.image_length == VISUAL_TOKENS[projector] and model.config.chat == CHATS[voice]
+    model = build_model(hub.settings(vision, language, projector)).eval()
+    assert model.image_length == VISUAL_TOKENS[projector] and model.config.chat == CHATS[language]
     batch = batch_of(model)
-    pictures = 5 if eyes == "smolvlm" else 1
-    assert (
-        len(batch.pixels) == pictures
-        and len(batch.image_positions) == pictures * VISUAL_TOKENS[projector]
-    )
+    tiles = 5 if vision == "smolvlm" else 1
+    assert len(batch.pixels) == tiles
+    assert len(batch.image_positions) == tiles * VISUAL_TOKENS[projector]
 
     loss = model(batch)
     loss.backward()
-    assert loss.isfinite() and all(
-        parameter.grad.any() for parameter in model.projector.parameters()
-    )
+    assert loss.isfinite()
+    assert all(parameter.grad.any() for parameter in model.projector.parameters())
 
     save_model(model, tmp_path)
     again = load_model(tmp_path)
@@ -128,19 +114,18 @@ def test_any_mix_trains_speaks_and_is_saved(
     assert generate(again, prompt, max_new_tokens=3) == generate(model, prompt, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("eyes", VISION_ENCODERS)
+@pytest.mark.parametrize("vision", VISION_ENCODERS)
 @pytest.mark.parametrize("tiles", [1, 3])
-def test_eyes_of_any_kind_see_tiles_or_the_whole(hub: Hub, eyes: str, tiles: int):
-    model = build_model(hub.settings(eyes, "qwen2", "pixel_shuffle", tiles=tiles))
-    batch = batch_of(model)  # 3 × 2 tiles and the whole
-    assert len(batch.pixels) == (1 if tiles == 1 else 7) and len(batch.image_positions) == 4 * len(
-        batch.pixels
-    )
+def test_any_vision_encoder_gets_tiles_or_the_whole_image(hub: Hub, vision: str, tiles: int):
+    model = build_model(hub.settings(vision, "qwen2", "pixel_shuffle", tiles=tiles))
+    batch = batch_of(model)  # 3 × 2 tiles and the whole image
+    assert len(batch.pixels) == (1 if tiles == 1 else 7)
+    assert len(batch.image_positions) == 4 * len(batch.pixels)
     assert model(batch).isfinite()
 
 
-def test_a_decoder_from_scratch_by_its_published_name_with_words_alone(hub: Hub, monkeypatch):
-    """`--language-model-shape svlm --language-model DIR`, of which DIR holds a tokenizer.model."""
+def test_a_language_model_from_scratch_by_its_published_name(hub: Hub, monkeypatch):
+    """`--language-model-shape svlm --language-model DIR`, where DIR holds a tokenizer alone."""
     shape = dataclasses.replace(
         building.LANGUAGE_MODELS["svlm"],
         config=json.loads((hub.root / "shape" / "config.json").read_text()),
@@ -148,10 +133,9 @@ def test_a_decoder_from_scratch_by_its_published_name_with_words_alone(hub: Hub,
     monkeypatch.setattr(building, "LANGUAGE_MODELS", {"svlm": shape})
     assert [path.name for path in (hub.root / "scratch").iterdir()] == ["tokenizer.model"]
     model = build_model(hub.settings("dinov2", "scratch", language_model_shape="svlm"))
-    assert (
-        model.config.language_model.vocab_size == 421
-        and model.config.language_model.num_experts == 4
-    )  # its placeholder is a new word
+    language = model.config.language_model
+    assert language.vocab_size == 421  # the placeholder is a new token
+    assert language.num_experts == 4
     assert model(batch_of(model)).isfinite()
 
 
@@ -175,11 +159,17 @@ def refusal(settings: Settings) -> str:
         ),
         (
             {"projector": "mpl"},
-            "projector 'mpl' is not known; take one of linear, mlp, pixel_shuffle, bilinear, resampler",
+            (
+                "projector 'mpl' is not known; "
+                "take one of linear, mlp, pixel_shuffle, bilinear, resampler"
+            ),
         ),
         (
             {"image_size": 280},
-            r"an image takes up to 1600 visual tokens, which leave no room .* 1024 positions; take a projector",
+            (
+                r"an image takes up to 1600 visual tokens, which leave no room .* 1024 positions; "
+                "take a projector"
+            ),
         ),
         (
             {"image_size": 30},
@@ -196,7 +186,10 @@ def refusal(settings: Settings) -> str:
         ),
         (
             {"vision_encoder": "nowhere"},
-            "--vision-encoder nowhere: is no folder with a config.json; give one, or one of dinov2-small",
+            (
+                "--vision-encoder nowhere: is no folder with a config.json; "
+                "give one, or one of dinov2-small"
+            ),
         ),
         (
             {"language_model": "nowhere"},
@@ -236,10 +229,12 @@ def test_what_cannot_fit_is_one_line(hub: Hub, changes: dict, message: str):
 
 def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path):
     vision_model(tmp_path, "siglip_vision_model", hidden_size=36)
-    assert refusal(
-        hub.settings("siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28)
-    ) == (
-        "patch vectors of 36 numbers cannot be split into the resampler's 8 heads; take another projector, or another num_heads"
+    settings = hub.settings(
+        "siglip", "qwen2", "resampler", vision_encoder=str(tmp_path), image_size=28
+    )
+    assert refusal(settings) == (
+        "patch vectors of 36 numbers cannot be split into the resampler's 8 heads; "
+        "take another projector, or another num_heads"
     )
 
 
@@ -266,7 +261,7 @@ def test_heads_of_a_resampler_have_to_divide_the_width(hub: Hub, tmp_path: Path)
         ),
     ],
 )
-def test_a_voice_without_the_words_for_it(
+def test_a_language_model_without_the_tokens_for_it(
     hub: Hub, tmp_path: Path, special: tuple, rows: int, remove: str, message: str
 ):
     byte_pair(tmp_path, special=special)
@@ -278,7 +273,7 @@ def test_a_voice_without_the_words_for_it(
 
 def test_a_preset_without_folders_says_what_to_fetch():
     assert refusal(load_settings("stage1", ["--preset", "mary"])) == (
-        "only shapes are named here, without weights; fetch and give --vision-encoder DIR, the folder of "
-        "google/siglip-so400m-patch14-384, and --language-model DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a "
-        "preset, which needs none"
+        "only shapes are named here, without weights; fetch and give --vision-encoder DIR, "
+        "the folder of google/siglip-so400m-patch14-384, and --language-model DIR, "
+        "the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a preset, which needs none"
     )

@@ -1,4 +1,4 @@
-"""The safetensors format: agreement with the `safetensors` package in both directions, and damaged files."""
+"""Our safetensors files and the `safetensors` package's, and damaged files."""
 
 import json
 import mmap
@@ -83,8 +83,14 @@ def test_the_package_reads_what_we_write(tmp_path):
 
 def test_writes_any_strides_shared_memory_and_parameters(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"transposed": base.T, "sliced": base[1:, ::2], "expanded": base[0].expand(3, 6), "all": base,
-               "again": base, "parameter": torch.nn.Parameter(base)}  # fmt: skip
+    tensors = {
+        "transposed": base.T,
+        "sliced": base[1:, ::2],
+        "expanded": base[0].expand(3, 6),
+        "all": base,
+        "again": base,
+        "parameter": torch.nn.Parameter(base),
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     loaded = reference.load_file(tmp_path / "a.safetensors")
     assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
@@ -100,8 +106,14 @@ def test_no_tensors_at_all(tmp_path):
 def test_header_and_tensors_are_aligned(tmp_path):
     path = tmp_path / "a.safetensors"
     for length in range(1, 10):
-        save_file({"x" * length: torch.ones(3, dtype=torch.int8), "bias": torch.ones(5), "gate": torch.ones(2).double(),
-                   "weight": torch.ones(8, 16), "table": torch.ones(32).bfloat16()}, path)  # fmt: skip
+        tensors = {
+            "x" * length: torch.ones(3, dtype=torch.int8),
+            "bias": torch.ones(5),
+            "gate": torch.ones(2).double(),
+            "weight": torch.ones(8, 16),
+            "table": torch.ones(32).bfloat16(),
+        }
+        save_file(tensors, path)
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
         file = SafetensorsFile(path)
         assert all(file.tensor(name).data_ptr() % 64 == 0 for name in ("weight", "table"))
@@ -199,8 +211,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(2)}, path)
     before = path.read_bytes()
-    unsaveable = [torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta"), torch.eye(2).to_sparse(),
-                  torch.eye(2).to_sparse_csr()]  # fmt: skip
+    unsaveable = [
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, device="meta"),
+        torch.eye(2).to_sparse(),
+        torch.eye(2).to_sparse_csr(),
+    ]
     for tensor in unsaveable:
         with pytest.raises(NanoVLMError, match="cannot save tensor 'bad'"):
             save_file({"a": torch.zeros(2), "bad": tensor}, path)

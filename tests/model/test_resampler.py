@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.families import VISION_FAMILIES
 from nanovlm.hub.loading import load_into, open_checkpoint
 from nanovlm.hub.models import load_vision_encoder
+from nanovlm.hub.names import VISION_FAMILIES
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.model.layers import resize_positions, sine_cosine_positions

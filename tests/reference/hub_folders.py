@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovlm.hub.families import OWN
+from nanovlm.hub.names import OWN
 from tests.reference.models import (
     FIXTURES,
     byte_pair,
