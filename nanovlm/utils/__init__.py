@@ -1,1 +1,1 @@
-"""What every other part of the package uses: configs, console, devices, files, figures."""
+"""What the rest of the package uses: configs, console, devices, figures, files, processes."""

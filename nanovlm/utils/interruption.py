@@ -1,19 +1,23 @@
-"""Being asked to stop: Ctrl-C, or the SIGTERM of a scheduler."""
+"""Stopping after the current step on Ctrl-C (SIGINT) or on a scheduler's SIGTERM."""
 
 import signal
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; a second one stops at once."""
+    """Keeps the first SIGINT or SIGTERM as `signal`, for the loop to check after each step.
+
+    A second one exits at once, with 128 + its number.
+    """
 
     def __enter__(self) -> "Interruption":
-        self.signal = 0  # the one that asked, or 0
+        self.signal = 0  # the number of the signal received, or 0
         self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
-    def _ask(self, number: int, _) -> None:
+    def _receive(self, number: int, _) -> None:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number

@@ -1,4 +1,4 @@
-"""Records from made-up caption files and photos: what is written, what is skipped, what is refused."""
+"""Records from made-up caption files and photos: written, skipped, refused."""
 
 import io
 import json
@@ -40,9 +40,8 @@ def source(tmp_path: Path) -> Path:
         for index in range(12):
             add(archive, f"images/{photo(index)}", f"photo {index}".encode())
     for tag, captions in (("zhc", ZH), ("enc", EN)):
-        lines = [
-            f"{photo(i)}#{tag}#{n} {captions[KINDS[i % 3]]}" for n in range(5) for i in range(12)
-        ]
+        photos = [(photo(i), captions[KINDS[i % 3]]) for i in range(12)]
+        lines = [f"{name}#{tag}#{n} {caption}" for n in range(5) for name, caption in photos]
         (tmp_path / f"{tag}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "train.txt").write_text("".join(f"{photo(i)}\n" for i in range(9)))
     return tmp_path
@@ -55,18 +54,9 @@ def convert(call):
     def completed(
         source: Path, *more: str, images: str = "images.tar", out: str = "out"
     ) -> subprocess.CompletedProcess[str]:
-        return call(
-            flickr8k_cn.main,
-            "--images",
-            source / images,
-            "--captions",
-            source / "zhc.txt",
-            "--names",
-            source / "train.txt",
-            "--out",
-            source / out,
-            *more,
-        )
+        inputs = ("--images", source / images, "--captions", source / "zhc.txt")
+        split = ("--names", source / "train.txt", "--out", source / out)
+        return call(flickr8k_cn.main, *inputs, *split, *more)
 
     return completed
 
@@ -86,14 +76,8 @@ def test_four_flags_give_training_and_evaluation_records(source: Path, convert) 
     result = convert(source)
     assert result.returncode == 0, result.stderr
     out = source / "out"
-    assert sorted(path.name for path in out.iterdir()) == [
-        "images",
-        "train.jsonl",
-        "train_zh.jsonl",
-    ]
-    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(
-        photo(i) for i in range(9)
-    )
+    assert {path.name for path in out.iterdir()} == {"images", "train.jsonl", "train_zh.jsonl"}
+    assert {path.name for path in (out / "images").iterdir()} == {photo(i) for i in range(9)}
     assert (out / "images" / photo(4)).read_bytes() == b"photo 4"
     training, evaluation = read(out / "train.jsonl"), read(out / "train_zh.jsonl")
     assert len(training) == 45 and len(evaluation) == 9
@@ -116,24 +100,18 @@ def test_english_adds_mixed_records_and_balanced_questions(source: Path, convert
     assert english[0]["references"] == ["A dog runs, on the grass."] * 5
     assert english[1]["references"] == ["A man rides a bicycle."] * 5
     questions = read(out / "small_yesno.jsonl")
-    assert len(read(out / "small_mixed.jsonl")) == 9 * 5 + 9 * 2 + len(
-        questions
-    )  # five Chinese captions a photo, two English
+    # Five Chinese captions a photo, and two English ones.
+    assert len(read(out / "small_mixed.jsonl")) == 9 * 5 + 9 * 2 + len(questions)
 
     asked = Counter((q["messages"][0]["content"], q["references"][0]) for q in questions)
-    assert {
-        ("<image>\n图中有狗吗？", "有。"),
-        ("<image>\nIs there a dog in the image?", "No."),
-    } <= asked.keys()
+    assert ("<image>\n图中有狗吗？", "有。") in asked
+    assert ("<image>\nIs there a dog in the image?", "No.") in asked
     opposite = {"有。": "没有。", "没有。": "有。", "Yes.": "No.", "No.": "Yes."}
-    assert all(
-        asked[question, opposite[answer]] == count for (question, answer), count in asked.items()
-    )
+    for (question, answer), count in asked.items():
+        assert asked[question, opposite[answer]] == count
     for question in questions:
-        if (
-            "狗" in question["messages"][0]["content"]
-            or "dog" in question["messages"][0]["content"]
-        ):
+        prompt = question["messages"][0]["content"]
+        if "狗" in prompt or "dog" in prompt:
             has_dog = question["image"].startswith("images/dog")
             assert question["references"][0] in (("有。", "Yes.") if has_dog else ("没有。", "No."))
 
@@ -169,37 +147,25 @@ def test_same_bytes_again_and_from_a_folder(source: Path, convert) -> None:
         archive.extractall(source / "unpacked", filter="data")
     assert convert(source, *english).returncode == 0  # in place: identical files are left alone
     assert convert(source, *english, images="unpacked", out="again").returncode == 0
-    first, second = (
-        {
-            path.relative_to(source / out): path.read_bytes()
-            for path in (source / out).rglob("*")
-            if path.is_file()
-        }
-        for out in ("out", "again")
-    )
-    assert first == second and len(first) == 9 + 5
+
+    def files(out: Path) -> dict[Path, bytes]:
+        paths = [path for path in out.rglob("*") if path.is_file()]
+        return {path.relative_to(out): path.read_bytes() for path in paths}
+
+    assert files(source / "out") == files(source / "again")
+    assert len(files(source / "out")) == 9 + 5
 
 
 def test_the_script_runs_from_anywhere(source: Path, command) -> None:
-    process = command(
-        "data_tools/flickr8k_cn.py",
-        "--images",
-        "images.tar",
-        "--captions",
-        "zhc.txt",
-        "--names",
-        "train.txt",
-        "--out",
-        "out",
-        cwd=source,
-    )
+    inputs = ("--images", "images.tar", "--captions", "zhc.txt")
+    split = ("--names", "train.txt", "--out", "out")
+    process = command("data_tools/flickr8k_cn.py", *inputs, *split, cwd=source)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and len(read(source / "out" / "train.jsonl")) == 45, (
-        errors.decode()
-    )
+    assert process.returncode == 0, errors.decode()
+    assert len(read(source / "out" / "train.jsonl")) == 45
 
 
-def test_other_content_is_never_written_over(source: Path, convert) -> None:
+def test_other_content_is_never_overwritten(source: Path, convert) -> None:
     (source / "out").mkdir()
     (source / "out" / "train_zh.jsonl").write_text("mine\n")
     assert_refused(convert(source), "train_zh.jsonl: is there already with other content")
@@ -222,23 +188,22 @@ def test_hostile_archive_writes_nothing_outside(source: Path, convert) -> None:
         add(archive, f"images/{photo(2)}", type=tarfile.SYMTYPE, linkname=str(secret))
         for index in range(3, 9):
             add(archive, f"images/{photo(index)}", b"photo")
-    before = {path for path in source.parent.rglob("*")}
+    before = set(source.parent.rglob("*"))
     result = convert(source)
     assert_refused(result, f"1 of 9 cannot be used, more than 1% ({photo(2)} is a link")
-    written = {path for path in source.parent.rglob("*")} - before
-    assert {path.name for path in written if path.is_file()} == {
-        photo(i) for i in range(9) if i != 2
-    }
+    written = set(source.parent.rglob("*")) - before
+    photos = {photo(i) for i in range(9) if i != 2}
+    assert {path.name for path in written if path.is_file()} == photos
     assert all(path.is_relative_to(source / "out") for path in written)
 
 
-def test_little_is_skipped_and_named_and_much_is_an_error(source: Path, convert) -> None:
+def test_a_few_bad_entries_are_skipped_and_named_and_many_are_an_error(
+    source: Path, convert
+) -> None:
     names = [f"many_{index}.jpg" for index in range(200)]
     (source / "train.txt").write_text("\n".join(names))
-    captions = [f"{name}#zhc#0 一张照片。" for name in names[:-1]] + [
-        "not a caption",
-        f"{names[-1]}#zhc#0 一张照片。",
-    ]
+    captions = [f"{name}#zhc#0 一张照片。" for name in names]
+    captions.insert(-1, "not a caption")
     (source / "zhc.txt").write_text("\n".join(captions), encoding="utf-8")
     (source / "photos").mkdir()
     for index, name in enumerate(names):
@@ -265,12 +230,9 @@ def test_broken_input_is_one_line(source: Path, convert) -> None:
     (source / "images.tar").unlink()
     assert_refused(convert(source), "images.tar: cannot be read")
     (source / "images.tar").write_bytes(tar)
-    assert_refused(
-        convert(source, "--captions", str(source / "enc.txt")), "is not 'NAME#zhc#NUMBER caption'"
-    )
-    assert_refused(
-        convert(source, "--captions", str(source / "missing.txt")), "missing.txt: cannot be read"
-    )
+    english, missing = str(source / "enc.txt"), str(source / "missing.txt")
+    assert_refused(convert(source, "--captions", english), "is not 'NAME#zhc#NUMBER caption'")
+    assert_refused(convert(source, "--captions", missing), "missing.txt: cannot be read")
     assert_refused(convert(source, out="images.tar"), "cannot be written")
     assert_refused(convert(source, "--split", "../up"), "--split")
     (source / "train.txt").write_text("../../etc/passwd\n")
@@ -280,14 +242,12 @@ def test_broken_input_is_one_line(source: Path, convert) -> None:
     assert not list(source.rglob("*.jsonl"))
 
 
-def test_how_often_captions_name_what_nobody_mentions(tmp_path: Path, call) -> None:
+def test_the_share_of_things_that_no_reference_mentions(tmp_path: Path, call) -> None:
     lines = [
-        {
-            "answer": "一个男人在玩滑板。",
-            "references": ["雪地里的狗。", "A dog in the snow."],
-        },  # a man and a skateboard, wrongly
+        # A man and a skateboard, wrongly.
+        {"answer": "一个男人在玩滑板。", "references": ["雪地里的狗。", "A dog in the snow."]},
         {"answer": "一只狗在雪地里。", "references": ["雪地里的狗。"]},
-        {"answer": "男人和狗。", "references": ["一个人和一只狗。"]},  # somebody may be a man
+        {"answer": "男人和狗。", "references": ["一个人和一只狗。"]},  # 人 may be a man
         {"answer": "Nothing.", "references": ["雪地里的狗。"]},
     ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

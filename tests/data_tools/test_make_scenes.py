@@ -1,9 +1,10 @@
-"""The toy world: same seed same bytes, nothing held out leaks, and every answer is what the picture shows."""
+"""The toy world: same seed, same bytes; held-out pairs do not leak; every answer is right."""
 
 import hashlib
 import json
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -16,39 +17,46 @@ from data_tools.make_scenes import make_scenes
 from data_tools.scenes_text import KINDS, describe, parse_description, questions
 from data_tools.scenes_world import HELD_OUT_PAIRS, RGB, TRAIN_PAIRS, Scene, draw, random_scene
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.files import read_jsonl
 
 # Written out again, so that the tests do not read the records with the tables that wrote them.
-COLOURS = dict(
-    red="红色",
-    orange="橙色",
-    yellow="黄色",
-    green="绿色",
-    blue="蓝色",
-    purple="紫色",
-    white="白色",
-    black="黑色",
+COLOURS = {
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "white": "白色",
+    "black": "黑色",
+}
+SHAPES = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "五角星",
+    "diamond": "菱形",
+    "ring": "圆环",
+    "cross": "十字形",
+    "heart": "心形",
+}
+OUTERMOST = (  # the word, the axis, whether the largest coordinate is meant
+    *(("最左", "x", False), ("最右", "x", True), ("最上", "y", False), ("最下", "y", True)),
+    *(("leftmost", "x", False), ("rightmost", "x", True)),
+    *(("topmost", "y", False), ("bottommost", "y", True)),
 )
-SHAPES = dict(circle="圆形", square="正方形", triangle="三角形", star="五角星", diamond="菱形", ring="圆环", cross="十字形",
-              heart="心形")  # fmt: skip
 ENGLISH = {chinese: english for table in (COLOURS, SHAPES) for english, chinese in table.items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_scenes(
-        tmp_path_factory.mktemp("world") / "scenes", scenes=400, eval_scenes=100, seed=7, workers=1
-    )
+    out = tmp_path_factory.mktemp("world") / "scenes"
+    return make_scenes(out, scenes=400, eval_scenes=100, seed=7, workers=1)
 
 
 @pytest.fixture(scope="module")
 def records(folder) -> dict[str, list[dict]]:
-    return {
-        split: [
-            json.loads(line)
-            for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        for split in ("train", "val", "novel")
-    }
+    return {split: read_jsonl(folder / f"{split}.jsonl") for split in ("train", "val", "novel")}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -68,15 +76,13 @@ def _turns(record: dict) -> tuple[str, str]:
 
 def _pairs_named(text: str) -> set[tuple[str, str]]:
     """(colour, shape) wherever the two stand side by side, in English names."""
-    names = "|".join(
-        [*COLOURS.values(), *SHAPES.values(), r"\b" + r"\b|\b".join([*COLOURS, *SHAPES]) + r"\b"]
-    )
-    found = [
-        (word.span(), ENGLISH.get(word[0], word[0])) for word in re.finditer(names, text.lower())
-    ]
+    english = (rf"\b{name}\b" for name in (*COLOURS, *SHAPES))
+    names = "|".join([*COLOURS.values(), *SHAPES.values(), *english])
+    words = re.finditer(names, text.lower())
+    found = [(word.span(), ENGLISH.get(word[0], word[0])) for word in words]
     return {
         (one, other)
-        for ((_, end), one), ((start, _), other) in zip(found, found[1:], strict=False)
+        for ((_, end), one), ((start, _), other) in pairwise(found)
         if start - end <= 1 and one in COLOURS and other in SHAPES
     }
 
@@ -125,26 +131,19 @@ def test_held_out_pairs_use_each_colour_and_each_shape_once():
 
 
 def test_held_out_pairs_are_neither_shown_nor_named_before_novel(records):
-    assert (
-        _pairs_named("图里有红色五角星吗？")
-        == _pairs_named("Is there a red star?")
-        == {("red", "star")}
-    )
+    for question in ("图里有红色五角星吗？", "Is there a red star?"):
+        assert _pairs_named(question) == {("red", "star")}
     for split in ("train", "val"):
         for record in records[split]:
             assert not _pairs_named(" ".join(_turns(record))) & set(HELD_OUT_PAIRS), record
             shown = {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())}
             assert not shown & set(HELD_OUT_PAIRS), record
     for record in records["novel"]:
-        assert {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())} <= set(
-            HELD_OUT_PAIRS
-        )
-    assert {pair for record in records["train"] for pair in _pairs_named(_turns(record)[1])} == set(
-        TRAIN_PAIRS
-    )
-    assert {pair for record in records["novel"] for pair in _pairs_named(_turns(record)[1])} == set(
-        HELD_OUT_PAIRS
-    )
+        shown = {(thing["colour"], thing["shape"]) for thing in record.get("objects", ())}
+        assert shown <= set(HELD_OUT_PAIRS)
+    for split, pairs in (("train", TRAIN_PAIRS), ("novel", HELD_OUT_PAIRS)):
+        answers = [_turns(record)[1] for record in records[split]]
+        assert {pair for answer in answers for pair in _pairs_named(answer)} == set(pairs)
 
 
 def _objects(records: list[dict]) -> dict[str, list[dict]]:
@@ -152,11 +151,8 @@ def _objects(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def _outermost(question: str, objects: list[dict]) -> dict | None:
-    """The object that 最左边的… or the topmost … means, which must be clear by 6 pixels."""
-    for word, axis, last in (
-        ("最左", "x", False), ("最右", "x", True), ("最上", "y", False), ("最下", "y", True),
-        ("leftmost", "x", False), ("rightmost", "x", True), ("topmost", "y", False), ("bottommost", "y", True),
-    ):  # fmt: skip
+    """The object that 最左边的… or the topmost … means, by a margin of at least 6 pixels."""
+    for word, axis, last in OUTERMOST:
         if word in question:
             ranked = sorted(objects, key=lambda thing: thing[axis], reverse=last)
             assert abs(ranked[0][axis] - ranked[1][axis]) >= 6
@@ -165,7 +161,7 @@ def _outermost(question: str, objects: list[dict]) -> dict | None:
 
 
 def _mentions(question: str) -> list[dict[str, str]]:
-    """What the question names, in order: a colour, a shape, or both."""
+    """The colours and shapes that the question names, in order, alone or as pairs."""
     if re.search("[一-鿿]", question):
         pattern = f"({'|'.join(COLOURS.values())})?({'|'.join(SHAPES.values())}|的物体)"
     else:
@@ -180,12 +176,16 @@ def _matching(mention: dict[str, str], objects: list[dict]) -> list[dict]:
 
 
 def _expected(kind: str, question: str, objects: list[dict]) -> str:
-    """The answer worked out from the objects: a second reading of every question."""
+    """The answer worked out from the objects, independently of the code that wrote it."""
     chinese = re.search("[一-鿿]", question) is not None
     mentions = _mentions(question)
     if kind == "count":
-        return dict(enumerate("一两三四", 1))[len(objects)] + "个。" if chinese else [
-            "One.", "Two.", "Three.", "Four."][len(objects) - 1]  # fmt: skip
+        numbers = (
+            ("一个。", "两个。", "三个。", "四个。")
+            if chinese
+            else ("One.", "Two.", "Three.", "Four.")
+        )
+        return numbers[len(objects) - 1]
     if kind == "exists":
         there = bool(_matching(mentions[0], objects))
         return ("有。" if there else "没有。") if chinese else ("Yes." if there else "No.")
@@ -196,7 +196,8 @@ def _expected(kind: str, question: str, objects: list[dict]) -> str:
         if kind == "what":
             if chinese:
                 return COLOURS[thing["colour"]] + SHAPES[thing["shape"]] + "。"
-            return f"{'An' if thing['colour'] == 'orange' else 'A'} {thing['colour']} {thing['shape']}."
+            article = "An" if thing["colour"] == "orange" else "A"
+            return f"{article} {thing['colour']} {thing['shape']}."
         word = thing[kind]
         return (COLOURS | SHAPES)[word] + "。" if chinese else word.capitalize() + "."
     [first], [second] = (_matching(mention, objects) for mention in mentions)
@@ -212,9 +213,10 @@ def _expected_comparison(kind: str, question: str, chinese: bool, first: dict, s
         assert abs(first[axis] - second[axis]) >= 6
         holds = first[axis] < second[axis]
     yes, no = {
-        "left_right": ("左边|left", "右边|right"), "above_below": ("上面|above", "下面|below"),
+        "left_right": ("左边|left", "右边|right"),
+        "above_below": ("上面|above", "下面|below"),
         "larger_smaller": ("大|larger", "小|smaller"),
-    }[kind]  # fmt: skip
+    }[kind]
     asks_yes, asks_no = re.search(yes, question), re.search(no, question)
     if asks_yes and asks_no:
         word = (yes if holds else no).split("|")[not chinese]
@@ -222,8 +224,9 @@ def _expected_comparison(kind: str, question: str, chinese: bool, first: dict, s
     true = holds == bool(asks_yes)
     if "哪个" in question or "Which" in question:
         thing = first if true else second
-        return COLOURS[thing["colour"]] + SHAPES[thing["shape"]] + "。" if chinese else (
-            f"The {thing['colour']} {thing['shape']}.")  # fmt: skip
+        if chinese:
+            return COLOURS[thing["colour"]] + SHAPES[thing["shape"]] + "。"
+        return f"The {thing['colour']} {thing['shape']}."
     return ("是。" if true else "不是。") if chinese else ("Yes." if true else "No.")
 
 
@@ -234,27 +237,20 @@ def test_every_answer_is_the_one_the_objects_give(records, split):
         question, answer = _turns(record)
         seen[record["kind"]] += 1
         if record["kind"] == "describe":
-            there = Counter(
-                (thing["size"], thing["colour"], thing["shape"]) for thing in record["objects"]
-            )
+            things = record["objects"]
+            there = Counter((thing["size"], thing["colour"], thing["shape"]) for thing in things)
             assert parse_description(answer) == there
-            assert (
-                re.search("[一-鿿]", question + answer) is None
-                or re.search("[A-Za-z]", question + answer) is None
-            )
+            scripts = [re.search(script, question + answer) for script in ("[一-鿿]", "[A-Za-z]")]
+            assert None in scripts
         else:
-            assert answer == _expected(record["kind"], question, objects[record["image"]]), (
-                question,
-                answer,
-            )
+            expected = _expected(record["kind"], question, objects[record["image"]])
+            assert answer == expected, question
     assert set(seen) == set(KINDS)
 
 
 def test_descriptions_go_from_left_to_right(records):
     for objects in _objects(records["train"]).values():
-        assert all(
-            right["x"] - left["x"] >= 6 for left, right in zip(objects, objects[1:], strict=False)
-        )
+        assert all(right["x"] - left["x"] >= 6 for left, right in pairwise(objects))
         assert len({(thing["colour"], thing["shape"]) for thing in objects}) == len(objects)
 
 
@@ -267,35 +263,32 @@ def test_one_question_has_one_answer(records):
     assert max(len(given) for given in answers.values()) == 1
 
 
-def test_a_guess_without_the_image_is_seldom_right(records):
+def test_a_guess_without_the_image_is_rarely_right(records):
     rates = module.blind_rates(records["train"] + records["val"])
     limits = {"describe": 0.1, "what": 0.15, "colour": 0.3, "shape": 0.3, "count": 0.4}
     for kind, rate in rates.items():
-        assert rate <= limits.get(kind, 0.66), (
-            kind,
-            rate,
-        )  # a coin, as it falls in a few hundred questions
+        # For the others, chance is 0.5, give or take the noise of a few hundred questions.
+        assert rate <= limits.get(kind, 0.66), (kind, rate)
 
 
-def test_blind_rates_see_through_a_biased_world():
+def test_blind_rates_show_a_biased_world():
     def record(question: str, answer: str) -> dict:
-        return {
-            "kind": "left_right",
-            "messages": [{"content": f"<image>\n{question}"}, {"content": answer}],
-        }
+        messages = [{"content": f"<image>\n{question}"}, {"content": answer}]
+        return {"kind": "left_right", "messages": messages}
 
-    first_wins = [record("红色圆形和蓝色圆环，哪个更靠左边？", "红色圆形。"), record("白色心形和红色圆形，哪个更靠左边？", "白色心形。"),
-                  record("Which is larger, the red ring or the blue heart?", "The red ring.")]  # fmt: skip
-    assert module.blind_rates(first_wins) == {"left_right": 1.0}
-    yes_and_no = [
-        record("Is the red ring to the left of the blue heart?", answer)
-        for answer in ("Yes.", "No.")
+    first_is_right = [
+        record("红色圆形和蓝色圆环，哪个更靠左边？", "红色圆形。"),
+        record("白色心形和红色圆形，哪个更靠左边？", "白色心形。"),
+        record("Which is larger, the red ring or the blue heart?", "The red ring."),
     ]
+    assert module.blind_rates(first_is_right) == {"left_right": 1.0}
+    question = "Is the red ring to the left of the blue heart?"
+    yes_and_no = [record(question, answer) for answer in ("Yes.", "No.")]
     assert module.blind_rates(yes_and_no) == {"left_right": 0.5}
 
 
 def _blobs(scene: Scene) -> list[np.ndarray]:
-    """Boolean masks (64, 64) of the connected regions in which a scene differs from its empty background."""
+    """Boolean masks (64, 64) of the connected regions that differ from the empty background."""
     pixels = np.asarray(draw(scene), dtype=int)
     empty = np.asarray(draw(Scene((), scene.background, scene.background_seed)), dtype=int)
     left = np.abs(pixels - empty).max(axis=2) > 0
@@ -312,7 +305,7 @@ def _blobs(scene: Scene) -> list[np.ndarray]:
     return blobs
 
 
-def test_the_picture_shows_every_object_whole_apart_and_in_its_colour_and_size():
+def test_the_image_shows_every_object_whole_apart_and_in_its_colour_and_size():
     areas = defaultdict(list)
     for seed in range(150):
         scene = random_scene(Random(seed), TRAIN_PAIRS + HELD_OUT_PAIRS)
@@ -321,9 +314,10 @@ def test_the_picture_shows_every_object_whole_apart_and_in_its_colour_and_size()
         for blob in blobs:
             assert not (blob[0].any() or blob[-1].any() or blob[:, 0].any() or blob[:, -1].any())
             row, column = np.argwhere(blob).mean(axis=0) + 0.5
-            [thing] = [
-                thing for thing in scene.objects if np.hypot(thing.x - column, thing.y - row) < 2.5
-            ]
+            distances = {
+                thing: np.hypot(thing.x - column, thing.y - row) for thing in scene.objects
+            }
+            [thing] = [thing for thing, distance in distances.items() if distance < 2.5]
             colour = np.median(pixels[blob], axis=0)
             assert min(RGB, key=lambda name: np.abs(RGB[name] - colour).sum()) == thing.colour
             areas[thing.shape, thing.size].append(blob.sum())
@@ -343,18 +337,30 @@ def test_descriptions_read_back_in_both_languages():
     assert parse_description(twice) == {("big", "red", "star"): 2}
 
 
-@pytest.mark.parametrize("text", [
-    "", "。", "红色圆形。", "图中有", "图中有两个物体，从左到右是：大的红色圆形。", "图中有一个物体：大的红色圆形、小的红色圆形。",
-    "图中有一个物体：红色圆形。", "图中有一个物体：大的红色圆形", "图中有一个物体：大的大的红色圆形。", "图中有五个物体：大的红色圆形。",
-    "图中有一个物体：大的粉色圆形。", "There is one object: a big red circle", "There is one object: a red circle.",
-    "There are two objects, from left to right: a big red circle.", "图中有一个物体：a big red circle.", "\n\0�<|im_end|>",
-    "图中有两个物体，从左到右是：大的红色圆形、、小的红色圆形。", "图中有一个物体：大的红色圆形。图中有一个物体：大的红色圆形。",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "。", "红色圆形。", "图中有", "\n\0�<|im_end|>"),
+        "图中有两个物体，从左到右是：大的红色圆形。",
+        "图中有一个物体：大的红色圆形、小的红色圆形。",
+        "图中有一个物体：红色圆形。",
+        "图中有一个物体：大的红色圆形",
+        "图中有一个物体：大的大的红色圆形。",
+        "图中有五个物体：大的红色圆形。",
+        "图中有一个物体：大的粉色圆形。",
+        "There is one object: a big red circle",
+        "There is one object: a red circle.",
+        "There are two objects, from left to right: a big red circle.",
+        "图中有一个物体：a big red circle.",
+        "图中有两个物体，从左到右是：大的红色圆形、、小的红色圆形。",
+        "图中有一个物体：大的红色圆形。图中有一个物体：大的红色圆形。",
+    ],
+)
 def test_anything_else_is_not_a_description(text):
     assert parse_description(text) is None
 
 
-def test_text_alone_needs_no_picture_and_keeps_to_one_language():
+def test_questions_without_an_image_keep_to_one_language():
     rng = Random(3)
     for _ in range(100):
         asked = questions(random_scene(rng), rng, language="en")
@@ -384,9 +390,8 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path):
         make_scenes(tmp_path / "photos" / "cat.jpg" / "scenes", scenes=1, eval_scenes=1)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
     (tmp_path / "empty").mkdir()
-    assert (
-        make_scenes(tmp_path / "empty", scenes=1, eval_scenes=1, workers=1) / "world.json"
-    ).is_file()
+    made = make_scenes(tmp_path / "empty", scenes=1, eval_scenes=1, workers=1)
+    assert (made / "world.json").is_file()
 
 
 def test_scenes_with_a_file_missing_are_not_taken_for_complete(tmp_path):
@@ -407,21 +412,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_script_runs_from_anywhere_and_complains_in_one_line(tmp_path, command, call):
-    small = (
-        "--scenes",
-        "200",
-        "--eval-scenes",
-        "2",
-        "--workers",
-        "2",
-    )  # enough for workers to be started
+    small = ("--scenes=200", "--eval-scenes=2", "--workers=2")  # enough to start worker processes
     process = command("data_tools/make_scenes.py", *small, cwd=tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out == b"", err.decode()
     assert "blind guess" in err.decode()
-    assert (
-        len((tmp_path / "data/scenes/train.jsonl").read_text(encoding="utf-8").splitlines()) > 800
-    )
+    assert len(read_jsonl(tmp_path / "data/scenes/train.jsonl")) > 800
     for wrong in (
         (*small, "--out", tmp_path / "data/scenes", "--seed", "1"),
         ("--scenes", "none"),
@@ -430,6 +426,4 @@ def test_the_script_runs_from_anywhere_and_complains_in_one_line(tmp_path, comma
     ):
         refused = call(module.main, *wrong)
         assert refused.returncode == 2 and refused.stdout == ""
-        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1, (
-            refused.stderr
-        )
+        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Records and images as shards: what comes out of them is what went in."""
+"""Records and images as shards: the same records and images can be read from them."""
 
 import json
 import tarfile
@@ -34,24 +34,17 @@ def folder(tmp_path) -> Path:
 
 def show(*names: str, **keys) -> dict:
     image = {"images": list(names)} if len(names) > 1 else {"image": names[0]}
-    return {
-        **keys,
-        **image,
-        "conversations": [
-            {"from": "human", "value": "<image>" * len(names)},
-            {"from": "gpt", "value": "yes"},
-        ],
-    }
+    question = {"from": "human", "value": "<image>" * len(names)}
+    return {**keys, **image, "conversations": [question, {"from": "gpt", "value": "yes"}]}
 
 
 def write(folder: Path, entries: list[dict]) -> str:
-    (folder / "in" / "data.jsonl").write_text(
-        "".join(json.dumps(entry) + "\n" for entry in entries)
-    )
-    return str(folder / "in" / "data.jsonl")
+    path = folder / "in" / "data.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
 
 
-def test_shards_hold_each_image_once_and_records_as_they_were(folder):
+def test_shards_hold_each_image_once_and_records_unchanged(folder):
     entries = [
         show("a.jpg", id=1, kind="x"),
         TEXT,
@@ -72,31 +65,21 @@ def test_shards_hold_each_image_once_and_records_as_they_were(folder):
     ]
     assert [lines(out / f"shard-0000{number}.jsonl") for number in range(2)] == expected
     with tarfile.open(out / "shard-00000.tar") as tar:
-        assert (
-            tar.getnames() == ["a.jpg", "sub/红.jpg"]
-            and tar.extractfile("sub/红.jpg").read() == "sub/红.jpg".encode()
-        )
+        assert tar.getnames() == ["a.jpg", "sub/红.jpg"]
+        assert tar.extractfile("sub/红.jpg").read() == "sub/红.jpg".encode()
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
     records, skipped = read_records(out / "shard-*.jsonl")
     assert len(records) == 6 and skipped == []
 
 
-def test_shards_of_shards_hold_the_same_again(folder):
+def test_shards_can_be_packed_again(folder):
     (folder / "one").mkdir()
     (folder / "two").mkdir()
-    pack(
-        write(folder, [show("a.jpg"), show("sub/红.jpg"), show("c.jpg")]),
-        None,
-        folder / "one",
-        size=1,
-    )
+    names = ["a.jpg", "sub/红.jpg", "c.jpg"]
+    pack(write(folder, [show(name) for name in names]), None, folder / "one", size=1)
     assert pack(str(folder / "one" / "*.jsonl"), None, folder / "two", size=9) == 1
     with tarfile.open(folder / "two" / "shard-00000.tar") as tar:
-        assert [tar.extractfile(member).read().decode() for member in tar] == [
-            "a.jpg",
-            "sub/红.jpg",
-            "c.jpg",
-        ]
+        assert [tar.extractfile(member).read().decode() for member in tar] == names
 
 
 def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
@@ -121,17 +104,13 @@ def test_nothing_is_written_of_records_that_cannot_be_used(folder):
 
 
 def test_a_few_bad_records_are_left_out_and_named(folder, capsys):
-    pack(
-        write(folder, [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50),
-        None,
-        folder / "in",
-        size=2,
-    )
+    entries = [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50
+    pack(write(folder, entries), None, folder / "in", size=2)
     assert len(lines(folder / "in" / "shard-00000.jsonl")) == 100
     assert "data.jsonl:51: image" in capsys.readouterr().err
 
 
-def test_names_that_lead_elsewhere_or_stand_for_two_files_are_refused(folder):
+def test_paths_outside_the_folder_or_of_two_files_are_refused(folder):
     (folder / "b.jpg").touch()
     for name in ("../b.jpg", str(folder / "b.jpg")):
         with pytest.raises(NanoVLMError, match="leads out of the images' folder"):
@@ -151,6 +130,5 @@ def test_the_command(folder, call):
     done = call(pack_tar.main, "--data", data, "--out", folder / "shards", "--size", "1")
     assert done.returncode == 0 and "shards: 2 shards" in done.stderr
     again = call(pack_tar.main, "--data", data, "--out", folder / "shards")
-    assert again.returncode == 2 and again.stderr.startswith(
-        f"error: {folder / 'shards'}: holds shards already"
-    )
+    assert again.returncode == 2
+    assert again.stderr.startswith(f"error: {folder / 'shards'}: holds shards already")

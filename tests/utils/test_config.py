@@ -57,14 +57,12 @@ def test_where_names_the_file():
 def test_our_own_configs_survive_a_round_trip(part):
     written = dataclasses.asdict(part)
     assert from_dict(type(part), written) == part
-    with pytest.raises(
-        NanoVLMError, match="unknown key 'hidden_sise'; did you mean 'hidden_size'?"
-    ):
+    message = "unknown key 'hidden_sise'; did you mean 'hidden_size'?"
+    with pytest.raises(NanoVLMError, match=message):
         from_dict(type(part), written | {"hidden_sise": 1})
 
 
 def test_a_model_folder_with_unknown_rotary_scaling_is_refused():
-    with pytest.raises(
-        NanoVLMError, match="rope_type is 'yarn'; take one of default, llama3, dynamic_ntk"
-    ):
+    message = "rope_type is 'yarn'; take one of default, llama3, dynamic_ntk"
+    with pytest.raises(NanoVLMError, match=message):
         from_dict(LanguageModelConfig, {"rope_type": "yarn"})
