@@ -1,1 +1,1 @@
-"""What a training step needs in memory: predicted from shapes alone, and measured."""
+"""The memory of a training step: predicted from shapes alone, and measured."""
