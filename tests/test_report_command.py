@@ -74,7 +74,7 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
     assert set("".join(rule)) == {"-"}
     assert first == {
         "run": "first",
-        "learns": "projector, language_model (top 2)",
+        "trained": "projector, language_model (top 2)",
         "steps": "10",
         "samples": "40",
         "tokens": "4,000",
@@ -85,7 +85,7 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
         "loss, last 5 lines": f"{sum(1 / n for n in range(6, 11)) / 5:.4f}",
         "waiting for data": "–",
     }
-    assert second["learns"] == "projector, language_model (LoRA rank 8)"
+    assert second["trained"] == "projector, language_model (LoRA rank 8)"
     assert second["steps"] == "1,200" and second["minutes"] == "10.0"
     assert second["peak memory, GB"] == "7.50" and second["waiting for data"] == "25.0%"
     assert settings == [

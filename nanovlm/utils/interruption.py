@@ -1,19 +1,18 @@
-"""Being asked to stop: Ctrl-C, or the SIGTERM of a scheduler."""
+"""Requests to stop: Ctrl-C, or the SIGTERM of a scheduler."""
 
 import signal
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request that the loop answers after its step; a second one stops at once."""
+    """Notes the first SIGINT or SIGTERM in `signal` (0: none yet); a second one exits at once."""
 
     def __enter__(self) -> "Interruption":
-        self.signal = 0  # the one that asked, or 0
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.signal = 0
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._note) for number in signals}
         return self
 
-    def _ask(self, number: int, _) -> None:
+    def _note(self, number: int, _) -> None:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number

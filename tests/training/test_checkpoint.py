@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.checkpoint import (
+    NoRoomError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def trained(steps: int = 1, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -149,9 +154,23 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(
-        NoRoom,
+        NoRoomError,
         match=r"step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; step_1 stays",
     ):
         save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}
+
+
+@pytest.mark.parametrize("part", ["decoder", "vision"])
+def test_a_checkpoint_under_old_names_is_refused_in_one_line(tmp_path, part):
+    """Written before version 0.2, when parts had other names."""
+    old, new = (
+        nn.ModuleDict({part: trained()[0][1]}),
+        nn.ModuleDict({"language_model": nn.Linear(3, 3)}),
+    )
+    optimizer = torch.optim.AdamW(old.parameters())
+    save_checkpoint(tmp_path, old, optimizer, {"progress": {"step": 1}}, keep=2)
+    with pytest.raises(NanoVLMError, match="step_1: was written before version 0.2") as caught:
+        load_checkpoint(tmp_path, new, torch.optim.AdamW(new.parameters()))
+    assert "\n" not in str(caught.value)
