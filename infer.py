@@ -103,8 +103,8 @@ def _answer(
 
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
-    """IMAGE… PROMPT → images and prompt. In a chat the prompt may be missing, so there a last argument
-    that names a file is an image."""
+    """IMAGE… PROMPT → images and prompt. In a chat the prompt may be missing, so there a last
+    argument that names a file is an image."""
     ends_with_file = bool(inputs) and os.path.isfile(inputs[-1])  # of any length, unlike pathlib's
     if chat and (not inputs or ends_with_file):
         return inputs, None

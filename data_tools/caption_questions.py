@@ -1,10 +1,11 @@
-"""What people's captions of a photo, in Chinese and in English, say is on it: answers to yes/no questions, and mistakes.
+"""Yes/no questions about a photo, and hallucinations, judged by people's captions of it.
 
     python data_tools/caption_questions.py ANSWERS.jsonl
 
-takes what `python -m nanovlm.evaluation --answers ANSWERS.jsonl` wrote about photos, and prints how often the model's
-captions name a thing that no person's caption of that photo mentions or leaves possible (CHAIR, Rohrbach et al. 2018, with
-the few things below): {"chair_i": share of the things named, "chair_s": share of the captions, "n": captions}.
+reads what `python -m nanovlm.evaluation --answers ANSWERS.jsonl` wrote about photos, and prints how
+often the model's captions name a thing that no person's caption of the photo mentions or leaves
+possible (CHAIR, Rohrbach et al., 2018, with the few THINGS below):
+{"chair_i": share of the things named, "chair_s": share of the captions, "n": number of captions}.
 """
 
 import json
@@ -14,22 +15,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the repository, so that a plain clone works
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command  # noqa: E402
-from nanovlm.utils.files import read_jsonl  # noqa: E402
+from nanovlm.utils.console import run_command
+from nanovlm.utils.files import read_jsonl
 from nanovlm.utils.parser import CommandParser
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something a yes/no question asks for, with its name in both languages.
+    """Something that a yes/no question asks for, with its name in both languages.
 
-    `zh` and `en` (whole words) are regular expressions that mention it; `hint` is one that leaves it possible, such as
-    a rider for a bicycle, for captions of either language. Hints keep "no" honest: people leave out what is obvious.
+    The regular expressions `zh` and `en` (whole words) match a mention of it. `hint` matches, in
+    either language, what leaves it possible, such as a rider for a bicycle. Hints keep the answer
+    "no" correct, because people do not mention what is obvious.
     """
 
     zh_name: str
@@ -39,31 +39,37 @@ class Thing:
     hint: str
 
     def answer(self, zh_captions: list[str], en_captions: list[str]) -> bool | None:
-        """True where both languages mention it, False where neither mentions nor hints at it, None in between."""
+        """True if both languages mention it, False if neither mentions or hints at it, or None."""
         zh_text, en_text = "\n".join(zh_captions), "\n".join(en_captions)
         if self.is_in(zh_text) and self.is_in(en_text):
             return True
         return None if self.may_be_in(zh_text) or self.may_be_in(en_text) else False
 
     def is_in(self, text: str) -> bool:
-        """Whether a text of either language mentions it."""
+        """Whether a text in either language mentions it."""
         return bool(re.search(self.zh, text) or re.search(rf"\b(?:{self.en})\b", text.lower()))
 
     def may_be_in(self, text: str) -> bool:
-        """Whether it mentions it or leaves it possible."""
+        """Whether a text in either language mentions it or leaves it possible."""
         return self.is_in(text) or bool(re.search(self.hint, text.lower()))
 
 
-# Words that do not say whether they mean a man, a woman or a child. Trades end in -ist or in most of -er.
+# Words for a man, a woman or a child alike. Names of trades end in -ist, and many in -er.
 SOMEBODY = (
     r"(?<![男女])人(?!行)|员|手(?=在|骑|。)|者|朋友|夫妇|夫妻|情侣|队|们|众|家|学生"
-    r"|\b(?:people|persons?|some(?:one|body)|couples?|crowds?|groups?|teams?|famil(?:y|ies)|friends?|adults?|teen\w*"
-    r"|youths?|students?|fans?|kids|parents?|others|bands?"
+    r"|\b(?:people|persons?|some(?:one|body)|couples?|crowds?|groups?|teams?|famil(?:y|ies)"
+    r"|friends?|adults?|teen\w*|youths?|students?|fans?|kids|parents?|others|bands?"
     r"|\w+(?:ist|[bdgkltvy]er|[mn]ner|acer|urfer|oxer|icer|cher)s?)\b"
 )
 RIDING = r"车|骑|轮|cycl|wheel|vehicle|motor|scooter|bik|\b(?:rid|rac)"
-WATER = "水|海|河|湖|池|浪|船|泳|泉|雨|泥|water|sea|ocean|river|lake|pool|pond|wave|surf|swim|boat|stream|creek|wet|fish"
-LAND = "草|地|园|田|野|林|山|场|院|球|field|yard|park|garden|meadow|hill|outside|outdoor|green|ball|path|tree|forest|wood"
+WATER = (
+    "水|海|河|湖|池|浪|船|泳|泉|雨|泥|water|sea|ocean|river|lake|pool|pond|wave|surf|swim|boat|stream|creek"
+    "|wet|fish"
+)
+LAND = (
+    "草|地|园|田|野|林|山|场|院|球|field|yard|park|garden|meadow|hill|outside|outdoor|green|ball|path|tree"
+    "|forest|wood"
+)
 
 THINGS = (
     Thing(
@@ -177,16 +183,15 @@ THINGS = (
 
 
 def things_named(caption: str, references: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The THINGS that a caption mentions, and those of them that none of the photo's `references` mentions or hints at."""
+    """The THINGS that a caption mentions, and those that no reference mentions or hints at."""
     text = "\n".join(references)
     named = [thing for thing in THINGS if thing.is_in(caption)]
-    return [thing.zh_name for thing in named], [
-        thing.zh_name for thing in named if not thing.may_be_in(text)
-    ]
+    wrong = [thing for thing in named if not thing.may_be_in(text)]
+    return [thing.zh_name for thing in named], [thing.zh_name for thing in wrong]
 
 
 def main() -> None:
-    """Read answers, print how many name what is not there."""
+    """Read answers and print the shares of hallucinated things."""
     parser = CommandParser(
         description="How often a model's captions name a thing that is not on the photo."
     )
@@ -198,23 +203,22 @@ def main() -> None:
     )
     path = parser.parse_args().answers
     try:
-        told = [things_named(line["answer"], line["references"]) for line in read_jsonl(path)]
+        results = [things_named(line["answer"], line["references"]) for line in read_jsonl(path)]
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise NanoVLMError(
             f"{path}: holds no answers; write them with python -m nanovlm.evaluation --answers"
         ) from None
-    named, wrong = (sum(len(one[index]) for one in told) for index in (0, 1))
-    print(
-        json.dumps(
-            {
-                "chair_i": round(wrong / max(named, 1), 6),
-                "chair_s": round(sum(bool(one[1]) for one in told) / max(len(told), 1), 6),
-                "n": len(told),
-            }
-        )
-    )
+    num_named = sum(len(named) for named, _ in results)
+    num_wrong = sum(len(wrong) for _, wrong in results)
+    captions_with_wrong = sum(bool(wrong) for _, wrong in results)
+    shares = {
+        "chair_i": round(num_wrong / max(num_named, 1), 6),
+        "chair_s": round(captions_with_wrong / max(len(results), 1), 6),
+        "n": len(results),
+    }
+    print(json.dumps(shares))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Take a vision tower out of a larger checkpoint, into a folder of its own.
+"""Extract the vision encoder of a larger checkpoint into a folder of its own.
 
-    python data_tools/extract_vision.py SOURCE --out VISION_ENCODERS
+    python data_tools/extract_vision.py SOURCE --out DIR
 
-SOURCE is the folder of a SmolVLM2 or Idefics3, a Qwen-VL, a LLaVA-1.5, a CLIP or a SigLIP, as published: `config.json` and
-the weights, whole or in shards, of which only those with a part of the tower have to be there. VISION_ENCODERS gets `config.json`,
-`preprocessor_config.json` and `model.safetensors`, and is then what --vision-encoder takes:
+SOURCE is the folder of a SmolVLM2 or Idefics3, a Qwen-VL, a LLaVA-1.5, a CLIP or a SigLIP, as
+published: `config.json` and the weights, in one file or in shards. Shards without a tensor of the
+vision encoder may be absent. DIR gets `config.json`, `preprocessor_config.json` and
+`model.safetensors`, and can be used as
 
-    python train_stage1.py --vision-encoder VISION_ENCODERS …
+    python train_stage1.py --vision-encoder DIR …
 
-Numbers and their format stay as they are. Qwen-VL is published as pickles: of these only plain tensors are read.
+Values and dtypes stay as they are. Qwen-VL is published as pickles, of which only plain tensors are
+read.
 """
 
 import argparse
@@ -22,38 +24,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the repository, so that a plain clone works
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.image_configs import read_processor  # noqa: E402
+from nanovlm.hub.image_configs import read_processor
 from nanovlm.hub.models import load_vision_encoder
-from nanovlm.hub.safetensors import SafetensorsFile, save_file  # noqa: E402
+from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.shapes import VISION_ENCODERS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
-from nanovlm.utils.console import first_line, run_command, say  # noqa: E402
-from nanovlm.utils.files import read_json, write_json  # noqa: E402
+from nanovlm.utils.console import first_line, run_command, say
+from nanovlm.utils.files import read_json, write_json
 from nanovlm.utils.parser import CommandParser
 
 
 @dataclass(frozen=True)
-class Tower:
-    """Where a published model keeps its eyes: the table of their settings in `config.json`, how their tensors' names begin
-    (a pattern), and what model_type they have on their own, where the table does not say it rightly."""
+class Layout:
+    """Where a published model keeps its vision encoder.
+
+    `settings` is the table of its settings in `config.json`, `prefix` a pattern of how its tensors'
+    names begin, and `model_type` its type on its own, where the table lacks it or says otherwise.
+    """
 
     settings: str
     prefix: str
     model_type: str | None
 
 
-TOWERS = {  # by the whole model's model_type
-    "siglip": Tower("vision_config", r"vision_model\.", "siglip_vision_model"),
-    "clip": Tower("vision_config", r"vision_model\.", "clip_vision_model"),
-    "smolvlm": Tower("vision_config", r"model\.vision_model\.", "smolvlm_vision"),
-    "idefics3": Tower("vision_config", r"model\.vision_model\.", "idefics3_vision"),
-    "llava": Tower("vision_config", r"(model\.)?vision_tower\.(vision_model\.)?", None),
-    "qwen": Tower("visual", r"transformer\.visual\.", "qwen_vl_vision"),
+LAYOUTS = {  # by the whole model's model_type
+    "siglip": Layout("vision_config", r"vision_model\.", "siglip_vision_model"),
+    "clip": Layout("vision_config", r"vision_model\.", "clip_vision_model"),
+    "smolvlm": Layout("vision_config", r"model\.vision_model\.", "smolvlm_vision"),
+    "idefics3": Layout("vision_config", r"model\.vision_model\.", "idefics3_vision"),
+    "llava": Layout("vision_config", r"(model\.)?vision_tower\.(vision_model\.)?", None),
+    "qwen": Layout("visual", r"transformer\.visual\.", "qwen_vl_vision"),
 }
 WEIGHTS = (
     "model.safetensors",
@@ -65,42 +68,50 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 def extract(source: Path, out: Path) -> None:
-    """Write the folder `out` and check it by loading it; say what was taken and what was left."""
+    """Write the folder `out` and check it by loading it; print what was extracted."""
     config = read_json(source / "config.json")
-    tower = TOWERS.get(str(config.get("model_type")))
-    if tower is None:
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    if layout is None:
         raise NanoVLMError(
-            f"{source}: model_type is {config.get('model_type')!r}; towers are taken out of {', '.join(TOWERS)}"
+            f"{source}: model_type is {config.get('model_type')!r}; vision encoders are extracted "
+            f"from {', '.join(LAYOUTS)}"
         )
-    settings = tower_settings(source, config, tower)
-    taken, left = read_tower(source, re.compile(tower.prefix))
+    settings = read_settings(source, config, layout)
+    tensors, others = read_tensors(source, re.compile(layout.prefix))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", settings)
     write_preprocessor(source, out, settings)
     weights = out / "model.safetensors"
-    save_file(taken, weights, metadata={"format": "pt"})  # last, so a folder that has it is whole
+    # Written last, so that a folder with this file is complete.
+    save_file(tensors, weights, metadata={"format": "pt"})
     try:
         load_vision_encoder(out)
     except NanoVLMError:
         weights.unlink()
         raise
-    size = sum(tensor.nbytes for tensor in taken.values()) / 1e6
-    say(f"{out}: {settings['model_type']}, {len(taken)} tensors, {size:,.1f} MB")
-    parts = sorted({re.match(r"((model|transformer)\.)?[^.]+", name)[0] for name in left})
-    say(f"left in {source}: {len(left)} tensors" + (f" ({', '.join(parts)})" if parts else ""))
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    say(f"{out}: {settings['model_type']}, {len(tensors)} tensors, {size:,.1f} MB")
+    parts = sorted({_part_of(name) for name in others})
+    say(f"left in {source}: {len(others)} tensors" + (f" ({', '.join(parts)})" if parts else ""))
 
 
-def tower_settings(source: Path, config: dict[str, Any], tower: Tower) -> dict[str, Any]:
-    """The `config.json` of the tower alone, which has been read once."""
-    table = config.get(tower.settings)
+def _part_of(name: str) -> str:
+    """`model.text_model` of `model.text_model.layers.0…`, `lm_head` of `lm_head.weight`."""
+    words = name.split(".")
+    return ".".join(words[: 2 if words[0] in ("model", "transformer") else 1])
+
+
+def read_settings(source: Path, config: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The `config.json` of the vision encoder alone, checked by parsing it."""
+    table = config.get(layout.settings)
     if not isinstance(table, dict):
         raise NanoVLMError(
-            f"{source}: its config.json has no table {tower.settings!r}, so there is no vision tower in it"
+            f"{source}: its config.json has no table {layout.settings!r}, so it has no vision "
+            "encoder"
         )
-    settings = table | (
-        config.get("vision_config_dict") or {}
-    )  # older CLIP files repeat the settings that count
-    settings |= {"model_type": tower.model_type or settings.get("model_type")}
+    # Older CLIP files repeat the settings that count in a second table.
+    settings = table | (config.get("vision_config_dict") or {})
+    settings |= {"model_type": layout.model_type or settings.get("model_type")}
     try:
         parse_vision_encoder_config(settings)
     except NanoVLMError as error:
@@ -108,23 +119,27 @@ def tower_settings(source: Path, config: dict[str, Any], tower: Tower) -> dict[s
     return settings
 
 
-def read_tower(source: Path, prefix: re.Pattern) -> tuple[dict[str, Tensor], list[str]]:
-    """The tower's tensors, mapped, under their names without `prefix`; and the names of all others."""
+def read_tensors(source: Path, prefix: re.Pattern[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The vision encoder's tensors, memory-mapped, without `prefix`; and the others' names."""
     places = find_tensors(source)
-    wanted = {name: prefix.match(name) for name in places}
-    left = [name for name, begin in wanted.items() if not begin]
     files: dict[Path, list[str]] = {}
-    for name in wanted.keys() - set(left):
-        files.setdefault(places[name], []).append(name)
+    others = []
+    for name, path in places.items():
+        if prefix.match(name):
+            files.setdefault(path, []).append(name)
+        else:
+            others.append(name)
     if not files:
         raise NanoVLMError(
-            f"{source}: none of its {len(places)} tensors belongs to a vision tower; are they another model's?"
+            f"{source}: none of its {len(places)} tensors belongs to a vision encoder; are they "
+            "another model's?"
         )
-    taken = {}
+    tensors = {}
     for path, names in sorted(files.items()):
         if not path.is_file():
             raise NanoVLMError(
-                f"{path}: is missing, and the index places {len(names)} tensors of the tower there; fetch it"
+                f"{path}: is missing, and the index places {len(names)} tensors of the vision "
+                "encoder there; fetch it"
             )
         shard = read_file(path)
         for name in names:
@@ -132,12 +147,12 @@ def read_tower(source: Path, prefix: re.Pattern) -> tuple[dict[str, Tensor], lis
                 raise NanoVLMError(
                     f"{path}: lacks {name}, which its index places there; fetch both again"
                 )
-            taken[name[wanted[name].end() :]] = shard[name]
-    return taken, left
+            tensors[prefix.sub("", name, count=1)] = shard[name]
+    return tensors, others
 
 
 def find_tensors(source: Path) -> dict[str, Path]:
-    """In which file each tensor of a folder is."""
+    """The file of each tensor of a folder."""
     found = next((source / name for name in WEIGHTS if (source / name).exists()), None)
     if found is None:
         raise NanoVLMError(f"{source}: holds none of {', '.join(WEIGHTS)}")
@@ -148,13 +163,14 @@ def find_tensors(source: Path) -> dict[str, Path]:
         isinstance(name, str) and Path(name).name == name for name in places.values()
     ):
         raise NanoVLMError(
-            f"{found}: weight_map does not give each tensor the name of a file beside it; fetch the index again"
+            f"{found}: weight_map does not give each tensor the name of a file beside it; "
+            "fetch the index again"
         )
     return {name: source / shard for name, shard in places.items()}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped: what is not used is not read."""
+    """The tensors of a file, memory-mapped, so that unused ones are not read."""
     if path.suffix == ".safetensors":
         file = SafetensorsFile(path)
         return {name: file.tensor(name) for name in file.keys()}
@@ -170,31 +186,31 @@ def read_file(path: Path) -> dict[str, Tensor]:
         isinstance(tensor, Tensor) for tensor in tensors.values()
     ):
         raise NanoVLMError(
-            f"{path}: holds more than plain tensors, and reading that could run its code; take another file"
+            f"{path}: holds more than plain tensors, and reading that could run its code; "
+            "take another file"
         )
     return tensors
 
 
 def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> None:
-    """How the eyes want their images: as the source's file says, or as Qwen-VL's code does, which has no file."""
+    """Write how images are prepared: as the source's file says, or Qwen-VL's code."""
     if settings["model_type"] == "qwen_vl_vision":
         side = settings.get("image_size", 448)
-        write_json(
-            out / PREPROCESSOR,
-            VISION_ENCODERS["qwen-vl"].processor | {"size": {"height": side, "width": side}},
-        )
+        size = {"size": {"height": side, "width": side}}
+        write_json(out / PREPROCESSOR, VISION_ENCODERS["qwen-vl"].processor | size)
     elif (processor := read_processor(source)) is not None:
         write_json(out / PREPROCESSOR, processor)
     else:
         say(
-            f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are prepared as for DINOv2"
+            f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are "
+            "prepared as for DINOv2"
         )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
     parser = CommandParser(
-        description="Take a vision tower out of a larger checkpoint, into a folder of its own."
+        description="Extract the vision encoder of a larger checkpoint into a folder of its own."
     )
     parser.add_argument(
         "source",
@@ -207,7 +223,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check the flags and take the tower out."""
+    """Check the flags and extract the vision encoder."""
     arguments = parse_arguments()
     if (arguments.out / "model.safetensors").exists():
         raise NanoVLMError(

@@ -1,22 +1,24 @@
 """Turn the published files of Flickr8k-CN into records to train and evaluate on.
 
-    python data_tools/flickr8k_cn.py --images images.tar --captions flickr8kzhc.caption.txt --names train.txt --out DIR
+    python data_tools/flickr8k_cn.py --images images.tar --captions flickr8kzhc.caption.txt \\
+        --names train.txt --out DIR
 
 writes, with NAMES the stem of the names file (or `--split`):
 
     DIR/images/*.jpg        the photos named, and no others
-    DIR/NAMES.jsonl         to train on: one record a Chinese caption
-    DIR/NAMES_zh.jsonl      to evaluate on: one record a photo, all its Chinese captions as `references`
+    DIR/NAMES.jsonl         for training: one record a Chinese caption
+    DIR/NAMES_zh.jsonl      for evaluation: one record a photo, its Chinese captions as `references`
 
 and with `--captions-en flickr8kenc.caption.txt` also:
 
-    DIR/NAMES_mixed.jsonl   to train on: Chinese captions, two English ones a photo and yes/no questions, shuffled
-    DIR/NAMES_en.jsonl      to evaluate on: as `_zh`, in English
-    DIR/NAMES_yesno.jsonl   to evaluate on: one record a yes/no question, shuffled
+    DIR/NAMES_mixed.jsonl   for training: Chinese captions, two English ones a photo and yes/no
+                            questions, shuffled
+    DIR/NAMES_en.jsonl      for evaluation: as `_zh`, in English
+    DIR/NAMES_yesno.jsonl   for evaluation: one record a yes/no question, shuffled
 
-The same files in give the same bytes out. A file that is already there with other content is never written over.
-The captions are described by Li et al., "Adding Chinese Captions to Images" (ICMR 2016), the photos by Hodosh et al.,
-"Framing Image Description as a Ranking Task" (JAIR 2013).
+The same input gives the same bytes. A file that exists with other content is never overwritten.
+The captions are described by Li et al., "Adding Chinese Captions to Images" (ICMR 2016), the photos
+by Hodosh et al., "Framing Image Description as a Ranking Task" (JAIR 2013).
 """
 
 import argparse
@@ -32,14 +34,12 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the repository, so that a plain clone works
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
-from data_tools.caption_questions import THINGS  # noqa: E402
+from data_tools.caption_questions import THINGS
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command, say  # noqa: E402
-from nanovlm.utils.files import to_jsonl, write_atomically  # noqa: E402
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
@@ -48,8 +48,10 @@ YES = {"zh": "有。", "en": "Yes."}
 NO = {"zh": "没有。", "en": "No."}
 
 SEED = 0
-MIXED_ENGLISH = 2  # English captions a photo in the mixture, beside five Chinese ones: the model is to speak Chinese first
-MAX_SKIPPED = 0.01  # of the photos, or of the lines of a caption file; more than this looks like the wrong file
+# English captions a photo in the mixture, beside five Chinese ones: most answers are in Chinese.
+MIXED_ENGLISH = 2
+# Share of the photos or of the lines of a caption file; more than this looks like the wrong file.
+MAX_SKIPPED = 0.01
 MAX_PHOTO_BYTES = 64 * 2**20
 
 Captions = dict[str, dict[int, str]]  # photo name -> caption number -> caption
@@ -57,29 +59,29 @@ Captions = dict[str, dict[int, str]]  # photo name -> caption number -> caption
 
 @dataclass
 class Skipped:
-    """What was left out of one input file and why, to be counted, named, and refused when it is too much."""
+    """The entries of one input file that were left out, each with the reason."""
 
     source: Path
     names: list[str] = field(default_factory=list)
 
-    def add(self, what: str) -> None:
-        self.names.append(what)
+    def add(self, entry: str) -> None:
+        self.names.append(entry)
 
     def check(self, total: int) -> None:
-        """Print what was skipped; raise NanoVLMError when it is more than MAX_SKIPPED of `total`."""
+        """Print what was skipped; raise NanoVLMError if it is more than MAX_SKIPPED of `total`."""
         if not self.names:
             return
         listed = "; ".join(self.names[:10]) + ("; …" if len(self.names) > 10 else "")
         if len(self.names) > MAX_SKIPPED * total:
             raise NanoVLMError(
-                f"{self.source}: {len(self.names)} of {total} cannot be used, more than {MAX_SKIPPED:.0%} ({listed}); "
-                "check that the files belong together"
+                f"{self.source}: {len(self.names)} of {total} cannot be used, more than "
+                f"{MAX_SKIPPED:.0%} ({listed}); check that the files belong together"
             )
         say(f"{self.source}: skipped {len(self.names)} of {total}: {'; '.join(self.names)}")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a published text file; one that cannot be read is an error."""
+    """The lines of a published text file."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -91,7 +93,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_names(path: Path) -> list[str]:
-    """The photo names listed in `path`, one a line, each once and in that order."""
+    """The photo names in `path`, one a line, each once and in that order."""
     skipped = Skipped(path)
     names: dict[str, None] = {}
     lines = [line.strip() for line in read_lines(path)]
@@ -111,7 +113,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_captions(path: Path, language: str) -> Captions:
-    """Captions from lines of `NAME.jpg#zhc#0 caption`; `language` is what the middle part starts with."""
+    """Captions from lines of `NAME.jpg#zhc#0 caption`; `language` is zh or en."""
     skipped = Skipped(path)
     captions: Captions = {}
     lines = read_lines(path)
@@ -124,9 +126,8 @@ def read_captions(path: Path, language: str) -> Captions:
         elif int(match[2]) in captions.setdefault(match[1], {}):
             skipped.add(f"line {number}: {match[1]} has a caption {match[2]} already")
         else:
-            captions[match[1]][int(match[2])] = (
-                match[3] if language == "zh" else tidy_english(match[3])
-            )
+            caption = match[3] if language == "zh" else tidy_english(match[3])
+            captions[match[1]][int(match[2])] = caption
     skipped.check(len(lines))
     return captions
 
@@ -139,7 +140,7 @@ def tidy_english(caption: str) -> str:
 
 
 def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | str]]:
-    """Yield (name, bytes) of the wanted photos in a tar file or a folder, or (name, why it cannot be used)."""
+    """Yield the name of each named photo in a tar file or folder, and its bytes or the problem."""
     try:
         if source.is_dir():
             for path in sorted(source.rglob("*")):
@@ -148,16 +149,17 @@ def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | st
             return
         with tarfile.open(source) as archive:
             for member in archive:
-                # Only the last part of a member's path is ever used, so no member can be written elsewhere.
+                # Only the last part of a member's path is used, so that none can lead elsewhere.
                 name = PurePosixPath(member.name).name
                 if name not in names:
                     continue
-                if not member.isfile():
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is None:
                     yield name, "is a link or a device in the archive"
                 elif member.size > MAX_PHOTO_BYTES:
                     yield name, f"has {member.size} bytes"
                 else:
-                    yield name, archive.extractfile(member).read()
+                    yield name, file.read()
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
         raise NanoVLMError(f"{source}: is not a whole tar archive; fetch it again") from None
     except OSError as error:
@@ -167,7 +169,7 @@ def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | st
 
 
 def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
-    """Put the photos named into `folder` and return, in the order of `names`, those that are there now."""
+    """Copy the named photos to `folder`; return the names of those that are usable, in order."""
     done: set[str] = set()
     problems: dict[str, str] = {}
     with tqdm(total=len(names), desc="photos", unit="photo") as bar:
@@ -190,7 +192,7 @@ def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write `data` to `path` unless it is there already; raise NanoVLMError if something else is."""
+    """Write `data` to `path`, unless it is there already; other content there is an error."""
     check_free(path, data)
     if path.exists():
         return
@@ -204,7 +206,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def check_free(path: Path, data: bytes) -> None:
-    """Refuse a path that holds other content than `data`; the same content may stay."""
+    """Refuse a path that holds other content than `data`."""
     if path.is_symlink() or (path.exists() and not (path.is_file() and path.read_bytes() == data)):
         raise NanoVLMError(
             f"{path}: is there already with other content; delete it or choose another --out"
@@ -212,18 +214,18 @@ def check_free(path: Path, data: bytes) -> None:
 
 
 def user_turn(prompt: str) -> dict:
-    """The turn that shows the photo and asks `prompt`."""
+    """The user's message: the photo and the prompt."""
     return {"role": "user", "content": f"<image>\n{prompt}"}
 
 
 def training_record(identity: str, name: str, prompt: str, answer: str) -> dict:
-    """A record with its answer."""
+    """A record with an answer to train on."""
     messages = [user_turn(prompt), {"role": "assistant", "content": answer}]
     return {"id": identity, "image": f"images/{name}", "messages": messages}
 
 
 def evaluation_record(identity: str, name: str, prompt: str, references: list[str]) -> dict:
-    """A record that ends with its question, and what answers it."""
+    """A record that ends with its question, and the reference answers."""
     return {
         "id": identity,
         "image": f"images/{name}",
@@ -235,26 +237,24 @@ def evaluation_record(identity: str, name: str, prompt: str, references: list[st
 def caption_records(
     names: list[str], captions: Captions, language: str
 ) -> tuple[list[dict], list[dict]]:
-    """Records to train on, one a caption, and to evaluate on, one a photo."""
+    """Records for training, one a caption, and for evaluation, one a photo."""
     training, evaluation = [], []
     for name in names:
         numbered = sorted(captions[name].items())
         for number, caption in numbered:
-            training.append(
-                training_record(f"{name}#{language}#{number}", name, DESCRIBE[language], caption)
-            )
+            identity = f"{name}#{language}#{number}"
+            training.append(training_record(identity, name, DESCRIBE[language], caption))
         references = [caption for _, caption in numbered]
-        evaluation.append(
-            evaluation_record(f"{name}#{language}", name, DESCRIBE[language], references)
-        )
+        identity = f"{name}#{language}"
+        evaluation.append(evaluation_record(identity, name, DESCRIBE[language], references))
     return training, evaluation
 
 
 def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[dict], list[dict]]:
-    """The same questions to train and to evaluate on, in a shuffled order.
+    """The same shuffled questions for training and for evaluation.
 
-    In each language each thing is asked for equally often with either answer, so that the words of a question say
-    nothing about its answer and guessing gives 50 %.
+    For each thing and language, both answers are equally frequent, so that a question says nothing
+    about its answer and guessing gives 50 %.
     """
     training, evaluation = [], []
     for thing in THINGS:
@@ -278,15 +278,14 @@ def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[d
 def make_records(
     names: list[str], split: str, zh: Captions, en: Captions | None
 ) -> dict[str, list[dict]]:
-    """All record files by name."""
+    """The records of each file, by its name."""
     zh_training, zh_evaluation = caption_records(names, zh, "zh")
     files = {f"{split}.jsonl": zh_training, f"{split}_zh.jsonl": zh_evaluation}
     if en is not None:
         en_training, en_evaluation = caption_records(names, en, "en")
         questions, yes_no_evaluation = yes_no_records(names, zh, en)
-        english = [
-            record for record in en_training if int(record["id"].rsplit("#", 1)[1]) < MIXED_ENGLISH
-        ]
+        number = {record["id"]: int(record["id"].rsplit("#", 1)[1]) for record in en_training}
+        english = [record for record in en_training if number[record["id"]] < MIXED_ENGLISH]
         mixed = zh_training + english + questions
         random.Random(SEED).shuffle(mixed)
         files |= {
@@ -331,10 +330,8 @@ def main() -> None:
 
     for path, captions in ((arguments.captions, zh), (arguments.captions_en, en)):
         if captions is not None:
-            skipped = Skipped(
-                path, [f"{name} has no caption" for name in names if name not in captions]
-            )
-            skipped.check(len(names))
+            missing = [f"{name} has no caption" for name in names if name not in captions]
+            Skipped(path, missing).check(len(names))
             names = [name for name in names if name in captions]
     names = extract_photos(arguments.images, names, arguments.out / "images")
 

@@ -1,7 +1,8 @@
-"""Draw the toy world that nanovlm's tiny default learns: 64×64 scenes with questions in Chinese and English.
+"""Draw the toy world of the tiny default: 64×64 scenes with questions in Chinese and English.
 
-Three splits: train, val (the same world, other scenes) and novel, whose every object has a colour and a shape that
-train and val never show or name together. The same seed gives the same bytes, whatever the number of workers.
+There are three splits: train, val (the same world, other scenes) and novel, in which every object
+is a pair of colour and shape that train and val neither show nor mention. The same seed gives the
+same bytes, whatever the number of workers.
 """
 
 import hashlib
@@ -21,10 +22,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # run as a script, or by a worker of one: the packages are one folder up
+if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
@@ -56,11 +54,12 @@ def make_scenes(
     workers: int = 0,
     eval_scenes: int = 600,
 ) -> Path:
-    """Make `out`, or return at once when it already holds these scenes; says on stderr what it does.
+    """Write the toy world to the folder `out`, unless it already holds these scenes.
 
-    Writes {train,val,novel}.jsonl (a record a question), images/<split>/NNNNNN.png and world.json. `scenes` counts
-    those of train, `eval_scenes` those of val and of novel; `workers=0` uses all cores. The folder appears whole or
-    not at all. Raises NanoVLMError where `out` holds anything else, or cannot be written.
+    Writes {train,val,novel}.jsonl (a record a question), images/<split>/NNNNNN.png and world.json.
+    `scenes` is the number of train's, `eval_scenes` that of val's and of novel's; `workers=0` uses
+    all cores. The folder appears complete or not at all. Raises NanoVLMError if `out` holds
+    anything else or cannot be written.
     """
     out = Path(out)
     if scenes < 1 or eval_scenes < 1 or workers < 0:
@@ -84,7 +83,7 @@ def make_scenes(
 
 
 def _already_there(out: Path, settings: dict[str, int]) -> bool:
-    """True for a folder made with the same settings; an error for a folder that would have to be overwritten."""
+    """Whether the folder was made with the same settings; an error if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     advice = "delete it or choose another --out"
@@ -106,7 +105,7 @@ def _already_there(out: Path, settings: dict[str, int]) -> bool:
 
 @contextmanager
 def _appear_whole(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` that takes its name on success and is deleted on failure."""
+    """Yield a folder beside `out` that is renamed to it on success and deleted on failure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,14 +120,12 @@ def _appear_whole(out: Path) -> Iterator[Path]:
 
 
 def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
-    """Draw and write every split into `folder`; return what world.json says."""
+    """Draw and write every split into `folder`; return the content of world.json."""
     jobs = []
     for split in SPLITS:
         (folder / "images" / split).mkdir(parents=True)
-        jobs += [
-            (split, index)
-            for index in range(settings["scenes" if split == "train" else "eval_scenes"])
-        ]
+        count = settings["scenes" if split == "train" else "eval_scenes"]
+        jobs += [(split, index) for index in range(count)]
     records, first_with = defaultdict(list), {}
     work = partial(_make_scene, folder, settings["seed"])
     done = _map_in_order(work, jobs, workers or os.cpu_count() or 1)
@@ -141,12 +138,11 @@ def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
         records[split] += made
     for split in SPLITS:
         write_atomically(folder / f"{split}.jsonl", to_jsonl(records[split]))
+    kinds = {split: Counter(record["kind"] for record in records[split]) for split in SPLITS}
     world = {
         **settings,
         "held_out": [list(pair) for pair in HELD_OUT_PAIRS],
-        "questions": {
-            split: dict(Counter(record["kind"] for record in records[split])) for split in SPLITS
-        },
+        "questions": {split: dict(counts) for split, counts in kinds.items()},
         "blind": blind_rates(records["train"]),
     }
     write_json(folder / "world.json", world)
@@ -156,20 +152,17 @@ def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:
 def _map_in_order(
     work: partial, jobs: list[tuple[str, int]], workers: int
 ) -> Iterable[tuple[str, list[dict]]]:
-    if (
-        workers == 1 or len(jobs) < 200
-    ):  # a process takes longer to start than a few scenes take to draw
-        yield from tqdm(map(work, jobs), total=len(jobs), desc="scenes", unit="scene")
+    bar = partial(tqdm, total=len(jobs), desc="scenes", unit="scene")
+    if workers == 1 or len(jobs) < 200:  # starting processes would take longer
+        yield from bar(map(work, jobs))
         return
-    # "spawn" everywhere: what works here then also works on macOS and Windows. Ctrl-C is for the parent to handle.
+    # "spawn", as on macOS and Windows, so that all systems run the same code. Only the parent
+    # process reacts to Ctrl-C.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, context, *ignore_interrupts) as pool:
         try:
-            yield from tqdm(
-                pool.map(work, jobs, chunksize=32), total=len(jobs), desc="scenes", unit="scene"
-            )
+            yield from bar(pool.map(work, jobs, chunksize=32))
         except BrokenProcessPool:
             raise NanoVLMError(
                 "a drawing process ended early; try again with --workers 1"
@@ -190,7 +183,7 @@ def _make_scene(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, lis
 
 
 def _records(scene: Scene, rng: Random, split: str, index: int, image: str) -> list[dict]:
-    """One record a question; the first, which asks for a description, also holds the objects."""
+    """One record a question; that of the description also holds the objects."""
     records = []
     for number, question in enumerate(questions(scene, rng, SPLITS[split])):
         record = {
@@ -204,52 +197,51 @@ def _records(scene: Scene, rng: Random, split: str, index: int, image: str) -> l
         }
         if question.kind == "describe":
             keys = ("shape", "colour", "size", "x", "y")
-            record["objects"] = [
-                {key: getattr(thing, key) for key in keys} for thing in scene.objects
-            ]
+            objects = [{key: getattr(thing, key) for key in keys} for thing in scene.objects]
+            record["objects"] = objects
         records.append(record)
     return records
 
 
-_NAMES = re.compile(
-    "|".join(rf"(?:an? |the )?{colour}(?: object)?" for colour in COLOURS)
-    + "|" + "|".join(rf"(?:an? |the )?{shape}" for shape in SHAPES)
-    + "|" + "|".join([*COLOURS.values(), *SHAPES.values()]), re.IGNORECASE,
-)  # fmt: skip
+_PATTERNS_OF_NAMES = (
+    *(rf"(?:an? |the )?{colour}(?: object)?" for colour in COLOURS),
+    *(rf"(?:an? |the )?{shape}" for shape in SHAPES),
+    *COLOURS.values(),
+    *SHAPES.values(),
+)
+_NAMES = re.compile("|".join(_PATTERNS_OF_NAMES), re.IGNORECASE)
 
 
 def blind_rates(records: Iterable[dict]) -> dict[str, float]:
-    """How often, for each kind, the best guess without the image is right.
+    """The accuracy, for each kind of question, of the best guess without the image.
 
-    The guesser knows which answer is most common for the wording of a question (with its names of colours and shapes
-    struck out), and where two objects are named, whether the first or the second is the answer more often.
+    The guess is the most common answer to the wording of a question, with the names of colours and
+    shapes removed. Where two objects are named, it is the first or the second, whichever is the
+    answer more often.
     """
     answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for record in records:
-        question, answer = (
-            message["content"].removeprefix("<image>\n") for message in record["messages"]
-        )
+        contents = (message["content"] for message in record["messages"])
+        question, answer = (content.removeprefix("<image>\n") for content in contents)
         before, both, _ = question.lower().partition(" or " if " or " in question else "和")
         if both and _NAMES.match(answer):
             answer = "the first" if answer.lower().rstrip("。.") in before else "the second"
         answers[record["kind"], _NAMES.sub("", question)][answer] += 1
-    right, asked = Counter(), Counter()
+    right, total = Counter(), Counter()
     for (kind, _), counter in answers.items():
         right[kind] += counter.most_common(1)[0][1]
-        asked[kind] += counter.total()
-    return {kind: round(right[kind] / asked[kind], 3) for kind in KINDS if asked[kind]}
+        total[kind] += counter.total()
+    return {kind: round(right[kind] / total[kind], 3) for kind in KINDS if total[kind]}
 
 
 def summary(world: dict) -> str:
-    """A table of how many questions of each kind there are, and how many a guess without the image gets right."""
+    """A table of the number of questions of each kind and the accuracy of a blind guess."""
     lines = [f"{'questions':<16}" + "".join(f"{split:>8}" for split in SPLITS) + "   blind guess"]
     for kind, rate in world["blind"].items():
         counts = "".join(f"{world['questions'][split].get(kind, 0):>8}" for split in SPLITS)
         lines.append(f"{kind:<16}{counts}{rate:>13.1%}")
-    lines.append(
-        f"{'all':<16}"
-        + "".join(f"{sum(world['questions'][split].values()):>8}" for split in SPLITS)
-    )
+    totals = "".join(f"{sum(world['questions'][split].values()):>8}" for split in SPLITS)
+    lines.append(f"{'all':<16}{totals}")
     lines.append("held out for novel: " + ", ".join(" ".join(pair) for pair in world["held_out"]))
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Turn records and a folder of images into shards: of each, one file of records and one tar file of their images.
+"""Turn records and a folder of images into shards: a file of records and a tar file of images each.
 
     python data_tools/pack_tar.py --data DIR/train.jsonl --out SHARDS [--images DIR] [--size 10000]
 
@@ -6,9 +6,10 @@ writes SHARDS/shard-00000.jsonl, SHARDS/shard-00000.tar and so on, to be trained
 
     python train_stage1.py --data "SHARDS/*.jsonl"
 
-The records keep their order and all their keys; only their image paths change, to `shard-00000.tar::a.jpg`. An image is
-stored once, in the shard of the first record that shows it. The same files in give the same bytes out. A shard has its
-name once it is complete, the tar file first.
+The records keep their order and all their keys; only their image paths change, to
+`shard-00000.tar::a.jpg`. An image is stored once, in the shard of the first record that uses it.
+The same input gives the same bytes. A file of a shard gets its name when it is complete, the tar
+file first.
 """
 
 import argparse
@@ -20,22 +21,20 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # the repository, so that a plain clone works
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
-from nanovlm.data.records import read_entries, read_records, record_files  # noqa: E402
+from nanovlm.data.records import read_entries, read_records, record_files
 from nanovlm.errors import NanoVLMError
-from nanovlm.inputs import archive  # noqa: E402
-from nanovlm.utils.console import run_command, say  # noqa: E402
-from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically  # noqa: E402
+from nanovlm.inputs import archive
+from nanovlm.utils.console import run_command, say
+from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
 Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
 
 
 def pack(data: str, images: Path | None, out: Path, size: int) -> int:
-    """Write the shards of about `size` images each and return how many there are. Nothing is written for bad records."""
+    """Write shards of about `size` images each and return their number; bad records are skipped."""
     records, skipped = read_records(data, images)
     for reason in skipped:
         say(f"skipped: {reason}")
@@ -47,6 +46,7 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
         if where in usable
     )
     places: dict[Path, str] = {}
+    count = 0
     with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
         for count, shard in enumerate(split(entries, size), start=1):
             write_shard(out, f"shard-{count - 1:05}", shard, places, bar)
@@ -54,7 +54,7 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
 
 
 def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
-    """Entries in order, cut where a shard would get more than `size` images that no shard has yet."""
+    """Split entries, in order, so that no shard stores more than `size` new images."""
     shard: list[Entry] = []
     seen: set[Path] = set()
     stored = 0
@@ -72,7 +72,7 @@ def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
 def write_shard(
     out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm
 ) -> None:
-    """Store the images that are new in `name`.tar, note in `places` where each is, and write the records."""
+    """Write new images to `name`.tar and the records to `name`.jsonl; `places` is updated."""
     lines, members = [], set()
     with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
         for entry, images in entries:
@@ -83,7 +83,8 @@ def write_shard(
                     member = member_name(written)
                     if member in members:
                         raise NanoVLMError(
-                            f"image {path}: another file is {member} in {name}.tar; rename one of them"
+                            f"image {path}: another file is {member} in {name}.tar; "
+                            "rename one of them"
                         )
                     members.add(member)
                     places[path] = f"{name}.tar::{member}"
@@ -96,18 +97,18 @@ def write_shard(
 
 
 def member_name(written: str) -> str:
-    """The name of an image inside its tar file: the record's path; of an image out of another tar file, its name there."""
+    """The name of an image in its tar file: the record's path, or its name in another tar file."""
     path = PurePosixPath(written.rpartition("::")[2])
     if path.is_absolute() or ".." in path.parts:
         raise NanoVLMError(
-            f"image {written}: leads out of the images' folder; write paths relative to one folder that "
-            "holds all images, and name it with --images"
+            f"image {written}: leads out of the images' folder; write paths relative to one folder "
+            "that holds all images, and name it with --images"
         )
     return str(path)
 
 
 def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
-    """Store an image without the times and owners of this machine."""
+    """Store an image without its time and owner on this machine."""
     try:
         data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
     except NanoVLMError as error:
@@ -146,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check the flags, write the shards, say how many."""
+    """Check the flags, write the shards, print their number."""
     arguments = parse_arguments()
     if arguments.size < 1:
         raise NanoVLMError(f"--size is {arguments.size}; it has to be 1 or more")

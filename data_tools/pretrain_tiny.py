@@ -1,12 +1,14 @@
-"""Pretrain the eyes and the voice of the tiny default, and write them as nanovlm/assets/tiny-vision-encoder and tiny-language-model.
+"""Pretrain the tiny vision encoder and the tiny language model that ship in nanovlm/assets.
 
-    python data_tools/pretrain_tiny.py --out pretrained              # both, 73 minutes on one busy core
-    python data_tools/pretrain_tiny.py --part text --out pretrained  # the voice alone
+    python data_tools/pretrain_tiny.py --out pretrained  # both, 73 minutes on one busy core
+    python data_tools/pretrain_tiny.py --part language_model --out pretrained
 
-The eyes learn from object labels, without any text (pretrain_tiny_vision.py); the voice from text alone
-(pretrain_tiny_text.py). Neither has met a held-out pair of shape and colour, nor a scene of train, val or novel.
+The vision encoder is trained on object labels, without any text (pretrain_vision_encoder.py), the
+language model on text alone (pretrain_language_model.py). Neither is trained on a held-out pair of
+shape and colour, nor on a scene of train, val or novel.
 """
 
+import argparse
 import shutil
 import sys
 import time
@@ -14,14 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # run as a script, or by a worker of one: the packages are one folder up
+if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_tools.pretrain_tiny_text import pretrain_text
-from data_tools.pretrain_tiny_vision import pretrain_vision
+from data_tools.pretrain_language_model import pretrain_language_model
+from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.parser import CommandParser
@@ -30,7 +29,7 @@ FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-lang
 
 
 def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None:
-    """Let `make` fill a folder beside `folder` and put that in its place; say what it measured and how long it took."""
+    """Let `make` fill a folder that then becomes `folder`; print its measurements and the time."""
     if folder.exists() and not replace:
         raise NanoVLMError(f"{folder}: is already there; choose another --out, or --replace it")
     started, temporary = time.perf_counter(), folder.with_name(f".{folder.name}.tmp")
@@ -48,79 +47,56 @@ def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None
         say(f"  {split}, right: {shown}")
 
 
-def main() -> None:
-    """Read the flags and train the parts asked for."""
-    parser = CommandParser(description="Pretrain the eyes and the voice of the tiny default.")
-    parser.add_argument(
-        "--part",
-        choices=("vision_encoder", "language_model", "all"),
-        default="all",
-        help="what to make (%(default)s)",
+def parse_arguments() -> argparse.Namespace:
+    """Read and check the flags."""
+    parser = CommandParser(
+        description="Pretrain the tiny default's vision encoder and language model."
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("nanovlm/assets"), help="folder to write to (%(default)s)"
-    )
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="put the new parts in the place of those that are there",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the data and the first weights (%(default)s)"
-    )
-    parser.add_argument(
-        "--vision-encoder-steps",
-        type=int,
-        default=3600,
-        help="optimizer steps of the eyes (%(default)s)",
-    )
-    parser.add_argument(
-        "--scenes", type=int, default=24000, help="scenes drawn for the eyes (%(default)s)"
-    )
-    parser.add_argument(
-        "--language-model-steps",
-        type=int,
-        default=6000,
-        help="optimizer steps of the voice (%(default)s)",
-    )
-    parser.add_argument(
-        "--drill-steps", type=int, default=3000, help="and of its drills (%(default)s)"
-    )
-    parser.add_argument(
-        "--texts", type=int, default=30000, help="conversations written for the voice (%(default)s)"
-    )
-    options = parser.parse_args()
-    if (
-        min(
-            options.vision_encoder_steps,
-            options.language_model_steps,
-            options.drill_steps,
-            options.scenes,
-            options.texts,
-        )
-        < 1
+    parts = (*FOLDERS, "all")
+    parser.add_argument("--part", choices=parts, default="all", help="what to make (%(default)s)")
+    out = Path("nanovlm/assets")
+    parser.add_argument("--out", type=Path, default=out, help="folder to write to (%(default)s)")
+    parser.add_argument("--replace", action="store_true", help="replace parts that exist")
+    for flag, default, text in (
+        ("--seed", 0, "seed of the data and of the initial weights"),
+        ("--vision-encoder-steps", 3600, "optimizer steps of the vision encoder"),
+        ("--scenes", 24000, "labelled scenes for the vision encoder"),
+        ("--language-model-steps", 6000, "optimizer steps of the language model"),
+        ("--drill-steps", 3000, "optimizer steps on drills that follow"),
+        ("--texts", 30000, "texts for the language model"),
     ):
+        parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    options = parser.parse_args()
+    steps = options.vision_encoder_steps, options.language_model_steps, options.drill_steps
+    if min(*steps, options.scenes, options.texts) < 1:
         raise NanoVLMError(
-            "--vision-encoder-steps, --language-model-steps, --drill-steps, --scenes and --texts start at 1"
+            "--vision-encoder-steps, --language-model-steps, --drill-steps, --scenes and --texts "
+            "start at 1"
         )
-    parts = {
+    return options
+
+
+def main() -> None:
+    """Train the parts asked for."""
+    options = parse_arguments()
+    trainers = {
         "vision_encoder": partial(
-            pretrain_vision,
+            pretrain_vision_encoder,
             seed=options.seed,
             steps=options.vision_encoder_steps,
             scenes=options.scenes,
         ),
         "language_model": partial(
-            pretrain_text,
+            pretrain_language_model,
             seed=options.seed,
             steps=options.language_model_steps,
             drill_steps=options.drill_steps,
             texts=options.texts,
         ),
     }
-    for part, make in parts.items():
+    for part, train in trainers.items():
         if options.part in (part, "all"):
-            make_part(options.out / FOLDERS[part], make, options.replace)
+            make_part(options.out / FOLDERS[part], train, options.replace)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is said about the toy world: questions with one right answer, and descriptions that can be read back.
+"""The language of the toy world: questions with one right answer, and descriptions that parse.
 
-Every answer is determined by the scene and the question, so "exactly the same words" is a fair way to mark it. Nothing
-here paints: `questions(random_scene(rng), rng)` is also how a text-only corpus of the world is made.
+The scene and the question determine the answer word for word, so an exact match is a fair measure.
+Nothing here draws: `questions(random_scene(rng), rng)` also makes a corpus of text alone.
 """
 
 import itertools
@@ -28,7 +28,7 @@ NUMBERS = {"zh": ("一", "两", "三", "四"), "en": ("one", "two", "three", "fo
 YES_NO = {"zh": ("是。", "不是。"), "en": ("Yes.", "No.")}
 THERE_IS = {"zh": ("有。", "没有。"), "en": ("Yes.", "No.")}
 
-# {a} and {b} stand for objects, {side} for one of SIDES, {p} and {q} for the two words of a comparison.
+# {a} and {b} stand for objects, {side} for one of SIDES, {p} and {q} for the words of a comparison.
 TEMPLATES = {
     "zh": {
         "describe": (
@@ -65,8 +65,8 @@ SIDES = {
     "en": ("leftmost", "rightmost", "topmost", "bottommost"),
 }
 
-# Three ways to compare two objects: one of two words, the name of one of them, yes or no. Of two words the first
-# holds for the smaller x, the smaller y, or the larger size.
+# For each relation: two words, and three questions, which are answered by one of the words, by the
+# name of an object, and by yes or no. The first word means smaller x, smaller y, or larger size.
 COMPARISONS = {
     "zh": {
         "left_right": (
@@ -109,27 +109,13 @@ COMPARISONS = {
         ),
     },
 }
-KINDS = (
-    "describe",
-    "what",
-    "colour",
-    "shape",
-    "count",
-    "exists",
-    "left_right",
-    "above_below",
-    "larger_smaller",
-)
-RELATIONS = (
-    "left_right",
-    "above_below",
-    "larger_smaller",
-)  # learned last, so each may be asked of a scene twice
+RELATIONS = ("left_right", "above_below", "larger_smaller")  # the hardest, so asked up to twice
+KINDS = ("describe", "what", "colour", "shape", "count", "exists", *RELATIONS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its one right answer (both in `language`, "zh" or "en"), and which of KINDS it is."""
+    """A question of one of KINDS and its only right answer, both in `language` ("zh" or "en")."""
 
     kind: str
     language: str
@@ -160,7 +146,7 @@ def _pair(thing: SceneObject) -> Pair:
 
 
 def describe(scene: Scene, language: str) -> str:
-    """The description of a scene: every object with size, colour and shape, from left to right."""
+    """The description of a scene: size, colour and shape of every object, from left to right."""
     objects, number = scene.objects, NUMBERS[language][len(scene.objects) - 1]
     if language == "zh":
         named = [f"{SIZES[thing.size]}的{_name(_pair(thing), 'zh')}" for thing in objects]
@@ -199,34 +185,41 @@ _OBJECT = {
 
 
 def parse_description(text: str) -> Counter[tuple[str, str, str]] | None:
-    """Read a description back: how often each (size, colour, shape), in English keys, is named; order does not count.
+    """Parse a description: the count of each (size, colour, shape), in English, in any order.
 
-    Takes any text. None when it is not a description in the words of `describe`, or announces another number of
-    objects than it names. Two descriptions say the same, in whatever language, when their results are equal.
+    None if the text is not a description in the words of `describe`, or if it announces another
+    number of objects than it names. Two descriptions, in whatever language, have the same meaning
+    if their results are equal.
     """
     for language, separator in (("zh", "、"), ("en", ", ")):
         whole = _DESCRIPTION[language].fullmatch(text.strip())
         if whole is None:
             continue
-        objects = [_OBJECT[language].fullmatch(part) for part in whole[2].split(separator)]
-        if None in objects or NUMBERS[language].index(whole[1]) + 1 != len(objects):
+        objects = []
+        for part in whole[2].split(separator):
+            named = _OBJECT[language].fullmatch(part)
+            if named is None:
+                return None
+            objects.append((_KEYS[named[1]], _KEYS[named[2]], _KEYS[named[3]]))
+        if NUMBERS[language].index(whole[1]) + 1 != len(objects):
             return None
-        return Counter(tuple(_KEYS[word] for word in found.groups()) for found in objects)
+        return Counter(objects)
     return None
 
 
 def questions(
     scene: Scene, rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS, language: str | None = None
 ) -> list[Question]:
-    """Up to eight different questions, the first of them always "describe"; of each relation at most two.
+    """Up to eight different questions: "describe" first, and each relation at most twice.
 
-    `pairs` are the (colour, shape) pairs that the scene was composed of; where the answer to "is there …" is no, the
-    question names another of those, or one of TRAIN_PAIRS that shares its colour or its shape with the scene.
-    `language` is drawn for each question (30 % English) unless it is given.
+    `pairs` are the (colour, shape) pairs that scenes are composed of. Where the answer to "is there
+    …" is no, the question names another of them, or one of TRAIN_PAIRS that shares its colour or
+    its shape with the scene. `language` is drawn for each question (30 % English) unless given.
     """
     asked = []
-    # Kinds that a scene gives no occasion for are not replaced by others: a question must not hint at its answer,
-    # as "how many" would if scenes with one object, which cannot be asked about left and right, heard it more often.
+    # A kind that a scene has no objects for is not replaced by another, because the kinds asked
+    # would then hint at answers: with one object there is no left and right, so "how many" would be
+    # asked more often where the answer is one.
     for kind in ["describe", *rng.sample(KINDS[1:] + RELATIONS, QUESTIONS_PER_SCENE - 1)]:
         spoken = language or ("en" if rng.random() < ENGLISH_SHARE else "zh")
         found = _ask(kind, scene, rng, pairs, spoken)
@@ -238,7 +231,7 @@ def questions(
 def _ask(
     kind: str, scene: Scene, rng: Random, pairs: Sequence[Pair], language: str
 ) -> tuple[str, str] | None:
-    """Question and answer of one kind, or None where the scene gives no clear occasion for it."""
+    """Question and answer of one kind, or None if the scene has no clear answer to it."""
     if kind in COMPARISONS[language]:
         return _ask_comparison(kind, scene, rng, language)
     if kind == "exists":
@@ -260,7 +253,7 @@ def _ask(
 
 
 def _extremes(scene: Scene) -> list[tuple[int, SceneObject]]:
-    """(index into SIDES, object) for each side on which one of several objects clearly is the outermost."""
+    """(index into SIDES, object) for each side with one object that is clearly closest to it."""
     found = []
     for side, (axis, sign) in enumerate((("x", 1), ("x", -1), ("y", 1), ("y", -1))):
         first, second = sorted(scene.objects, key=lambda thing: sign * getattr(thing, axis))[:2]
@@ -270,7 +263,7 @@ def _extremes(scene: Scene) -> list[tuple[int, SceneObject]]:
 
 
 def _ask_attribute(kind: str, scene: Scene, rng: Random, language: str) -> tuple[str, str]:
-    """The colour of the thing with a given shape or place; the shape of the thing with a given colour or place."""
+    """Ask for the colour of an object given by shape or position, or for the shape likewise."""
     given, names, other_names = (
         ("shape", COLOURS, SHAPES) if kind == "colour" else ("colour", SHAPES, COLOURS)
     )
@@ -290,22 +283,18 @@ def _ask_attribute(kind: str, scene: Scene, rng: Random, language: str) -> tuple
 
 
 def _ask_exists(scene: Scene, rng: Random, pairs: Sequence[Pair], language: str) -> tuple[str, str]:
-    """Half yes, half no; two thirds of the no's about a pair have its colour or its shape in the picture."""
+    """Ask whether something is there: half yes, half no.
+
+    In two thirds of the negative questions about a pair, the scene has its colour or its shape.
+    """
     present = [_pair(thing) for thing in scene.objects]
     colours, shapes = {colour for colour, _ in present}, {shape for _, shape in present}
     is_there = rng.random() < 0.5
     form = rng.choice(("pair", "pair", "colour", "shape"))
     if form == "pair":
-        far = [
-            (colour, shape)
-            for colour, shape in pairs
-            if colour not in colours and shape not in shapes
-        ]
-        near = [
-            pair
-            for pair in TRAIN_PAIRS
-            if pair not in present and (pair[0] in colours or pair[1] in shapes)
-        ]
+        far = [pair for pair in pairs if pair[0] not in colours and pair[1] not in shapes]
+        absent = [pair for pair in TRAIN_PAIRS if pair not in present]
+        near = [pair for pair in absent if pair[0] in colours or pair[1] in shapes]
         pair = rng.choice(present if is_there else near if not far or rng.random() < 2 / 3 else far)
         name = _name(pair, language)
     elif form == "colour":
@@ -331,9 +320,7 @@ def _ask_comparison(kind: str, scene: Scene, rng: Random, language: str) -> tupl
     if not ordered:
         return None
     words, either, which, whether = COMPARISONS[language][kind]
-    first, second = rng.choice(
-        ordered
-    )  # the first word is true of `first`, the second word of `second`
+    first, second = rng.choice(ordered)  # words[0] is true of `first`, words[1] of `second`
     a, b = rng.sample((first, second), 2)
     p, q = rng.sample(words, 2)
     truth = words[a is second]
@@ -342,9 +329,8 @@ def _ask_comparison(kind: str, scene: Scene, rng: Random, language: str) -> tupl
     if form == 0:
         return _capital(either.format(**names)), _sentence(truth, language)
     if form == 1:
-        return _capital(which.format(**names)), _sentence(
-            names["a" if p == truth else "b"], language
-        )
+        answer = names["a" if p == truth else "b"]
+        return _capital(which.format(**names)), _sentence(answer, language)
     return _capital(whether.format(**names)), YES_NO[language][p != truth]
 
 

@@ -1,7 +1,7 @@
-"""The toy world: what a scene is made of, how one is composed at random, and how it is painted.
+"""The toy world: the parts of a scene, composing one at random, and drawing it.
 
-Everything is a pure function of the random generator it is given, so the same seed paints the same bytes. Composing
-a scene costs no painting, which makes scenes that are only talked about (text corpora) cheap.
+Everything is a pure function of the random generator that is passed in, so the same seed gives the
+same bytes. A scene is composed without being drawn, which makes corpora of text alone cheap.
 """
 
 import math
@@ -12,14 +12,12 @@ from random import Random
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64  # pixels, both ways
-MARGIN = 6.0  # pixels by which two centres must differ before anything is said about left, right, above or below
-GAP = 2.0  # pixels between two objects, and between an object and the border, at the least
-OVERSAMPLING = (
-    4  # scenes are painted this much larger and averaged down, which is the anti-aliasing
-)
+MARGIN = 6.0  # pixels by which two centres must differ to be called left, right, above or below
+GAP = 2.0  # pixels at least between two objects, and between an object and the border
+OVERSAMPLING = 4  # for anti-aliasing, scenes are drawn this much larger and averaged down
 MAX_OBJECTS = 4
 
-# English name -> Chinese name. The English names are the keys used in code and in the records' `objects`.
+# English to Chinese names. Code and the records' `objects` use the English ones.
 SHAPES = {
     "circle": "圆形",
     "square": "正方形",
@@ -57,8 +55,8 @@ BACKGROUNDS = ("plain", "stripes", "dots", "noise", "gradient")
 
 Pair = tuple[str, str]  # (colour, shape)
 ALL_PAIRS: tuple[Pair, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-# Each colour once and each shape once. They are part of the world and not of the seed: pretrained weights that ship
-# with nanovlm have never met them either.
+# Each colour once and each shape once. They are the same for every seed, because the pretrained
+# weights that ship with nanovlm were not trained on them either.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
     ("red", "star"),
     ("orange", "ring"),
@@ -74,7 +72,7 @@ TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL_PAIRS if pair not in 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing: its names, its centre (x, y) and radius in pixels, its rotation in degrees and its exact colour."""
+    """An object: its names, centre and radius in pixels, rotation in degrees and exact colour."""
 
     size: str
     colour: str
@@ -93,7 +91,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from left to right on a background, which `background_seed` determines to the pixel."""
+    """Objects from left to right, and a background that `background_seed` makes exact."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -115,26 +113,13 @@ def _heart(points: int = 48) -> list[tuple[float, float]]:
 
 
 def _outlines() -> dict[str, list[tuple[float, float]]]:
-    """Polygons around the origin, y downwards, drawn for a radius of one so that all shapes look equally large."""
-    star = [
-        point
-        for pair in zip(_regular(5, 1.25), _regular(10, 0.52)[1::2], strict=True)
-        for point in pair
-    ]
-    arm, width = 1.1, 0.36
+    """Polygons around the origin, y downwards, for a radius of one; all look equally large."""
+    tips, notches = _regular(5, 1.25), _regular(10, 0.52)[1::2]
+    star = [point for pair in zip(tips, notches, strict=True) for point in pair]
+    a, w = 1.1, 0.36  # length and half the width of an arm
     cross = [
-        (-width, -arm),
-        (width, -arm),
-        (width, -width),
-        (arm, -width),
-        (arm, width),
-        (width, width),
-        (width, arm),
-        (-width, arm),
-        (-width, width),
-        (-arm, width),
-        (-arm, -width),
-        (-width, -width),
+        *((-w, -a), (w, -a), (w, -w), (a, -w), (a, w), (w, w)),
+        *((w, a), (-w, a), (-w, w), (-a, w), (-a, -w), (-w, -w)),
     ]
     # A ring is one path: once around outside, across, and back around inside.
     outer, inner = _regular(48, 1.05), _regular(48, 0.52)
@@ -155,10 +140,10 @@ _REACH = {shape: max(math.hypot(x, y) for x, y in outline) for shape, outline in
 
 
 def random_scene(rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS) -> Scene:
-    """Compose one to four objects, each number equally likely, with distinct (colour, shape) pairs out of `pairs`.
+    """Compose a scene of one to four objects, equally likely, of distinct (colour, shape) `pairs`.
 
-    Objects keep `GAP` pixels from each other and from the border; their centres differ by at least `MARGIN` in x, so
-    that "from left to right" is never in doubt.
+    Objects are at least `GAP` pixels from each other and from the border. Their centres differ by
+    at least `MARGIN` in x, so that their order from left to right is clear.
     """
     count = rng.randint(1, MAX_OBJECTS)
     while True:
@@ -170,19 +155,18 @@ def random_scene(rng: Random, pairs: Sequence[Pair] = TRAIN_PAIRS) -> Scene:
 
 
 def random_object(rng: Random, pair: Pair) -> SceneObject:
-    """An object without a place yet."""
+    """An object without a position."""
     colour, shape = pair
     size = rng.choice(list(SIZES))
-    rgb = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in RGB[colour])
-    return SceneObject(
-        size, colour, shape, 0.0, 0.0, rng.uniform(*RADIUS[size]), rng.uniform(-10, 10), rgb
-    )
+    red, green, blue = (min(255, max(0, c + rng.randint(-14, 14))) for c in RGB[colour])
+    radius, angle = rng.uniform(*RADIUS[size]), rng.uniform(-10, 10)
+    return SceneObject(size, colour, shape, 0.0, 0.0, radius, angle, (red, green, blue))
 
 
 def _place(
     rng: Random, objects: list[SceneObject], attempts: int = 300
 ) -> list[SceneObject] | None:
-    """Find places for all objects, or None when luck ran out (four big ones hardly fit)."""
+    """The objects at random positions, or None if they do not fit (four big ones hardly do)."""
     for _ in range(attempts):
         placed: list[SceneObject] = []
         for thing in objects:
@@ -203,13 +187,13 @@ def _apart(one: SceneObject, other: SceneObject) -> bool:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Paint a scene: an RGB image of 64×64 pixels."""
+    """Draw a scene: an RGB image of 64×64 pixels."""
     canvas = _paint_background(scene.background, Random(scene.background_seed))
     painter = ImageDraw.Draw(canvas)
     for thing in scene.objects:
         turn = math.radians(thing.angle)
         cos, sin = math.cos(turn) * thing.radius, math.sin(turn) * thing.radius
-        # Pillow names pixels by their corner in outlines and by their centre in areas, hence the half pixel.
+        # Pillow's coordinates of a polygon are pixel centres, ours are corners: half a pixel less.
         outline = [
             (thing.x + cos * x - sin * y, thing.y + sin * x + cos * y)
             for x, y in _OUTLINES[thing.shape]
@@ -221,7 +205,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _paint_background(kind: str, rng: Random) -> Image.Image:
-    """Muted colours of middle brightness, so that white, black and all the bright colours stand out."""
+    """Muted colours of middle brightness, so that objects of all colours stand out."""
     side = IMAGE_SIZE * OVERSAMPLING
     base = rng.uniform(112, 160)
     dark = tuple(round(base + rng.uniform(-14, 14)) for _ in range(3))
@@ -244,9 +228,8 @@ def _paint_background(kind: str, rng: Random) -> Image.Image:
                 x, y = (column + 0.5 * (row % 2)) * period + shift, row * period + shift
                 painter.ellipse((x - radius, y - radius, x + radius, y + radius), fill=light)
     elif kind == "noise":
-        grain = Image.frombytes("L", (IMAGE_SIZE, IMAGE_SIZE), rng.randbytes(IMAGE_SIZE**2)).resize(
-            (side, side), 0
-        )
+        pixels = rng.randbytes(IMAGE_SIZE**2)
+        grain = Image.frombytes("L", (IMAGE_SIZE, IMAGE_SIZE), pixels).resize((side, side), 0)
         canvas = Image.composite(Image.new("RGB", (side, side), light), canvas, grain)
     elif kind == "gradient":
         ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((side, side))

@@ -1,4 +1,5 @@
-"""The commands as a user runs them. What costs little runs in processes of its own, the many bad inputs in this one."""
+"""The commands as a user runs them. What costs little runs in processes of its own, the many bad
+inputs in this one."""
 
 import io
 import json
@@ -68,11 +69,10 @@ def refused(ask):
 
     def call(*arguments, **options) -> str:
         code, out, err = ask(*arguments, **options)
-        told = [line for line in err.splitlines() if not line.startswith("model: ")]
-        assert (code, out) == (2, "") and told[0].startswith("error: "), (code, out, err)
-        assert (
-            len(told) == 1 or "the tensors do not fit" in told[0]
-        )  # only the loading report has more lines
+        lines = [line for line in err.splitlines() if not line.startswith("model: ")]
+        assert (code, out) == (2, "") and lines[0].startswith("error: "), (code, out, err)
+        # Only the report of tensors that do not fit has more than one line.
+        assert len(lines) == 1 or "the tensors do not fit" in lines[0]
         return err
 
     return call
@@ -125,7 +125,7 @@ def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypa
 def test_a_chat_may_open_with_a_prompt_and_end_with_the_input(image, ask):
     assert ask(image, "你好", "--chat")[1].count("\n") == 1
     assert ask("--chat", stdin="你好".encode())[1].count("\n") == 1
-    code, out, err = ask("--chat", stdin=b"\xff\xfe\n")  # no UTF-8, and still an answer
+    code, out, _ = ask("--chat", stdin=b"\xff\xfe\n")  # no UTF-8, and still an answer
     assert code == 0 and out.count("\n") == 1
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
         ("--seed 1.5", "invalid int value"),
         ("--seed 99999999999999999999", "seed is 99999999999999999999"),
         ("--max-new-tokens 0", "--max-new-tokens has to be 1 or more"),
-        ("--max-new-tokens 5000", "exceed the decoder's 1024 positions"),
+        ("--max-new-tokens 5000", "exceed the language model's 1024 positions"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--temp 1", "unrecognized arguments"),
@@ -206,9 +206,9 @@ def test_what_is_missing_is_said(image, refused, tmp_path):
 # ---- images
 
 
-def _bytes(picture: Image.Image, format: str, **options) -> bytes:
+def _bytes(image: Image.Image, format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -269,8 +269,8 @@ def test_odd_images_are_answered(tmp_path, ask, name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_images_are_one_line(tmp_path, refused, name):
     (tmp_path / name).write_bytes(BROKEN[name][0])
-    told = refused(tmp_path / name, "描述图片")
-    assert name in told and BROKEN[name][1] in told
+    error = refused(tmp_path / name, "描述图片")
+    assert name in error and BROKEN[name][1] in error
     assert (tmp_path / name).read_bytes() == BROKEN[name][0]
 
 
@@ -416,7 +416,7 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         "n",
     }  # of scenes, also the objects named that are not there
     for more in ([], ["--control", "blind"], ["--control", "shuffled", "--limit", "9"]):
-        code, out, err = ask(
+        code, out, _ = ask(
             *flags, *more, "--answers", tmp_path / "answers.jsonl", main=evaluation.main
         )
         result = json.loads(out)
@@ -449,14 +449,17 @@ def test_what_evaluation_refuses(tiny, refused, flags, expected):
     assert expected in refused(*arguments, main=evaluation.main)
 
 
+TWO_MARKERS = (
+    '{"messages": [{"role": "user", "content": "<image><image>?"}], "image": "i.png", '
+    '"references": ["a"]}'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "holds no records"),
-        (
-            '{"messages": [{"role": "user", "content": "<image><image>?"}], "image": "i.png", "references": ["a"]}',
-            "the text has 2 <image> markers and the record 1 images",
-        ),
+        (TWO_MARKERS, "the text has 2 <image> markers and the record 1 images"),
         ("{", "cannot be used"),
         ('{"messages": []}', "with a turn in it"),
         ("[]", "expected an object"),
@@ -552,7 +555,8 @@ def test_a_stage_without_its_model_and_a_wrong_flag(tmp_path, command):
 
 
 def test_a_signal_saves_and_the_resumed_run_has_the_same_bits(tiny, tmp_path, command):
-    """The signal reaches the whole process group, as that of a scheduler or Ctrl-C: the workers, too."""
+    """The signal reaches the whole process group, as that of a scheduler or Ctrl-C: the workers,
+    too."""
 
     def start(out: str, *flags):
         settings = tiny.settings(

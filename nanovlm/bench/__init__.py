@@ -1,1 +1,1 @@
-"""How fast and how large nanovlm is, next to transformers doing the same work; see `__main__.py`."""
+"""The speed and memory of nanovlm next to transformers on the same work; see `__main__.py`."""

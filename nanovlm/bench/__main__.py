@@ -1,14 +1,15 @@
-"""Measure nanovlm against transformers, the same work in turn in one process.
+"""Measure nanovlm and transformers on the same work, taking turns in one process.
 
     python -m nanovlm.bench --weights DIR [--device auto] [--dtype bfloat16] [--rounds 3]
         [--only encode,stage1] [--compile] [--json]
 
-DIR holds `dinov2-small` and `qwen2.5-0.5b`, as the hub has them. The table on stdout gives medians over the rounds and
-their ratio, above 1 where nanovlm is better. Without transformers, nanovlm's figures stand alone.
+DIR holds `dinov2-small` and `qwen2.5-0.5b` in the hub's format. The table on stdout gives medians
+over the rounds and their ratio, above 1 where nanovlm is better. Without transformers, it gives
+nanovlm's figures alone.
 
     python -m nanovlm.bench --weights DIR --ladder
 
-trains nanovlm alone, adding bf16, packing, compiling and checkpointing one after the other.
+trains nanovlm alone and adds bf16, packing, compiling and checkpointing one after the other.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanovlm.bench import ladder
-from nanovlm.bench.sides import TEXT, VISION, NanoVLM, Side
+from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
@@ -32,11 +33,11 @@ from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import CommandParser
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
-Figures = dict[str, dict[str, float]]  # row → side → figure
+Figures = dict[str, dict[str, float]]  # row → library → figure
 
 
 def main() -> None:
-    """Read the flags, measure, print."""
+    """Parse the flags, measure, print."""
     arguments = _parser().parse_args()
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
@@ -46,23 +47,22 @@ def main() -> None:
     if arguments.rounds < 1:
         raise NanoVLMError("--rounds has to be above 0")
     if arguments.rung:
-        print(
-            json.dumps(ladder.measure(arguments.rung, arguments.weights, device, arguments.rounds))
-        )
+        figures = ladder.measure(arguments.rung, arguments.weights, device, arguments.rounds)
+        print(json.dumps(figures))
         return
     if arguments.ladder:
         figures = ladder.climb(arguments.weights, device, arguments.rounds, list(ladder.RUNGS))
         print(json.dumps(figures) if arguments.json else ladder.table(figures))
         return
-    bench = Bench(
-        device, dtype, image_token_id=_vocabulary(arguments.weights) - 1
-    )  # an id that no text here uses
+    image_token_id = _vocabulary_size(arguments.weights) - 1  # an id that no text here uses
+    bench = Bench(device, dtype, image_token_id)
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
     say(
         f"{device}, {str(dtype).removeprefix('torch.')}{', ' + why if why else ''}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}{', blocks compiled' if arguments.compile else ''}"
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{', blocks compiled' if arguments.compile else ''}"
     )
     names = ["nanovlm", "transformers"]
     if importlib.util.find_spec("transformers") is None:
@@ -80,17 +80,17 @@ def _measure(
     if "memory" in tasks:  # in processes of their own
         figures["memory"] = {name: _peak_memory(name) for name in names}
     if timed := [task for task in tasks if task != "memory"]:
-        sides = [_build(name, bench, arguments) for name in names]
-        if len(sides) == 2:
-            say(compare(bench, *sides))
+        models = [_build(name, bench, arguments) for name in names]
+        if len(models) == 2:
+            say(compare(bench, *models))
         for task in timed:
-            figures |= _time(bench, task, sides, arguments.rounds)
+            figures |= _time(bench, task, models, arguments.rounds)
     return {name: figures[name] for name in ROWS if name in figures}
 
 
-def _time(bench: Bench, task: str, sides: list[Side], rounds: int) -> Figures:
-    """Each side once to warm up, then in turn; medians."""
-    measure = {side.name: getattr(bench, task)(side) for side in sides}
+def _time(bench: Bench, task: str, models: list[BenchModel], rounds: int) -> Figures:
+    """Medians of measurements in turn, after one of each model as warm-up."""
+    measure = {model.name: getattr(bench, task)(model) for model in models}
     for warm_up in measure.values():
         warm_up()
     measured = [
@@ -105,52 +105,59 @@ def _time(bench: Bench, task: str, sides: list[Side], rounds: int) -> Figures:
 
 
 def _peak_memory(name: str) -> float:
-    """GB, measured by this command started once more for one side alone."""
+    """In GB, measured by running this command again for one library alone."""
     command = [sys.executable, "-m", "nanovlm.bench", *sys.argv[1:], "--peak-memory-of", name]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
         raise NanoVLMError(
-            f"the process that measures the memory of {name} ended with code {child.returncode}; see above"
+            f"the process that measures the memory of {name} ended with code {child.returncode}; "
+            "see above"
         )
     return float(child.stdout)
 
 
-def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> Side:
+def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> BenchModel:
     if name == "transformers":
-        from nanovlm.bench.reference import Transformers  # only where it is installed
+        from nanovlm.bench.transformers_model import TransformersModel  # may not be installed
 
-        side_class = Transformers
+        kind = TransformersModel
     else:
-        side_class = NanoVLM
-    side = side_class(arguments.weights, bench.device, bench.dtype, bench.image_token_id)
+        kind = NanoVLMModel
+    model = kind(arguments.weights, bench.device, bench.dtype, bench.image_token_id)
     if arguments.compile:
-        side.compile()
-    return side
+        model.compile()
+    return model
 
 
 def _table(figures: Figures) -> str:
-    """One line a row, both sides and the ratio where there are two."""
+    """A line per row: one figure, or two and their ratio."""
     lines = [f"{'':44} {'unit':>10} {'nanovlm':>10} {'transformers':>13} {'ratio':>6}"]
     for name, figure in figures.items():
-        row, ours, theirs = ROWS[name], figure["nanovlm"], figure.get("transformers")
-        other = (
-            f"{theirs:13.3g} {row.ratio(ours, theirs):5.2f}×" if theirs else f"{'—':>13} {'—':>6}"
-        )
-        lines.append(f"{row.title:44} {row.unit:>10} {ours:10.3g} {other}")
+        row, nanovlm, transformers = ROWS[name], figure["nanovlm"], figure.get("transformers")
+        other = f"{'—':>13} {'—':>6}"
+        if transformers:
+            other = f"{transformers:13.3g} {row.ratio(nanovlm, transformers):5.2f}×"
+        lines.append(f"{row.title:44} {row.unit:>10} {nanovlm:10.3g} {other}")
     return "\n".join(lines)
 
 
-def _vocabulary(weights: Path) -> int:
-    config = read_json(weights / TEXT / "config.json")
+def _vocabulary_size(weights: Path) -> int:
+    path = weights / LANGUAGE_MODEL / "config.json"
+    config = read_json(path)
     if "vocab_size" not in config:
-        raise NanoVLMError(f"{weights / TEXT / 'config.json'}: key 'vocab_size' is missing")
+        raise NanoVLMError(f"{path}: key 'vocab_size' is missing")
     return config["vocab_size"]
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m nanovlm.bench", description=__doc__.split("\n\n")[0])
+    description = (__doc__ or "").split("\n\n")[0]
+    parser = CommandParser(prog="python -m nanovlm.bench", description=description)
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="DIR", help=f"holds {VISION} and {TEXT}"
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"holds {VISION_ENCODER} and {LANGUAGE_MODEL}",
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument(
@@ -160,13 +167,13 @@ def _parser() -> CommandParser:
         help="of weights and products",
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements of each side, in turn (default 3)"
+        "--rounds", type=int, default=3, help="measurements of each library, in turn (default 3)"
     )
     parser.add_argument("--only", metavar="TASKS", help=f"some of {','.join(TASKS)}")
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile on the blocks of both models; nanovlm's as in training, not in generation",
+        help="compile the blocks of both models with torch.compile; nanovlm's in training alone",
     )
     parser.add_argument(
         "--ladder",
@@ -174,7 +181,7 @@ def _parser() -> CommandParser:
         help="train with bf16, packing, compiling, checkpointing added in turn",
     )
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print JSON: row → side → figure")
+    parser.add_argument("--json", action="store_true", help="print JSON: row → library → figure")
     parser.add_argument(
         "--peak-memory-of", choices=["nanovlm", "transformers"], help=argparse.SUPPRESS
     )

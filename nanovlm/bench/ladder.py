@@ -1,7 +1,7 @@
-"""What each of the means of training brings, one added after the other: bf16, packing, compiling, checkpointing.
+"""The effect of bf16, packing, compiling and checkpointing on training, added one after the other.
 
-Every rung trains the whole decoder and the projector (stage 2) through the parts that a run uses, on the same samples
-from the same weights, in a process of its own, so that its memory is its own.
+Each rung trains the whole language model and the projector (stage 2) with the code of a real run,
+on the same samples from the same weights, in a process of its own, so that memory is its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.bench.sides import IMAGE_SIZE, TEXT, VISION
+from nanovlm.bench.models import IMAGE_SIZE, LANGUAGE_MODEL, VISION_ENCODER
 from nanovlm.data.collate import collate
 from nanovlm.data.packing import first_fit_decreasing, join
 from nanovlm.data.sequences import TokenSequence
@@ -33,18 +33,15 @@ from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.device import give_back_freed_memory, peak_memory
 
-SAMPLES = 8  # a step
-TEXT_LENGTHS = (
-    16,
-    224,
-)  # tokens of a sample after its 64 visual ones: the shortest and the longest
+SAMPLES = 8  # per step
+TEXT_LENGTHS = (16, 224)  # tokens after a sample's 64 visual ones: the fewest and the most
 GRID = 8
 PACK = 512  # tokens of a packed row
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A way to train; each adds one thing to the one before."""
+    """A way to train; each rung adds one thing to the rung before."""
 
     dtype: torch.dtype = torch.float32
     packed: bool = False
@@ -64,24 +61,13 @@ RUNGS = {
 def climb(
     weights: Path, device: torch.device, rounds: int, names: list[str]
 ) -> dict[str, dict[str, float]]:
-    """Measure the rungs `names`, each in a fresh process: rung → figure. Differences of loss are against the first."""
+    """Measure the rungs `names`, each in a new process: rung → name of the figure → figure."""
     figures: dict[str, dict[str, float]] = {}
     for name in names:
         say(f"{name} …")
-        command = [
-            sys.executable,
-            "-m",
-            "nanovlm.bench",
-            "--weights",
-            str(weights),
-            "--device",
-            device.type,
-            "--rounds",
-            str(rounds),
-            "--rung",
-            name,
-        ]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "nanovlm.bench", "--weights", str(weights)]
+        command += ["--device", device.type, "--rounds", str(rounds), "--rung", name]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if child.returncode:
             raise NanoVLMError(
                 f"the process that measures {name!r} ended with code {child.returncode}; see above"
@@ -91,27 +77,15 @@ def climb(
 
 
 def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict[str, float]:
-    """One rung: samples and real tokens a second (median of `rounds` steps after one to warm up), share of the slots
-    filled, peak memory in GB, and the loss of the first and the last step."""
+    """Of one rung: samples and tokens per second, padding not counted (the median of `rounds` steps
+    after one as warm-up), the share of positions that hold a token, peak memory in GB, and the loss
+    of the first and the last step."""
     rung, settings = RUNGS[name], Settings(train="projector,language_model", lr=1e-5, beta2=0.95)
-    torch.manual_seed(0)
-    model = join_parts(
-        weights / VISION,
-        weights / TEXT,
-        ProjectorConfig("bilinear", GRID),
-        ImageConfig(IMAGE_SIZE, IMAGE_SIZE),
-    )
     precision = Precision(rung.dtype, device)
-    freeze(model, settings)
-    precision.place(model)
-    if rung.compiled:
-        compile_blocks(model, device)
-    if rung.checkpointed:
-        checkpoint_blocks(model)
-        if device.type == "cpu":  # as a run does
-            give_back_freed_memory()
+    model = _build(rung, settings, precision, weights)
     optimizer = build_optimizer(model, settings)
     set_learning_rates(optimizer, 1.0)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     batch, tokens = make_batch(model, rung.packed)
     batch = batch.to(device)
     seconds, losses = [], []
@@ -120,12 +94,10 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
         with precision.autocast():
             loss = model(batch) / len(batch.targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            [parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0
-        )
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))  # waits for the device, too
+        losses.append(float(loss.detach()))  # waits for the device
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -140,45 +112,66 @@ def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict
     }
 
 
+def _build(
+    rung: Rung, settings: Settings, precision: Precision, weights: Path
+) -> VisionLanguageModel:
+    """The model as a run sets it up for this rung."""
+    torch.manual_seed(0)
+    model = join_parts(
+        weights / VISION_ENCODER,
+        weights / LANGUAGE_MODEL,
+        ProjectorConfig("bilinear", GRID),
+        ImageConfig(IMAGE_SIZE, IMAGE_SIZE),
+    )
+    freeze(model, settings)
+    precision.place(model)
+    if rung.compiled:
+        compile_blocks(model, precision.device)
+    if rung.checkpointed:
+        checkpoint_blocks(model)
+        if precision.device.type == "cpu":  # as a run does
+            give_back_freed_memory()
+    return model
+
+
 def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
-    """SAMPLES random samples of random length, an image each, padded or packed; and their number of real tokens."""
+    """SAMPLES random samples of random length with an image each, padded or packed; and the number
+    of their tokens."""
     lengths, generator = random.Random(0), torch.Generator().manual_seed(0)
     image = model.chat.image_token_id
-    rows = []
+    rows, tokens = [], 0
     for number in range(SAMPLES):
         length = lengths.randint(*TEXT_LENGTHS)
         text = torch.randint(image, (length,), generator=generator).tolist()
         labels = [IGNORED] * (model.image_length + length // 2) + text[length // 2 :]
-        rows.append(
-            TokenSequence.of(
-                Sample([image] * model.image_length + text, labels), (Path(str(number)),)
-            )
-        )
+        sample = Sample([image] * model.image_length + text, labels)
+        rows.append(TokenSequence.of(sample, (Path(str(number)),)))
+        tokens += len(labels)
     pixels = torch.randn(SAMPLES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     if packed:
-        rows = [join(line) for line in first_fit_decreasing(rows, PACK)]
+        rows = [join(row) for row in first_fit_decreasing(rows, PACK)]
         pixels = pixels[[int(path.name) for row in rows for path in row.images]]
     batch = collate(rows, image)
     batch.pixels = pixels
-    return batch, int((batch.attention_mask > 0).sum())
+    return batch, tokens
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """One line a rung; speed and memory also as ratios to the first, losses as differences from its own."""
-    base = next(iter(figures.values()))
-    lines = [
-        f"{'':18}{'samples/s':>10}{'':>8}{'tokens/s':>10}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"
-    ]
+    """A line per rung; speed and memory also as ratios to the first rung, losses as differences
+    from its losses."""
+    first, base = next(iter(figures.items()))
+    speed = f"{'samples/s':>10}{'':>8}{'tokens/s':>10}"
+    lines = [f"{'':18}{speed}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"]
     for name, row in figures.items():
+        ratio = {key: row[key] / base[key] for key in ("samples", "memory")}
+        delta = {key: row[key] - base[key] for key in ("first_loss", "last_loss")}
         lines.append(
-            f"{name:18}{row['samples']:10.3g}{row['samples'] / base['samples']:7.2f}×{row['tokens']:10.0f}{row['fill']:8.0%}"
-            f"{row['memory']:8.2f}{row['memory'] / base['memory']:7.2f}×{row['first_loss'] - base['first_loss']:+20.5f}"
-            f"{row['last_loss'] - base['last_loss']:+10.5f}"
+            f"{name:18}{row['samples']:10.3g}{ratio['samples']:7.2f}×{row['tokens']:10.0f}"
+            f"{row['fill']:8.0%}{row['memory']:8.2f}{ratio['memory']:7.2f}×"
+            f"{delta['first_loss']:+20.5f}{delta['last_loss']:+10.5f}"
         )
-    first = next(iter(figures))
-    return "\n".join(
-        [
-            *lines,
-            f"losses of {first}: {base['first_loss']:.3f} at the first step, {base['last_loss']:.3f} at the last",
-        ]
+    lines.append(
+        f"losses of {first}: {base['first_loss']:.3f} at the first step, "
+        f"{base['last_loss']:.3f} at the last"
     )
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ processes that train together each knows its part of every step without asking t
 """
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class Batches(Dataset):
 
     def __len__(self) -> int:
         """Batches that take every record once."""
-        return -(-len(self.records) // (self.options.batch_size * self.options.world))
+        return math.ceil(len(self.records) / (self.options.batch_size * self.options.world))
 
     def __getitem__(self, number: int) -> LoadedBatch:
         options = self.options
@@ -210,7 +211,9 @@ class Batches(Dataset):
         sequences, skipped, cut = self._encode(
             number * options.bucket * size, options.bucket * size
         )
-        count = options.bucket if options.shuffle else -(-(len(sequences) + len(skipped)) // size)
+        count = options.bucket
+        if not options.shuffle:  # the last bucket may have fewer records
+            count = math.ceil((len(sequences) + len(skipped)) / size)
         shared = self._share(sequences, min(options.share, size))
         if options.pack:
             batches = deal(first_fit_decreasing(shared, options.pack), count)
@@ -221,8 +224,8 @@ class Batches(Dataset):
         return _Bucket(number, batches, skipped, cut)
 
     def _encode(self, first: int, count: int) -> tuple[list[TokenSequence], list[str], list[str]]:
-        """Encode `count` records from position `first` on: sequences, a line for each record that is
-        skipped, and the names of those that were cut."""
+        """Encode `count` records from position `first` on: sequences, a line for each record that
+        is skipped, and the names of those that were cut."""
         sequences, skipped, cut = [], [], []
         last = first + count
         if not self.options.shuffle:  # read once, for the validation loss, and not over and over
@@ -265,8 +268,8 @@ class Batches(Dataset):
         if not sequences:
             return LoadedBatch(None, skipped=skipped)
         loaded = [images[path] for sequence in sequences for path in sequence.images]
-        keyword = "pixels" if self.features is None else "patches"
-        batch = collate(sequences, self.encoder.image_token_id, **{keyword: loaded})
+        pixels, patches = (loaded, []) if self.features is None else ([], loaded)
+        batch = collate(sequences, self.encoder.image_token_id, pixels, patches=patches)
         records = [record for sequence in sequences for record in sequence.records]
         return LoadedBatch(
             batch=self.encoder.finish(batch, sequences),

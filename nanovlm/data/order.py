@@ -1,4 +1,4 @@
-"""The order in which a run sees its records: a function of the records, the seed and the position alone."""
+"""The order of records in a run: a function of the records, the seed and the position alone."""
 
 import random
 from collections import defaultdict
@@ -9,16 +9,17 @@ from nanovlm.data.sequences import chunks
 
 
 class Order:
-    """Which record stands at each position of a run, epoch after epoch. Each epoch has every record once: shuffled, with
-    records of one image in groups of up to `share`; or without `shuffle` as they came."""
+    """The index of the record at each position of a run, epoch after epoch. Each epoch has every
+    record once: shuffled, with records of the same images next to each other in groups of up to
+    `share`; or without `shuffle` in the order of the files."""
 
     def __init__(self, records: Sequence[Record], share: int, seed: int, shuffle: bool) -> None:
         self.length, self.share, self.seed, self.shuffle = len(records), share, seed, shuffle
-        by_image: dict = defaultdict(list)
+        by_image: dict[object, list[int]] = defaultdict(list)
         for index, record in enumerate(records if shuffle else ()):
             by_image[record.images or index].append(index)
         self._by_image = list(by_image.values())
-        self._epoch, self._order = -1, []
+        self._epoch, self._order = -1, list[int]()
 
     def __getitem__(self, position: int) -> int:
         if not self.shuffle:

@@ -1,5 +1,5 @@
-"""Several token sequences in one row, and rows divided among batches and processes so that these get
-alike amounts of work and little of it is padding."""
+"""Several token sequences in one row, and rows divided among batches and processes so that these
+get alike amounts of work and little of it is padding."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,8 @@ def first_fit_decreasing(sequences: Sequence[TokenSequence], length: int) -> lis
 
 
 def join(packed: PackedSequence) -> TokenSequence:
-    """A packed sequence as one, in which tokens attend within their own part only (`causal_mask`)."""
+    """A packed sequence as one, in which tokens attend within their own part only
+    (`causal_mask`)."""
     if len(packed) == 1:
         return packed[0]
     return TokenSequence(
@@ -65,8 +66,8 @@ def cut_by_length(rows: Sequence[PackedSequence], count: int) -> list[list[Packe
 
 
 def deal(rows: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
-    """Divide `rows` into `count` parts of alike numbers of tokens: the longest first, each to the part
-    that has the fewest so far.
+    """Divide `rows` into `count` parts of alike numbers of tokens: the longest first, each to the
+    part that has the fewest so far.
 
     If there are fewer rows than parts, rows of several sequences are halved, so that a part stays
     empty only when there is nothing left to divide.

@@ -1,7 +1,8 @@
 """Pairs of answers of which one is preferred: reading them, and batches of them.
 
     {"image": "a.jpg", "prompt": "描述图片", "chosen": "…", "rejected": "…"}
-    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}, …],
+    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"},
+    …],
      "chosen": "…", "rejected": "…"}
 
 In place of `prompt`, `messages` or `conversations` hold several turns, of which the last is the
@@ -32,8 +33,8 @@ ANSWERS = ("chosen", "rejected")
 def read_pairs(
     data: str | Path, images: str | Path | None = None
 ) -> tuple[list[Record], list[str]]:
-    """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise as
-    `read_records`.
+    """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise
+    as `read_records`.
 
     The record of a pair ends with the chosen answer and holds the rejected one as `rejected`.
     """
@@ -98,8 +99,8 @@ class PairBatch(Batch):
 
 @dataclass
 class PairEncoder:
-    """Records for preference training: prompt and images once, then both answers as branches that do
-    not attend to each other.
+    """Records for preference training: prompt and images once, then both answers as branches that
+    do not attend to each other.
 
     So the log-probability of an answer is what it is in a sequence by itself. Only the two answers
     are labelled, not those of earlier turns, which a pair has in common.

@@ -1,11 +1,16 @@
-"""Reading training and evaluation records, in LLaVA's form or as messages, and saying which ones cannot be used.
+"""Read records for training and evaluation, in LLaVA's form or as messages, and name those that
+cannot be used.
 
-    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", "value": "…"}]}
-    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}, …]}
-    {"image": "a.jpg", "messages": [{"role": "user", "content": "<image>\\n…"}], "references": ["…", "…"]}
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"},
+                                         {"from": "gpt", "value": "…"}]}
+    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"},
+                                                {"role": "assistant", "content": "…"}]}
+    {"image": "a.jpg", "messages": [{"role": "user", "content": "<image>\\n…"}],
+     "references": ["…", "…"]}
 
-`image` and `images` may be missing, one path or a list; a path may lead into a tar file, `images.tar::a.jpg`. A record
-with `references` ends with its question, which any of the references answers; it is for evaluation.
+`image` and `images` may be missing, one path or a list; a path may lead into a tar file,
+`images.tar::a.jpg`. A record with `references` ends with a question, to which each of them is a
+right answer; it is for evaluation.
 """
 
 import codecs
@@ -18,48 +23,43 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive
-from nanovlm.inputs.chat import IMAGE_MARKER, Message
+from nanovlm.inputs.chat import IMAGE_MARKER, ROLES, Message
 
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-READ = (
-    "image",
-    "images",
-    "conversations",
-    "messages",
-    "references",
-)  # the keys that everybody reads
-MAX_SKIPPED = 0.01  # share of unusable records above which a run stops: beyond stray damage, something is wrong
-MAX_NAMED = 50  # of the reasons listed when it does
+READ = ("image", "images", "conversations", "messages", "references")  # others become `extra`
+MAX_SKIPPED = 0.01  # share of unusable records above which a run stops
+MAX_NAMED = 50  # how many of them are listed then
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample. `where` names it in messages: the file and the line, or the place in the list."""
+    """One line of a data file: a conversation and its images."""
 
-    where: str
+    where: str  # its name in messages: the file and the line, or the place in the list
     images: tuple[Path, ...]
     messages: tuple[Message, ...]
     references: tuple[str, ...]
-    extra: dict[str, Any]  # its other keys, which only some readers need
-    rejected: str = ""  # of a pair (`preferences`), the answer that is worse than the closing one
+    extra: dict[str, Any]  # its other keys, such as `kind`
+    rejected: str = (
+        ""  # of a pair (`preferences`), the worse answer; `messages` end with the better
+    )
 
 
 def read_records(
     data: str | Path,
     images: str | Path | None = None,
-    parse: "Callable[[Any, str, Path], Record] | None" = None,
+    parse: Callable[[Any, str, Path], Record] | None = None,
 ) -> tuple[list[Record], list[str]]:
     """All usable records of the `record_files` that `data` names, and a line for each one skipped.
 
-    Image paths are relative to `images`, by default the file's own folder. An empty file is an error, and so are more
-    unusable records than `check_skipped` lets pass. `parse` reads records of another form than `parse_record` does.
+    Image paths are relative to `images`, by default the file's own folder. An empty file is an
+    error, and so are more unusable records than `check_skipped` lets pass. `parse` reads records of
+    another form than `parse_record` does.
     """
     records, skipped = [], []
     for path in record_files(data):
-        folder, before = (
-            path.parent if images is None else Path(images),
-            len(records) + len(skipped),
-        )
+        folder = path.parent if images is None else Path(images)
+        before = len(records) + len(skipped)
         if not folder.is_dir():
             raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
         for where, entry in read_entries(path):
@@ -74,16 +74,14 @@ def read_records(
 
 
 def record_files(data: str | Path) -> list[Path]:
-    """The files that `data` names, sorted: one, several with commas, or those that a pattern (`*.jsonl`) matches."""
+    """The files that `data` names, sorted: one, several with commas, or those that a pattern
+    (`*.jsonl`) matches."""
     if Path(data).exists():
         return [Path(data)]
     files: set[Path] = set()
     for name in (name.strip() for name in str(data).split(",")):
-        found = (
-            [name]
-            if not glob.has_magic(name) or Path(name).exists()
-            else glob.glob(name, recursive=True)
-        )
+        is_pattern = glob.has_magic(name) and not Path(name).exists()
+        found = glob.glob(name, recursive=True) if is_pattern else [name]
         if not found:
             raise NanoVLMError(
                 f"{name}: no file matches this pattern; check it, and put it in quotes"
@@ -93,7 +91,7 @@ def record_files(data: str | Path) -> list[Path]:
 
 
 def check_skipped(skipped: Sequence[str], total: int) -> None:
-    """Stop when more than MAX_SKIPPED of all records cannot be used, naming them."""
+    """Raise if more than MAX_SKIPPED of all records cannot be used, with the reasons."""
     if len(skipped) > MAX_SKIPPED * total:
         lines = [f"  {reason}" for reason in skipped[:MAX_NAMED]]
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
@@ -131,23 +129,14 @@ def parse_record(entry: Any, where: str, folder: Path) -> Record:
             f"the text has {places} {IMAGE_MARKER} markers and the record {len(images)} images"
         )
     references = entry.get("references", [])
-    if not isinstance(references, list) or not all(
-        isinstance(reference, str) for reference in references
-    ):
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise fail("references is not a list of texts")
-    if messages[-1].role != ("user" if references else "assistant"):
-        raise fail(
-            "the last turn is not the assistant's"
-            if not references
-            else "a record with references has to end with the user's question"
-        )
-    return Record(
-        where,
-        images,
-        messages,
-        tuple(references),
-        {key: value for key, value in entry.items() if key not in READ},
-    )
+    if references and messages[-1].role != "user":
+        raise fail("a record with references has to end with the user's question")
+    if not references and messages[-1].role != "assistant":
+        raise fail("the last turn is not the assistant's")
+    extra = {key: value for key, value in entry.items() if key not in READ}
+    return Record(where, images, messages, tuple(references), extra)
 
 
 def _messages(entry: dict[str, Any]) -> Iterator[Message]:
@@ -157,21 +146,20 @@ def _messages(entry: dict[str, Any]) -> Iterator[Message]:
     if not isinstance(turns, list) or not turns:
         raise NanoVLMError("has neither messages nor conversations with a turn in it")
     for turn in turns:
-        role, text = (
-            (turn.get(role_key), turn.get(text_key)) if isinstance(turn, dict) else (None, None)
-        )
+        turn = turn if isinstance(turn, dict) else {}
+        role, text = turn.get(role_key), turn.get(text_key)
         role = LLAVA_ROLES.get(role, role) if llava and isinstance(role, str) else role
-        if role not in ("system", "user", "assistant"):
-            raise NanoVLMError(
-                f"a turn has {role_key} = {role!r}, expected {'human or gpt' if llava else 'user or assistant'}"
-            )
+        if role not in ROLES:
+            expected = "human or gpt" if llava else "user or assistant"
+            raise NanoVLMError(f"a turn has {role_key} = {role!r}, expected {expected}")
         if not isinstance(text, str) or not text.strip():
             raise NanoVLMError(f"a {role} turn has no text in {text_key!r}")
         yield Message.parse(role, text)
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each record stands and what JSON says of it; a broken line comes as text, to be counted and named."""
+    """The place of each record and its parsed JSON; of a broken line its text, to be counted and
+    named."""
     lines = _lines(path)
     if path.suffix == ".jsonl":
         for number, line in enumerate(lines, start=1):
@@ -189,11 +177,12 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, one at a time: of a million records, the text is never held whole."""
+    """The lines of a text file, one at a time, so that the text of a million records is never held
+    whole."""
     start = 0
     try:
         with open(path, "rb") as file:
-            for line in file:  # read as bytes, of which only a line feed ends a line
+            for line in file:  # as bytes, because in text more than a line feed ends a line
                 yield (line.removeprefix(codecs.BOM_UTF8) if start == 0 else line).decode()
                 start += len(line)
     except OSError as error:
@@ -208,4 +197,4 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return text  # a str where an object is expected: reported as such, with its place
+        return text  # reported by `parse_record` as a str where an object is expected

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from os.path import commonprefix
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from nanovlm.inputs.chat import IGNORED, Sample
@@ -54,7 +53,9 @@ def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> lis
         next(i for i, label in enumerate(sequence.labels) if label != IGNORED)
         for sequence in sequences
     )
-    shared = min(len(commonprefix([sequence.input_ids for sequence in sequences])), first_label - 1)
+    ids = zip(*(sequence.input_ids for sequence in sequences))
+    alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, ids))
+    shared = min(alike, first_label - 1)
     if any(image_token_id in sequence.input_ids[shared:] for sequence in sequences):
         return list(sequences)
     joined = TokenSequence(
@@ -74,8 +75,8 @@ def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> lis
 def share_prefixes(
     sequences: Sequence[TokenSequence], image_token_id: int, at_most: int, longest: int = 0
 ) -> list[TokenSequence]:
-    """`share_prefix` for neighbours with the same images, up to `at_most` at a time; fewer where the
-    result would have more than `longest` tokens (0: any length). The order stays."""
+    """`share_prefix` for neighbours with the same images, up to `at_most` at a time; fewer where
+    the result would have more than `longest` tokens (0: any length). The order stays."""
     shared = []
     for _, group in groupby(sequences, key=lambda sequence: sequence.images):
         for chunk in chunks(list(group), at_most):

@@ -1,4 +1,5 @@
-"""Batches prepared ahead of the step by processes of their own, and what becomes of signals and of a process that dies."""
+"""Batches prepared by worker processes ahead of the step, with care for signals and for a worker
+that dies."""
 
 import atexit
 import multiprocessing
@@ -17,13 +18,16 @@ from nanovlm.utils.console import first_line
 def prepare_ahead(
     dataset: Dataset, first: int, last: int, workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Items `first` to `last` - 1 in order, two ahead for each of `workers` processes (0: made here when asked for).
+    """Items `first` to `last` - 1 in order, prepared by `workers` processes, two items ahead each;
+    with 0 workers, in this process when they are asked for.
 
-    The processes start at once. Raises NanoVLMError, where the next item is asked for, if one of them has died.
+    The processes start at once. If one of them dies, asking for the next item raises NanoVLMError.
     """
-    child_died = getattr(signal, "SIGCHLD", None)  # which Windows lacks
-    handler, others = child_died and signal.getsignal(child_died), multiprocessing.active_children()
-    # A generator of its own: a loader draws a number when it starts, and a resumed run starts one more loader.
+    child_died = getattr(signal, "SIGCHLD", None)  # missing on Windows
+    handler = signal.getsignal(child_died) if child_died else None
+    others = multiprocessing.active_children()
+    # A random generator of its own, because a loader draws a number when it starts, and a resumed
+    # run starts one loader more.
     loader = iter(
         DataLoader(
             dataset,
@@ -36,13 +40,11 @@ def prepare_ahead(
         )
     )
     if child_died and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            child_died, handler
-        )  # the loader's own raises amid whatever runs when a worker dies
+        # The loader's own handler would raise in the middle of whatever runs when a worker dies.
+        signal.signal(child_died, handler)
     for process in multiprocessing.active_children():
-        if (
-            process not in others
-        ):  # at an exit amid the run, where Python would send SIGTERM and wait for ever
+        if process not in others:
+            # If the run exits early, Python would send SIGTERM, which workers ignore, and wait.
             atexit.register(process.kill)
     return _watched(loader)
 
@@ -64,7 +66,8 @@ def _watched(loader: Iterator[Any]) -> Iterator[Any]:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job. The parent's last step needs its
-    batches to end well; it then ends its workers itself, and without it they end by themselves."""
+    """Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job. The parent still
+    needs batches to finish its last step, and ends its workers itself; if it is gone, they end by
+    themselves."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

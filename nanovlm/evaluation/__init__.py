@@ -1,1 +1,1 @@
-"""Is it any good, and does it look? Metrics, and controls that take the image away."""
+"""Metrics for a model's answers, and controls that take the image away."""

@@ -1,9 +1,11 @@
 """Score a model on records, and the same with the image taken away.
 
-    python -m nanovlm.evaluation --model runs/stage2/model --data data/scenes/val.jsonl [--control blind|shuffled]
+    python -m nanovlm.evaluation --model runs/stage2/model --data data/scenes/val.jsonl
 
-prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. Progress and the share of exact answers for each
-`kind` of record go to stderr. Records of kind "describe" add the rates of wrong objects, {"chair_i": …, "chair_s": …}.
+prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. Progress and the share of
+exact answers for each `kind` of record go to stderr. Records of kind "describe" add the rates of
+wrong objects, {"chair_i": …, "chair_s": …}. `--control blind` and `--control shuffled` take the
+image away.
 """
 
 import json
@@ -37,7 +39,8 @@ def main() -> None:
         raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
     if arguments.answers and not arguments.answers.parent.is_dir():
         raise NanoVLMError(
-            f"{arguments.answers.parent}: is not a folder; make it, so that --answers can be written"
+            f"{arguments.answers.parent}: is not a folder; "
+            "make it, so that --answers can be written"
         )
     records, skipped = read_records(arguments.data, arguments.images)
     for reason in skipped:
@@ -50,15 +53,9 @@ def main() -> None:
     stream = answer_records(
         model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
     )
-    answers = list(
-        tqdm(
-            stream,
-            total=len(records),
-            desc=f"answering ({arguments.control} control)",
-            unit="question",
-            dynamic_ncols=True,
-        )
-    )
+    name = f"answering ({arguments.control} control)"
+    progress = tqdm(stream, name, len(records), unit="question", dynamic_ncols=True)
+    answers = list(progress)
     if arguments.answers:
         lines = (
             {"where": record.where, "answer": answer, "references": references_of(record)}
@@ -69,9 +66,10 @@ def main() -> None:
 
 
 def score(records: list[Record], answers: list[str]) -> dict[str, float]:
-    """Exact match, CIDEr-D and BLEU-4 over all records; what each `kind` scores goes to stderr.
+    """Exact match, CIDEr-D and BLEU-4 over all records; exact matches of each `kind` go to stderr.
 
-    A record of kind "describe" counts as exact when it names the same things as a reference, in any order.
+    A record of kind "describe" counts as exact when it names the same things as a reference, in any
+    order.
     """
     exact: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers):
@@ -89,13 +87,11 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
     chair = wrong_objects(*map(list, zip(*described))) if described else {}
     if chair:
         say(
-            f"of the objects named in descriptions {chair['chair_i']:.2%} are wrong; {chair['chair_s']:.2%} of descriptions "
-            "name a wrong one"
+            f"of the objects named in descriptions {chair['chair_i']:.2%} are wrong; "
+            f"{chair['chair_s']:.2%} of descriptions name a wrong one"
         )
-    tokens, reference_tokens = (
-        [tokenize(answer) for answer in answers],
-        [[tokenize(text) for text in references_of(record)] for record in records],
-    )
+    tokens = [tokenize(answer) for answer in answers]
+    reference_tokens = [[tokenize(text) for text in references_of(record)] for record in records]
     outcomes = [outcome for group in exact.values() for outcome in group]
     return {
         "exact": round(sum(outcomes) / len(outcomes), 6),
@@ -111,7 +107,10 @@ def _is_description(record: Record) -> bool:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m nanovlm.evaluation", description=__doc__.split("\n")[0])
+    parser = CommandParser(
+        prog="python -m nanovlm.evaluation",
+        description="Score a model on records, and the same with the image taken away.",
+    )
     parser.add_argument(
         "--model",
         type=Path,

@@ -1,4 +1,5 @@
-"""How good an answer is: exact match, CIDEr-D and BLEU, equal to `pycocoevalcap`'s scorers given the same tokens."""
+"""Scores of answers: exact match, CIDEr-D, BLEU and wrong objects. Given the same tokens, CIDEr-D
+and BLEU equal those of `pycocoevalcap`."""
 
 import math
 import re
@@ -8,9 +9,7 @@ from collections import Counter
 from nanovlm.errors import NanoVLMError
 
 MAX_ORDER = 4  # CIDEr-D averages over n-grams of 1 to 4 tokens
-LENGTH_SIGMA = (
-    6.0  # tokens: how fast CIDEr-D punishes an answer longer or shorter than its reference
-)
+LENGTH_SIGMA = 6.0  # tokens, of the Gaussian penalty for a length unlike the reference's
 CIDER_SCALE = 10.0  # published CIDEr-D figures are ten times the mean similarity
 
 # Unified ideographs with their extensions, compatibility ideographs, kana and hangul.
@@ -23,12 +22,12 @@ NGram = tuple[str, ...]
 
 
 def tokenize(text: str) -> list[str]:
-    """Split `text` the way CIDEr-D and BLEU count it here.
+    """Split `text` into the tokens that CIDEr-D and BLEU count.
 
-    The text is NFKC-normalised (full-width letters and digits become ASCII) and lower-cased. If it holds any Chinese,
-    Japanese or Korean character, every letter and digit is a token of its own: `穿T恤。` gives `穿 t 恤`. Otherwise
-    every word is one, an apostrophe or hyphen inside it included: `A man's t-shirt .` gives `a man's t-shirt`.
-    Punctuation, symbols and whitespace are dropped.
+    The text is NFKC-normalised (full-width letters and digits become ASCII) and lower-cased. If it
+    holds any Chinese, Japanese or Korean character, every letter and digit is a token of its own:
+    `穿T恤。` gives `穿 t 恤`. Otherwise every word is one, with an apostrophe or hyphen inside
+    it: `A man's t-shirt .` gives `a man's t-shirt`. Punctuation, symbols and spaces are dropped.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     if CJK.search(text):
@@ -37,25 +36,28 @@ def tokenize(text: str) -> list[str]:
 
 
 def exact_match(answer: str, references: list[str]) -> bool:
-    """Whether `answer` equals one of `references`, up to case, full and half width, runs of whitespace, whitespace
-    before punctuation, and punctuation at the end."""
+    """Whether `answer` equals one of `references`, up to case, full and half width, runs of
+    whitespace, whitespace before punctuation, and punctuation at the end."""
     return _normalize(answer) in {_normalize(reference) for reference in references}
 
 
 def same_items(answer: str, references: list[str]) -> bool:
-    """Whether `answer` is one of `references` up to the order of the items it lists after its colon.
+    """Whether `answer` is one of `references` up to the order of the items listed after its colon.
 
-    `图中有两个物体，从左到右是：甲、乙。` equals the same with `乙、甲`; the number said before the colon still counts.
+    `图中有两个物体，从左到右是：甲、乙。` equals the same with `乙、甲`; the number named before
+    the colon still counts.
     """
     return _items(answer) in [_items(reference) for reference in references]
 
 
 def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, float]:
-    """How much of what descriptions name is not in the picture, as CHAIR counts it (Rohrbach et al. 2018).
+    """Objects that descriptions name and the image does not show, as CHAIR counts them (Rohrbach et
+    al. 2018).
 
-    `chair_i` is the share of named objects that are wrong, `chair_s` the share of descriptions with a wrong one. An object
-    is an item listed after the colon, as in `same_items`: with another colour, shape or size it is another object, and
-    said once more than it is there, it is wrong once. Of several references the one counts that leaves fewest wrong.
+    `chair_i` is the share of named objects that are wrong, `chair_s` the share of descriptions with
+    a wrong one. An object is an item listed after the colon, as in `same_items`: with another
+    colour, shape or size it is another object, and if it is named once more often than it is there,
+    it is wrong once. Of several references, the one with the fewest wrong objects counts.
     """
     named = wrong = descriptions = 0
     for answer, group in zip(answers, references, strict=True):
@@ -68,11 +70,13 @@ def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, 
 
 
 def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> float:
-    """Corpus CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) of tokenised answers, as `pycocoevalcap.cider` gives it.
+    """Corpus CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) of tokenised answers, as
+    `pycocoevalcap.cider` gives it.
 
-    `answers[i]` is one answer's tokens, `references[i]` the tokens of each of its references. Document frequencies
-    come from these references, so figures over different sets of questions are not comparable, and over a single
-    question every n-gram weighs log(1/1) = 0 and the score is 0. The range is 0 to 10.
+    `answers[i]` is one answer's tokens, `references[i]` the tokens of each of its references.
+    Document frequencies come from these references, so figures over different sets of questions are
+    not comparable, and over a single question every n-gram weighs log(1/1) = 0 and the score is 0.
+    The range is 0 to 10.
     """
     _check(answers, references)
     reference_counts = [
@@ -98,7 +102,8 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
         weights, norms = weigh(_count_ngrams(answer, MAX_ORDER))
         similarity = 0.0
         for reference, counts in zip(group, group_counts):
-            # The reference scorer measures length in bigrams, so nothing and one token are equally long.
+            # The reference scorer measures length in bigrams, so nothing and one token are equally
+            # long.
             difference = max(len(answer) - 1, 0) - max(len(reference) - 1, 0)
             penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
             similarity += penalty * _clipped_cosine(weights, norms, *weigh(counts))
@@ -107,20 +112,19 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
 
 
 def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4) -> float:
-    """Corpus BLEU-`n` (Papineni et al., 2002) of tokenised answers, as `pycocoevalcap.bleu` gives it; 0 to 1.
+    """Corpus BLEU-`n` (Papineni et al., 2002) of tokenised answers, as `pycocoevalcap.bleu` gives
+    it; 0 to 1.
 
-    Arguments as in `cider_d`. The brevity penalty compares each answer with the reference closest in length (the
-    shorter of two equally close). There is no smoothing: without one matching n-gram the score is nearly 0.
+    Arguments as in `cider_d`. The brevity penalty compares each answer with the reference closest
+    in length (the shorter of two equally close). There is no smoothing: without one matching n-gram
+    the score is nearly 0.
     """
     _check(answers, references)
-    small, tiny = (
-        1e-9,
-        1e-15,
-    )  # the reference scorer's guards against 0 / 0, kept so that results are equal
+    small, tiny = 1e-9, 1e-15  # the reference scorer's guards against 0 / 0
     correct, guessed = [0] * n, [0] * n
     answer_length = reference_length = 0
     for answer, group in zip(answers, references):
-        highest = Counter()
+        highest: Counter[NGram] = Counter()
         for reference in group:
             highest |= _count_ngrams(reference, n)
         for ngram, count in (_count_ngrams(answer, n) & highest).items():
@@ -128,12 +132,10 @@ def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4
         for order in range(n):
             guessed[order] += max(0, len(answer) - order)
         answer_length += len(answer)
-        reference_length += min(
-            (abs(len(reference) - len(answer)), len(reference)) for reference in group
-        )[1]
-    precision = math.prod(
-        (right + tiny) / (all_ + small) for right, all_ in zip(correct, guessed)
-    ) ** (1 / n)
+        lengths = map(len, group)
+        reference_length += min((abs(length - len(answer)), length) for length in lengths)[1]
+    precisions = ((right + tiny) / (all_ + small) for right, all_ in zip(correct, guessed))
+    precision = math.prod(precisions) ** (1 / n)
     ratio = (answer_length + tiny) / (reference_length + small)
     return precision * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
 
@@ -156,7 +158,8 @@ def _objects(text: str) -> Counter[str]:
 def _check(answers: list[list[str]], references: list[list[list[str]]]) -> None:
     if not answers or len(answers) != len(references):
         raise NanoVLMError(
-            f"{len(answers)} answers for {len(references)} questions; give one answer a question, and at least one"
+            f"{len(answers)} answers for {len(references)} questions; "
+            "give one answer a question, and at least one"
         )
     for index, group in enumerate(references):
         if not group:
@@ -180,7 +183,8 @@ def _clipped_cosine(
     reference_weights: dict[NGram, float],
     reference_norms: list[float],
 ) -> float:
-    """Cosine per n-gram order, averaged, where repeating an n-gram earns no more than the reference's weight for it."""
+    """The cosine for each n-gram order, averaged, in which an n-gram counts for at most its weight
+    in the reference."""
     products = [0.0] * MAX_ORDER
     for ngram, weight in weights.items():
         if reference_weight := reference_weights.get(ngram):

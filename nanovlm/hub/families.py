@@ -1,4 +1,4 @@
-"""Families of published models: how the files of each name our tensors."""
+"""Families of published models: by which names their files call our tensors."""
 
 import re
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Family:
     unused: tuple[str, ...] = ()
 
     def names(self, config: Any) -> Callable[[str], Target]:
-        """The function from a published name to ours."""
+        """The function from a published name to ours, for a model of shape `config`."""
         ours = translate(self.table(config) if callable(self.table) else self.table)
         prefix = re.compile(rf"\A(?:{self.prefix})")
 
@@ -46,19 +46,28 @@ class Family:
         return name_map
 
 
+_VISION_PREFIX = r"(vision_model\.)?"
 _SIGLIP = Family(
-    SIGLIP, r"(vision_model\.)?", ("head.*", "text_model.*", "logit_scale", "logit_bias")
+    SIGLIP, _VISION_PREFIX, unused=("head.*", "text_model.*", "logit_scale", "logit_bias")
 )
 _CLIP = Family(
     CLIP,
-    r"(vision_model\.)?",
-    ("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"),
+    _VISION_PREFIX,
+    unused=("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"),
 )
 _SMOLVLM = Family(
-    SIGLIP, r"(model\.vision_model\.)?", ("model.text_model.*", "model.connector.*", "lm_head.*")
+    SIGLIP,
+    prefix=r"(model\.vision_model\.)?",
+    unused=("model.text_model.*", "model.connector.*", "lm_head.*"),
+)
+_QWEN_VL = Family(
+    lambda config: qwen_vl_vision(config.num_attention_heads), prefix=r"(transformer\.visual\.)?"
 )
 
-OWN = "nanovlm_language_model"  # the model_type of a language model made from scratch
+OWN = (
+    "nanovlm_language_model"  # the model_type of a language model that `save_language_model` wrote
+)
+OWN_BEFORE = "nanovlm_decoder"  # the same before version 0.2
 
 # By the model_type of `config.json`.
 VISION_FAMILIES = {
@@ -72,9 +81,7 @@ VISION_FAMILIES = {
     "smolvlm_vision": _SMOLVLM,
     "idefics3": _SMOLVLM,
     "idefics3_vision": _SMOLVLM,
-    "qwen_vl_vision": Family(
-        lambda config: qwen_vl_vision(config.num_attention_heads), r"(transformer\.visual\.)?"
-    ),
+    "qwen_vl_vision": _QWEN_VL,
 }
 LANGUAGE_FAMILIES = {
     "qwen": Family(QWEN1),
@@ -82,5 +89,5 @@ LANGUAGE_FAMILIES = {
     "qwen3": Family(QWEN),
     "llama": Family(LLAMA),
     "mistral": Family(LLAMA),
-    OWN: Family({}),  # one made from scratch, under our own names
+    OWN: Family({}),  # under our own names
 }

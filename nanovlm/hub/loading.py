@@ -1,6 +1,6 @@
 """Strict loading: a checkpoint's tensors become a module's parameters, and none is held twice."""
 
-from collections.abc import Callable, Collection, KeysView, Mapping
+from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,16 +15,27 @@ from nanovlm.utils.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# In bytes. Larger tensors are read from memory for each product, up to a sixth slower where they
+# Bytes. Larger tensors are read from memory for each product, up to a sixth slower where they
 # straddle cache lines.
 LARGE = 2**20
-LINES_PER_KIND = 10  # of a loading report: a wrong config makes hundreds of problems of one kind
+
+# What can be wrong with a file's tensors, and what it means.
+PROBLEM_KINDS = {
+    "missing": "the model needs them, the file has none",
+    "unexpected": "the file has them, the model has no place for them",
+    "mapped twice": "two tensors of the file claim one place",
+    "mis-shaped": "shapes differ",
+    "wrong dtype": "floating-point, integer and boolean tensors do not stand in for each other",
+    "tied but stored with different values": "one parameter cannot be both",
+}
+Problems = dict[str, list[str]]  # lines of the report, by kind
+LINES_PER_KIND = 10  # in a report; a wrong config makes hundreds of problems of one kind
 
 
 class Checkpoint:
-    """The tensors of one or several safetensors files, read only when asked for.
+    """The tensors of one or several safetensors files, each read when it is asked for.
 
-    metadata: that of all files together.
+    `metadata` is that of all files together.
     """
 
     def __init__(self, path: Path, files: list[SafetensorsFile]):
@@ -46,11 +57,11 @@ class Checkpoint:
         return self._file(name).dtype(name)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name`, a view of its file's private mapping (see `SafetensorsFile.tensor`)."""
+        """The tensor `name`, a view of its file's private mapping (`SafetensorsFile.tensor`)."""
         return self._file(name).tensor(name)
 
     def forget(self, name: str) -> None:
-        """Let go of the memory of a tensor that has been copied (see `SafetensorsFile.forget`)."""
+        """Free the memory of a tensor that has been copied (`SafetensorsFile.forget`)."""
         self._file(name).forget(name)
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -62,22 +73,18 @@ class Checkpoint:
 def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     """Open a model folder, a safetensors file, or the index (`….index.json`) of a sharded one.
 
-    A folder's `model.safetensors` is taken before its `model.safetensors.index.json`, as the hub's
-    tools do. Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not
+    In a folder, `model.safetensors` comes before `model.safetensors.index.json`, as in the hub's
+    tools. Raises NanoVLMError if there is neither, if a file is damaged, or if the shards do not
     hold what the index says.
     """
     path = Path(folder_or_file)
     if path.is_dir():
         found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
         if not found:
-            raise NanoVLMError(
-                f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not read"
-                + (
-                    "; data_tools/extract_vision.py takes vision encoders out of .bin files"
-                    if list(path.glob("*.bin"))
-                    else ""
-                )
-            )
+            advice = "other formats are not read"
+            if any(path.glob("*.bin")):
+                advice += "; data_tools/extract_vision.py takes vision encoders out of .bin files"
+            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; {advice}")
         path = found[0]
     files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
     return Checkpoint(path, files)
@@ -85,9 +92,8 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
 
 def _open_shards(index: Path) -> list[SafetensorsFile]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
+    named = isinstance(weight_map, dict)
+    if not named or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise NanoVLMError(
             f"{index}: weight_map does not give each tensor the name of a file; "
             "fetch the index again"
@@ -95,26 +101,25 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
     names_of: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         names_of.setdefault(shard, set()).add(name)
+    return [_open_shard(index, shard, names) for shard, names in names_of.items()]
 
-    files = []
-    for shard, names in names_of.items():
-        if not _is_plain_name(shard):
-            raise NanoVLMError(
-                f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder"
-            )
-        file = SafetensorsFile(index.parent / shard)
-        if absent := sorted(names - file.keys()):
-            raise NanoVLMError(
-                f"{file.path}: lacks {_some(absent)}, which its index places there; "
-                "fetch both again"
-            )
-        if extra := sorted(file.keys() - names):
-            raise NanoVLMError(
-                f"{file.path}: holds {_some(extra)}, which its index does not name; "
-                "fetch both again"
-            )
-        files.append(file)
-    return files
+
+def _open_shard(index: Path, shard: str, names: set[str]) -> SafetensorsFile:
+    """Open one file of a sharded checkpoint, which has to hold exactly `names`."""
+    if not _is_plain_name(shard):
+        raise NanoVLMError(
+            f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder"
+        )
+    file = SafetensorsFile(index.parent / shard)
+    if absent := sorted(names - file.keys()):
+        raise NanoVLMError(
+            f"{file.path}: lacks {_some(absent)}, which its index places there; fetch both again"
+        )
+    if extra := sorted(file.keys() - names):
+        raise NanoVLMError(
+            f"{file.path}: holds {_some(extra)}, which its index does not name; fetch both again"
+        )
+    return file
 
 
 def _is_plain_name(name: str) -> bool:
@@ -131,7 +136,7 @@ def load_into(
     ignore: Collection[str] = (),
     tied: Mapping[str, str] = {},
 ) -> None:
-    """Fill every parameter and persistent buffer of `module` with exactly one tensor of `checkpoint`.
+    """Fill every parameter and persistent buffer of `module` with exactly one stored tensor.
 
     Build the module under `with torch.device("meta")`, so that it holds no weights of its own. Its
     parameters become the checkpoint's tensors themselves, on the CPU: views of the private file
@@ -152,33 +157,13 @@ def load_into(
     """
     targets = module.state_dict(keep_vars=True)
     targets |= {name: targets[same] for name, same in tied.items()}
-    sources: dict[str, _Source] = {}  # by the name in the module
-    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEM_KINDS}
-    for stored in checkpoint.keys():
-        ignored = any(fnmatchcase(stored, pattern) for pattern in ignore)
-        target = None if ignored else name_map(stored)
-        for name, source in _sources(checkpoint, stored, target):
-            if name not in targets:
-                problems["unexpected"].append(
-                    f"{_renamed(stored, name)} {checkpoint.shape(stored)}"
-                )
-            elif name in sources:
-                problems["mapped twice"].append(
-                    f"{name}: from {sources[name].stored} and from {stored}"
-                )
-            else:
-                sources[name] = source
-                _check_fit(name, targets[name], source, problems)
-
     names_of: dict[int, list[str]] = {}  # all names of one parameter
     for name, target in targets.items():
         names_of.setdefault(id(target), []).append(name)
-    for names in names_of.values():
-        filled = [name for name in names if name in sources]
-        if not filled:
-            problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
-        elif not all(_equal(sources[filled[0]], sources[name]) for name in filled[1:]):
-            problems["tied but stored with different values"].append(" = ".join(filled))
+
+    problems: Problems = {kind: [] for kind in PROBLEM_KINDS}
+    sources = _find_sources(checkpoint, name_map, ignore, targets, problems)
+    _check_filled(names_of.values(), sources, targets, problems)
     _raise_problems(module, checkpoint, problems)
 
     for names in names_of.values():
@@ -193,7 +178,7 @@ def load_into(
 
 @dataclass(frozen=True)
 class _Source:
-    """What fills one name of the module: a tensor of the file, or a piece of one."""
+    """What fills one name of the module: a stored tensor, or a piece of one."""
 
     checkpoint: Checkpoint
     stored: str
@@ -202,7 +187,7 @@ class _Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the piece, or of the whole where it cannot be split, which then is a problem."""
+        """The piece's; the whole tensor's where it cannot be split, so that it counts as wrong."""
         shape = self.checkpoint.shape(self.stored)
         return (self.split and self.split.piece_shape(shape)) or shape
 
@@ -215,8 +200,33 @@ class _Source:
         return tensor if self.split is None else self.split.piece(tensor, self.index)
 
 
-def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[str, _Source]]:
-    """What the tensor `stored` fills: nothing, one name, or the several of a `Split`."""
+def _find_sources(
+    checkpoint: Checkpoint,
+    name_map: Callable[[str], Target],
+    ignore: Collection[str],
+    targets: Mapping[str, Tensor],
+    problems: Problems,
+) -> dict[str, _Source]:
+    """What fills each name of the module; stored tensors that do not fit go to `problems`."""
+    sources: dict[str, _Source] = {}
+    for stored in checkpoint.keys():
+        ignored = any(fnmatchcase(stored, pattern) for pattern in ignore)
+        target = None if ignored else name_map(stored)
+        for name, source in _pieces(checkpoint, stored, target):
+            if name not in targets:
+                line = f"{_renamed(stored, name)} {checkpoint.shape(stored)}"
+                problems["unexpected"].append(line)
+            elif name in sources:
+                line = f"{name}: from {sources[name].stored} and from {stored}"
+                problems["mapped twice"].append(line)
+            else:
+                sources[name] = source
+                _check_fit(name, targets[name], source, problems)
+    return sources
+
+
+def _pieces(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[str, _Source]]:
+    """The names that the tensor `stored` fills: none, one, or those of a `Split`."""
     if isinstance(target, Split):
         return [
             (name, _Source(checkpoint, stored, target, index))
@@ -225,9 +235,34 @@ def _sources(checkpoint: Checkpoint, stored: str, target: Target) -> list[tuple[
     return [] if target is None else [(target, _Source(checkpoint, stored))]
 
 
+def _check_fit(name: str, target: Tensor, source: _Source, problems: Problems) -> None:
+    renamed = _renamed(source.stored, name)
+    if source.shape != tuple(target.shape):
+        line = f"{renamed}: file {source.shape}, model {tuple(target.shape)}"
+        problems["mis-shaped"].append(line)
+    both_floating = source.dtype.is_floating_point and target.dtype.is_floating_point
+    if source.dtype != target.dtype and not both_floating:
+        problems["wrong dtype"].append(f"{renamed}: file {source.dtype}, model {target.dtype}")
+
+
+def _check_filled(
+    tied_names: Iterable[list[str]],
+    sources: Mapping[str, _Source],
+    targets: Mapping[str, Tensor],
+    problems: Problems,
+) -> None:
+    """Every parameter has a source; where several of its names have one, they are equal."""
+    for names in tied_names:
+        filled = [name for name in names if name in sources]
+        if not filled:
+            problems["missing"].append(f"{' = '.join(names)} {tuple(targets[names[0]].shape)}")
+        elif not all(_equal(sources[filled[0]], sources[name]) for name in filled[1:]):
+            problems["tied but stored with different values"].append(" = ".join(filled))
+
+
 def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
-    """The one tensor that all of `sources` store: the file's own, or a copy, and then the file's is
-    let go of."""
+    """The tensor that all of `sources` store: the file's own, or a copy, after which the memory of
+    the file's is freed."""
     stored = sources[0].checkpoint.tensor(sources[0].stored)
     tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():
@@ -240,29 +275,6 @@ def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
     return tensor
 
 
-# What can be wrong, and what it means to the reader of the report.
-PROBLEM_KINDS = {
-    "missing": "the model needs them, the file has none",
-    "unexpected": "the file has them, the model has no place for them",
-    "mapped twice": "two tensors of the file claim one place",
-    "mis-shaped": "shapes differ",
-    "wrong dtype": "floating-point, integer and boolean tensors do not stand in for each other",
-    "tied but stored with different values": "one parameter cannot be both",
-}
-
-
-def _check_fit(name: str, target: Tensor, source: _Source, problems: dict[str, list[str]]) -> None:
-    if source.shape != tuple(target.shape):
-        problems["mis-shaped"].append(
-            f"{_renamed(source.stored, name)}: file {source.shape}, model {tuple(target.shape)}"
-        )
-    both_floating = source.dtype.is_floating_point and target.dtype.is_floating_point
-    if source.dtype != target.dtype and not both_floating:
-        problems["wrong dtype"].append(
-            f"{_renamed(source.stored, name)}: file {source.dtype}, model {target.dtype}"
-        )
-
-
 def _equal(first: _Source, second: _Source) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
@@ -270,9 +282,7 @@ def _equal(first: _Source, second: _Source) -> bool:
     return torch.equal(one, other)
 
 
-def _raise_problems(
-    module: nn.Module, checkpoint: Checkpoint, problems: dict[str, list[str]]
-) -> None:
+def _raise_problems(module: nn.Module, checkpoint: Checkpoint, problems: Problems) -> None:
     counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
     if not counts:
         return

@@ -1,46 +1,52 @@
-"""What each model family calls our tensors. `{}` stands for the block's number; `None` marks a
-tensor we do not need.
+"""By which names each family's files call our tensors: short tables, read from left (the published
+name) to right (ours). `{}` stands for the block's number; None marks a tensor that is not used.
 
-Read from left (the published name) to right (ours). `translate` applies a table, `invert` turns it
-round for export.
+`translate` applies a table, `invert` turns it round for writing a published folder.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
+
+from nanovlm.errors import NanoVLMError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Several of our tensors that are published as one, below each other along its first dimension;
-    with `groups`, so in each of that many equal parts of it, such as one a head."""
+    """Several of our tensors that are published as one, stacked along the first dimension.
+
+    With `groups`, the published tensor has that many equal parts, such as one a head, and each of
+    them stacks a slice of every one of `names`.
+    """
 
     names: tuple[str, ...]
     groups: int = 1
 
     def piece(self, tensor: Tensor, index: int) -> Tensor:
-        """(groups · n · rows, …) → (groups · rows, …), those of `names[index]`: a view where there
-        is one group."""
+        """(groups · n · rows, …) → (groups · rows, …), those of `names[index]`.
+
+        A view where there is one group.
+        """
         return tensor.unflatten(0, (self.groups, len(self.names), -1))[:, index].flatten(0, 1)
 
     def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """That of each piece of a tensor of `shape`; None where it cannot be split so."""
-        parts = self.groups * len(self.names)
-        return (
-            (shape[0] // len(self.names), *shape[1:]) if shape and shape[0] % parts == 0 else None
-        )
+        """The shape of each piece of a tensor of `shape`; None where it cannot be split so."""
+        if not shape or shape[0] % (self.groups * len(self.names)):
+            return None
+        return shape[0] // len(self.names), *shape[1:]
 
 
 @dataclass(frozen=True)
 class Unsqueezed(Split):
-    """One of our tensors that is published without its first `ones` dimensions, which are 1."""
+    """One of our tensors that is published without its first `ones` dimensions of size 1."""
 
     ones: int = 1
 
     def piece(self, tensor: Tensor, index: int) -> Tensor:
-        """A view with the dimensions of 1 in front."""
+        """A view with the dimensions of size 1 in front."""
         return tensor.reshape(self.piece_shape(tuple(tensor.shape)))
 
     def piece_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,8 +56,52 @@ class Unsqueezed(Split):
 Target = str | Split | None
 NameTable = Mapping[str, Target]
 
+# First parts of our tensors' names before version 0.2, and now.
+_RENAMED_PARTS = {"vision.": "vision_encoder.", "decoder.": "language_model."}
+
+
+def refuse_old_names(names: Iterable[str], where: str | Path) -> None:
+    """Refuse a file of ours, of which `names` are the tensors, that was written before version 0.2.
+
+    A file of a published model may use such names for its own tensors and is not for this check.
+    """
+    for name in names:
+        for old, new in _RENAMED_PARTS.items():
+            if name.startswith(old):
+                raise NanoVLMError(
+                    f"{where}: tensor {name!r} is now {name.replace(old, new, 1)!r}; the file was "
+                    "saved before version 0.2: rename its tensors, or train again"
+                )
+
+
+def translate(table: NameTable) -> Callable[[str], Target]:
+    """The function from a published name to ours.
+
+    A name that the table lacks comes back unchanged, to be reported.
+    """
+
+    def ours(name: str) -> Target:
+        block = re.search(r"\.(\d+)\.", name)
+        pattern = name if block is None else name.replace(block[0], ".{}.", 1)
+        if pattern not in table:
+            return name
+        target = table[pattern]
+        return target if block is None else _renamed(target, lambda name: name.format(block[1]))
+
+    return ours
+
+
+def invert(table: NameTable) -> NameTable:
+    """The table from our names to published ones; where several exist, the first.
+
+    Not for families that publish several of our tensors as one.
+    """
+    pairs = reversed(list(table.items()))
+    return {ours: theirs for theirs, ours in pairs if isinstance(ours, str)}
+
 
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
+    """`table`, each of whose lines stands for a weight and a bias."""
     return {
         f"{theirs}{separator}{kind}": _renamed(ours, ("{}." + kind).format)
         for theirs, ours in table.items()
@@ -69,7 +119,7 @@ def _renamed(target: Target, rename: Callable[[str], str]) -> Target:
 DINOV2: NameTable = {
     "embeddings.cls_token": "cls_token",
     "embeddings.register_tokens": "register_tokens",
-    "embeddings.mask_token": None,  # stands in for hidden patches while DINOv2 itself is trained
+    "embeddings.mask_token": None,  # takes the place of masked patches in DINOv2's own training
     "embeddings.position_embeddings": "position_embedding",
     "encoder.layer.{}.layer_scale1.lambda1": "blocks.{}.attention_scale",
     "encoder.layer.{}.layer_scale2.lambda1": "blocks.{}.mlp_scale",
@@ -84,7 +134,7 @@ DINOV2: NameTable = {
             "encoder.layer.{}.norm2": "blocks.{}.mlp_norm",
             "encoder.layer.{}.mlp.fc1": "blocks.{}.mlp.up_proj",
             "encoder.layer.{}.mlp.fc2": "blocks.{}.mlp.down_proj",
-            # the giant's names for the same two
+            # The giant's names for the same two.
             "encoder.layer.{}.mlp.weights_in": "blocks.{}.mlp.up_proj",
             "encoder.layer.{}.mlp.weights_out": "blocks.{}.mlp.down_proj",
             "layernorm": "norm",
@@ -92,7 +142,7 @@ DINOV2: NameTable = {
     ),
 }
 
-SIGLIP: NameTable = {  # and SmolVLM2's tower
+SIGLIP: NameTable = {  # and SmolVLM2's vision encoder
     "embeddings.position_embedding.weight": Unsqueezed(("position_embedding",)),
     "embeddings.position_ids": None,  # 0, 1, 2, …, in older files
     **_with_bias(
@@ -115,16 +165,18 @@ CLIP: NameTable = SIGLIP | {
     "embeddings.class_embedding": Unsqueezed(("cls_token",), ones=2),
     **_with_bias(
         {
-            "pre_layrnorm": "embedding_norm",  # so spelt in every published file
-            "post_layernorm": None,  # of the class token alone, for what is compared with a text
+            "pre_layrnorm": "embedding_norm",  # spelt so in every published file
+            "post_layernorm": None,  # applied to the class token alone, for comparison with texts
         }
     ),
 }
 
 
 def qwen_vl_vision(num_attention_heads: int) -> NameTable:
-    """Of Qwen-VL's tower. In its blocks, queries, keys and values are one matrix in which each head
-    has its three together."""
+    """The table of Qwen-VL's vision encoder.
+
+    In its blocks, one matrix holds queries, keys and values, with the three of a head side by side.
+    """
 
     def projections(path: str, groups: int = 1) -> Split:
         return Split(tuple(f"{path}.{letter}_proj" for letter in "qkv"), groups)
@@ -151,7 +203,7 @@ def qwen_vl_vision(num_attention_heads: int) -> NameTable:
         ),
         **_with_bias({"attn_pool.attn.in_proj": projections("resampler.attention")}, separator="_"),
         "attn_pool.query": "resampler.queries",
-        "attn_pool.pos_embed": None,  # sines and cosines, which are computed
+        "attn_pool.pos_embed": None,  # sines and cosines, which are computed here
         "attn_pool.kv_proj.weight": "resampler.kv_proj.weight",
         "proj": "resampler.projection",
     }
@@ -178,18 +230,18 @@ QWEN: NameTable = {
     "lm_head.weight": "lm_head.weight",
 }
 
-LLAMA: NameTable = {  # QWEN's names, which were its own first, and biases that some have
+LLAMA: NameTable = {  # QWEN's names, which LLaMA had first, and biases that some have
     **QWEN,
     "model.layers.{}.self_attn.o_proj.bias": "blocks.{}.attention.out_proj.bias",
     **{
         f"model.layers.{{}}.mlp.{name}.bias": f"blocks.{{}}.mlp.{name}.bias"
         for name in ("gate_proj", "up_proj", "down_proj")
     },
-    # older files hold the frequencies, which are computed here
+    # In older files: the rotary frequencies, which are computed here.
     "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
 }
 
-# the first generation: queries, keys and values in one, and of the MLP's matrices the gate second
+# Qwen's first generation: one matrix holds queries, keys and values, and `w2` is the MLP's gate.
 QWEN1: NameTable = {
     "transformer.wte.weight": "embed_tokens.weight",
     "transformer.h.{}.ln_1.weight": "blocks.{}.attention_norm.weight",
@@ -209,24 +261,3 @@ QWEN1: NameTable = {
     "transformer.rotary_emb.inv_freq": None,
     "transformer.h.{}.attn.rotary_emb.inv_freq": None,
 }
-
-
-def translate(table: NameTable) -> Callable[[str], Target]:
-    """The function from a published name to ours; a name the table lacks comes back as it is, to be
-    reported."""
-
-    def ours(name: str) -> Target:
-        block = re.search(r"\.(\d+)\.", name)
-        pattern = name if block is None else name.replace(block[0], ".{}.", 1)
-        if pattern not in table:
-            return name
-        target = table[pattern]
-        return target if block is None else _renamed(target, lambda name: name.format(block[1]))
-
-    return ours
-
-
-def invert(table: NameTable) -> NameTable:
-    """The table for writing a model under its family's published names; where several exist, the
-    first. Not for families that publish several of our tensors as one."""
-    return {ours: theirs for theirs, ours in reversed(table.items()) if isinstance(ours, str)}

@@ -35,7 +35,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 LENGTH_BYTES = 8
-# the limit of the reference reader: a damaged length must not make us read gigabytes
+# The reference reader's limit, so that a damaged length does not make a reader take gigabytes.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # what torch supports in most operations
 ALIGNMENT = 64  # a cache line: decoding from mapped weights that straddle two is about 15 % slower
@@ -43,19 +43,17 @@ MAX_BYTES = 2**63 - 1  # torch counts elements and bytes in signed 64-bit intege
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of the header; `begin` and `end` are byte offsets counted from the end of the
-    header."""
+    """One tensor of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
+    begin: int  # in bytes from the end of the header, as `end`
     end: int
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor for `save_file` that is made when its turn to be written comes, and let go of after
-    it."""
+    """A tensor for `save_file` that exists only while it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -67,13 +65,12 @@ class Deferred:
 
 
 class SafetensorsFile:
-    """A safetensors file, checked completely when opened, and mapped: its tensors cost nothing
-    until they are read.
+    """A safetensors file, checked completely when it is opened, and memory-mapped.
 
-    The mapping is private (copy-on-write): a tensor may be written to, and the file never changes.
-    Replacing the file by a rename, as `save_file` does, leaves the mapped one alive until its last
-    tensor is gone. Truncating a mapped file in place is the one thing that no mapping survives: the
-    next read past its new end kills the process.
+    Its tensors take no memory until they are read. The mapping is private (copy-on-write): a tensor
+    may be written to, and the file never changes. Replacing the file by a rename, as `save_file`
+    does, keeps the mapped one until its last tensor is gone. Truncating a mapped file in place is
+    the one thing that no mapping survives: the next read past its new end kills the process.
 
     Raises NanoVLMError for anything the format does not allow.
     """
@@ -91,14 +88,11 @@ class SafetensorsFile:
             raise NanoVLMError(f"{self.path}: cannot be read ({reason}); check the path") from None
         header_bytes = int.from_bytes(self._mapping[:LENGTH_BYTES], "little")
         self._data_start = LENGTH_BYTES + header_bytes
+        claim = f"claims a header of {header_bytes} bytes"
         if header_bytes > MAX_HEADER_BYTES:
-            raise self._error(
-                f"claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}"
-            )
+            raise self._error(f"{claim}, the limit is {MAX_HEADER_BYTES}")
         if self._data_start > len(self._mapping):
-            raise self._error(
-                f"claims a header of {header_bytes} bytes, but the file has only {len(self._mapping)}"
-            )
+            raise self._error(f"{claim}, but the file has only {len(self._mapping)}")
 
         header = self._parse(self._mapping[LENGTH_BYTES : self._data_start])
         self.metadata: dict[str, str] = self._check_metadata(header.pop("__metadata__", {}))
@@ -118,30 +112,28 @@ class SafetensorsFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, as a view of the mapping: nothing is read or copied here.
 
-        Two calls give views of the same memory. Only where the file places a tensor at an offset
-        that its dtype cannot be addressed at (legal, but rare) is it a copy.
+        Two calls give views of the same memory. A tensor at an offset that its dtype cannot be
+        addressed at (legal, but rare) is a copy.
         """
         dtype, shape, begin, end = self._entry(name)
         if begin == end:
             return torch.empty(shape, dtype=dtype)
         offset = self._data_start + begin
+        data = torch.frombuffer(self._mapping, dtype=torch.uint8, count=end - begin, offset=offset)
         if offset % dtype.itemsize:
-            stored = torch.frombuffer(
-                self._mapping, dtype=torch.uint8, count=end - begin, offset=offset
-            )
-            return stored.clone().view(dtype).view(shape)
-        return torch.frombuffer(
-            self._mapping, dtype=dtype, count=math.prod(shape), offset=offset
-        ).view(shape)
+            data = data.clone()
+        return data.view(dtype).view(shape)
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that reading `name` took, once it has been copied. Read again, it
-        comes from the file; what was written to a view of it is lost."""
+        """Free the memory that reading `name` took, once it has been copied.
+
+        The next read takes it from the file again; what was written to a view of it is lost.
+        """
         _, _, begin, end = self._entry(name)
-        first = (
-            -(-(self._data_start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
-        )  # whole pages: neighbours share the rest
-        length = (self._data_start + end) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        # Whole pages alone: a neighbour shares the first and the last one.
+        page = mmap.PAGESIZE
+        first = -(-(self._data_start + begin) // page) * page
+        length = (self._data_start + end) // page * page - first
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
@@ -153,7 +145,8 @@ class SafetensorsFile:
 
     def _error(self, problem: str) -> NanoVLMError:
         return NanoVLMError(
-            f"{self.path}: {problem}; it is damaged or not a safetensors file, fetch or write it again"
+            f"{self.path}: {problem}; it is damaged or not a safetensors file, "
+            "fetch or write it again"
         )
 
     def _parse(self, header: bytes) -> dict:
@@ -165,11 +158,9 @@ class SafetensorsFile:
             raise self._error(f"the header is not valid JSON ({error})") from None
 
     def _check_metadata(self, metadata: object) -> dict[str, str]:
-        if not isinstance(metadata, dict) or not all(
-            isinstance(value, str) for value in metadata.values()
-        ):
-            raise self._error("__metadata__ is not an object of strings")
-        return metadata
+        if isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()):
+            return metadata
+        raise self._error("__metadata__ is not an object of strings")
 
     def _check_entry(self, name: str, value: object) -> TensorEntry:
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
@@ -177,7 +168,8 @@ class SafetensorsFile:
         dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
             raise NanoVLMError(
-                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; "
+                f"known are {', '.join(DTYPES)}"
             )
         if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
             raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
@@ -185,35 +177,32 @@ class SafetensorsFile:
             raise self._error(f"tensor {name!r} has the impossible data_offsets {_short(offsets)}")
 
         dtype, (begin, end) = DTYPES[dtype_name], offsets
-        # Zeros aside, so that [0, 2**62, 2**62] is refused too: torch cannot express its strides.
+        # Without the zeros, so that [0, 2**62, 2**62] is refused too: torch has no strides for it.
         if math.prod(size for size in shape if size) * dtype.itemsize > MAX_BYTES:
             raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
         if (needed := math.prod(shape) * dtype.itemsize) != end - begin:
-            raise self._error(f"tensor {name!r} of shape {shape} and dtype {dtype_name} needs {needed} bytes, "
-                              f"its data_offsets span {end - begin}")  # fmt: skip
+            raise self._error(
+                f"tensor {name!r} of shape {shape} and dtype {dtype_name} needs {needed} bytes, "
+                f"its data_offsets span {end - begin}"
+            )
         return TensorEntry(dtype, tuple(shape), begin, end)
 
     def _check_layout(self) -> None:
         """Every tensor begins where the one before it ends, and the last one ends with the file."""
         available = len(self._mapping) - self._data_start
         position = 0
-        for name, entry in sorted(
-            self._entries.items(), key=lambda item: (item[1].begin, item[1].end)
-        ):
-            if entry.end > available:
+        for name, entry in sorted(self._entries.items(), key=lambda item: item[1][2:]):
+            _, _, begin, end = entry
+            if end > available:
                 raise self._error(
-                    f"tensor {name!r} ends at byte {entry.end}, but the data is cut off at {available}"
+                    f"tensor {name!r} ends at byte {end}, but the data is cut off at {available}"
                 )
-            if entry.begin != position:
-                problem = (
-                    "overlaps the tensor before it"
-                    if entry.begin < position
-                    else "leaves a hole before it"
-                )
-                raise self._error(
-                    f"tensor {name!r} at data_offsets [{entry.begin}, {entry.end}] {problem}"
-                )
-            position = entry.end
+            where = f"tensor {name!r} at data_offsets [{begin}, {end}]"
+            if begin < position:
+                raise self._error(f"{where} overlaps the tensor before it")
+            if begin > position:
+                raise self._error(f"{where} leaves a hole before it")
+            position = end
         if position != available:
             raise self._error(
                 f"the tensors end at byte {position} of the data, which has {available}"
@@ -225,11 +214,11 @@ def save_file(
     path: str | Path,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step, one
-    tensor at a time.
+    """Write `tensors` (any device, any strides) and `metadata` to `path` in one atomic step.
 
-    Memory beyond the tensors themselves is one tensor's copy, and only if it is not contiguous on
-    the CPU, or deferred. Tensors that share memory are each written in full.
+    Tensors are written one at a time. Memory beyond the tensors themselves is one tensor's copy,
+    and only if it is not contiguous on the CPU, or deferred. Tensors that share memory are each
+    written in full.
 
     Raises NanoVLMError for what the format cannot hold and for a failing disk; an old file at
     `path` is then untouched.
@@ -238,58 +227,64 @@ def save_file(
     if metadata and not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise NanoVLMError(f"{path}: safetensors metadata must map strings to strings")
     for name, tensor in tensors.items():
-        dense = isinstance(tensor, Deferred) or (
-            tensor.layout == torch.strided and not tensor.is_meta
-        )
-        if name == "__metadata__" or tensor.dtype not in DTYPE_NAMES or not dense:
-            where = (
-                "deferred" if isinstance(tensor, Deferred) else f"{tensor.layout}, {tensor.device}"
-            )
-            raise NanoVLMError(
-                f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {where}); it needs data, a dense "
-                "layout, a dtype of the format and another name than __metadata__"
-            )
+        _check_can_save(name, tensor, path)
 
-    # The format allows no gaps, so order decides alignment: first what fills whole units, then the
-    # widest elements.
+    # The format allows no gaps, so the order decides the alignment: first the tensors that fill
+    # whole units, then those with the widest elements.
     def order(name: str) -> tuple[bool, int, str]:
         tensor = tensors[name]
         return tensor.nbytes % ALIGNMENT != 0, -tensor.dtype.itemsize, name
 
-    ordered = sorted(tensors, key=order)
-    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
-    position = 0
-    for name in ordered:
-        tensor = tensors[name]
-        offsets = [position, position + tensor.nbytes]
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        position = offsets[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-(LENGTH_BYTES + len(encoded)) % ALIGNMENT)
-    if len(encoded) > MAX_HEADER_BYTES:
+    ordered = {name: tensors[name] for name in sorted(tensors, key=order)}
+    header = _encode_header(ordered, metadata)
+    if len(header) > MAX_HEADER_BYTES:
         raise NanoVLMError(
-            f"{path}: the header would have {len(encoded)} bytes, the limit is {MAX_HEADER_BYTES}"
+            f"{path}: the header would have {len(header)} bytes, the limit is {MAX_HEADER_BYTES}"
         )
-
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
-            file.write(encoded)
-            for name in ordered:
-                file.write(_bytes_of(tensors[name]))
+            file.write(len(header).to_bytes(LENGTH_BYTES, "little"))
+            file.write(header)
+            for tensor in ordered.values():
+                file.write(_bytes_of(tensor))
     except OSError as error:
         reason = f"{path}: cannot be written ({error.strerror})"
         raise NanoVLMError(f"{reason}; check the folder and the free space") from error
 
 
-def _bytes_of(tensor: Tensor | Deferred) -> memoryview:
+def _check_can_save(name: str, tensor: Tensor | Deferred, path: Path) -> None:
     if isinstance(tensor, Deferred):
-        tensor = tensor.make().to(tensor.dtype)
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+        dense, kind = True, "deferred"
+    else:
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        kind = f"{tensor.layout}, {tensor.device}"
+    if name == "__metadata__" or tensor.dtype not in DTYPE_NAMES or not dense:
+        raise NanoVLMError(
+            f"{path}: cannot save tensor {name!r} ({tensor.dtype}, {kind}); it needs data, a dense "
+            "layout, a dtype of the format and another name than __metadata__"
+        )
+
+
+def _encode_header(
+    tensors: Mapping[str, Tensor | Deferred], metadata: dict[str, str] | None
+) -> bytes:
+    """The header of `tensors` in this order, padded so that the data begins at a whole unit."""
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    return encoded + b" " * (-(LENGTH_BYTES + len(encoded)) % ALIGNMENT)
+
+
+def _bytes_of(tensor: Tensor | Deferred) -> memoryview:
+    data = tensor.make().to(tensor.dtype) if isinstance(tensor, Deferred) else tensor
+    flat = data.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
@@ -303,11 +298,10 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
 
 
 def _are_sizes(value: object) -> bool:
-    """Whether `value` is a list of non-negative 64-bit integers; JSON's true and 1.0 are not
-    integers here."""
-    return isinstance(value, list) and all(
-        type(size) is int and 0 <= size <= MAX_BYTES for size in value
-    )
+    """Whether `value` is a list of non-negative 64-bit integers, without JSON's true and 1.0."""
+    if not isinstance(value, list):
+        return False
+    return all(type(size) is int and 0 <= size <= MAX_BYTES for size in value)
 
 
 def _short(value: object) -> str:

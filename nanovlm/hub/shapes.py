@@ -1,7 +1,7 @@
-"""Published models by their shapes alone, to plan with one before it is fetched.
+"""Published models by their shapes alone, to plan with one before it is downloaded.
 
-The tables hold what the models' own `config.json` and `preprocessor_config.json` say, and are read
-by the same code.
+The tables hold what the models' own `config.json` and `preprocessor_config.json` say; the same code
+reads them.
 """
 
 from dataclasses import dataclass
@@ -59,9 +59,13 @@ _CLIP = {
 
 
 def _shape(model_type: str, width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    """The keys that most published configs share, and others."""
+    """A published `config.json`: the keys that most of them share, and `more`."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return {"model_type": model_type, **sizes, **more}
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
 def _dinov2(size: str, width: int, layers: int, heads: int) -> PublishedVisionEncoder:
@@ -83,6 +87,8 @@ def _clip(side: int) -> PublishedVisionEncoder:
     )
 
 
+_SO400M = {"intermediate_size": 4304, "patch_size": 14, "image_size": 384}
+
 VISION_ENCODERS: dict[str, PublishedVisionEncoder] = {
     "dinov2-small": _dinov2("small", 384, 12, 6),
     "dinov2-base": _dinov2("base", 768, 12, 12),
@@ -91,20 +97,8 @@ VISION_ENCODERS: dict[str, PublishedVisionEncoder] = {
     "clip-large-336": _clip(336),
     "siglip-so400m-384": PublishedVisionEncoder(
         "google/siglip-so400m-patch14-384",
-        _shape(
-            "siglip_vision_model",
-            1152,
-            27,
-            16,
-            intermediate_size=4304,
-            patch_size=14,
-            image_size=384,
-        ),
-        {
-            "image_processor_type": "SiglipImageProcessor",
-            "size": {"height": 384, "width": 384},
-            **_HALF,
-        },
+        _shape("siglip_vision_model", 1152, 27, 16, **_SO400M),
+        {"image_processor_type": "SiglipImageProcessor", "size": _square(384), **_HALF},
     ),
     "smolvlm2-256m": PublishedVisionEncoder(
         "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -130,12 +124,7 @@ VISION_ENCODERS: dict[str, PublishedVisionEncoder] = {
             "output_dim": 4096,
             "n_queries": 256,
         },
-        {
-            "image_processor_type": "ViTImageProcessor",
-            "size": {"height": 448, "width": 448},
-            "resample": 3,
-            **_CLIP,
-        },
+        {"image_processor_type": "ViTImageProcessor", "size": _square(448), "resample": 3, **_CLIP},
     ),
 }
 
@@ -146,6 +135,62 @@ def _qwen2(hub: str, width: int, layers: int, heads: int, **more: Any) -> Publis
     return PublishedLanguageModel(hub, _shape("qwen2", width, layers, heads, **common | more))
 
 
+# A Qwen2 with one key and value head per query head.
+_QWEN15_7B = {"intermediate_size": 11008, "num_key_value_heads": 32, "tie_word_embeddings": False}
+_QWEN3 = {
+    "vocab_size": 151936,
+    "intermediate_size": 3072,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+_QWEN_7B = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "seq_length": 8192,
+    "max_position_embeddings": 32768,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "tie_word_embeddings": False,
+}
+_SMOLLM2 = {
+    "vocab_size": 49152,
+    "intermediate_size": 2560,
+    "num_key_value_heads": 5,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+# Made from scratch. Widths that the original project does not give are those of a 0.5B model.
+_SVLM = {
+    "vocab_size": 32000,
+    "intermediate_size": 2048,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "norm": "layer",
+    "mlp": "gelu",
+    "mlp_bias": True,
+    "output_bias": True,
+    "positions": "learned",
+    "max_position_embeddings": 1024,
+    "dropout": 0.1,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "num_shared_experts": 1,
+    "balance_loss": 0.01,
+    "embedding_size": 4096,
+    "reducer_size": 384,
+    "tie_word_embeddings": False,
+}
+
 LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
     # The first two are not published: small ones to measure.
     "decoder-0.1b": _qwen2("", 640, 12, 10, intermediate_size=2560, vocab_size=32000),
@@ -153,98 +198,21 @@ LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
     "qwen2-0.5b": _qwen2("Qwen/Qwen2-0.5B-Instruct", 896, 24, 14, intermediate_size=4864),
     "qwen2.5-0.5b": _qwen2("Qwen/Qwen2.5-0.5B-Instruct", 896, 24, 14, intermediate_size=4864),
     "qwen2.5-1.5b": _qwen2("Qwen/Qwen2.5-1.5B-Instruct", 1536, 28, 12, intermediate_size=8960),
-    "qwen1.5-7b": _qwen2(
-        "Qwen/Qwen1.5-7B-Chat",
-        4096,
-        32,
-        32,
-        intermediate_size=11008,
-        num_key_value_heads=32,
-        tie_word_embeddings=False,
-    ),
+    "qwen1.5-7b": _qwen2("Qwen/Qwen1.5-7B-Chat", 4096, 32, 32, **_QWEN15_7B),
     "qwen3-0.6b": PublishedLanguageModel(
-        "Qwen/Qwen3-0.6B",
-        {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rope_theta": 1e6,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": True,
-        },
-        ChatConfig(empty_think=True),
+        "Qwen/Qwen3-0.6B", _shape("qwen3", 1024, 28, 16, **_QWEN3), ChatConfig(empty_think=True)
     ),
     "qwen-7b": PublishedLanguageModel(
         "Qwen/Qwen-7B-Chat",
-        {
-            "model_type": "qwen",
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "kv_channels": 128,
-            "seq_length": 8192,
-            "max_position_embeddings": 32768,
-            "layer_norm_epsilon": 1e-6,
-            "rotary_emb_base": 10000,
-            "rotary_pct": 1.0,
-            "use_dynamic_ntk": True,
-            "use_logn_attn": True,
-            "no_bias": True,
-            "tie_word_embeddings": False,
-        },
+        _shape("qwen", 4096, 32, 32, **_QWEN_7B),
         ChatConfig(image_token="<|extra_0|>"),
     ),
     "smollm2-360m": PublishedLanguageModel(
         "HuggingFaceTB/SmolLM2-360M-Instruct",
-        {
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": 960,
-            "intermediate_size": 2560,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 15,
-            "num_key_value_heads": 5,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e5,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
+        _shape("llama", 960, 32, 15, **_SMOLLM2),
         ChatConfig(image_token="<image>"),
     ),
     "svlm": PublishedLanguageModel(
-        "",
-        # Made from scratch. Where the original project gives no width, it is that of a 0.5B model.
-        {
-            "model_type": OWN,
-            "vocab_size": 32000,
-            "hidden_size": 1024,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 14,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "norm": "layer",
-            "mlp": "gelu",
-            "mlp_bias": True,
-            "output_bias": True,
-            "positions": "learned",
-            "max_position_embeddings": 1024,
-            "dropout": 0.1,
-            "num_experts": 4,
-            "experts_per_token": 2,
-            "num_shared_experts": 1,
-            "balance_loss": 0.01,
-            "embedding_size": 4096,
-            "reducer_size": 384,
-            "tie_word_embeddings": False,
-        },
-        ChatConfig("vicuna", image_token="<image>"),
+        "", _shape(OWN, 1024, 14, 4, **_SVLM), ChatConfig("vicuna", image_token="<image>")
     ),
 }

@@ -1,14 +1,14 @@
-"""Images inside tar files: `images.tar::a/b.jpg` is the member `a/b.jpg` of `images.tar`, read where it lies.
+"""Images inside tar files: `images.tar::a/b.jpg` is the member `a/b.jpg` of `images.tar`.
 
-Nothing is unpacked. A tar file's headers are read once into an index, name → place, which worker processes forked
-later share.
+Nothing is unpacked. The headers of a tar file are read once into an index, name → place, which
+worker processes forked later share.
 """
 
 import os
 import stat
 import tarfile
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
@@ -16,9 +16,8 @@ from nanovlm.errors import NanoVLMError
 MARK = ".tar::"
 DAMAGED = "is damaged, cut off or compressed; fetch it again, or pack it again as a plain tar file"
 
-Place = (
-    tuple[int, int] | None
-)  # where a member's bytes start and how many; None: a link, a folder or a device
+# Where a member's bytes start, and how many there are; None for a link, a folder or a device.
+Place = tuple[int, int] | None
 
 
 def is_member(path: str | Path) -> bool:
@@ -27,10 +26,11 @@ def is_member(path: str | Path) -> bool:
 
 
 def check(path: str | Path) -> None:
-    """Raise NanoVLMError, with the bare reason, unless `path` is a file or a plain file in a whole tar file."""
+    """Raise NanoVLMError, with the bare reason, unless `path` is a file, or a plain file in a
+    complete tar file."""
     if is_member(path):
         _find(path)
-    elif not os.path.isfile(path):  # of any length, unlike pathlib's
+    elif not os.path.isfile(path):  # takes a path of any length, unlike pathlib's
         raise NanoVLMError("does not exist")
 
 
@@ -51,7 +51,7 @@ def read_member(path: str | Path) -> bytes:
 def _find(path: str | Path) -> tuple[str, tuple[int, int]]:
     """The archive that `path` names, and the start and size of the member."""
     archive, _, name = str(path).partition(MARK)
-    name = name.replace("\\", "/")  # Windows' paths come so
+    name = name.replace("\\", "/")  # as in paths of Windows
     archive += ".tar"
     try:
         status = os.stat(archive)
@@ -67,14 +67,15 @@ def _find(path: str | Path) -> tuple[str, tuple[int, int]]:
     name = name.removeprefix("./")
     if name not in index:
         raise NanoVLMError("the archive has no such member")
-    if index[name] is None:
+    if (place := index[name]) is None:
         raise NanoVLMError("is a link, a folder or a device in the archive, not a file")
-    return archive, index[name]
+    return archive, place
 
 
-@lru_cache(maxsize=None)
+@cache
 def _index(archive: str, size: int, changed: int) -> dict[str, Place] | str:
-    """Each member's place, or what is wrong with the archive: kept too, since a million records may name it."""
+    """Each member's place, or what is wrong with the archive. Both are kept, since a million
+    records may name it."""
     try:
         return dict(_members(archive, size))
     except OSError as error:
@@ -95,15 +96,12 @@ def _members(archive: str, size: int) -> Iterator[tuple[str, Place]]:
                 )
             if member.size < 0 or member.offset_data + member.size > size:
                 raise NanoVLMError(DAMAGED)
-            yield (
-                member.name.removeprefix("./"),
-                (member.offset_data, member.size) if member.isreg() else None,
-            )
-            tar.members.clear()  # where tarfile would keep everything it has read
+            place = (member.offset_data, member.size) if member.isreg() else None
+            yield member.name.removeprefix("./"), place
+            # Otherwise tarfile keeps every header it has read.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         end = tar.offset
-    with open(
-        archive, "rb"
-    ) as file:  # tarfile takes whatever is no header for the end, which is a block of zeros
-        file.seek(end)
+    with open(archive, "rb") as file:
+        file.seek(end)  # tarfile takes anything that is not a header for the end: a block of zeros
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise NanoVLMError(DAMAGED)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,27 +14,23 @@ class Batch:
     """The tensors of one forward pass. Positions are flat indices into (B, T), computed where the
     batch is made, so that nothing has to be counted on the accelerator."""
 
-    input_ids: (
-        Tensor  # (B, T); the placeholder's id at `image_positions`, where no embedding is looked up
-    )
-    attention_mask: (
-        Tensor | None
-    )  # (B, T): 0 padding, 1 a token, more for branches (`causal_mask`); None: all ones
+    input_ids: Tensor  # (B, T); at `image_positions` the placeholder, whose embedding is not used
+    attention_mask: Tensor | None  # (B, T): 0 padding, 1 a token, more for branches; None: all 1
     image_positions: Tensor  # (N · K,) where the visual tokens go, in the order of the tiles
     target_positions: Tensor  # (M,) positions whose next token is labelled
     targets: Tensor  # (M,) the labelled tokens
     pixels: Tensor | None = None  # (N, 3, H, W): all tiles of all images
     patches: Tensor | None = None  # (N, P, C_v) in place of pixels, where features are cached
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """The batch in pinned memory, from which a copy to a GPU runs asynchronously."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {
             field.name: function(value)
             for field in dataclasses.fields(self)

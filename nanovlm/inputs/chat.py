@@ -1,5 +1,5 @@
-"""A conversation → token ids and labels. Special tokens come from the template and the images' places
-alone, never from what a user typed."""
+"""A conversation → token ids and labels. Special tokens come from the template and the images'
+places alone, never from what a user typed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -182,7 +182,8 @@ class Chat:
         *,
         add_generation_prompt: bool = False,
     ) -> Sample:
-        """Ids and labels of a conversation whose i-th image takes the placeholder tokens `images[i]`.
+        """Ids and labels of a conversation whose i-th image takes the placeholder tokens
+        `images[i]`.
 
         The text of every assistant turn and its end-of-turn token have labels. With
         `add_generation_prompt` the ids end with the opening of an assistant turn, for the model to
@@ -261,7 +262,8 @@ class Chat:
 
     def _open(self, sample: Sample, text: str, frame: str) -> str:
         """Append `text` and `frame` up to the last special token in `frame`; returns the rest, not
-        yet tokenized. Special tokens are looked for in `frame` only, which comes from the template."""
+        yet tokenized. Special tokens are looked for in `frame` only, which comes from the
+        template."""
         start = 0
         for match in self._spellings.finditer(frame):
             sample.extend(self.tokenizer.encode(text + frame[start : match.start()]))

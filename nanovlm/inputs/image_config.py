@@ -1,8 +1,9 @@
-"""How a picture becomes pixels: the settings, and what hub files say of them."""
+"""The settings by which an image becomes pixels."""
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -17,28 +18,32 @@ FILTERS = {
         Image.Resampling.NEAREST,
     )
 }
-_check = partial(check, where="image config")
 FITS = ("squash", "crop", "tiles")
+_check = partial(check, where="image config")
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a picture becomes pixels. `height` and `width` are the result's; `mean` and `std` are for values in [0, 1].
+    """How an image becomes pixels: `height` × `width` of them, resized with the filter `resample`
+    and normalised with `mean` and `std`, which are for values in [0, 1].
 
-    `fit="squash"` resizes the whole picture to height × width, whatever its shape. `fit="crop"` resizes it until its
-    shorter side is `shortest_edge`, then cuts height × width out of the middle. `fit="tiles"` makes several pictures of
-    one image: it is enlarged or shrunk until its longer side is `max_tiles` tiles of height × width and the shorter one
-    as many as hold it, and cut into these; the whole, squashed, comes last (Idefics3: Laurençon et al. 2024).
+    - `fit="squash"` resizes the whole image to height × width, whatever its shape.
+    - `fit="crop"` resizes it until its shorter side is `shortest_edge`, then cuts height × width
+    out
+      of the middle.
+    - `fit="tiles"` cuts it into tiles of height × width, after resizing it so that its longer side
+      is `max_tiles` tiles and its shorter side the fewest that hold it. The whole image, squashed,
+      comes after them as one more tile (Idefics3: Laurençon et al. 2024).
     """
 
     height: int = 224
     width: int = 224
     fit: str = "squash"
-    shortest_edge: int | None = None
+    shortest_edge: int | None = None  # for fit="crop" only
     resample: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    max_tiles: int | None = None
+    max_tiles: int | None = None  # for fit="tiles" only
 
     def __post_init__(self) -> None:
         _check(self.fit in FITS, f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
@@ -46,43 +51,47 @@ class ImageConfig:
             self.resample in list(FILTERS),
             f"resample must be one of {list(FILTERS)}, not {self.resample!r}",
         )
-        used = ["height", "width"]
         for name, fit in (("shortest_edge", "crop"), ("max_tiles", "tiles")):
+            is_unused = self.fit != fit
+            _check(not is_unused or getattr(self, name) is None, f"{name} is only for fit = {fit}")
+        _check_size("height", self.height)
+        _check_size("width", self.width)
+        if self.fit == "crop":
             _check(
-                self.fit == fit or getattr(self, name) is None, f"{name} is only for fit = {fit}"
+                _check_size("shortest_edge", self.shortest_edge) >= max(self.height, self.width),
+                f"shortest_edge = {self.shortest_edge} is smaller than "
+                f"the {self.height} x {self.width} crop",
             )
-            used += [name] if self.fit == fit else []
-        for name in used:
-            size = getattr(self, name)
+        if self.fit == "tiles":
+            max_tiles = _check_size("max_tiles", self.max_tiles)
             _check(
-                type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0"
+                self.height == self.width,
+                f"tiles of {self.height} x {self.width} are not implemented, only square ones",
             )
+            _check(max_tiles > 1, "max_tiles = 1 cuts nothing; use fit = squash")
+        _check(_are_numbers(self.mean), f"mean = {self.mean!r} is not three usable numbers")
         _check(
-            self.fit != "crop" or self.shortest_edge >= max(self.height, self.width),
-            f"shortest_edge = {self.shortest_edge} is smaller than the {self.height} x {self.width} crop",
+            _are_numbers(self.std) and min(self.std) > 0,
+            f"std = {self.std!r} is not three usable numbers",
         )
-        _check(
-            self.fit != "tiles" or self.height == self.width,
-            f"tiles of {self.height} x {self.width} are not implemented, only square ones",
-        )
-        _check(
-            self.fit != "tiles" or self.max_tiles > 1,
-            "max_tiles = 1 cuts nothing; use fit = squash",
-        )
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            _check(
-                isinstance(values, (list, tuple))
-                and len(values) == 3
-                and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-                and (name == "mean" or min(values) > 0),
-                f"{name} = {values!r} is not three usable numbers",
-            )
-            object.__setattr__(
-                self, name, tuple(map(float, values))
-            )  # JSON gives lists; equality wants tuples
+        for name in ("mean", "std"):  # JSON gives lists, and equality needs tuples
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
     @property
     def max_tiles_per_image(self) -> int:
-        """The most pictures that the eyes see of one image: those of a square one."""
-        return self.max_tiles**2 + 1 if self.fit == "tiles" else 1
+        """The most tiles of an image, the whole image included: those of a square one."""
+        return 1 if self.max_tiles is None else self.max_tiles**2 + 1
+
+
+def _check_size(name: str, size: Any) -> int:
+    _check(type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0")
+    return size
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether `values` are three finite numbers."""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == 3
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )

@@ -1,14 +1,17 @@
-"""Predict the peak memory of each training stage by term, without allocating it, and what would make it fit.
+"""Predict the peak memory of each training stage by term, without allocating it, and what would
+make it fit.
 
     python -m nanovlm.memory --preset mary
     python -m nanovlm.memory --preset dinov2-qwen2.5 --gpu 8 --stage 2 --tokens 512 --batch-size 4
-    python -m nanovlm.memory --stage 2 --vision-encoder dinov2-base --language-model qwen2.5-0.5b --checkpointing --measure
+    python -m nanovlm.memory --stage 2 --vision-encoder dinov2-base --language-model qwen2.5-0.5b
+        --checkpointing --measure
     python -m nanovlm.memory --preset svlm --forward
 
-All flags of train_stage1.py and train_stage2.py are taken. --vision-encoder and --language-model need a folder's config.json alone, or are
-names of published shapes. GB are 10⁹ bytes. On a GPU its context comes on top, about half a GB outside the allocator; on a
-CPU what the tokenizer and the records hold; there a run also keeps holes between its tensors, up to half as much again, unless
---checkpointing asks it to save memory.
+All flags of train_stage1.py and train_stage2.py are accepted. --vision-encoder and --language-model
+take a folder, of which only config.json is read, or the name of a published shape. GB are 10⁹
+bytes. On a GPU, add about half a GB for its context, which lies outside the allocator; on a CPU,
+add what the tokenizer and the records take. There a run also keeps holes between its tensors, up to
+half as much again, unless --checkpointing asks it to save memory.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from nanovlm.memory.advice import advice, on_gpu
 from nanovlm.memory.forward import forward_report, take_forward
 from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
-from nanovlm.memory.shapes import feature_shape, model_config, work_of
+from nanovlm.memory.shapes import batch_shape, feature_shape, model_config
 from nanovlm.memory.summary import Stage, summary
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings, stage_names
@@ -39,8 +42,24 @@ MODEL = [field.name for field in dataclasses.fields(ModelSettings) if field.name
 
 
 def main() -> None:
-    """Read the flags, predict, print."""
+    """Parse the flags, predict, print."""
     own, flags = _parser().parse_known_args()
+    _check(own)
+    names = _names(own.stage, flags)
+    if own.forward or own.take_forward:
+        settings = _settings(names[0], flags)
+        numbers = take_forward if own.take_forward else forward_report
+        print(numbers(model_config(settings), settings, _precision(settings)))
+    elif own.take_steps:
+        _take_steps(_settings(names[0], flags), own)
+    else:
+        stages = [_stage(name, _settings(name, flags), own) for name in names]
+        print(summary(stages), end="\n\n")
+        for stage in stages:
+            print(_report(stage, own), end="\n\n")
+
+
+def _check(own: argparse.Namespace) -> None:
     for name in ("gpu", "tokens"):
         if getattr(own, name) < 0:
             raise NanoVLMError(f"--{name} is {getattr(own, name):g}; it has to be above 0")
@@ -52,51 +71,39 @@ def main() -> None:
         raise NanoVLMError(
             "--forward trains nothing and runs on this machine; leave --gpu and --measure out"
         )
-    names = _names(own.stage, flags)
-    if own.forward or own.take_forward:
-        settings = _settings(names[0], flags)
-        numbers = take_forward if own.take_forward else forward_report
-        print(numbers(model_config(settings), settings, _precision(settings)))
-        return
-    if own.take_steps:  # the process that is measured
-        settings = _settings(names[0], flags)
-        config, precision = model_config(settings), _precision(settings, bool(own.gpu))
-        give_back_freed_memory()  # holes between blocks are the allocator's doing and no need of the training
-        take_steps(
-            random_model(config, settings, precision),
-            work_of(config, settings, own.tokens),
-            settings,
-            precision,
-        )
-        print(json.dumps(peak_memory(precision.device)))
-        return
-    stages = [_stage(name, _settings(name, flags), own) for name in names]
-    print(summary(stages), end="\n\n")
-    for stage in stages:
-        print(_report(stage, own), end="\n\n")
+
+
+def _take_steps(settings: Settings, own: argparse.Namespace) -> None:
+    """In the process that is measured: train two steps and print the peak memory in bytes."""
+    config, precision = model_config(settings), _precision(settings, bool(own.gpu))
+    give_back_freed_memory()  # the allocator's holes between tensors are not needed by the steps
+    model = random_model(config, settings, precision)
+    take_steps(model, batch_shape(config, settings, own.tokens), settings, precision)
+    print(json.dumps(peak_memory(precision.device)))
 
 
 def _names(asked: str, flags: list[str]) -> list[str]:
-    """The stages that --stage asks for; of a file without stages, such as a run's settings.toml, the one that it is."""
+    """The stages that --stage asks for; "run" for a file without stages, such as the settings.toml
+    of a run."""
     if asked == "all":
         return stage_names(flags) or ["run"]
-    return (
-        ["stage1", "stage2"] if asked == "both" else [f"stage{asked}" if asked.isdigit() else asked]
-    )
+    if asked == "both":
+        return ["stage1", "stage2"]
+    return [f"stage{asked}" if asked.isdigit() else asked]
 
 
 def _settings(name: str, flags: list[str]) -> Settings:
-    """Of a stage; where there is no model yet to start from, with the shapes that stage 1 would have left there."""
+    """The settings of a stage. If its --init does not exist yet, with the shapes that stage 1 is
+    going to leave there."""
     settings = load_settings("stage2", [*flags, "--stage", name])
-    other_parts = (
-        settings.vision_encoder or settings.language_model
-    )  # than those of the model that may be there
+    # Other parts than those of a model that may be there already.
+    other_parts = settings.vision_encoder or settings.language_model
     if settings.init and (other_parts or not Path(settings.init, "config.json").exists()):
         first = load_settings(
             "stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init]
         )
-        unsaid = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
-        settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unsaid})
+        unset = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
+        settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unset})
     return settings
 
 
@@ -109,63 +116,59 @@ def _precision(settings: Settings, gpu: bool = False) -> Precision:
 
 def _stage(name: str, settings: Settings, own: argparse.Namespace) -> Stage:
     config, precision = model_config(settings), _precision(settings, bool(own.gpu))
-    work = work_of(config, settings, own.tokens)
-    return Stage(
-        name,
-        settings,
-        config,
-        work,
-        precision,
-        predict(config, settings, work, precision, program_bytes(precision)),
-    )
+    shape = batch_shape(config, settings, own.tokens)
+    prediction = predict(config, settings, shape, precision, program_bytes(precision))
+    return Stage(name, settings, config, shape, precision, prediction)
 
 
 def _report(stage: Stage, own: argparse.Namespace) -> str:
-    """What a stage is, its table, and whatever else is asked for."""
-    settings, config, work, precision = stage.settings, stage.config, stage.work, stage.precision
-    lines = [
-        f"{stage.name}: training {settings.train}; {work.rows} rows of {work.length} tokens"
-        + f"{', each with a pair of answers' * (work.pairs > 0)}, {work.images} "
-        f"{'pictures' if config.image.max_tiles_per_image > 1 else 'images'} of {config.image.height}×{config.image.width}; "
-        f"{str(precision.dtype).removeprefix('torch.')} on {precision.device.type}",
-        _table(stage.prediction),
-    ]
+    """A line on the stage, its table, and whatever else the flags ask for."""
+    settings, config, shape, precision = stage.settings, stage.config, stage.shape, stage.precision
+    image, peak = config.image, stage.prediction.peak
+    pairs = ", each with a pair of answers" * (shape.pairs > 0)
+    kind = "tiles" if image.max_tiles_per_image > 1 else "images"
+    dtype = str(precision.dtype).removeprefix("torch.")
+    title = (
+        f"{stage.name}: training {settings.train}; {shape.rows} rows of {shape.length} tokens"
+        f"{pairs}, {shape.images} {kind} of {image.height}×{image.width}; "
+        f"{dtype} on {precision.device.type}"
+    )
+    lines = [title, _table(stage.prediction)]
     if settings.cache_features:
-        kept = (
-            math.prod(feature_shape(config, images=1000 * config.image.max_tiles_per_image))
-            * precision.dtype.itemsize
-        )
+        features = math.prod(feature_shape(config, images=1000 * image.max_tiles_per_image))
         lines.append(
-            f"besides, on the CPU, {kept / 1e9:.2f} GB for each 1000 images whose features are kept "
-            "(--cache-features)"
+            f"also, on the CPU, {features * precision.dtype.itemsize / 1e9:.2f} GB of features for "
+            "each 1000 images (--cache-features)"
         )
     if own.gpu:
         lines.append(advice(config, settings, own.tokens, stage.prediction, own.gpu))
     if own.measure:
-        measured, peak = (
-            measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name]),
-            stage.prediction.peak,
-        )
+        measured = measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name])
         lines.append(
-            f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {peak / measured - 1:+.1%}"
+            f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: "
+            f"{peak / measured - 1:+.1%}"
         )
     return "\n".join(lines)
 
 
 def _table(prediction: Prediction) -> str:
     """Terms in rows, moments in columns."""
-    lines = [f"{'GB':14}" + "".join(f"{moment:>11}" for moment in prediction.moments)]
+    widths = {moment: max(len(moment) + 2, 11) for moment in prediction.moments}
+    header = "".join(f"{moment:>{width}}" for moment, width in widths.items())
+    lines = [f"{'GB':14}{header}"]
     for term in TERMS:
-        values = [terms.get(term, 0) / 1e9 for terms in prediction.moments.values()]
-        if any(values):
-            lines.append(
-                f"{term:14}"
-                + "".join(f"{value:11.3f}" if value else f"{'—':>11}" for value in values)
-            )
-    lines.append(
-        f"{'total':14}" + "".join(f"{total / 1e9:11.3f}" for total in prediction.totals.values())
-    )
+        values = {moment: terms.get(term, 0) for moment, terms in prediction.moments.items()}
+        if any(values.values()):
+            lines.append(f"{term:14}" + _cells(values, widths))
+    lines.append(f"{'total':14}" + _cells(prediction.totals, widths))
     return "\n".join([*lines, f"peak {prediction.peak / 1e9:.3f} GB"])
+
+
+def _cells(values: dict[str, float], widths: dict[str, int]) -> str:
+    return "".join(
+        f"{values[moment] / 1e9:{width}.3f}" if values[moment] else f"{'—':>{width}}"
+        for moment, width in widths.items()
+    )
 
 
 def _parser() -> CommandParser:
@@ -179,7 +182,7 @@ def _parser() -> CommandParser:
         type=float,
         default=0,
         metavar="GB",
-        help="predict for a GPU of so much memory, and how to fit it",
+        help="predict for a GPU with this much memory, and how to fit it",
     )
     parser.add_argument(
         "--tokens",
@@ -187,27 +190,31 @@ def _parser() -> CommandParser:
         default=0,
         metavar="N",
         help="tokens of each of --batch-size rows, images included\n"
-        "(default: rows shared or packed as set, 64 words a sample)",
+        "(default: rows shared or packed as set, 64 text tokens per sample)",
     )
     parser.add_argument(
         "--stage",
         metavar="NAME",
         default="all",
-        help="stage to predict: 1, 2, both of them, or a name such as dpo (default: all of the preset)",
+        help="stage to predict: 1, 2, both, or a name such as dpo (default: all of the preset)",
     )
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="also take two steps with random weights, and compare",
+        help="also train two steps with random weights, and compare",
     )
     parser.add_argument(
         "--forward",
         action="store_true",
-        help="build the model at full size with random weights, read an image and a question, and compare",
+        help="only run a forward pass at full size with random weights on an image and a\n"
+        "question, and compare",
     )
     parser.add_argument("--take-steps", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--take-forward", action="store_true", help=argparse.SUPPRESS)
-    parser.epilog = f"published shapes: --vision-encoder {', '.join(VISION_ENCODERS)}; --language-model {', '.join(LANGUAGE_MODELS)}"
+    parser.epilog = (
+        f"published shapes: --vision-encoder {', '.join(VISION_ENCODERS)}; "
+        f"--language-model {', '.join(LANGUAGE_MODELS)}"
+    )
     return parser
 
 

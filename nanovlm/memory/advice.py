@@ -1,11 +1,12 @@
 """What makes a training step fit a GPU: flags to add, the least costly first."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from nanovlm.memory.predict import Prediction, predict
-from nanovlm.memory.shapes import work_of
+from nanovlm.memory.shapes import batch_shape
 from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -15,18 +16,16 @@ LOW_RANKS = (64, 16)  # of adapters, as a last resort
 
 
 def on_gpu(settings: Settings) -> Precision:
-    """How a run computes on a GPU of whatever machine: there may be none here."""
-    return Precision(
-        DTYPES.get(settings.dtype, torch.bfloat16),
-        torch.device("cuda"),
-        settings.stochastic_rounding,
-    )
+    """How a run computes on a GPU, whether this machine has one or not."""
+    dtype = DTYPES.get(settings.dtype, torch.bfloat16)
+    return Precision(dtype, torch.device("cuda"), settings.stochastic_rounding)
 
 
 def advice(
     config: VLMConfig, settings: Settings, tokens: int, prediction: Prediction, gigabytes: float
 ) -> str:
-    """Whether it fits and, if not, what to change, each on top of those before it. `tokens`: see `work_of`."""
+    """Whether the step fits and, if not, what to change, each flag on top of those before it.
+    `tokens`: see `batch_shape`."""
     if prediction.peak <= gigabytes * 1e9:
         return f"fits {gigabytes:g} GB"
     peak, fits = prediction.peak, False
@@ -35,51 +34,41 @@ def advice(
         if all(getattr(settings, name) == value for name, value in changes.items()):
             continue
         changed = dataclasses.replace(settings, **changes)
-        if (
-            lower := predict(
-                config, changed, work_of(config, changed, tokens), on_gpu(changed), 0
-            ).peak
-        ) > 0.99 * peak:
-            continue  # several batches a step need room for the sum of their gradients
+        shape = batch_shape(config, changed, tokens)
+        lower = predict(config, changed, shape, on_gpu(changed), 0).peak
+        if lower > 0.99 * peak:  # more batches per step also need memory for the sum of gradients
+            continue
         settings, peak = changed, lower
         mark = "  ← the first that fits" if peak <= gigabytes * 1e9 and not fits else ""
         fits = fits or bool(mark)
         lines.append(f"  {flags:58}{peak / 1e9:8.2f} GB{mark}")
-    return "\n".join(
-        lines if fits else [*lines, "  nothing of this fits; take a smaller model or shorter rows"]
-    )
+    if not fits:
+        lines.append("  nothing of this fits; take a smaller model or shorter rows")
+    return "\n".join(lines)
 
 
-def _changes(settings: Settings) -> list[tuple[str, dict]]:
-    """Flags to say and the settings they are, by what they cost in time, then in exactness."""
-    text = "language_model" in settings.trained_parts
+def _changes(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
+    """Flags and the settings they stand for, first those that cost little time, last those that
+    change the result. Empty settings: nothing to change."""
+    trains_text = "language_model" in settings.trained_parts
     accumulate = settings.accumulate * settings.batch_size
-    rounding = (
-        {} if settings.dtype == "float16" else {"stochastic_rounding": True, "dtype": "bfloat16"}
-    )
-    rank = {"lora_rank": settings.lora_rank or 64} if text else {}
-    changes = [
-        ("--dtype bfloat16", {"dtype": "bfloat16"} if settings.dtype == "float32" else {}),
+    bfloat16 = {"dtype": "bfloat16"} if settings.dtype == "float32" else {}
+    rounding: dict[str, Any] = {}
+    if settings.dtype != "float16":
+        rounding = {"stochastic_rounding": True, "dtype": "bfloat16"}
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("--dtype bfloat16", bfloat16),
         ("--checkpointing", {"checkpointing": True}),
         (f"--batch-size 1 --accumulate {accumulate}", {"batch_size": 1, "accumulate": accumulate}),
         ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
         ("--stochastic-rounding", rounding),
     ]
-    if (
-        settings.language_model_shape
-    ):  # a decoder from scratch: there is nothing learned yet to hold on to
+    if settings.language_model_shape:  # trained from scratch: there is nothing yet to adapt
         return changes
-    return changes + [
-        ("--lora-rank 64", rank),
-        (
-            "--quantize nf4" + " --lora-rank 64" * (text and not settings.lora_rank),
-            {"quantize": "nf4", **rank},
-        ),
-        *(
-            (
-                f"--lora-rank {low}",
-                {"lora_rank": min(settings.lora_rank or 64, low)} if text else {},
-            )
-            for low in LOW_RANKS
-        ),
-    ]
+    rank = settings.lora_rank or 64
+    nf4 = "--quantize nf4" + " --lora-rank 64" * (trains_text and not settings.lora_rank)
+    adapters = {"lora_rank": rank} if trains_text else {}
+    changes += [("--lora-rank 64", adapters), (nf4, {"quantize": "nf4", **adapters})]
+    for low in LOW_RANKS:
+        changes.append((f"--lora-rank {low}", {"lora_rank": min(rank, low)} if trains_text else {}))
+    return changes

@@ -1,10 +1,11 @@
-"""The shapes that memory depends on, without weights or words: a model of `config.json` files, and a step's batch."""
+"""The shapes that memory depends on: of a model, from its `config.json` files alone, and of a
+step's batch."""
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -16,103 +17,90 @@ from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import TEMPLATES
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.building import planned_config, set_up
+from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.files import read_json
 
-TEXT_TOKENS = 64  # of a sample, where nothing else is said
+TEXT_TOKENS = 64  # of a sample, unless --tokens is given
 
 
-@dataclass(frozen=True)
-class Work:
-    """The batch of one forward pass: `rows` of `length` tokens, `images` in all (where they are cut into tiles, pictures),
-    `targets` labelled tokens in all, of `pairs` of answers where one of two is preferred."""
+def batch_shape(config: VLMConfig, settings: Settings, tokens: int | None = None) -> BatchShape:
+    """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples
+    of an image and TEXT_TOKENS of text, which share or pack rows as the settings say.
 
-    rows: int
-    length: int
-    images: int
-    targets: int
-    pairs: int = 0
-
-    def batch(
-        self, config: VLMConfig, image_length: int, features: torch.dtype | None = None
-    ) -> Batch:
-        """Random words and pixels of this shape, or in place of pixels patch vectors of the dtype `features`. The images'
-        places come first in each row, its labels last."""
-        ids = torch.randint(config.language_model.vocab_size, (self.rows, self.length))
-        positions = torch.arange(self.rows * self.length).view(self.rows, self.length)
-        labelled, pictured = self.targets // self.rows, self.images * image_length // self.rows
-        image_positions, target_positions = (
-            positions[:, :pictured].flatten(),
-            positions[:, -labelled - 1 : -1].flatten(),
-        )
-        batch = Batch(
-            ids,
-            torch.ones_like(ids),
-            image_positions,
-            target_positions,
-            torch.randint(config.language_model.vocab_size, (self.targets,)),
-        )
-        if self.pairs:
-            batch = PairBatch(
-                **vars(batch),
-                lengths=torch.full((2 * self.pairs,), self.targets // self.pairs // 2),
-                reference=torch.zeros(self.pairs, 2),
-            )
-        if features:
-            batch.patches = torch.randn(feature_shape(config, self.images), dtype=features)
-        else:
-            batch.pixels = torch.randn(self.images, 3, config.image.height, config.image.width)
-        return batch
-
-
-def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
-    """(N, P, C_v) of the patch vectors that the eyes give."""
-    vision, image, layer = config.vision_encoder, config.image, config.vision_layer
-    return images, vision.num_features(image.height, image.width, layer), vision.feature_size(layer)
-
-
-def work_of(config: VLMConfig, settings: Settings, tokens: int | None = None) -> Work:
-    """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples of TEXT_TOKENS words
-    beside their image, that share or pack rows as the settings say. Half of the words are labelled. In a pair of answers
-    they are two thirds of its words: both answers share a row with their image and prompt, and with no other pair. An image
-    that is cut into tiles is a square one, the largest there is."""
+    Half of the text is labelled; of a pair of answers two thirds: both answers share a row with
+    their image and prompt, and with no other pair. An image cut into tiles is a square one, which
+    gives the most tiles.
+    """
     image_length, pairs = skeleton(config).max_image_length, settings.objective == "dpo"
-    text = TEXT_TOKENS // 2 * 3 if pairs else TEXT_TOKENS
-    images_a_row = 1
+    text_tokens = TEXT_TOKENS // 2 * 3 if pairs else TEXT_TOKENS
+    images_per_row = 1
     if tokens:
         rows, length = settings.batch_size, tokens
     elif settings.pack:
-        images_a_row = max(1, settings.pack // (image_length + text))
-        rows, length = math.ceil(settings.batch_size / images_a_row), settings.pack
+        images_per_row = max(1, settings.pack // (image_length + text_tokens))
+        rows, length = math.ceil(settings.batch_size / images_per_row), settings.pack
     else:
         share = 1 if pairs else min(settings.share, settings.batch_size)
-        rows, length = math.ceil(settings.batch_size / share), image_length + share * text
-    words = length - images_a_row * image_length
-    if words < (3 * images_a_row if pairs else 2):
+        rows = math.ceil(settings.batch_size / share)
+        length = image_length + share * text_tokens
+    text = length - images_per_row * image_length  # of a row
+    if text < (3 * images_per_row if pairs else 2):
         raise NanoVLMError(
-            f"a row of {length} tokens has no room for an image of {image_length} and words; raise "
-            + ("--tokens" if tokens else "--pack")
+            f"a row of {length} tokens has no room for an image of {image_length} tokens and text; "
+            f"raise {'--tokens' if tokens else '--pack'}"
         )
-    images = rows * images_a_row
-    if pairs:
-        return Work(
-            rows,
-            length,
-            images * config.image.max_tiles_per_image,
-            images * 2 * (words // images_a_row // 3),
-            images,
-        )
-    return Work(rows, length, images * config.image.max_tiles_per_image, rows * max(1, words // 2))
+    images = rows * images_per_row
+    return BatchShape(
+        rows,
+        length,
+        images * config.image.max_tiles_per_image,
+        images * 2 * (text // images_per_row // 3) if pairs else rows * max(1, text // 2),
+        images if pairs else 0,
+        settings.cache_features,
+    )
+
+
+def random_batch(
+    model: VisionLanguageModel, shape: BatchShape, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Random tokens and pixels of this shape on the CPU, or cached features of `dtype` in place of
+    pixels. In each row the images come first and the labels last."""
+    config, (rows, length) = model.config, (shape.rows, shape.length)
+    ids = torch.randint(config.language_model.vocab_size, (rows, length))
+    positions = torch.arange(shape.tokens).view(rows, length)
+    labelled, visual = shape.targets // rows, shape.images * model.image_length // rows
+    tensors: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "image_positions": positions[:, :visual].flatten(),
+        "target_positions": positions[:, -labelled - 1 : -1].flatten(),
+        "targets": torch.randint(config.language_model.vocab_size, (shape.targets,)),
+    }
+    if shape.cached_features:
+        tensors["patches"] = torch.randn(feature_shape(config, shape.images), dtype=dtype)
+    elif shape.images:
+        image = config.image
+        tensors["pixels"] = torch.randn(shape.images, 3, image.height, image.width)
+    if not shape.pairs:
+        return Batch(**tensors)
+    lengths = torch.full((2 * shape.pairs,), shape.targets // shape.pairs // 2)
+    return PairBatch(**tensors, lengths=lengths, reference=torch.zeros(shape.pairs, 2))
+
+
+def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
+    """(N, P, C_v) of the patch vectors that the vision encoder gives."""
+    encoder, image, layer = config.vision_encoder, config.image, config.vision_layer
+    features = encoder.num_features(image.height, image.width, layer)
+    return images, features, encoder.feature_size(layer)
 
 
 def model_config(settings: Settings) -> VLMConfig:
-    """The shapes `settings` start from: those of --vision-encoder and --language-model, folders or names of published ones, or --init's."""
-    if (
-        settings.init
-        and not (settings.vision_encoder or settings.language_model)
-        and Path(settings.init, "config.json").exists()
-    ):
+    """The model that `settings` start from: --init, or --vision-encoder and --language-model, which
+    are folders or names of published shapes."""
+    parts = settings.vision_encoder or settings.language_model
+    if settings.init and not parts and Path(settings.init, "config.json").exists():
         return parse_model_config(read_json(Path(settings.init, "config.json")))
     config = planned_config(
         dataclasses.replace(
@@ -125,17 +113,19 @@ def model_config(settings: Settings) -> VLMConfig:
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
-    """The model on the meta device: every shape and no weight. No words either, since no shape depends on them."""
+    """The model on the meta device: shapes without weights. The tokenizer has no vocabulary, since
+    no shape depends on it."""
     special = {token for template in TEMPLATES.values() for token in template.special}
-    words = SimpleNamespace(
+    tokenizer: Any = SimpleNamespace(
         vocab_size=0, special_tokens=dict.fromkeys((config.chat.image_token, *special), 0)
     )
     with torch.device("meta"):
-        return VisionLanguageModel(config, words)
+        return VisionLanguageModel(config, tokenizer)
 
 
 def prepared(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
-    """The skeleton as a run sets it up: what is quantised, adapted and frozen, each tensor in its number format."""
+    """The skeleton as a run sets it up: quantised, with adapters and frozen as `settings` say, each
+    tensor in the dtype that the run holds it in."""
     model, meta = skeleton(config), torch.device("meta")
     set_up(model, settings, meta)
     Precision(precision.dtype, meta, settings.stochastic_rounding).place(model)

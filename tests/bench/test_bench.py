@@ -1,4 +1,4 @@
-"""The bench on tiny random weights: both libraries do the same work, and the table comes out whole."""
+"""The bench on tiny random weights: both libraries do the same work, and the table is complete."""
 
 import json
 import sys
@@ -8,39 +8,39 @@ import pytest
 import torch
 
 from nanovlm.bench import __main__ as bench_command
-from nanovlm.bench.reference import Transformers
-from nanovlm.bench.sides import TEXT, NanoVLM
+from nanovlm.bench.models import LANGUAGE_MODEL, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench
+from nanovlm.bench.transformers_model import TransformersModel
 from nanovlm.errors import NanoVLMError
 
 CPU = torch.device("cpu")
 
 
-def test_both_sides_compute_the_same(weights: Path) -> None:
-    vocabulary = json.loads((weights / TEXT / "config.json").read_text())["vocab_size"]
-    bench = Bench(CPU, torch.float32, image_token_id=vocabulary - 1)
-    ours, theirs = (
-        side(weights, CPU, torch.float32, bench.image_token_id) for side in (NanoVLM, Transformers)
-    )
-    work = bench.work(2, 24, 8)
-    torch.testing.assert_close(
-        ours.encode(work.pixels), theirs.encode(work.pixels), atol=1e-4, rtol=1e-4
-    )
-    losses = [side.loss(side.prepare(work)) for side in (ours, theirs)]
+def test_both_libraries_compute_the_same(weights: Path) -> None:
+    config = json.loads((weights / LANGUAGE_MODEL / "config.json").read_text())
+    bench = Bench(CPU, torch.float32, image_token_id=config["vocab_size"] - 1)
+    models = [
+        kind(weights, CPU, torch.float32, bench.image_token_id)
+        for kind in (NanoVLMModel, TransformersModel)
+    ]
+    inputs = bench.inputs(2, 24, 8)
+    features = [model.encode(inputs.pixels) for model in models]
+    torch.testing.assert_close(*features, atol=1e-4, rtol=1e-4)
+    losses = [model.loss(model.prepare(inputs)) for model in models]
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
     for loss in losses:
         loss.backward()
-    grads = ours.projector.up.weight.grad, theirs.projector.linear_1.weight.grad
+    grads = models[0].projector.up.weight.grad, models[1].projector.linear_1.weight.grad
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
-    prompt = bench.work(1, 24, 8)
-    answers = [side.generate(side.prepare(prompt), 12, lambda: None) for side in (ours, theirs)]
+    prompt = bench.inputs(1, 24, 8)
+    answers = [model.generate(model.prepare(prompt), 12, lambda: None) for model in models]
     assert answers[0] == answers[1]
 
 
-def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
+def test_a_step_updates_what_is_trainable_and_nothing_else(weights: Path) -> None:
     bench = Bench(CPU, torch.float32, image_token_id=300)
-    for side in (NanoVLM, Transformers):
-        model = side(weights, CPU, torch.float32, 300)
+    for kind in (NanoVLMModel, TransformersModel):
+        model = kind(weights, CPU, torch.float32, 300)
         parts = {
             name: getattr(model, name) for name in ("vision_encoder", "projector", "language_model")
         }
@@ -48,13 +48,13 @@ def test_a_step_moves_what_should_learn_and_nothing_else(weights: Path) -> None:
             name: [parameter.clone() for parameter in part.parameters()]
             for name, part in parts.items()
         }
-        bench.training_step(model, bench.work(2, 24, 8), ("projector",))()
+        bench.training_step(model, bench.inputs(2, 24, 8), ("projector",))()
         moved = {
             name
             for name, part in parts.items()
             if any(not torch.equal(old, new) for old, new in zip(before[name], part.parameters()))
         }
-        assert moved == {"projector"}, side.name
+        assert moved == {"projector"}, model.name
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, weights: Path, *flags: str) -> None:
@@ -79,18 +79,18 @@ def test_every_row_has_both_figures(
     assert "the first 65 of 65 greedy tokens are equal" in captured.err
 
 
-def test_without_transformers_nanovlm_stands_alone(
+def test_without_transformers_there_are_nanovlms_figures_alone(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     run_command(monkeypatch, weights, "--only", "encode")
     captured = capsys.readouterr()
     assert "transformers is not installed" in captured.err
-    header, line = captured.out.rstrip("\n").splitlines()
+    _, line = captured.out.rstrip("\n").splitlines()
     assert "image encoding" in line and line.endswith("—")
 
 
-def test_ratios_say_who_is_better() -> None:
+def test_ratios_are_above_one_where_nanovlm_is_better() -> None:
     assert ROWS["decode"].ratio(30, 10) == 3
     assert ROWS["memory"].ratio(3, 6) == 2 == ROWS["first_token"].ratio(3, 6)
 
@@ -106,5 +106,5 @@ def test_wrong_flags_are_named(
 
 
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NanoVLMError, match=f"{TEXT}.config.json"):
+    with pytest.raises(NanoVLMError, match=f"{LANGUAGE_MODEL}.config.json"):
         run_command(monkeypatch, tmp_path)

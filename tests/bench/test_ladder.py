@@ -1,4 +1,4 @@
-"""The ladder on tiny random weights: a rung changes how training is done, and not what is learned."""
+"""The ladder on tiny random weights: a rung changes speed and memory, and not the losses."""
 
 from pathlib import Path
 
@@ -20,12 +20,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "PACK": 64,
     }.items():
         monkeypatch.setattr(ladder, name, value)
-    monkeypatch.setitem(
-        ladder.RUNGS, "+ packing", ladder.Rung(packed=True)
-    )  # in fp32, to be compared exactly
+    # In fp32, to be compared exactly.
+    monkeypatch.setitem(ladder.RUNGS, "+ packing", ladder.Rung(packed=True))
 
 
-def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
+def test_packing_fills_rows_and_gives_the_same_losses(weights: Path) -> None:
     figures = {
         name: ladder.measure(name, weights, CPU, rounds=2) for name in ("float32", "+ packing")
     }
@@ -34,7 +33,7 @@ def test_packing_fills_rows_and_learns_the_same(weights: Path) -> None:
         assert packed[loss] == pytest.approx(padded[loss], abs=1e-5)
     assert padded["last_loss"] < padded["first_loss"]
     assert packed["fill"] > padded["fill"]
-    header, *lines, losses = ladder.table(figures).splitlines()
+    header, *lines, _ = ladder.table(figures).splitlines()
     assert len(lines) == 2 and all(line.startswith(name) for name, line in zip(figures, lines))
     assert {len(line) for line in lines} == {len(header)}
 

@@ -1,6 +1,8 @@
-"""The order of a run: a function of the seed, every record once an epoch, the same for any number of workers."""
+"""The order of a run: a function of the seed, every record once an epoch, the same for any number
+of workers."""
 
 import dataclasses
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,6 +115,14 @@ def test_any_number_of_workers_prepares_the_same(chat, records):
             assert_same(ours, theirs)
 
 
+def test_a_pickled_copy_makes_the_same(chat, records):
+    """As a worker process gets it where processes are spawned and not forked."""
+    batches = make(records, chat, bucket=2)
+    copy = pickle.loads(pickle.dumps(batches))
+    for number in range(4):
+        assert_same(copy[number], batches[number])
+
+
 def test_without_shuffling_the_order_is_the_files_and_each_record_comes_once(chat, records):
     batches = make(records, chat, shuffle=False, share=1)
     seen = [answer for number in range(6) for answer in answers(chat, batches[number])]
@@ -216,16 +226,16 @@ def test_an_image_is_never_cut(chat, images):
         {},
     )
     encoded = chat.encode(last.messages, [ImageTokens(IMAGE_LENGTH)])
-    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(
-        chat.image_token_id
-    )  # right after the image
+    # The position right after the image.
+    end = len(encoded.input_ids) - encoded.input_ids[::-1].index(chat.image_token_id)
     for max_length in range(end - IMAGE_LENGTH, end):
         loaded = make([last], chat, batch_size=1, max_length=max_length)[0]
         assert loaded.batch is None
-        assert loaded.skipped == [
+        (reason,) = loaded.skipped
+        assert reason == (
             f"data.jsonl:7: an image lies beyond {max_length} tokens and an image is never cut; "
             "raise --max-length"
-        ]
+        )
     assert (
         len(make([last], chat, batch_size=1, max_length=end)[0].batch.image_positions)
         == IMAGE_LENGTH

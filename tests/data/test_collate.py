@@ -1,4 +1,5 @@
-"""`prepare` gives what training gives for the same records, and refuses what does not fit together."""
+"""`prepare` gives what training gives for the same records, and refuses what does not fit
+together."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +18,7 @@ from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image import open_image
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
-from tests.inputs.test_image import picture
+from tests.inputs.test_image import random_image
 from tests.reference.models import tiny_vlm
 
 SIZES = ((60, 60), (90, 20), (10, 70))
@@ -39,7 +40,7 @@ def records(tmp_path_factory) -> list[Record]:
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / f"{number}.png" for number in range(len(SIZES))]
     for seed, (path, size) in enumerate(zip(paths, SIZES)):
-        picture(*size, seed).save(path)
+        random_image(*size, seed).save(path)
     turns = (
         (paths[:1], ("<image>\n描述图片", "一个圆形。")),
         (paths[1:], ("<image> or <image>?", "a", "and above?", "the second one")),

@@ -1,4 +1,5 @@
-"""Packed, sorted and dealt batches: the same records, the same loss and gradients, whoever prepares them."""
+"""Packed, sorted and dealt batches: the same records, the same loss and gradients, whoever prepares
+them."""
 
 import json
 import random
@@ -83,14 +84,13 @@ def test_cut_by_length_counts_records():
         [[9]],
     ]
     assert list(map(len, cut_by_length([[row(1)]] * 12, 4))) == [3] * 4
-    assert (
-        list(map(len, cut_by_length([[row(1, 9)], *[[row(2)]] * 3], 4))) == [1] * 4
-    )  # none is empty
+    # No batch is empty.
+    assert list(map(len, cut_by_length([[row(1, 9)], *[[row(2)]] * 3], 4))) == [1] * 4
     assert list(map(len, cut_by_length([[row(1)]] * 2, 3))) == [1, 1, 0]
     assert cut_by_length([], 2) == [[], []]
 
 
-def test_deal_gives_alike_numbers_of_tokens_and_halves_lines_where_there_are_too_few():
+def test_deal_gives_alike_numbers_of_tokens_and_halves_rows_where_there_are_too_few():
     hands = deal([[row(length)] for length in (7, 1, 5, 3, 6, 2)], 2)
     assert [sum(map(sum, lengths(hand))) for hand in hands] == [12, 12]
     hands = deal([[row(4), row(3), row(2)], [row(1)]], 4)
@@ -105,7 +105,8 @@ def model(tiny) -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def records(tiny) -> list[Record]:
-    """Forty of the scenes' records, some without an image and one of two images, of unequal lengths."""
+    """Forty of the scenes' records, some without an image and one of two images, of unequal
+    lengths."""
     records = read_records(tiny.data / "train.jsonl")[0][:40]
     images = sorted({record.images[0] for record in records})
     text = [
@@ -150,9 +151,8 @@ def loss_and_gradients(model: VisionLanguageModel, loaded: list[LoadedBatch]) ->
 @pytest.mark.parametrize("share", [1, 4])
 @pytest.mark.parametrize("mode", list(MODES.values())[1:], ids=list(MODES)[1:])
 def test_loss_and_every_gradient_equal_those_of_a_row_each(model, records, mode, share):
-    size = (
-        len(records) // 3 if "bucket" in mode else len(records)
-    )  # so that the window is one epoch
+    # One bucket is one epoch.
+    size = len(records) // 3 if "bucket" in mode else len(records)
     batches = make(model, records, batch_size=size, share=share, **mode)
     ours = [batches[number] for number in range(mode.get("bucket", 1))]
     plain = [make(model, records, batch_size=len(records), share=1)[0]]
@@ -163,11 +163,11 @@ def test_loss_and_every_gradient_equal_those_of_a_row_each(model, records, mode,
     assert got.keys() == expected.keys() and len(got) > 30
     for name, value in expected.items():
         torch.testing.assert_close(
-            got[name], value, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}"
+            got[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
-def test_a_packed_sample_does_not_notice_its_neighbours(model, records):
+def test_a_packed_sample_does_not_depend_on_its_neighbours(model, records):
     """Changing one sample of a row changes no logit of another's."""
     loaded = make(model, records[:6], batch_size=6, share=1, pack=2000)[0]
     batch = loaded.batch
@@ -186,9 +186,8 @@ def test_a_packed_sample_does_not_notice_its_neighbours(model, records):
 @every_mode
 @pytest.mark.parametrize("share", [1, 4])
 def test_every_record_comes_exactly_once_an_epoch(model, records, mode, share):
-    batches = make(
-        model, records, share=share, **mode
-    )  # 48 records: six batches, a whole number of windows
+    # 48 records: six batches, a whole number of buckets.
+    batches = make(model, records, share=share, **mode)
     for epoch in range(2):
         loaded = [batches[number] for number in range(6 * epoch, 6 * epoch + 6)]
         assert sorted(name for item in loaded for name in item.records) == sorted(
@@ -209,9 +208,8 @@ def test_processes_share_each_step_without_overlap(model, records, mode, share):
         for number in (0, 4, 7):
             parts, whole = [rank[number] for rank in ranks], alone[number]
             assert sorted(name for part in parts for name in part.records) == sorted(whole.records)
-            assert (
-                sum(part.tokens for part in parts) >= whole.tokens
-            )  # a prefix may be read once in each process
+            # A prefix may be read once in each process.
+            assert sum(part.tokens for part in parts) >= whole.tokens
             assert sum(len(part.batch.targets) for part in parts if part.batch) == len(
                 whole.batch.targets
             )
@@ -226,15 +224,13 @@ def test_the_processes_losses_add_up_to_that_of_one(model, records, mode):
     )
     for name, value in whole.items():
         torch.testing.assert_close(
-            parts[name], value, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}"
+            parts[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 def test_processes_get_alike_numbers_of_tokens(model, records):
-    for mode, difference in (
-        ({"bucket": 6}, 20),
-        ({"bucket": 6, "pack": 160}, 160),
-    ):  # a row more or less
+    # The numbers may differ by one row.
+    for mode, difference in (({"bucket": 6}, 20), ({"bucket": 6, "pack": 160}, 160)):
         ranks = [
             make(model, records, batch_size=8, share=1, rank=rank, world=2, **mode)
             for rank in range(2)
@@ -275,7 +271,7 @@ def test_sorting_and_packing_leave_less_padding(model, records):
     assert plain < 0.6 and sorted_by_length > 0.75 and packed > 0.9
 
 
-def test_the_batches_of_a_window_are_not_in_order_of_length(model, records):
+def test_the_batches_of_a_bucket_are_not_in_order_of_length(model, records):
     firsts = {
         min(range(6), key=lambda number: make(model, records, bucket=6, seed=seed)[number].slots)
         for seed in range(8)
@@ -294,7 +290,8 @@ def test_tokens_slots_and_images_are_those_of_the_batch(model, records):
 
 @pytest.mark.parametrize("pack", [60, 100, 1000])
 def test_no_row_is_longer_than_pack(model, records, pack):
-    """A sample that is longer is cut as by --max-length, and samples that share a prefix part where they would be."""
+    """A sample that is longer is cut as by --max-length, and samples that share a prefix part where
+    they would be."""
     batches = make(model, records, share=8, batch_size=48, pack=pack, max_length=1000)
     loaded = batches[0]
     assert loaded.batch.input_ids.shape[1] <= pack
@@ -365,8 +362,9 @@ def test_unshuffled_records_come_once(model, records, mode):
     assert all(item.batch is not None for item in loaded)
 
 
-def test_a_packed_run_learns_what_an_unpacked_one_does(tiny, tmp_path):
-    """Through the settings: with a window of one batch, each step has the same records, so the same loss."""
+def test_a_packed_run_has_the_losses_of_an_unpacked_one(tiny, tmp_path):
+    """Through the settings: with a bucket of one batch, each step has the same records, so the same
+    loss."""
     lines = []
     for name, packed in (("plain", {}), ("packed", {"pack": 300, "workers": 1})):
         run = tiny.train(

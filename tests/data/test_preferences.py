@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -193,8 +194,8 @@ def test_a_pair_reads_its_image_once(model, pairs):
 
 def test_only_the_last_answer_is_labelled(model, pairs):
     loaded = make(model, [pairs[3]], batch_size=1)[0]
-    told = model.tokenizer.decode(loaded.batch.targets.tolist())
-    assert "Three" in told and "Two" in told and "Yes" not in told
+    text = model.tokenizer.decode(loaded.batch.targets.tolist())
+    assert "Three" in text and "Two" in text and "Yes" not in text
 
 
 def test_targets_go_through_the_head_and_nothing_else_does(model, pairs):
@@ -229,6 +230,9 @@ def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, 
         record.where: (-float(number), -number - 0.5) for number, record in enumerate(pairs)
     }
     (loaded,) = list(batches.loader(1, 2, workers=1))
+    copy = pickle.loads(pickle.dumps(batches))[1]  # for a worker that is spawned
+    assert copy.records == loaded.records
+    assert torch.equal(copy.batch.reference, loaded.batch.reference)
     numbers = [[record.where for record in pairs].index(where) for where in loaded.records]
     batch = loaded.batch.to("cpu")
     assert type(batch) is PairBatch and batch.reference.tolist() == [

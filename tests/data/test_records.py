@@ -190,9 +190,8 @@ def test_a_bad_record_is_skipped_and_named_with_its_line(folder, entry, reason):
 
 def test_above_one_percent_the_run_stops_with_the_list(folder):
     bad = [LLAVA | {"image": f"{number}.jpg"} for number in range(60)]
-    assert (
-        len(read_records(write(folder / "data.jsonl", [TEXT] * 5940 + bad))[1]) == 60
-    )  # exactly one percent
+    # Exactly one percent.
+    assert len(read_records(write(folder / "data.jsonl", [TEXT] * 5940 + bad))[1]) == 60
     path = write(folder / "data.jsonl", [TEXT] * 5939 + bad)
     with pytest.raises(NanoVLMError) as caught:
         read_records(path)

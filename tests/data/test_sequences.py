@@ -1,4 +1,5 @@
-"""A shared row has the loss and the gradients of a row each, and a batch has everything in its place."""
+"""A shared row has the loss and the gradients of a row each, and a batch has everything in its
+place."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_a_shared_row_equals_a_row_each(model, images, texts, shared):
 
 
 def test_a_mixed_batch_equals_a_row_each(model):
-    """Shared rows of several images, rows that could not be shared, text alone; all padded to one length."""
+    """Shared rows of several images, rows that could not be shared, text alone; all padded to one
+    length."""
     samples = [
         [sample(model, images, *turns) for turns in texts]
         for images, texts, _ in list(GROUPS.values())[::2]
@@ -148,7 +150,7 @@ def assert_same_loss(
             expected[name] / scale,
             atol=1e-5,
             rtol=0,
-            msg=lambda text: f"{name}: {text}",
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -182,9 +184,8 @@ def test_collate_pads_and_finds_places(pad_left):
 
 
 def test_padding_is_never_taken_for_an_image():
-    batch = collate(
-        [row([0, 5], [IGNORED, 5]), row([5], [IGNORED])], image_token_id=0
-    )  # the id padding is filled with
+    # 0 is also the id that padding is filled with.
+    batch = collate([row([0, 5], [IGNORED, 5]), row([5], [IGNORED])], image_token_id=0)
     assert batch.image_positions.tolist() == [0]
 
 
@@ -195,7 +196,8 @@ def test_rows_of_one_length_and_a_single_row():
 
 
 def test_a_branch_starts_before_its_first_label():
-    """The token that predicts a branch's first word has to be in the branch, however much the beginnings agree."""
+    """The token that predicts a branch's first word has to be in the branch, however much the
+    beginnings agree."""
     first = TokenSequence.of(Sample([1, 2, 3, 4, 5], [IGNORED] * 2 + [3, 4, 5]))
     second = TokenSequence.of(Sample([1, 2, 3, 4, 6], [IGNORED] * 4 + [6]))
     shared = share_prefix([first, second], image_token_id=9)

@@ -1,4 +1,5 @@
-"""Images cut into tiles, from the file to the loss: places and pictures agree everywhere, and nothing is read in vain."""
+"""Images cut into tiles, from the file to the loss: placeholders and tiles agree everywhere, and no
+file is read needlessly."""
 
 import dataclasses
 import io
@@ -24,7 +25,7 @@ from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.precision import Precision
 from nanovlm.training.run import encode_images
-from tests.inputs.test_image import picture
+from tests.inputs.test_image import random_image
 from tests.reference.models import tiny_vlm
 
 TILES = ImageConfig(28, 28, fit="tiles", max_tiles=3)
@@ -37,7 +38,7 @@ GRIDS = {
     "dot": (3, 3),
     "turned": (3, 1),
 }
-LENGTH = 4  # visual tokens a picture
+LENGTH = 4  # visual tokens of a tile
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +48,16 @@ def model(tmp_path_factory) -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> dict[str, Path]:
-    """Files of SHAPES, and a wide one that its EXIF turns upright, which is a member of a tar file."""
+    """Files of SHAPES, and a wide one that its EXIF turns upright, which is a member of a tar
+    file."""
     folder = tmp_path_factory.mktemp("images")
     paths = {name: folder / f"{name}.png" for name in SHAPES}
     for seed, (name, path) in enumerate(paths.items()):
-        picture(*SHAPES[name], seed).save(path)
+        random_image(*SHAPES[name], seed).save(path)
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = io.BytesIO()
-    picture(90, 20).save(turned, "JPEG", exif=exif)
+    random_image(90, 20).save(turned, "JPEG", exif=exif)
     with tarfile.open(folder / "images.tar", "w") as tar:
         member = tarfile.TarInfo("turned.jpg")
         member.size = len(turned.getvalue())
@@ -93,15 +95,17 @@ def test_training_and_asking_take_the_same_ids_and_bytes(model, images, names):
         record(0, *paths).messages[:1], tokens, add_generation_prompt=True
     ).input_ids
     assert trained.input_ids[0, : len(prompt)].tolist() == prompt
-    pictures = sum(image.num_tiles for image in tokens)
+    num_tiles = sum(image.num_tiles for image in tokens)
     assert (
-        len(trained.image_positions) == prompt.count(model.chat.image_token_id) == LENGTH * pictures
+        len(trained.image_positions)
+        == prompt.count(model.chat.image_token_id)
+        == LENGTH * num_tiles
     )
     if names:
         assert torch.equal(
             trained.pixels, torch.cat([image_pixels(image, TILES) for image in opened])
         )
-        assert len(trained.pixels) == pictures
+        assert len(trained.pixels) == num_tiles
     assert model(trained).isfinite()
 
 
@@ -181,7 +185,7 @@ def test_an_unreadable_image_is_skipped_and_named(model, images, tmp_path):
         record(2, rest),
         record(3, images["wide"], missing),
     ]
-    for layout in (dict(), dict(pack=1000), dict(bucket=1, share=2)):
+    for layout in ({}, dict(pack=1000), dict(bucket=1, share=2)):
         loaded = make(model, records, **layout)[0]
         assert loaded.records == ["data.jsonl:0"] and len(loaded.batch.pixels) == 10
         assert sorted(reason.split(": ")[:2] for reason in loaded.skipped) == [
@@ -202,11 +206,11 @@ def test_sizes_are_read_from_headers_and_only_for_tiles(model, images, monkeypat
         tiled._lay_out(0)
 
 
-def test_too_few_and_too_many_pictures_are_told_with_both_numbers(model, images):
+def test_too_few_and_too_many_tiles_are_refused_with_both_numbers(model, images):
     batch = make(model, [record(0, images["wide"])])[0].batch
     for pixels in (batch.pixels[:3], batch.pixels.repeat(2, 1, 1, 1)):
-        told = f"16 image placeholders, and {len(pixels)} tiles of 4 visual tokens fill {4 * len(pixels)};"
-        with pytest.raises(NanoVLMError, match=told):
+        tiles = f"{len(pixels)} tiles of 4 visual tokens fill {4 * len(pixels)};"
+        with pytest.raises(NanoVLMError, match=f"16 image placeholders, and {tiles}"):
             model(dataclasses.replace(batch, pixels=pixels))
 
 

@@ -40,9 +40,8 @@ def test_signals_are_left_to_the_parent():
 
 
 def test_a_worker_that_dies_is_said_in_one_line_where_its_item_is_asked_for(monkeypatch, capfd):
-    monkeypatch.setattr(
-        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1
-    )  # seconds it waits for the others to end
+    # Seconds that it waits for the other workers to end.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     items = prepare_ahead(Processes(deadly=8), 0, 20, workers=2)
     next(items)
     with pytest.raises(NanoVLMError) as caught:
@@ -79,6 +78,7 @@ def test_workers_end_with_their_parent_though_they_heed_no_signal(tmp_path):
         "items = prepare_ahead(Processes(), 0, 100, workers=1)\n"
         "next(items)\nsys.exit(3)\n"
     )
+    # Waits until the worker, too, has closed its end of the pipes.
     done = subprocess.run(
         [sys.executable, script],
         env=os.environ | {"PYTHONPATH": os.getcwd()},
@@ -86,5 +86,5 @@ def test_workers_end_with_their_parent_though_they_heed_no_signal(tmp_path):
         text=True,
         timeout=60,
         check=False,
-    )  # waits until the worker, too, has closed its end of the pipes
+    )
     assert done.returncode == 3 and done.stderr == ""

@@ -80,7 +80,7 @@ def test_every_image_is_swapped_once(records):
         other_images(records[:1])
 
 
-def test_score_counts_a_description_in_any_order_and_tells_each_kind(records, capsys):
+def test_score_counts_a_description_in_any_order_and_reports_each_kind(records, capsys):
     right = [references_of(record)[0] for record in records]
     result = score(records, right)
     assert (
@@ -88,15 +88,14 @@ def test_score_counts_a_description_in_any_order_and_tells_each_kind(records, ca
         and result["bleu_4"] == pytest.approx(1, abs=1e-3)
         and result["n"] == len(records)
     )
-    told = capsys.readouterr().err
-    assert all(kind in told for kind in {record.extra["kind"] for record in records})
+    lines = capsys.readouterr().err
+    assert all(kind in lines for kind in {record.extra["kind"] for record in records})
     wrong = score(records, ["？"] * len(records))
     assert wrong["exact"] == 0 and wrong["cider_d"] == 0
     assert (
         wrong.keys() == result.keys() == {"exact", "cider_d", "bleu_4", "chair_i", "chair_s", "n"}
     )
-    assert (
-        result["chair_i"] == wrong["chair_i"] == 0
-    )  # an answer that names nothing names nothing wrong
+    # An answer that names nothing names nothing wrong.
+    assert result["chair_i"] == wrong["chair_i"] == 0
     questions = [record for record in records if record.extra["kind"] == "count"]
     assert "chair_i" not in score(questions, [references_of(record)[0] for record in questions])

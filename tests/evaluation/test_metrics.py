@@ -1,4 +1,5 @@
-"""The metrics: tokens by hand, scores against figures that `pycocoevalcap` 1.2 gave for the same made-up corpus."""
+"""The metrics: tokens by hand, scores against figures that `pycocoevalcap` 1.2 gave for the same
+made-up corpus."""
 
 import random
 import time
@@ -8,8 +9,9 @@ import pytest
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.metrics import bleu, cider_d, exact_match, tokenize, wrong_objects
 
-# pycocoevalcap 1.2, `Cider().compute_score` and `Bleu(4).compute_score` on `make_corpus(seed, photos)`. The package is
-# not in requirements-dev.txt (100 MB of Java archives); `test_scores_equal_live_pycocoevalcap` runs where it is there.
+# pycocoevalcap 1.2, `Cider().compute_score` and `Bleu(4).compute_score` on `make_corpus(seed,
+# photos)`. The package is not in requirements-dev.txt (100 MB of Java archives);
+# `test_scores_equal_live_pycocoevalcap` runs where it is there.
 FROZEN = {
     (0, 40): (1.35049035463, [0.779767766729, 0.66365416231, 0.569846569999, 0.513677503831]),
     (1, 7): (1.21016757717, [0.533575901552, 0.456427865957, 0.341922107983, 0.284295362472]),
@@ -18,7 +20,8 @@ FROZEN = {
 
 
 def make_corpus(seed: int, photos: int) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Answers and one to five references a photo, of 0 to 14 words that get rarer along the alphabet."""
+    """Answers and one to five references a photo, of 0 to 14 words that get rarer along the
+    alphabet."""
     rng = random.Random(seed)
 
     def sentence() -> list[str]:

@@ -78,7 +78,7 @@ def test_global_headers_and_large_numbers_are_understood(tmp_path):
     assert archive.read_member(tmp_path / "x.tar::a.jpg") == b"a"
 
 
-def test_a_picture_in_a_tar_file_is_the_picture(tmp_path):
+def test_an_image_in_a_tar_file_is_the_image(tmp_path):
     Image.new("RGB", (9, 7), (200, 30, 40)).save(tmp_path / "a.png")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "text.txt", b"not one")

@@ -1,4 +1,5 @@
-"""Conversations against the reference's chat templates, what is learned of them, and what a user cannot type."""
+"""Conversations against the reference's chat templates, which tokens have labels, and what a user
+cannot type."""
 
 import io
 import os
@@ -18,37 +19,50 @@ from tests.reference.models import CORPUS, byte_pair, sentence_piece
 
 # The published templates, reduced to what conversations without tools and thoughts come to.
 QWEN2_5_TEMPLATE = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}"
-    "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}"
+    "{% for turn in messages %}"
+    "{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 QWEN3_TEMPLATE = (
     "{% set at = namespace(query=-1) %}{% set blank = '<think>\\n\\n</think>\\n\\n' %}"
-    "{% for turn in messages %}{% if turn.role == 'user' %}{% set at.query = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for turn in messages %}{% set after = turn.role == 'assistant' and loop.index0 > at.query %}"
-    "{{ '<|im_start|>' + turn.role + '\\n' + (blank if after else '') + turn.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + ('' if enable_thinking else blank) }}{% endif %}"
+    "{% for turn in messages %}"
+    "{% if turn.role == 'user' %}{% set at.query = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for turn in messages %}"
+    "{% set after = turn.role == 'assistant' and loop.index0 > at.query %}"
+    "{{ '<|im_start|>' + turn.role + '\\n' + (blank if after else '') "
+    "+ turn.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\\n' + ('' if enable_thinking else blank) }}{% endif %}"
 )
 SMOLLM2_TEMPLATE = (  # as published
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA3_TEMPLATE = (  # which also trims what is said
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+LLAMA3_TEMPLATE = (  # which also trims every turn
+    "{% for message in messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
     "{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
 )
 VICUNA_TEMPLATE = (  # LLaVA-1.5's conversation "v1", whose own code is no template
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% elif SYSTEM %}{{ SYSTEM + ' ' }}"
-    "{% endif %}{% for turn in messages %}{% if turn.role == 'user' %}{{ 'USER: ' + turn.content + ' ' }}"
-    "{% elif turn.role == 'assistant' %}{{ 'ASSISTANT: ' + turn.content + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}"
+    "{% elif SYSTEM %}{{ SYSTEM + ' ' }}{% endif %}"
+    "{% for turn in messages %}{% if turn.role == 'user' %}{{ 'USER: ' + turn.content + ' ' }}"
+    "{% elif turn.role == 'assistant' %}{{ 'ASSISTANT: ' + turn.content + eos_token }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 LLAMA3_SPECIAL = (
@@ -129,7 +143,7 @@ def written(chat: Chat, encoded: Sample) -> str:
     return chat.tokenizer.decode(encoded.input_ids)
 
 
-def learned(chat: Chat, encoded: Sample) -> str:
+def labelled(chat: Chat, encoded: Sample) -> str:
     """The text of the labels; each label has to be the token it stands at."""
     assert len(encoded.labels) == len(encoded.input_ids)
     assert all(label in (IGNORED, token) for token, label in zip(encoded.input_ids, encoded.labels))
@@ -186,7 +200,7 @@ def test_ids_equal_llama_3s_template(tmp_path, conversation):
     chat = Chat(config, tokenizer)
     assert_equals_reference(chat, reference, trimmed(conversation))
     answers = [text for role, text in trimmed(conversation) if role == "assistant"]
-    assert learned(chat, chat.encode(parse(trimmed(conversation)))) == "".join(
+    assert labelled(chat, chat.encode(parse(trimmed(conversation)))) == "".join(
         f"{answer}<|eot_id|>" for answer in answers
     )
 
@@ -214,15 +228,14 @@ def test_ids_equal_vicunas_template(vicuna, conversation):
     assert_equals_reference(*vicuna, conversation)
 
 
-def test_what_vicuna_learns_is_each_answer_and_its_end(vicuna):
+def test_vicunas_labels_are_each_answer_and_its_end(vicuna):
     chat, _ = vicuna
     conversation = parse(
         [("user", "<image>Hi"), ("assistant", "A dog."), ("user", "More"), ("assistant", "No")]
     )
     encoded = chat.encode(conversation, [ImageTokens(2)])
-    assert (
-        learned(chat, encoded) == "A dog.</s> No</s>"
-    )  # each text begins with a space, of which decoding drops the first
+    # Each text begins with a space, of which decoding drops the first.
+    assert labelled(chat, encoded) == "A dog.</s> No</s>"
     assert written(chat, encoded).endswith(
         "USER: <image><image> Hi ASSISTANT: A dog.</s> USER: More ASSISTANT: No</s>"
     )
@@ -250,7 +263,7 @@ def test_what_a_user_types_to_vicuna_never_becomes_special(vicuna, typed):
         ]
 
 
-def test_the_first_qwens_folder_is_told_by_its_vocabulary(tmp_path):
+def test_the_first_qwens_folder_is_recognized_by_its_vocabulary(tmp_path):
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>")
     byte_pair(tmp_path, special=special)
     config = read_chat_config(tmp_path, load_tokenizer(tmp_path))
@@ -260,7 +273,8 @@ def test_the_first_qwens_folder_is_told_by_its_vocabulary(tmp_path):
         chat,
         chat.encode(parse([("user", "<image>Hi")]), [ImageTokens(2)], add_generation_prompt=True),
     ) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|extra_0|><|extra_0|>Hi<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|extra_0|><|extra_0|>Hi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
@@ -329,9 +343,10 @@ def test_plain_is_written_down_as_it_should_be(plain):
     ]
     encoded = plain.encode(parse(conversation), [ImageTokens(2)], add_generation_prompt=True)
     assert written(plain, encoded) == (
-        "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s><user>Bye</s><assistant>"
+        "<system>Be kind.</s><user><image><image>几个？</s><assistant>三个</s>"
+        "<user>Bye</s><assistant>"
     )
-    assert learned(plain, encoded) == "三个</s>"
+    assert labelled(plain, encoded) == "三个</s>"
     special = [
         token for token in encoded.input_ids if token in plain.tokenizer.special_tokens.values()
     ]
@@ -339,15 +354,16 @@ def test_plain_is_written_down_as_it_should_be(plain):
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
-def test_the_assistants_words_and_their_end_are_learned_and_nothing_else(family, conversation):
+def test_the_assistants_words_and_their_end_have_labels_and_nothing_else(family, conversation):
     chat, _ = family
     encoded = chat.encode(parse(conversation), add_generation_prompt=True)
     answers = [text for role, text in conversation if role == "assistant"]
-    assert learned(chat, encoded) == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert labelled(chat, encoded) == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
 def test_a_training_prompt_is_the_generation_prompt(family):
-    """What stands before the answer in training is what generation starts from, or the first word would be off."""
+    """What stands before the answer in training is what generation starts from, or the first word
+    would be off."""
     chat, _ = family
     question, answer = Message.parse("user", "描述图片"), Message.parse("assistant", "\n\n一只狗")
     trained = chat.encode([question, answer])
@@ -389,11 +405,12 @@ def test_images_stand_where_they_are_said_to(chat):
     )
     pad = "<|image_pad|>"
     assert written(chat, encoded) == (
-        f"<|im_start|>user\nbefore {pad * 2} 和 {pad}{pad * 3} after<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+        f"<|im_start|>user\nbefore {pad * 2} 和 {pad}{pad * 3} after<|im_end|>\n"
+        "<|im_start|>assistant\nok<|im_end|>\n"
         f"<|im_start|>user\n{pad * 4}<|im_end|>\n"
     )
     assert encoded.input_ids.count(chat.image_token_id) == 10
-    assert learned(chat, encoded) == "ok<|im_end|>"
+    assert labelled(chat, encoded) == "ok<|im_end|>"
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "found in text"])
@@ -440,13 +457,15 @@ def test_without_names_for_tiles_they_are_plain_text(chat, plain, tmp_path):
     byte_pair(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.add_special_token("<|vision_start|>")
+    # A frame with only one of its tokens is not used.
     assert written(chat, chat.encode([message], images)) == (
         f"<|im_start|>user\n{tiles('', '<|image_pad|>', '')}a<|image_pad|><|im_end|>\n"
-    )  # half a frame is none
+    )
     tokenizer.add_special_token("<|vision_end|>")
     framed = Chat(ChatConfig(), tokenizer)
+    cut = tiles("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
     assert written(framed, framed.encode([message], images)) == (
-        f"<|im_start|>user\n{tiles('<|vision_start|>', '<|image_pad|>', '<|vision_end|>')}a<|image_pad|><|im_end|>\n"
+        f"<|im_start|>user\n{cut}a<|image_pad|><|im_end|>\n"
     )
     assert (
         written(plain, plain.encode([message], images))

@@ -1,4 +1,4 @@
-"""Pictures of every odd and broken kind, and agreement with the reference image processors."""
+"""Images of every odd and broken kind, and agreement with the reference image processors."""
 
 import io
 import json
@@ -62,7 +62,7 @@ SMOLVLM2 = {  # as published
 }
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth colours with some noise, so that both filters and decoders have something to do."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -102,7 +102,7 @@ def pixels_of(data: bytes) -> list[list[tuple[int, int, int]]]:
 
 
 def test_path_string_bytes_and_stream_give_the_same(tmp_path: Path) -> None:
-    image = picture(7, 5)
+    image = random_image(7, 5)
     path = tmp_path / "图片.png"
     image.save(path)
     with path.open("rb") as stream:
@@ -208,9 +208,8 @@ def test_exif_rotation_is_applied(format: str) -> None:
     # The scene, upright: red above blue, 16 wide and 32 high. Stored as each orientation stores it.
     upright = Image.new("RGB", (16, 32), "red")
     upright.paste((0, 0, 255), (0, 16, 16, 32))
-    upright.paste(
-        (255, 255, 255), (0, 0, 8, 16)
-    )  # and white in the top left corner, to tell mirrors apart
+    # And white in the top left corner, to tell mirrors apart.
+    upright.paste((255, 255, 255), (0, 0, 8, 16))
     stored = {
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -234,14 +233,14 @@ def test_exif_rotation_is_applied(format: str) -> None:
         assert np.abs(corners - [(255, 255, 255), (255, 0, 0), (0, 0, 255)]).max() <= 3, orientation
 
 
-def test_damaged_exif_does_not_lose_the_picture() -> None:
-    data = encode(picture(16, 8), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+def test_damaged_exif_does_not_lose_the_image() -> None:
+    data = encode(random_image(16, 8), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
     assert open_image(data).size == image_size(data) == (16, 8)
 
 
 def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
-        data = encode(picture(160, 80), format)
+        data = encode(random_image(160, 80), format)
         assert image_size(data) == (160, 80)
         if format not in ("TIFF", "WEBP"):  # in which pillow needs the end, too
             assert image_size(data[: len(data) * 2 // 3]) == (160, 80)
@@ -260,16 +259,16 @@ def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
 def test_the_size_of_a_png_whose_exif_comes_last(monkeypatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(picture(16, 8), "PNG", exif=exif)
+    data = encode(random_image(16, 8), "PNG", exif=exif)
     at = data.index(b"eXIf") - 4
     chunk = data[at : at + 12 + struct.unpack(">I", data[at : at + 4])[0]]
     late = data.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
     assert late.index(b"IDAT") < late.index(b"eXIf")
     assert open_image(late).size == image_size(late) == image_size(data) == (8, 16)
     monkeypatch.setattr(
-        ImageFile.ImageFile, "load", lambda self: pytest.fail("the picture is decoded")
+        ImageFile.ImageFile, "load", lambda self: pytest.fail("the image is decoded")
     )
-    assert image_size(data) == (8, 16) and image_size(encode(picture(16, 8), "PNG")) == (16, 8)
+    assert image_size(data) == (8, 16) and image_size(encode(random_image(16, 8), "PNG")) == (16, 8)
 
 
 def test_extreme_shapes() -> None:
@@ -277,7 +276,7 @@ def test_extreme_shapes() -> None:
         open_image(encode(Image.new("RGB", (1, 1), "red"), "PNG")), ImageConfig()
     ).shape == (3, 224, 224)
     for size in ((1, 5000), (5000, 1)):
-        image = open_image(encode(picture(*size), "PNG"))
+        image = open_image(encode(random_image(*size), "PNG"))
         assert preprocess(image, ImageConfig()).shape == (3, 224, 224)
         assert preprocess(image, parse_image_config(DINOV2)).shape == (3, 224, 224)
 
@@ -313,42 +312,40 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_image(tmp_path: Path, content: bytes, word: str) -> None:
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
-    assert_refused(path, "picture.jpg", word)
+    assert_refused(path, "image.jpg", word)
     assert_refused(content, "image in memory", word)
     with path.open("rb") as stream:
-        assert_refused(stream, "picture.jpg", word)
+        assert_refused(stream, "image.jpg", word)
 
 
 ENCODED = {
-    "jpeg": encode(picture(24, 18), "JPEG"),
-    "progressive": encode(picture(24, 18), "JPEG", progressive=True),
-    "png": encode(picture(24, 18), "PNG"),
-    "gif": encode(picture(24, 18).quantize(32), "GIF"),
-    "webp": encode(picture(24, 18), "WEBP"),
-    "lossless": encode(picture(24, 18), "WEBP", lossless=True),
-    "bmp": encode(picture(24, 18), "BMP"),
-    "tiff": encode(picture(24, 18), "TIFF"),
-    "ppm": encode(picture(24, 18), "PPM"),
+    "jpeg": encode(random_image(24, 18), "JPEG"),
+    "progressive": encode(random_image(24, 18), "JPEG", progressive=True),
+    "png": encode(random_image(24, 18), "PNG"),
+    "gif": encode(random_image(24, 18).quantize(32), "GIF"),
+    "webp": encode(random_image(24, 18), "WEBP"),
+    "lossless": encode(random_image(24, 18), "WEBP", lossless=True),
+    "bmp": encode(random_image(24, 18), "BMP"),
+    "tiff": encode(random_image(24, 18), "TIFF"),
+    "ppm": encode(random_image(24, 18), "PPM"),
 }
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_a_truncated_file_never_gives_part_of_the_picture(name: str) -> None:
+def test_a_truncated_file_never_gives_part_of_the_image(name: str) -> None:
     whole = ENCODED[name]
     expected = open_image(whole).tobytes()
     refused = 0
     for length in range(len(whole)):
         try:
-            assert open_image(whole[:length]).tobytes() == expected, (
-                length
-            )  # only an end marker was lost
+            # Only an end marker was lost.
+            assert open_image(whole[:length]).tobytes() == expected, length
         except NanoVLMError:
             refused += 1
-    assert (
-        refused >= len(whole) - 21
-    )  # 21: the tail of a PNG, its last checksum and the empty end chunk
+    # 21: the tail of a PNG, its last checksum and the empty end chunk.
+    assert refused >= len(whole) - 21
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -360,12 +357,11 @@ def test_large_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     limit, pillow_limit = f"{image_module.MAX_PIXELS:,}", Image.MAX_IMAGE_PIXELS
     assert_refused(png(30_000, 30_000, zlib.compress(b"")), limit)
     assert_refused(png(8193, 8192, zlib.compress(b"")), limit, "8193 x 8192")
-    assert_refused(
-        png(10_000, 10_000, zlib.compress(bytes(1251 * 10_000))), limit
-    )  # pillow only warns about this one
+    # Pillow only warns about this one.
+    assert_refused(png(10_000, 10_000, zlib.compress(bytes(1251 * 10_000))), limit)
     assert_refused(png(2**31 - 1, 2**31 - 1, b""), limit)
     assert_refused(b"P6 40000 40000 255\n", limit)
-    assert Image.MAX_IMAGE_PIXELS == pillow_limit
+    assert pillow_limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_an_image_of_the_largest_size_allowed_opens() -> None:
@@ -437,7 +433,7 @@ SIZES = [(640, 480), (375, 500), (224, 224), (256, 300), (31, 47), (1, 1), (1000
     "resample, number", [("nearest", 0), ("lanczos", 1), ("bilinear", 2), ("bicubic", 3)]
 )
 def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, number: int) -> None:
-    image = picture(*size)
+    image = random_image(*size)
     crop = BitImageProcessorPil(**DINOV2 | {"resample": number})
     squash = ViTImageProcessorPil(size={"height": 126, "width": 98}, resample=number)
     for processor in (crop, squash):
@@ -456,13 +452,11 @@ def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, numb
         if processor is squash:
             assert difference.max() < 1e-6
         elif resample != "nearest":
-            assert (
-                difference.max() < 1.01 / 255 and difference.mean() < 1e-4
-            )  # a rounding here and there
+            # A rounding here and there.
+            assert difference.max() < 1.01 / 255 and difference.mean() < 1e-4
         else:
-            different = (difference > 1e-6).any(
-                dim=0
-            )  # at most one row and one column lies between two pixels
+            # At most one row and one column lies between two pixels.
+            different = (difference > 1e-6).any(dim=0)
             assert different.any(dim=0).sum() <= 1 or different.any(dim=1).sum() <= 1
 
 
@@ -477,7 +471,7 @@ def test_same_pixels_as_the_reference(size: tuple[int, int], resample: str, numb
     ],
 )
 def test_same_pixels_as_clips_processor(size: tuple[int, int], noise: bool, settings: dict) -> None:
-    image = noisy(*size) if noise else picture(*size)
+    image = noisy(*size) if noise else random_image(*size)
     processor = CLIPImageProcessorPil(**settings)
     config = parse_image_config(json.loads(json.dumps(processor.to_dict())))
     assert config == parse_image_config(
@@ -503,7 +497,7 @@ def test_same_pixels_as_clips_processor(size: tuple[int, int], noise: bool, sett
 def test_same_pixels_as_siglips_processor(
     size: tuple[int, int], noise: bool, settings: dict
 ) -> None:
-    image = noisy(*size) if noise else picture(*size)
+    image = noisy(*size) if noise else random_image(*size)
     processor = SiglipImageProcessorPil(**settings)
     config = parse_image_config(json.loads(json.dumps(processor.to_dict())))
     assert config == parse_image_config(
@@ -541,7 +535,7 @@ def noisy(width: int, height: int) -> Image.Image:
 def test_same_tiles_as_the_reference(
     size: tuple[int, int], tile: int, most: int, resample: int
 ) -> None:
-    image = noisy(*size) if tile == 32 else picture(*size)
+    image = noisy(*size) if tile == 32 else random_image(*size)
     settings = {
         "size": {"longest_edge": tile * most},
         "max_image_size": {"longest_edge": tile},
@@ -580,7 +574,7 @@ def test_same_grid_as_the_reference_for_many_shapes() -> None:
     assert tile_grid(640, 480, ImageConfig()) == (0, 0) and ImageConfig().max_tiles_per_image == 1
 
 
-def test_the_grid_of_a_square_a_wide_and_a_tall_picture() -> None:
+def test_the_grid_of_a_square_a_wide_and_a_tall_image() -> None:
     config = parse_image_config(SMOLVLM2)
     assert [tile_grid(*size, config) for size in ((64, 64), (2000, 500), (30, 4000))] == [
         (4, 4),
@@ -596,8 +590,8 @@ def test_the_grid_of_a_square_a_wide_and_a_tall_picture() -> None:
     )
 
 
-def test_without_tiles_an_image_is_one_picture() -> None:
-    image = picture(40, 30)
+def test_without_tiles_an_image_is_one_tile() -> None:
+    image = random_image(40, 30)
     for config in (ImageConfig(28, 28), parse_image_config(DINOV2)):
         assert torch.equal(image_pixels(image, config), preprocess(image, config)[None])
 

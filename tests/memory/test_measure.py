@@ -1,4 +1,4 @@
-"""The command: its prediction is what a process of its own then needs, and its advice is right and in order."""
+"""The command: another process needs the predicted memory; the advice is right and in order."""
 
 import json
 import re
@@ -22,8 +22,8 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-# Of other kinds than the assets': as the decoder of `svlm` with its projector, as SmolVLM's tiled eyes, and as Qwen-VL's with
-# their resampler before Qwen's first generation.
+# Other kinds than the assets: the language model of `svlm` with its projector, the vision encoder
+# of SmolVLM with tiles, and that of Qwen-VL with its resampler before the first Qwen.
 SCRATCH = {
     "model_type": "nanovlm_language_model",
     "vocab_size": 8000,
@@ -174,7 +174,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("eyes", "processor", "voice", "flags"),
+    ("encoder", "processor", "language_model", "flags"),
     [
         pytest.param(
             None,
@@ -191,7 +191,8 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
                 "--dtype",
                 "float32",
             ],
-            # In bf16 oneDNN keeps code for each number of tokens that an expert has had, up to 0.1 GB of it.
+            # In bf16 oneDNN keeps code for each number of tokens that an expert was given, up to
+            # 0.1 GB of it.
             id="experts, reducer, resampler",
         ),
         pytest.param(
@@ -210,7 +211,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
                 "160",
                 "--checkpointing",
             ],
-            id="its top",
+            id="top block",
         ),
         pytest.param(
             TILED,
@@ -232,14 +233,18 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             id="tiles",
         ),
         pytest.param(
-            QWEN_VL, VIT, QWEN, ["--batch-size", "4", "--tokens", "192"], id="eyes' resampler, Qwen"
+            QWEN_VL,
+            VIT,
+            QWEN,
+            ["--batch-size", "4", "--tokens", "192"],
+            id="encoder's resampler, Qwen",
         ),
         pytest.param(
             QWEN_VL,
             VIT,
             QWEN,
             ["--batch-size", "4", "--tokens", "192", "--train", "projector,vision_encoder"],
-            id="eyes' resampler learns",
+            id="encoder's resampler trainable",
         ),
         pytest.param(
             None,
@@ -250,16 +255,18 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
         ),
     ],
 )
-def test_so_it_is_with_every_other_kind_of_part(
+def test_and_with_every_other_kind_of_part(
     command,
     tmp_path: Path,
-    eyes: dict | None,
+    encoder: dict | None,
     processor: dict | None,
-    voice: dict,
+    language_model: dict,
     flags: list[str],
 ):
     vision = (
-        published(tmp_path / "eyes", eyes, processor) if eyes else ASSETS / "tiny-vision-encoder"
+        published(tmp_path / "encoder", encoder, processor)
+        if encoder
+        else ASSETS / "tiny-vision-encoder"
     )
     process = command(
         "-m",
@@ -268,7 +275,7 @@ def test_so_it_is_with_every_other_kind_of_part(
         "--vision-encoder",
         vision,
         "--language-model",
-        published(tmp_path / "voice", voice),
+        published(tmp_path / "language_model", language_model),
         "--device",
         "cpu",
         "--dtype",
@@ -297,7 +304,7 @@ def test_a_forward_pass_at_full_size(command):
     )
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors.decode()
-    assert "parameters: eyes" in out.decode() and "visual tokens" in out.decode()
+    assert "parameters: vision encoder" in out.decode() and "visual tokens" in out.decode()
     predicted, measured = predicted_and_measured(out)
     assert predicted == pytest.approx(measured, rel=0.1)
 
@@ -308,31 +315,31 @@ def test_a_forward_pass_at_full_size(command):
         (
             "mary",
             [
-                "voice qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M",
-                "dpo learns",
+                "language model qwen2.5-0.5b  +494.0M  +— +494.0M +494.0M",
+                "dpo trainable",
                 "384×384 takes 169 visual",
-                "dpo: training projector,language_model; 2 rows of 265 tokens, each with a pair of answers",
+                "dpo: training projector,language_model; 2 rows of 265 tokens, each with a pair",
             ],
         ),
         (
             "svlm",
             [
-                "a token passes 402.0M of the voice: 2 of 4 experts, and 1 shared",
+                "a token uses 402.0M of the language model: 2 of 4 experts, and 1 shared",
                 "projector resampler +27.0M +27.0M +27.0M",
             ],
         ),
         (
             "smolvlm-qwen3",
             [
-                "up to 1088 visual tokens .17 pictures of 64.",
+                "up to 1088 visual tokens .17 tiles of 64, the whole image included.",
                 "4:3 832 .3×4 tiles",
-                "together +695.1M +12.6M +99.0M +695.1M",
+                "total +695.1M +12.6M +99.0M +695.1M",
                 "stage3: training projector,vision_encoder,language_model",
             ],
         ),
     ],
 )
-def test_a_table_of_what_a_preset_is_and_what_learns_in_each_stage(
+def test_a_table_of_a_presets_parts_and_what_is_trainable_in_each_stage(
     monkeypatch, capsys, preset: str, expected: list[str]
 ):
     text = answer(monkeypatch, capsys, "--preset", preset, "--gpu", "80")
@@ -341,7 +348,7 @@ def test_a_table_of_what_a_preset_is_and_what_learns_in_each_stage(
 
 
 def test_a_later_stage_has_the_shapes_that_the_first_one_left(monkeypatch, capsys):
-    assert "voice svlm " in answer(
+    assert "language model svlm " in answer(
         monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "80"
     )
     text = answer(
@@ -357,7 +364,9 @@ def test_a_later_stage_has_the_shapes_that_the_first_one_left(monkeypatch, capsy
         "dinov2-large",
     )
     assert (
-        "voice svlm " in text and "eyes dinov2-large " in text and "takes 32 visual tokens" in text
+        "language model svlm " in text
+        and "vision encoder dinov2-large " in text
+        and "takes 32 visual tokens" in text
     )
 
 
@@ -379,7 +388,7 @@ def test_other_parts_than_those_of_an_older_run_keep_the_recipes_shapes(
     (tmp_path / "runs/zero-qwen-vl-stage1/model").mkdir(parents=True)
     (tmp_path / "runs/zero-qwen-vl-stage1/model/config.json").write_text(
         "{}"
-    )  # of a run with the first voice
+    )  # of a run with the first language model
     assert answer(monkeypatch, capsys, *flags) == before and "takes 256 visual tokens" in before
 
 
@@ -391,7 +400,7 @@ def test_a_runs_own_settings_are_one_stage(monkeypatch, capsys, tmp_path: Path):
     ) == ["run"]
 
 
-def test_no_adapters_on_a_decoder_that_has_learned_nothing(monkeypatch, capsys):
+def test_no_adapters_on_a_language_model_from_scratch(monkeypatch, capsys):
     text = answer(monkeypatch, capsys, "--preset", "svlm", "--stage", "2", "--gpu", "8")
     assert (
         re.search(r"--optimizer adamw8bit .*first that fits", text) and "--lora-rank" not in text

@@ -1,4 +1,5 @@
-"""The prediction against what PyTorch really holds: counts exactly, activations to the last tensors of a few bytes."""
+"""The prediction against what PyTorch holds: counts exactly, activations up to the smallest
+tensors."""
 
 from dataclasses import replace
 
@@ -11,12 +12,13 @@ from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
-from nanovlm.memory.shapes import Work, prepared, work_of
+from nanovlm.memory.shapes import batch_shape, prepared, random_batch
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
+from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.objectives import objective_of
 from nanovlm.training.optim import optimizer
 from nanovlm.training.precision import Precision
@@ -24,7 +26,7 @@ from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings
 
 CPU = torch.device("cpu")
-WORK = Work(rows=2, length=128, images=2, targets=32)
+SHAPE = BatchShape(rows=2, length=128, images=2, targets=32)
 CHANGES = [
     {"train": "projector"},
     {"train": "projector,language_model"},
@@ -66,15 +68,16 @@ def config(projector: str = "mlp", qk_norm: bool = False, tied: bool = True) -> 
 
 
 def prediction(model: VLMConfig, settings: Settings, precision: Precision) -> Prediction:
-    return predict(model, settings, WORK, precision, program=0)
+    shape = replace(SHAPE, cached_features=settings.cache_features)
+    return predict(model, settings, shape, precision, program=0)
 
 
 def kept_bytes(
-    model: VLMConfig, settings: Settings, precision: Precision, work: Work = WORK
+    model: VLMConfig, settings: Settings, precision: Precision, shape: BatchShape = SHAPE
 ) -> int:
     """Bytes that a real forward pass leaves for the backward pass, weights not counted."""
     real = random_model(model, settings, precision)
-    batch = work.batch(model, real.image_length)
+    batch = random_batch(real, shape)
     weights = {
         tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())
     }
@@ -93,6 +96,25 @@ def kept_bytes(
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def predicted_bytes(
+    model: VLMConfig, settings: Settings, precision: Precision, shape: BatchShape = SHAPE
+) -> float:
+    """The same according to the prediction."""
+    backward = predict(model, settings, shape, precision, program=0).moments["backward"]
+    predicted = backward["activations"] + backward["casts"] + backward["output head"]
+    whole_encoder = (
+        "vision_encoder" in settings.trained_parts and not settings.vision_encoder_layers
+    )
+    if whole_encoder and precision.dtype == torch.float32:  # keeps the pixels themselves
+        predicted += backward["images"]
+    head = prepared(model, settings, precision).language_model.head_weight
+    if head.requires_grad:
+        # Up to the backward pass its gradient is in the compute dtype; of pairs there is none yet.
+        uncast = head.numel() * (head.dtype.itemsize - precision.dtype.itemsize)
+        predicted -= head.nbytes if shape.pairs else uncast
+    return predicted
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
@@ -101,17 +123,7 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
         pytest.skip("keeps bf16 weights only")
     precision = Precision(dtype, CPU, settings.stochastic_rounding)
     for model in (config(), config("bilinear", qk_norm=True, tied=False)):
-        backward = prediction(model, settings, precision).moments["backward"]
-        predicted = backward["activations"] + backward["casts"] + backward["output head"]
-        if (
-            "vision_encoder" in settings.trained_parts and dtype == torch.float32
-        ):  # uncast, the pixels themselves are kept
-            predicted += backward["images"]
-        head = prepared(model, settings, precision).language_model.head_weight
-        if (
-            head.requires_grad
-        ):  # its gradient is kept in the products' dtype, and cast to its own in the backward pass
-            predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
+        predicted = predicted_bytes(model, settings, precision)
         assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.02), model
 
 
@@ -126,7 +138,7 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
     ids=str,
 )
 @pytest.mark.parametrize(
-    "eyes",
+    "encoder",
     [
         dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
         dict(
@@ -147,20 +159,10 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
     ],
     ids=["no class token", "no final norm", "resampler"],
 )
-def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.dtype):
-    model = replace(config(), vision_encoder=replace(config().vision_encoder, **eyes))
+def test_what_every_kind_of_vision_encoder_keeps(encoder: dict, changes: dict, dtype: torch.dtype):
+    model = replace(config(), vision_encoder=replace(config().vision_encoder, **encoder))
     settings, precision = Settings(**changes), Precision(dtype, CPU)
-    backward = prediction(model, settings, precision).moments["backward"]
-    predicted = backward["activations"] + backward["casts"] + backward["output head"]
-    if (
-        "vision_encoder" in settings.trained_parts
-        and dtype == torch.float32
-        and not settings.vision_encoder_layers
-    ):
-        predicted += backward["images"]
-    head = prepared(model, settings, precision).language_model.head_weight
-    if head.requires_grad:
-        predicted -= head.numel() * (head.dtype.itemsize - dtype.itemsize)
+    predicted = predicted_bytes(model, settings, precision)
     assert predicted == pytest.approx(kept_bytes(model, settings, precision), rel=0.03)
 
 
@@ -171,7 +173,7 @@ def test_what_every_kind_of_eyes_keeps(eyes: dict, changes: dict, dtype: torch.d
     ("preset", "stage"), [(preset, stage) for preset, stages in PRESETS.items() for stage in stages]
 )
 def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
-    """At toy widths: experts, reducers, resamplers, tiles, pairs of answers and all else that they are made of."""
+    """At toy widths: experts, reducers, resamplers, tiles, pairs of answers and all else."""
     model = toy_config(
         planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=1000
     )
@@ -183,19 +185,9 @@ def test_what_every_preset_keeps(preset: str, stage: str, dtype: torch.dtype):
         language_model_layers=min(settings.language_model_layers, 2),
         lora_rank=min(settings.lora_rank, 8),
     )
-    work, precision = work_of(model, settings), Precision(dtype, CPU)
-    backward = predict(model, settings, work, precision, program=0).moments["backward"]
-    predicted = backward["activations"] + backward["casts"] + backward["output head"]
-    if "vision_encoder" in settings.trained_parts and dtype == torch.float32:
-        predicted += backward["images"]
-    head = prepared(model, settings, precision).language_model.head_weight
-    if (
-        head.requires_grad
-    ):  # as above; of pairs all of the head's gradient is made in the backward pass
-        predicted -= (
-            head.nbytes if work.pairs else head.numel() * (head.dtype.itemsize - dtype.itemsize)
-        )
-    assert predicted == pytest.approx(kept_bytes(model, settings, precision, work), rel=0.02)
+    shape, precision = batch_shape(model, settings), Precision(dtype, CPU)
+    predicted = predicted_bytes(model, settings, precision, shape)
+    assert predicted == pytest.approx(kept_bytes(model, settings, precision, shape), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +204,13 @@ def test_weights_gradients_and_moments_are_counted_exactly(changes: dict, monkey
         lambda *given: made.append(build(*given)) or made[0],
     )
     model = random_model(config(), settings, precision)
-    take_steps(model, WORK, settings, precision, steps=1)
+    take_steps(model, SHAPE, settings, precision, steps=1)
     update = prediction(config(), settings, precision).moments["update"]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert update["weights"] == sum(
         tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
     )
-    assert update["gradients"] == sum(parameter.nbytes for parameter in learning)
+    assert update["gradients"] == sum(parameter.nbytes for parameter in trainable)
     assert update["optimizer"] == sum(
         tensor.nbytes for state in made[0].state.values() for tensor in state.values()
     )
@@ -236,7 +228,8 @@ def test_each_way_to_save_memory_saves_what_it_says():
     assert at("update", optimizer="adamw8bit")["optimizer"] < 0.27 * plain["optimizer"]
     assert at("backward", checkpointing=True)["activations"] < 0.5 * at("backward")["activations"]
     assert (
-        at("head", accumulate=2)["gradients"] == plain["gradients"] and at("head")["gradients"] == 0
+        at("output head", accumulate=2)["gradients"] == plain["gradients"]
+        and at("output head")["gradients"] == 0
     )
-    kept = at("eyes", cache_features=True)
-    assert kept["images"] == kept["working set"] == 0 < at("eyes")["working set"]
+    kept = at("vision encoder", cache_features=True)
+    assert kept["images"] == kept["working set"] == 0 < at("vision encoder")["working set"]

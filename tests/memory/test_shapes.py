@@ -9,7 +9,8 @@ import pytest
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
-from nanovlm.memory.shapes import Work, model_config, skeleton, work_of
+from nanovlm.memory.shapes import batch_shape, model_config, random_batch, skeleton
+from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.settings import Settings
 
 
@@ -56,52 +57,52 @@ def test_tiny_is_the_preset_at_toy_widths():
     )
 
 
-def test_an_image_cut_into_tiles_is_as_many_pictures_as_a_square_one():
+def test_an_image_cut_into_tiles_counts_as_many_as_a_square_one():
     config = model_config(Settings(batch_size=3, share=1))
     config = dataclasses.replace(
         config, image=dataclasses.replace(config.image, fit="tiles", max_tiles=2)
     )
-    work = work_of(config, Settings(batch_size=3, share=1))
-    assert work == Work(3, 5 * 256 + 64, 15, 3 * 32)
-    batch = work.batch(config, image_length=256)
+    shape = batch_shape(config, Settings(batch_size=3, share=1))
+    assert shape == BatchShape(3, 5 * 256 + 64, 15, 3 * 32)
+    batch = random_batch(skeleton(config), shape)
     assert batch.pixels.shape == (15, 3, 224, 224) and len(batch.image_positions) == 15 * 256
 
 
 @pytest.mark.parametrize(
     ("changes", "tokens", "expected"),
     [
-        ({"batch_size": 3}, None, Work(3, 256 + 32 + 2 * 32, 3, 3 * 64, pairs=3)),
-        ({"batch_size": 2}, 512, Work(2, 512, 2, 2 * 2 * 85, pairs=2)),
-        ({"batch_size": 4, "pack": 1024}, None, Work(2, 1024, 4, 4 * 2 * 85, pairs=4)),
+        ({"batch_size": 3}, None, BatchShape(3, 256 + 32 + 2 * 32, 3, 3 * 64, pairs=3)),
+        ({"batch_size": 2}, 512, BatchShape(2, 512, 2, 2 * 2 * 85, pairs=2)),
+        ({"batch_size": 4, "pack": 1024}, None, BatchShape(2, 1024, 4, 4 * 2 * 85, pairs=4)),
     ],
 )
 def test_a_pair_of_answers_shares_its_row_with_image_and_prompt_alone(
-    changes: dict, tokens: int | None, expected: Work
+    changes: dict, tokens: int | None, expected: BatchShape
 ):
     settings = Settings(objective="dpo", init="somewhere", **changes)
     config = model_config(settings)
-    work = work_of(config, settings, tokens)
-    batch = work.batch(config, image_length=256)
-    assert work == expected
+    shape = batch_shape(config, settings, tokens)
+    batch = random_batch(skeleton(config), shape)
+    assert shape == expected
     assert (
         batch.lengths.sum() == len(batch.targets) == len(batch.target_positions)
-        and len(batch.lengths) == 2 * work.pairs
+        and len(batch.lengths) == 2 * shape.pairs
     )
 
 
 @pytest.mark.parametrize(
     ("settings", "tokens", "expected"),
     [
-        (Settings(batch_size=4), 512, Work(4, 512, 4, 4 * 128)),
-        (Settings(batch_size=32, share=8), None, Work(4, 256 + 8 * 64, 4, 4 * 256)),
-        (Settings(batch_size=8, pack=1024), None, Work(3, 1024, 9, 3 * 128)),
+        (Settings(batch_size=4), 512, BatchShape(4, 512, 4, 4 * 128)),
+        (Settings(batch_size=32, share=8), None, BatchShape(4, 256 + 8 * 64, 4, 4 * 256)),
+        (Settings(batch_size=8, pack=1024), None, BatchShape(3, 1024, 9, 3 * 128)),
     ],
 )
-def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expected: Work):
+def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expected: BatchShape):
     config = model_config(settings)
-    work = work_of(config, settings, tokens)
-    batch = work.batch(config, image_length=256)
-    assert work == expected
+    shape = batch_shape(config, settings, tokens)
+    batch = random_batch(skeleton(config), shape)
+    assert shape == expected
     assert batch.input_ids.shape == (expected.rows, expected.length)
     assert (
         len(batch.image_positions) == expected.images * 256
@@ -120,5 +121,5 @@ def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expec
 )
 def test_what_cannot_be_planned_is_one_line(settings: Settings, tokens: int | None, message: str):
     with pytest.raises(NanoVLMError, match=message) as caught:
-        work_of(model_config(settings), settings, tokens)
+        batch_shape(model_config(settings), settings, tokens)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tiny random `transformers` models, the trusted reference, and a tiny model of ours, as folders."""
+"""Tiny random models as folders: those of `transformers`, the trusted reference, and ours."""
 
 import json
 from pathlib import Path

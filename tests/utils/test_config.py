@@ -307,7 +307,7 @@ def test_our_own_configs_survive_a_round_trip(part):
 def test_a_model_folder_with_unknown_rotary_scaling_is_refused():
     with pytest.raises(
         NanoVLMError,
-        match="rope_type 'yarn' is not known; take one of default, llama3, dynamic_ntk",
+        match="rope_type is 'yarn'; take one of default, llama3, dynamic_ntk",
     ):
         from_dict(LanguageModelConfig, {"rope_type": "yarn"})
 

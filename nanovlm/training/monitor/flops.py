@@ -1,14 +1,16 @@
-"""The arithmetic of a training step, and what a GPU could do at most: together, the share of its peak that a run reaches.
+"""The floating-point operations (FLOPs) of a training step, and their share of a GPU's peak.
 
-A product of T vectors with a matrix of n numbers is T · n multiply-adds, 2 FLOPs each. So, for T tokens through it:
+Multiplying T vectors by a matrix of n numbers takes T · n multiply-adds of 2 FLOPs each:
 
-    forward                                       2 · T · n
-    backward, gradient of its input               2 · T · n   where one flows: something below it learns
-    backward, gradient of the matrix              2 · T · n   where the matrix learns
+    forward                            2 · T · n
+    backward, gradient of its input    2 · T · n   if a layer before it is trainable
+    backward, gradient of the matrix   2 · T · n   if the matrix is trainable
 
-Attention of rows of T tokens by H heads of width D: scores and their sum over values 2 · 2 · T² · H · D forward, twice that
-backward. The whole square is counted, as it is computed. Only labelled positions pass the output head, and the last
-block's MLP. What checkpointing computes again is no progress and not counted; neither is anything but products.
+Attention over rows of T tokens with H heads of width D takes 2 · 2 · T² · H · D forward, for the
+scores and for the weighted sum of values, and twice that backward. The whole square is counted,
+since all of it is computed. Only labelled positions pass the output head and the last block's MLP.
+Nothing but matrix products is counted, and activations that checkpointing computes a second time
+are not counted again.
 """
 
 from collections.abc import Iterable
@@ -19,17 +21,20 @@ from torch import nn
 
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.attention import Attention
+from nanovlm.model.language_model import DecoderBlock
 from nanovlm.model.lora import LoRALinear
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.projector import ResamplerProjector
 from nanovlm.model.quantization import QuantizedLinear
 from nanovlm.model.resampler import CrossAttention, Resampler
+from nanovlm.model.vision_encoder import VisionBlock
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.freezing import is_trainable
-from nanovlm.training.optim.optimizer import AFTER_BLOCKS
+from nanovlm.training.monitor.walk import BatchShape, Layer, input_matrices, walk
 
-# Dense TFLOP/s of NVIDIA's data sheets and architecture white papers: half precision with sums in fp32, and fp32 without
-# TF32. The names are `torch.cuda.get_device_name`'s; the first pattern that fits counts.
+# Dense TFLOP/s from NVIDIA's data sheets and architecture white papers: half precision summed in
+# fp32, and fp32 without TF32. Keys are patterns for `torch.cuda.get_device_name`; the first match
+# counts.
 PEAKS = {
     "NVIDIA H200*": (989, 67),
     "NVIDIA H100 PCIe": (756, 51),
@@ -52,7 +57,7 @@ WITHOUT_BF16 = ("Tesla T4", "Tesla V100*")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that `device` reaches at most in `dtype`; None where that is not known, as for anything but these GPUs."""
+    """The peak of `device` in `dtype`, in FLOP/s; None for every device not in PEAKS."""
     if device.type != "cuda":
         return None
     return _peak(torch.cuda.get_device_name(device), dtype)
@@ -68,194 +73,137 @@ def _peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 class Utilisation:
-    """What share of its peak arithmetic a GPU reaches (MFU of Chowdhery et al. 2022, with what is frozen counted as it is)."""
+    """The share of a GPU's peak that a run reaches: model FLOPs utilisation (MFU, Chowdhery et al.
+    2022). Gradients that frozen layers do not need are not counted."""
 
     def __init__(
         self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._model, self._peak = model, peak_flops(device, dtype)
-        self._shapes: list[dict[str, int]] = []
+        self._shapes: list[BatchShape] = []
 
     def add(self, batches: Iterable[Batch | None]) -> None:
-        """Note the shapes of what this process computes; nothing where the peak is not known. No arithmetic yet: it walks
-        through the whole model, which takes milliseconds that a GPU would wait."""
-        for batch in batches if self._peak else ():
-            if batch is not None:
-                rows, length = batch.input_ids.shape
-                self._shapes.append(
-                    dict(
-                        rows=rows,
-                        length=length,
-                        targets=len(batch.targets),
-                        images=len(batch.image_positions) // self._model.image_length,
-                        looked=batch.patches is None,
-                    )
-                )
+        """Note the shapes of the batches that this process computes, if the peak is known. The
+        FLOPs are counted in `read`: walking through the model takes milliseconds, for which the
+        GPU would have to wait here."""
+        if self._peak:
+            length = self._model.image_length
+            self._shapes += [BatchShape.of(batch, length) for batch in batches if batch is not None]
 
     def read(self, seconds: float) -> dict[str, float]:
-        """`{"mfu": share}` of the work noted in `seconds`, or nothing; begins anew."""
+        """`{"mfu": share}` of the batches noted since the last call, which took `seconds`; {} if
+        the peak is not known."""
         shapes, self._shapes = self._shapes, []
-        flops = sum(step_flops(self._model, **shape) for shape in shapes)
+        flops = sum(step_flops(self._model, shape) for shape in shapes)
         return {"mfu": round(flops / seconds / self._peak, 4)} if self._peak else {}
 
 
-def step_flops(
-    model: VisionLanguageModel,
-    *,
-    rows: int,
-    length: int,
-    targets: int,
-    images: int,
-    looked: bool = True,
-) -> float:
-    """FLOPs of the forward and backward pass of `rows` of `length` tokens, `targets` of them labelled, with `images`.
-
-    What learns is what requires a gradient. `looked` is whether the eyes run (not with --cache-features). A step of several
-    batches takes the sum of theirs.
-    """
-    flops, flows = (
-        0.0,
-        False,
-    )  # `flows`: whether what comes next has an input that a gradient is wanted of
-    if images:
-        if looked:
-            flops, flows = _vision_flops(model, images)
-        projector, flows = _projector_flops(model, images, flows)
-        flops += projector
-    flows = flows or is_trainable(model.language_model.embed_tokens)
-    tokens = rows * length
-    for layer in model.language_model.reducer.children():
-        flops += _matrix_flops(layer, tokens, flows) if isinstance(layer, nn.Linear) else 0
-        flows = flows or is_trainable(layer)
-    flows = (
-        flows
-        or model.config.language_model.positions == "learned"
-        and is_trainable(model.language_model.position_embedding)
-    )
-    for block in model.language_model.blocks:
-        flows = flows or is_trainable(block.attention_norm)
-        flops += _attention_flops(block.attention, rows, length, flows)
-        flows = flows or is_trainable(block.attention) or is_trainable(block.mlp_norm)
-        passing = targets if block is model.language_model.blocks[-1] else tokens
-        flops += _mlp_flops(block.mlp, passing, flows)
-        flows = flows or is_trainable(block.mlp)
+def step_flops(model: VisionLanguageModel, batch: BatchShape) -> float:
+    """FLOPs of the forward and backward pass of one batch; with gradient accumulation, add up those
+    of a step's batches."""
+    layers = list(walk(model, batch))
     head = model.language_model.head_weight
-    flows = flows or is_trainable(model.language_model.norm)
-    return flops + 2 * targets * head.numel() * (1 + flows + head.requires_grad)
+    gradients = layers[-1].backward + head.requires_grad
+    head_flops = 2.0 * batch.targets * head.numel() * (1 + gradients)
+    return sum(map(layer_flops, layers)) + head_flops
 
 
-def _vision_flops(model: VisionLanguageModel, images: int) -> tuple[float, bool]:
-    """Of the eyes, up to the layer that is looked at; and whether a gradient flows out of them."""
-    vision, image, layer = model.vision_encoder, model.config.image, model.config.vision_layer
-    patches = vision.config.num_patches(image.height, image.width)
-    tokens = vision.config.num_tokens(image.height, image.width)
-    embedding = vision.patch_embedding.weight
-    flops = 2.0 * images * patches * embedding.numel() * (1 + embedding.requires_grad)
-    flows = any(
-        parameter.requires_grad
-        for name, parameter in vision.named_parameters()
-        if name.split(".")[0] not in ("blocks", *AFTER_BLOCKS)
-    )
-    for block in vision.blocks[: vision.config.blocks_below(layer)]:
-        flows = flows or is_trainable(block.attention_norm)
-        flops += _attention_flops(block.attention, images, tokens, flows)
-        flows = flows or is_trainable(block)
-        flops += _matrix_flops(block.mlp.up_proj, images * tokens, flows)
-        flops += _matrix_flops(block.mlp.down_proj, images * tokens, flows)
-    if layer == -1:
-        flows = flows or is_trainable(vision.norm)
-        if vision.config.num_queries:
-            flops += _resampler_flops(vision.resampler, images, patches, flows)
-            flows = flows or is_trainable(vision.resampler)
-    return flops, flows
+def layer_flops(layer: Layer) -> float:
+    """FLOPs of one layer, forward and backward."""
+    module = layer.module
+    if isinstance(module, DecoderBlock | VisionBlock):
+        return _block_flops(module, layer)
+    if isinstance(module, Resampler):
+        return _resampler_flops(module, layer)
+    if isinstance(module, ResamplerProjector):
+        return _resampler_projector_flops(module, layer)
+    matrices = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    return _chain_flops(matrices, layer.outputs, layer.input_gradient)
 
 
-def _resampler_flops(resampler: Resampler, images: int, patches: int, flows: bool) -> float:
-    """Of its matrices, the scores and the sum over values. What learns is taken to be all of it or nothing."""
-    attention, queries, learning = (
-        resampler.attention,
-        len(resampler.queries),
-        is_trainable(resampler),
-    )
-    inside = flows or learning  # of the queries' side a gradient is wanted only for what learns
-    flops = _matrix_flops(resampler.kv_proj, images * patches, flows)
-    flops += _cross_attention_flops(attention, images, queries, patches, learning, inside)
-    return flops + 2.0 * images * queries * resampler.projection.numel() * (1 + inside + learning)
+def _block_flops(block: DecoderBlock | VisionBlock, layer: Layer) -> float:
+    gradient = layer.input_gradient or is_trainable(block.attention_norm)
+    flops = _attention_flops(block.attention, layer, gradient)
+    gradient = gradient or is_trainable(block.attention) or is_trainable(block.mlp_norm)
+    return flops + _mlp_flops(block.mlp, layer.outputs, gradient)
+
+
+def _attention_flops(attention: Attention, layer: Layer, gradient: bool) -> float:
+    """Of the four matrices, the scores and the weighted sum of values."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    flops = sum(_matrix_flops(matrix, layer.vectors, gradient) for matrix in projections)
+    inside = gradient or any(map(is_trainable, (*projections, attention.q_norm, attention.k_norm)))
+    pairs, width = layer.rows * layer.length**2, attention.num_heads * attention.head_dim
+    flops += 4 * pairs * width * (1 + 2 * inside)
+    return flops + _matrix_flops(attention.out_proj, layer.vectors, inside)
+
+
+def _mlp_flops(mlp: nn.Module, vectors: float, gradient: bool) -> float:
+    """Of a block's MLP; of experts, as if the router chose each of them equally often."""
+    if isinstance(mlp, MixtureOfExperts):
+        chosen = vectors * mlp.per_token / len(mlp.experts)
+        return (
+            _matrix_flops(mlp.router, vectors, gradient)
+            + sum(_mlp_flops(expert, chosen, gradient) for expert in mlp.experts)
+            + sum(_mlp_flops(expert, vectors, gradient) for expert in mlp.shared_experts)
+        )
+    matrices = input_matrices(mlp)
+    inside = gradient or any(map(is_trainable, matrices))
+    flops = sum(_matrix_flops(matrix, vectors, gradient) for matrix in matrices)
+    return flops + _matrix_flops(mlp.get_submodule("down_proj"), vectors, inside)
+
+
+def _resampler_flops(resampler: Resampler, layer: Layer) -> float:
+    """Of its matrices, the scores and the weighted sum of values. It is taken to be trainable as a
+    whole or not at all."""
+    trainable, inside = is_trainable(resampler), layer.backward
+    flops = _matrix_flops(resampler.kv_proj, layer.vectors, layer.input_gradient)
+    flops += _cross_attention_flops(resampler.attention, layer, trainable, inside)
+    projected = 2.0 * layer.outputs * resampler.projection.numel()
+    return flops + projected * (1 + inside + trainable)
+
+
+def _resampler_projector_flops(projector: ResamplerProjector, layer: Layer) -> float:
+    patches, queries = layer.input_gradient, projector.queries.requires_grad
+    flops = _cross_attention_flops(projector.attention, layer, queries, patches)
+    gradient = patches or queries or is_trainable(projector.attention)
+    matrices = (projector.mlp_up, projector.mlp_down, projector.head_up, projector.head_down)
+    return flops + _chain_flops(matrices, layer.outputs, gradient)
 
 
 def _cross_attention_flops(
-    attention: CrossAttention, images: int, queries: int, patches: int, asks: bool, flows: bool
+    attention: CrossAttention, layer: Layer, queries: bool, patches: bool
 ) -> float:
-    """Of `queries`, the same for all images, that look at `patches` of each. `asks` and `flows` say whether gradients of
-    the queries and of the patches are wanted."""
-    inside = flows or asks or is_trainable(attention)
-    flops = _matrix_flops(attention.q_proj, queries, asks) + _matrix_flops(
-        attention.out_proj, images * queries, inside
-    )
-    flops += sum(
-        _matrix_flops(layer, images * patches, flows)
-        for layer in (attention.k_proj, attention.v_proj)
-    )
-    return flops + 4 * images * queries * patches * attention.num_heads * attention.head_dim * (
-        1 + 2 * inside
+    """Of queries, the same for all images, that attend to the patches of each image. `queries` and
+    `patches` say whether their gradients are needed."""
+    inside = queries or patches or is_trainable(attention)
+    width = attention.num_heads * attention.head_dim
+    return (
+        _matrix_flops(attention.q_proj, layer.outputs // layer.rows, queries)
+        + _matrix_flops(attention.k_proj, layer.vectors, patches)
+        + _matrix_flops(attention.v_proj, layer.vectors, patches)
+        + 4 * layer.outputs * layer.length * width * (1 + 2 * inside)
+        + _matrix_flops(attention.out_proj, layer.outputs, inside)
     )
 
 
-def _projector_flops(model: VisionLanguageModel, images: int, flows: bool) -> tuple[float, bool]:
-    """Of the projector; and whether a gradient flows out of it."""
-    projector, flops, tokens = model.projector, 0.0, images * model.image_length
-    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
-    if isinstance(projector, ResamplerProjector):
-        image, asks = model.config.image, projector.queries.requires_grad
-        patches = model.config.vision_encoder.num_features(
-            image.height, image.width, model.config.vision_layer
-        )
-        flops += _cross_attention_flops(
-            projector.attention, images, len(projector.queries), patches, asks, flows
-        )
-        flows = flows or asks or is_trainable(projector.attention)
-        layers = [projector.mlp_up, projector.mlp_down, projector.head_up, projector.head_down]
-    for layer in layers:
-        flops += _matrix_flops(layer, tokens, flows)
-        flows = flows or is_trainable(layer)
-    return flops, flows
+def _chain_flops(matrices: Iterable[nn.Module], vectors: int, gradient: bool) -> float:
+    """Of matrices one after the other."""
+    flops = 0.0
+    for matrix in matrices:
+        flops += _matrix_flops(matrix, vectors, gradient)
+        gradient = gradient or is_trainable(matrix)
+    return flops
 
 
-def _mlp_flops(mlp: nn.Module, tokens: int, flows: bool) -> float:
-    """Of a decoder block's MLP; of experts, as if they were equally busy."""
-    if isinstance(mlp, MixtureOfExperts):
-        choices = tokens * mlp.per_token / len(mlp.experts)
-        return (
-            _matrix_flops(mlp.router, tokens, flows)
-            + sum(_mlp_flops(expert, choices, flows) for expert in mlp.experts)
-            + sum(_mlp_flops(expert, tokens, flows) for expert in mlp.shared_experts)
-        )
-    into = [mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.up_proj]
-    inside = flows or any(map(is_trainable, into))
-    return sum(_matrix_flops(layer, tokens, flows) for layer in into) + _matrix_flops(
-        mlp.down_proj, tokens, inside
-    )
-
-
-def _attention_flops(attention: Attention, rows: int, length: int, flows: bool) -> float:
-    """Of the four matrices, the scores and the sum over values."""
-    tokens, projections = rows * length, (attention.q_proj, attention.k_proj, attention.v_proj)
-    flops = sum(_matrix_flops(layer, tokens, flows) for layer in projections)
-    inside = flows or any(
-        is_trainable(layer) for layer in (*projections, attention.q_norm, attention.k_norm)
-    )
-    flops += (
-        4 * rows * length * length * attention.num_heads * attention.head_dim * (1 + 2 * inside)
-    )
-    return flops + _matrix_flops(attention.out_proj, tokens, inside)
-
-
-def _matrix_flops(layer: nn.Module, tokens: int, flows: bool) -> float:
-    """Of one matrix; `flows` says whether a gradient of its input is wanted. With an adapter, of three."""
-    if isinstance(layer, LoRALinear):
-        narrow, wide = layer.lora_A.numel(), layer.lora_B.numel()
-        return _matrix_flops(layer.base, tokens, flows) + 2 * tokens * (
-            narrow * (2 + flows) + wide * 3
-        )
-    learned = not isinstance(layer, QuantizedLinear) and layer.weight.requires_grad
-    return 2.0 * tokens * layer.in_features * layer.out_features * (1 + flows + learned)
+def _matrix_flops(matrix: nn.Module, vectors: float, gradient: bool) -> float:
+    """Of `vectors` multiplied by a matrix, or with a LoRA adapter by three. `gradient` says whether
+    the gradient of its input is needed."""
+    if isinstance(matrix, LoRALinear):
+        down, up = matrix.lora_A.numel(), matrix.lora_B.numel()
+        adapter = 2 * vectors * (down * (2 + gradient) + up * 3)
+        return _matrix_flops(matrix.base, vectors, gradient) + adapter
+    if isinstance(matrix, QuantizedLinear):  # which is frozen
+        return 2.0 * vectors * matrix.in_features * matrix.out_features * (1 + gradient)
+    weight = matrix.get_parameter("weight")
+    return 2.0 * vectors * weight.numel() * (1 + gradient + weight.requires_grad)

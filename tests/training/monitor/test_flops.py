@@ -10,13 +10,14 @@ from nanovlm.hub.toy import toy_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model
-from nanovlm.memory.shapes import Work, work_of
+from nanovlm.memory.shapes import batch_shape, random_batch
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
 from nanovlm.training.monitor import flops
+from nanovlm.training.monitor.walk import BatchShape, walk
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings
@@ -54,8 +55,8 @@ SCRATCH = VLMConfig(
     ChatConfig(),
     bidirectional_images=True,
 )
-WORK = Work(rows=2, length=40, images=2, targets=20)
-VISION_ENCODERS = {  # as SigLIP's, CLIP's and Qwen-VL's
+SHAPE = BatchShape(rows=2, length=40, images=2, targets=20)
+VISION_ENCODERS = {  # of SigLIP, CLIP and Qwen-VL
     "no class token": dict(class_token=False, layer_scale=False, hidden_act="gelu_pytorch_tanh"),
     "no final norm": dict(
         layer_scale=False,
@@ -94,12 +95,10 @@ def test_the_count_is_pytorchs(changes: dict):
     """In bf16, where attention is written out and every product of it is seen."""
     settings, precision = Settings(**changes), Precision(torch.bfloat16, CPU)
     model = random_model(CONFIG, settings, precision)
-    batch = WORK.batch(CONFIG, model.image_length)
+    batch = random_batch(model, SHAPE)
     with FlopCounterMode(display=False) as counter, precision.autocast():
         model(batch).backward()
-    counted = flops.step_flops(
-        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
-    )
+    counted = flops.step_flops(model, SHAPE)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -113,16 +112,14 @@ def test_the_count_is_pytorchs(changes: dict):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("eyes", VISION_ENCODERS.values(), ids=VISION_ENCODERS)
-def test_the_count_is_pytorchs_with_every_kind_of_eyes(eyes: dict, changes: dict):
-    config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, **eyes))
+@pytest.mark.parametrize("encoder", VISION_ENCODERS.values(), ids=VISION_ENCODERS)
+def test_the_count_is_pytorchs_with_every_kind_of_vision_encoder(encoder: dict, changes: dict):
+    config = replace(CONFIG, vision_encoder=replace(CONFIG.vision_encoder, **encoder))
     model = random_model(config, Settings(**changes), precision := Precision(torch.bfloat16, CPU))
-    batch = WORK.batch(config, model.image_length)
+    batch = random_batch(model, SHAPE)
     with FlopCounterMode(display=False) as counter, precision.autocast():
         model(batch).backward()
-    counted = flops.step_flops(
-        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
-    )
+    counted = flops.step_flops(model, SHAPE)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -141,12 +138,10 @@ def test_the_count_is_pytorchs_with_every_kind_of_eyes(eyes: dict, changes: dict
 def test_of_experts_reducer_and_resampler_too(changes: dict):
     precision = Precision(torch.bfloat16, CPU)
     model = random_model(SCRATCH, Settings(**changes), precision).eval()
-    batch = WORK.batch(SCRATCH, model.image_length)
+    batch = random_batch(model, SHAPE)
     with FlopCounterMode(display=False) as counter, precision.autocast():
         model(batch).backward()
-    counted = flops.step_flops(
-        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
-    )
+    counted = flops.step_flops(model, SHAPE)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -161,7 +156,7 @@ def test_of_experts_reducer_and_resampler_too(changes: dict):
     ],
 )
 def test_of_every_presets_stages(preset: str, stages: tuple[str, ...]):
-    """At toy widths: also of images in tiles, of merged and averaged patches, and of eyes with a resampler."""
+    """At toy widths: images in tiles, merged and averaged patches, encoders with a resampler."""
     config = toy_config(
         planned_config(load_settings("stage1", ["--preset", preset])), vocab_size=300
     )
@@ -175,31 +170,29 @@ def test_of_every_presets_stages(preset: str, stages: tuple[str, ...]):
             language_model_layers=min(settings.language_model_layers, 2),
             lora_rank=min(settings.lora_rank, 8),
         )
-        model, work = (
-            random_model(config, settings, precision := Precision(torch.bfloat16, CPU)),
-            work_of(config, settings),
-        )
-        batch = work.batch(config, model.image_length)
+        precision, shape = Precision(torch.bfloat16, CPU), batch_shape(config, settings)
+        model = random_model(config, settings, precision)
+        batch = random_batch(model, shape)
         with FlopCounterMode(display=False) as counter, precision.autocast():
             model(batch).backward()
-        counted = flops.step_flops(
-            model, rows=work.rows, length=work.length, targets=work.targets, images=work.images
-        )
+        counted = flops.step_flops(model, shape)
         assert counted == pytest.approx(counter.get_total_flops(), rel=0.02), stage
 
 
-def test_without_images_or_with_kept_features_the_eyes_do_nothing():
+def test_without_images_or_with_cached_features_the_vision_encoder_takes_none():
     model = random_model(
         CONFIG, Settings(train="projector,language_model"), Precision(torch.bfloat16, CPU)
     )
-    shape = dict(rows=WORK.rows, length=WORK.length, targets=WORK.targets)
-    kept = flops.step_flops(model, **shape, images=2, looked=False)
+    cached = flops.step_flops(model, replace(SHAPE, cached_features=True))
     projector = (
         3 * 2 * 2 * model.image_length * (48 * 64 + 64 * 64) - 2 * 2 * model.image_length * 48 * 64
     )
-    assert kept - flops.step_flops(model, **shape, images=0) == projector
-    eyes, flows = flops._vision_flops(model, 2)
-    assert flops.step_flops(model, **shape, images=2) - kept == eyes > 0 and not flows
+    assert cached - flops.step_flops(model, replace(SHAPE, images=0)) == projector
+    inside = set(model.vision_encoder.modules())
+    layers = [layer for layer in walk(model, SHAPE) if layer.module in inside]
+    encoder = sum(map(flops.layer_flops, layers))
+    assert flops.step_flops(model, SHAPE) - cached == encoder > 0
+    assert not any(layer.backward for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +223,8 @@ def test_utilisation_is_of_the_batches_since_the_last_reading(monkeypatch):
         CONFIG, Settings(train="projector,language_model"), Precision(torch.bfloat16, CPU)
     )
     monkeypatch.setattr(flops, "peak_flops", lambda device, dtype: 1e9)
-    utilisation, batch = (
-        flops.Utilisation(model, CPU, torch.bfloat16),
-        WORK.batch(CONFIG, model.image_length),
-    )
-    one = flops.step_flops(
-        model, rows=WORK.rows, length=WORK.length, targets=WORK.targets, images=WORK.images
-    )
+    utilisation, batch = flops.Utilisation(model, CPU, torch.bfloat16), random_batch(model, SHAPE)
+    one = flops.step_flops(model, SHAPE)
     for _ in range(2):
         utilisation.add([batch, None, batch])
         assert utilisation.read(seconds=0.5) == {"mfu": round(2 * one / 0.5 / 1e9, 4)}

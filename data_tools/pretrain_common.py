@@ -1,4 +1,4 @@
-"""What the pretraining of the tiny eyes and of the tiny voice share: making their data, and fitting."""
+"""Making data in parallel and fitting, shared by the pretraining of both tiny parts."""
 
 import multiprocessing
 import os
@@ -16,8 +16,11 @@ T = TypeVar("T")
 
 
 def make_all(make: Callable[[int], T], count: int, name: str) -> Iterator[T]:
-    """make(0), make(1), … make(count - 1), in order, many of them on all cores. `make` has to be picklable."""
-    if count < 2000:  # a process takes longer to start than so few take to make
+    """Yield make(0), make(1), … make(count - 1), in parallel if there are many.
+
+    `make` has to be picklable.
+    """
+    if count < 2000:  # starting a process would take longer
         yield from map(make, range(count))
         return
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -33,16 +36,15 @@ def fit(
     peak_lr: float,
     name: str,
 ) -> None:
-    """Minimise with AdamW: linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    """Minimize with AdamW: linear warm-up over a twentieth of the steps, then cosine to zero."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
     with tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True) as bar:
         for step in bar:
             loss = loss_of_step(step)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = peak_lr * schedule(
-                step, steps, warmup=0.05, min_lr=0.0
-            )
+            factor = schedule(step, steps, warmup=0.05, min_lr=0.0)
+            optimizer.param_groups[0]["lr"] = peak_lr * factor
             optimizer.step()
             optimizer.zero_grad()
             if step % 20 == 0:

@@ -1,0 +1,118 @@
+"""The layers that a training step runs through, in order: how many vectors pass each of them, and
+which of them the backward pass reaches. `flops.py` and `nanovlm.memory` count with it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from nanovlm.inputs.batch import Batch
+from nanovlm.model.vision_encoder import VisionEncoder
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training.freezing import is_trainable
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch without its contents: `rows` of `length` tokens, of which `targets` in all are
+    labelled, and `images` in all; an image cut into tiles counts once for each tile and once for
+    the whole image. In preference training, the answers form `pairs`. With `cached_features` the
+    patch vectors come with the batch and the vision encoder does not run."""
+
+    rows: int
+    length: int
+    images: int
+    targets: int
+    pairs: int = 0
+    cached_features: bool = False
+
+    @classmethod
+    def of(cls, batch: Batch, image_length: int) -> "BatchShape":
+        """The shape of a real batch, whose images take `image_length` tokens each."""
+        rows, length = batch.input_ids.shape
+        images, targets = len(batch.image_positions) // image_length, len(batch.targets)
+        return cls(rows, length, images, targets, cached_features=batch.patches is not None)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the forward pass: `rows` of `length` vectors enter it; `outputs` vectors in all
+    leave it (a block: pass its MLP). `input_gradient` says whether the backward pass needs the
+    gradient of its input."""
+
+    module: nn.Module
+    rows: int
+    length: int
+    outputs: int
+    input_gradient: bool
+
+    @property
+    def vectors(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def backward(self) -> bool:
+        """Whether the backward pass reaches this layer."""
+        return self.input_gradient or is_trainable(self.module)
+
+
+def walk(model: VisionLanguageModel, batch: BatchShape) -> Iterator[Layer]:
+    """The layers from the pixels to the final norm. A gradient flows through everything behind the
+    first trainable layer. The output head (`loss.py`) is not among them."""
+    gradient = False
+    for module, rows, length, outputs in _in_order(model, batch):
+        layer = Layer(module, rows, length, outputs, gradient)
+        yield layer
+        gradient = layer.backward
+
+
+def _in_order(
+    model: VisionLanguageModel, batch: BatchShape
+) -> Iterator[tuple[nn.Module, int, int, int]]:
+    """(module, rows, length, outputs) as in `Layer`."""
+    if batch.images:
+        if not batch.cached_features:
+            yield from _vision_encoder(model, batch.images)
+        image, layer = model.config.image, model.config.vision_layer
+        features = model.vision_encoder.config.num_features(image.height, image.width, layer)
+        yield model.projector, batch.images, features, batch.images * model.image_length
+    language_model, tokens = model.language_model, (batch.rows, batch.length, batch.tokens)
+    yield language_model.embed_tokens, *tokens
+    yield language_model.reducer, *tokens
+    if model.config.language_model.positions == "learned":
+        yield language_model.position_embedding, *tokens
+    yield language_model.dropout, *tokens
+    for block in language_model.blocks[:-1]:
+        yield block, *tokens
+    # Behind the attention of the last block, only the positions that predict a label are computed.
+    yield language_model.blocks[-1], batch.rows, batch.length, batch.targets
+    yield language_model.norm, 1, batch.targets, batch.targets
+
+
+def _vision_encoder(
+    model: VisionLanguageModel, images: int
+) -> Iterator[tuple[nn.Module, int, int, int]]:
+    """Up to the layer whose patch vectors are used."""
+    encoder: VisionEncoder = model.vision_encoder
+    size, layer = (model.config.image.height, model.config.image.width), model.config.vision_layer
+    patches, tokens = encoder.config.num_patches(*size), encoder.config.num_tokens(*size)
+    everything = images, tokens, images * tokens
+    yield encoder.patch_embedding, images, patches, images * patches
+    # The class token, the registers and the position table, which are the encoder's own.
+    yield nn.ParameterList(encoder.parameters(recurse=False)), *everything
+    yield encoder.embedding_norm, *everything
+    for block in encoder.blocks[: encoder.config.blocks_below(layer)]:
+        yield block, *everything
+    if layer == -1:
+        yield encoder.norm, *everything
+        if encoder.config.num_queries:
+            yield encoder.resampler, images, patches, images * encoder.config.num_queries
+
+
+def input_matrices(mlp: nn.Module) -> list[nn.Module]:
+    """The matrices that multiply an MLP's input: the gate, if there is one, and up projection."""
+    return [getattr(mlp, name) for name in ("gate_proj", "up_proj") if hasattr(mlp, name)]
