@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.names import refuse_old_names
 from nanovlm.hub.safetensors import save_file
 from nanovlm.training.distributed.shares import gather, scatter, wait
 from nanovlm.utils.console import say
@@ -31,7 +32,6 @@ from nanovlm.utils.processes import is_main
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 SUMS = "SHA256SUMS"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OLD_NAMES = ("decoder.", "vision.")  # how names of parameters began before version 0.2
 
 
 class NoRoomError(NanoVLMError):
@@ -140,11 +140,7 @@ def _damage(folder: Path) -> str:
 def _restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     trainable = _trainable(model)
     weights, moments = open_checkpoint(folder / WEIGHTS), open_checkpoint(folder / MOMENTS)
-    if any(name.startswith(OLD_NAMES) for name in weights.keys()):
-        raise NanoVLMError(
-            f"{folder}: was written before version 0.2, under other names of tensors, and cannot "
-            "be resumed; start the run again in another folder"
-        )
+    refuse_old_names(weights.keys(), folder)
     kinds: dict[str, list[str]] = {}  # of each parameter's optimizer state
     for key in moments.keys():
         kind, name = key.split("/", 1)

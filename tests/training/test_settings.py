@@ -96,11 +96,11 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         to_toml(Settings(batch_size=7, lr=0.5, out=str(tmp_path)))
     )
     again = ("--resume", "--out", str(tmp_path))
-    told = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
+    printed = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
     assert (
-        "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in told
-        and "workers" not in told
-        and "keep" not in told
+        "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in printed
+        and "workers" not in printed
+        and "keep" not in printed
     )
     same = load_settings(
         "stage1", [*again, "--batch-size", "7", "--workers", "3", "--keep", "9", "--val-every", "5"]

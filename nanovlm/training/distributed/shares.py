@@ -33,7 +33,7 @@ def gather(tensor: Tensor) -> Tensor | None:
     All processes have to call it.
     """
     if is_shared(tensor):
-        full = tensor.detach().full_tensor()
+        full = tensor.full_tensor().detach()
         return full.cpu() if is_main() else None
     return tensor
 

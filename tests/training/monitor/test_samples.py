@@ -1,4 +1,4 @@
-"""The questions asked at each validation: always the same, once in the file, no effect on training."""
+"""Questions asked at each validation: always the same, without an effect on training."""
 
 import json
 from pathlib import Path
@@ -35,8 +35,8 @@ def answered(run: Path) -> list[dict]:
 
 
 def colours(path: Path) -> set[tuple[int, int, int]]:
-    with Image.open(path) as picture:
-        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    with Image.open(path) as figure:
+        return {colour for _, colour in figure.convert("RGB").getcolors(1 << 20)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -93,14 +93,14 @@ def test_a_resumed_run_answers_again_what_came_after_its_checkpoint(tmp_path, re
     assert (tmp_path / "samples.jsonl").read_text() == whole
 
 
-def test_the_last_answers_are_told_without_their_step(tiny, tmp_path, capsys):
+def test_the_last_answers_are_printed_without_their_step(tiny, tmp_path, capsys):
     run = tiny.train(tmp_path / "run", val_every=2)
-    told = [
+    printed = [
         json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")
     ]
-    assert told == [json.loads(line) for line in last_answers(run).splitlines()]
-    assert [list(line) for line in told] == [["where", "prompt", "answer", "reference"]] * 4
-    assert told == [
+    assert printed == [json.loads(line) for line in last_answers(run).splitlines()]
+    assert [list(line) for line in printed] == [["where", "prompt", "answer", "reference"]] * 4
+    assert printed == [
         {key: value for key, value in line.items() if key != "step"} for line in answered(run)[-4:]
     ]
 
