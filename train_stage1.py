@@ -1,7 +1,7 @@
-"""Stage 1: a new projector learns to translate what frozen eyes see into what a frozen voice understands.
+"""Stage 1: train a new projector between a frozen vision encoder and a frozen language model.
 
-python train_stage1.py                                                     # the tiny default, no download
-python train_stage1.py --vision-encoder DIR --language-model DIR --data FILE --out runs/mine # your own weights and records
+python train_stage1.py                                              # the tiny default, no download
+python train_stage1.py --vision-encoder DIR --language-model DIR --data FILE --out runs/mine
 """
 
 import time
@@ -22,15 +22,14 @@ def main() -> None:
     settings = load_settings("stage1")
     if Path(settings.data).parent == SCENES and not SCENES.exists():
         draw_scenes()
-    commands = next_commands(
-        Recipe.of_command("stage1"), settings
-    )  # now, while a mistake in a later stage costs nothing
+    # Before training, so that a mistake in a later stage costs nothing.
+    commands = next_commands(Recipe.of_command("stage1"), settings)
     run_stage(settings)
     say("next:  " + commands[0])
 
 
 def draw_scenes() -> None:
-    """Draw them once; other processes (torchrun) wait until they are there."""
+    """Draw the toy world once; other processes (torchrun) wait for it."""
     if is_main():
         say(f"{SCENES} is not there yet: drawing it now (data_tools/make_scenes.py)")
         make_scenes(SCENES)

@@ -1,6 +1,6 @@
-"""Stage 2: the projector goes on learning, and the decoder learns with it to answer about images.
+"""Stage 2: train the projector and the language model together, to answer questions about images.
 
-python train_stage2.py                                                  # goes on from runs/stage1/model
+python train_stage2.py                                             # goes on from runs/stage1/model
 python train_stage2.py --init DIR --data FILE --out runs/mine
 """
 
@@ -19,13 +19,13 @@ def main() -> None:
     if settings.init and not Path(settings.init).exists():
         before = recipe.neighbour(-1) or Recipe("stage1")
         raise NanoVLMError(
-            f"{settings.init}: there is no model to start from; run {before.command} first, or give --init"
+            f"{settings.init}: there is no model to start from; "
+            f"run {before.command} first, or give --init"
         )
     if missing := preparations(settings, settings.init):
         raise NanoVLMError(f"{settings.data}: is not there yet; make it with:  {missing[0]}")
-    commands = next_commands(
-        recipe, settings
-    )  # now, while a mistake in a later stage costs nothing
+    # Before training, so that a mistake in a later stage costs nothing.
+    commands = next_commands(recipe, settings)
     run_stage(settings)
     say("next:  " + "\n  or:  ".join(commands))
 

@@ -1,8 +1,8 @@
-"""Compare runs: their curves in one picture, and a Markdown table of what they are and how they ended.
+"""Compare runs: their curves in one figure, and Markdown tables of settings and results.
 
     python -m nanovlm.report runs/a runs/b [--out report.png]
 
-The tables go to stdout. A run that is still being written is compared as far as it is.
+The tables go to stdout. A run that is still going on is compared as far as it is.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from nanovlm.errors import NanoVLMError
@@ -24,16 +26,11 @@ from nanovlm.utils.figures import chinese_fonts, plt, save_figure
 from nanovlm.utils.parser import CommandParser
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
-FINAL_LINES = 5  # whose mean is the final loss: that of one line is noisy
-SHARES = {
-    "data_wait": "waiting for data",
-    "fill": "rows filled",
-    "mfu": "of peak arithmetic",
-}  # means over a run's lines
-HELD_OUT = {
-    "accuracy": ("held-out pairs right", ".1%"),
-    "margin": ("held-out margin", ".2f"),
-}  # of preference training
+FINAL_LINES = 5  # log lines whose mean is the final loss; a single one is noisy
+# Means over a run's lines.
+SHARES = {"data_wait": "waiting for data", "fill": "rows filled", "mfu": "of peak arithmetic"}
+# Of preference training.
+HELD_OUT = {"accuracy": ("held-out pairs right", ".1%"), "margin": ("held-out margin", ".2f")}
 PANELS = (
     ("loss", "training loss per labelled token, or pair"),
     ("val_loss", "validation loss per labelled token, or pair"),
@@ -44,7 +41,7 @@ PANELS = (
 
 @dataclass
 class Run:
-    """One run folder: its name in the comparison, its settings, and the lines of its metrics with numbers alone."""
+    """A run folder: its name in the comparison, its settings, and the numbers of its log lines."""
 
     name: str
     settings: dict[str, Any]
@@ -53,7 +50,8 @@ class Run:
 
 def main() -> None:
     """Read the runs, draw, print."""
-    parser = CommandParser(prog="python -m nanovlm.report", description=__doc__.split("\n")[0])
+    summary_line = "Compare runs: curves in one figure, tables of settings and results."
+    parser = CommandParser(prog="python -m nanovlm.report", description=summary_line)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run folder, such as runs/stage2"
     )
@@ -75,13 +73,14 @@ def main() -> None:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """A run folder as it is now; what is damaged in it is named on stderr and left out."""
+    """A run folder as it is now; what is damaged in it is reported on stderr and left out."""
     metrics, toml = folder / "metrics.jsonl", folder / "settings.toml"
     if not metrics.is_file() and not toml.is_file():
         raise NanoVLMError(
-            f"{folder}: holds no run (neither metrics.jsonl nor settings.toml); name the folder of a run"
+            f"{folder}: holds no run (neither metrics.jsonl nor settings.toml); "
+            "name the folder of a run"
         )
-    settings = dataclasses.asdict(Settings())  # a setting younger than the run had its default
+    settings = dataclasses.asdict(Settings())  # a setting that is newer than the run: its default
     try:
         settings |= tomllib.loads(toml.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,9 +88,8 @@ def read_run(folder: Path, name: str) -> Run:
         settings = {}
     lines, damaged = [], []
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    for number, written in enumerate(
-        text.split("\n")[:-1], start=1
-    ):  # what has no end of line is still being written
+    whole = text.split("\n")[:-1]  # a line without an end is still being written
+    for number, written in enumerate(whole, start=1):
         if line := _numbers(written):
             lines.append(line)
         else:
@@ -104,18 +102,20 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def summary(runs: list[Run]) -> str:
-    """A Markdown table, one row a run. What no run has logged gets no column, what one run has not gets a dash."""
+    """A Markdown table with one row per run.
+
+    What no run has logged gets no column; what one run has not logged gets a dash.
+    """
     rows = [_row(run) for run in runs]
     columns = [column for column in rows[0] if any(row[column] != "–" for row in rows)]
     return _table(columns, [[row[column] for column in columns] for row in rows])
 
 
 def differences(runs: list[Run]) -> str:
-    """A Markdown table of the settings in which the runs are not all alike, their folder aside; empty if there are none."""
+    """A Markdown table of the settings that differ between runs; "" if none but the folder do."""
     known = [run for run in runs if run.settings]
-    names = dict.fromkeys(
-        name for run in known for name in run.settings if name not in ("out", "resume")
-    )
+    names = dict.fromkeys(name for run in known for name in run.settings)
+    names = [name for name in names if name not in ("out", "resume")]
     rows = [
         [name, *(json.dumps(run.settings.get(name), ensure_ascii=False) for run in known)]
         for name in names
@@ -125,52 +125,48 @@ def differences(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Each run in one colour: losses (training: faint as logged, and smoothed), learning rate and speed, by step."""
-    few = len(runs) <= 10
-    colours = (
-        plt.get_cmap("tab10").colors
-        if few
-        else plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(runs)))
-    )
-    with plt.rc_context(
-        {"font.family": [*chinese_fonts(), "DejaVu Sans"], "text.parse_math": False}
-    ):
+    """Losses (training: as logged, faint, and smoothed), learning rate and speed over the steps.
+
+    Each run has one colour.
+    """
+    colours = plt.get_cmap("tab10")(range(10))
+    if len(runs) > len(colours):
+        colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(runs)))
+    fonts = [*chinese_fonts(), "DejaVu Sans"]
+    with plt.rc_context({"font.family": fonts, "text.parse_math": False}):
         figure, grid = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
         for axes, (key, title) in zip(grid.flat, PANELS):
             for run, colour in zip(runs, colours):
-                steps, values = series(run.lines, key)
-                if key == "loss":
-                    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-                    axes.plot(steps, smooth(values), color=colour)
-                else:
-                    axes.plot(
-                        steps,
-                        values,
-                        "o-" if key == "val_loss" else "-",
-                        color=colour,
-                        markersize=4,
-                        linewidth=1.5,
-                    )
+                _draw_curve(axes, run, key, colour)
             _finish_panel(axes, key, title, runs)
         handles = [
-            plt.Line2D([], [], color=colour, linewidth=3, label=run.name)
+            Line2D([], [], color=colour, linewidth=3, label=run.name)
             for run, colour in zip(runs, colours)
         ]
-        figure.legend(
-            handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False
-        )
+        columns = min(len(runs), 4)
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
         save_figure(figure, path)
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """The mean over a twenty-fifth of the curve around each point, and over what there is of it at the ends."""
+    """The mean over a twenty-fifth of the curve around each point, and over less at its ends."""
     if not values:
         return np.array([])
     window = np.ones(min(len(values) // 25 | 1, len(values)))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _finish_panel(axes: plt.Axes, key: str, title: str, runs: list[Run]) -> None:
+def _draw_curve(axes: Axes, run: Run, key: str, colour: Any) -> None:
+    steps, values = series(run.lines, key)
+    if key == "loss":
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth(values), color=colour)
+    else:
+        marks = "o-" if key == "val_loss" else "-"
+        axes.plot(steps, values, marks, color=colour, markersize=4, linewidth=1.5)
+
+
+def _finish_panel(axes: Axes, key: str, title: str, runs: list[Run]) -> None:
     values = [value for run in runs for value in series(run.lines, key)[1]]
     end = max((line["step"] for run in runs for line in run.lines), default=1)
     axes.set(title=title, xlabel="optimizer step", xlim=(0, end * 1.03))
@@ -209,7 +205,7 @@ def _row(run: Run) -> dict[str, str]:
     )
     return {
         "run": run.name,
-        "learns": _learns(run.settings),
+        "trained": _trained(run.settings),
         "steps": show(last("step"), ",.0f"),
         "samples": show(samples, ",.0f"),
         "tokens": show(last("tokens"), ",.0f"),
@@ -223,21 +219,19 @@ def _row(run: Run) -> dict[str, str]:
     }
 
 
-def _learns(settings: dict[str, Any]) -> str:
-    """What a run trains: parts, how much of each, and how."""
+def _trained(settings: dict[str, Any]) -> str:
+    """The parts that a run trains, with LoRA's rank or the number of blocks."""
     parts = []
-    for part in (part.strip() for part in str(settings.get("train", "–")).split(",")):
-        blocks, rank = (
-            settings.get(f"{part}_layers", 0),
-            settings.get("lora_rank", 0) if part == "language_model" else 0,
-        )
-        details = [f"LoRA rank {rank}"] if rank else [f"top {blocks}"] if blocks else []
-        parts.append(" ".join([part, *(f"({detail})" for detail in details)]))
+    for part in map(str.strip, str(settings.get("train", "–")).split(",")):
+        blocks = settings.get(f"{part}_layers", 0)
+        rank = settings.get("lora_rank", 0) if part == "language_model" else 0
+        detail = f" (LoRA rank {rank})" if rank else f" (top {blocks})" if blocks else ""
+        parts.append(part + detail)
     return ", ".join(parts)
 
 
 def _numbers(written: str) -> dict[str, float] | None:
-    """The finite numbers of one line of metrics.jsonl; None if it is no such line."""
+    """The finite numbers of one line of metrics.jsonl; None if it is not one."""
     try:
         line = json.loads(written)
     except (ValueError, RecursionError):
@@ -260,7 +254,7 @@ def _names(folders: list[Path]) -> list[str]:
 def _check_out(path: Path) -> None:
     if not path.parent.is_dir():
         raise NanoVLMError(f"{path.parent}: is not a folder; make it, so that --out can be written")
-    if path.is_dir() or path.exists() and path.read_bytes()[: len(PNG)] != PNG:
+    if path.is_dir() or (path.exists() and path.read_bytes()[: len(PNG)] != PNG):
         raise NanoVLMError(f"{path}: is not a PNG file and stays as it is; name another with --out")
 
 

@@ -1,4 +1,4 @@
-"""What went wrong in the projects that the presets come from, tried on all five of them at toy widths."""
+"""Errors of the projects that the presets come from, tried on all five presets at toy widths."""
 
 import copy
 import dataclasses
@@ -72,7 +72,7 @@ class Toy:
         )
 
     def pixels(self, number: int) -> torch.Tensor:
-        """The pictures that the eyes see of one of the world's images."""
+        """The tiles of one of the toy images, as the vision encoder gets them."""
         return image_pixels(self.image(number), self.model.config.image)
 
     def image(self, number: int) -> Image.Image:
@@ -135,7 +135,7 @@ def test_text_is_causal_and_images_are_what_the_preset_says(toy: Toy):
     batch.input_ids[0, later] = (batch.input_ids[0, later] + 1) % 50
     after = toy.hidden_states(batch)
     assert changed(before, after) == [False] * later + [True] * (len(before) - later)
-    batch.attention_mask = None  # as for one row, which is what infer.py asks about: no mask is given, and none forgotten
+    batch.attention_mask = None  # as for the one row that infer.py asks about
     torch.testing.assert_close(toy.hidden_states(batch), after)
 
     batch = toy.batch()
@@ -171,12 +171,12 @@ def test_another_image_gives_other_logits(toy: Toy):
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images: int, monkeypatch):
-    """As many placeholders as features, the same tokens before them and after, the same bytes of pixels."""
+    """As many placeholders as features, the same tokens around them, the same bytes of pixels."""
     records = _records(toy, images)
-    learned = _loaded(toy, records)
+    training_batch = _loaded(toy, records)
     with torch.no_grad():
-        features = toy.model.projector(toy.model.vision_features(learned.pixels))
-    assert len(learned.image_positions) == features.shape[:2].numel() > 0
+        features = toy.model.projector(toy.model.vision_features(training_batch.pixels))
+    assert len(training_batch.image_positions) == features.shape[:2].numel() > 0
 
     asked: list[Batch] = []
     monkeypatch.setattr(
@@ -202,12 +202,12 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
     infer.main()
     assert len(asked) == 2
     for prompt in asked:
-        assert torch.equal(prompt.pixels, learned.pixels) and torch.equal(
-            prompt.image_positions, learned.image_positions
+        assert torch.equal(prompt.pixels, training_batch.pixels) and torch.equal(
+            prompt.image_positions, training_batch.image_positions
         )
         length = prompt.input_ids.shape[1]
-        assert torch.equal(prompt.input_ids, learned.input_ids[:, :length])
-        assert length == learned.target_positions[0] + 1  # up to where the answer begins
+        assert torch.equal(prompt.input_ids, training_batch.input_ids[:, :length])
+        assert length == training_batch.target_positions[0] + 1  # up to where the answer begins
 
 
 def test_infer_answers_about_several_images(toy: Toy, monkeypatch, capsys):
@@ -237,7 +237,7 @@ def test_infer_answers_about_several_images(toy: Toy, monkeypatch, capsys):
 
 
 def _records(toy: Toy, images: int, turns: int = 1) -> list:
-    """A record about pictures that are as large as no eyes want them, of several turns."""
+    """A record of several turns about images of a size that no vision encoder takes."""
     names = [f"{number}.png" for number in range(images)]
     for number, name in enumerate(names):
         values = np.random.default_rng(number).integers(
@@ -279,7 +279,7 @@ def test_every_answer_and_its_end_of_turn_is_learned(toy: Toy):
 
 
 def test_a_model_that_knows_an_answer_stops_after_it(toy: Toy):
-    """The end of turn is learned, not only labelled: one sample is learned by heart and then asked for."""
+    """The end of turn is trained, not only labelled: one sample is overfitted, then asked for."""
     model, batch = copy.deepcopy(toy.model), _loaded(toy, _records(toy, images=1))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -297,7 +297,7 @@ def test_a_model_that_knows_an_answer_stops_after_it(toy: Toy):
 
 
 def test_labels_do_not_depend_on_what_the_words_say(toy: Toy):
-    """Searching the text for the answer, or for the assistant's header, would find these in the question."""
+    """Searching the text for the answer, or the assistant's header, would find the question's."""
     answer = "一个圆。"
     frames = ("ASSISTANT: ", "<|im_start|>assistant\n", "<|im_end|>\n", "</s>")
     batch = toy.batch(question="".join(f"{frame}{answer}" for frame in frames), answer=answer)
@@ -327,7 +327,7 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
         for use_cache in (True, False)
     )
     assert cached == uncached and len(cached) == 12
-    # A model of random weights may say one word over and over, whatever it sees: so the vectors of given words, too.
+    # With random weights a model may repeat one word for any image: compare the vectors, too.
     words = toy.model.tokenizer.encode("一个红色的圆。")
     with torch.no_grad():
         whole = torch.cat(
@@ -379,7 +379,7 @@ def test_only_what_a_stage_names_moves(toy: Toy):
 
 
 def _is_named(parameter: str, settings: Settings, blocks: int) -> bool:
-    """Whether a preset's stage says that this parameter learns: the settings' meaning in other words than `freeze`."""
+    """Whether a preset's stage trains this parameter, said independently of `freeze`."""
     part, name = parameter.split(".", 1)
     if part != "language_model":
         return part in settings.trained_parts
@@ -438,7 +438,7 @@ def test_saved_adapters_hold_the_projector(toy: Toy, first_stage: Path, tmp_path
 def test_each_stage_goes_on_from_the_one_before_and_the_last_is_asked(
     toy: Toy, first_stage: Path, tmp_path: Path
 ):
-    """What the commands do, with a validation and its answers; and with pairs, where a stage prefers answers to others."""
+    """What the commands do, with a validation and its answers; with pairs in a stage with DPO."""
     run, records = first_stage, {"val": str(toy.data / "val.jsonl"), "val_samples": 2}
     image = _records(toy, images=1)[0].images[0]
     pairs = [

@@ -1,4 +1,4 @@
-"""python -m nanovlm.report: what the tables say of runs, damaged ones too, and that no file of yours is lost."""
+"""python -m nanovlm.report: the tables, also of damaged runs, and no file is overwritten."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from nanovlm.training.settings import Settings, to_toml
 
 
 def make_run(folder: Path, steps: int = 10, settings: dict | None = None, **extra) -> Path:
-    """A synthetic run: losses 1/step, validation at every other step, four samples a step, two steps a second."""
+    """A synthetic run: losses 1/step, validations every other step, 4 samples a step, 2 steps/s."""
     folder.mkdir(parents=True)
     (folder / "settings.toml").write_text(
         to_toml(Settings(**{"out": str(folder), **(settings or {})}))
@@ -74,7 +74,7 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
     assert set("".join(rule)) == {"-"}
     assert first == {
         "run": "first",
-        "learns": "projector, language_model (top 2)",
+        "trained": "projector, language_model (top 2)",
         "steps": "10",
         "samples": "40",
         "tokens": "4,000",
@@ -85,7 +85,7 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
         "loss, last 5 lines": f"{sum(1 / n for n in range(6, 11)) / 5:.4f}",
         "waiting for data": "–",
     }
-    assert second["learns"] == "projector, language_model (LoRA rank 8)"
+    assert second["trained"] == "projector, language_model (LoRA rank 8)"
     assert second["steps"] == "1,200" and second["minutes"] == "10.0"
     assert second["peak memory, GB"] == "7.50" and second["waiting for data"] == "25.0%"
     assert settings == [
@@ -96,10 +96,10 @@ def test_the_table_tells_what_a_run_was_and_how_it_ended(tmp_path, compare):
         ["lr", "0.01", "0.001"],
     ]
     assert err == f"the curves are in {tmp_path / 'report.png'}\n"
-    with Image.open(tmp_path / "report.png") as picture:
-        assert picture.format == "PNG" and picture.width > 1000
+    with Image.open(tmp_path / "report.png") as figure:
+        assert figure.format == "PNG" and figure.width > 1000
         assert {(31, 119, 180), (255, 127, 14)} <= {
-            colour for _, colour in picture.convert("RGB").getcolors(1 << 20)
+            colour for _, colour in figure.convert("RGB").getcolors(1 << 20)
         }
 
 
@@ -167,7 +167,7 @@ def test_a_folder_without_a_run_is_one_line_and_exit_2(tmp_path, call):
 def test_only_a_png_file_is_overwritten(tmp_path, compare):
     run = make_run(tmp_path / "run")
     compare(run)
-    compare(run)  # over its own picture
+    compare(run)  # over its own figure
     before = (run / "metrics.jsonl").read_bytes()
     for out in (run / "metrics.jsonl", run):
         with pytest.raises(NanoVLMError, match="is not a PNG file and stays as it is"):

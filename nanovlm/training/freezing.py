@@ -57,7 +57,7 @@ def describe(model: VisionLanguageModel, settings: OptimizerSettings) -> str:
             if isinstance(layer, QuantizedLinear)
         )
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        values = [
+        values: list[float] = [
             sum(map(torch.numel, parameters)) + quantized,
             sum(map(torch.numel, trainable)),
             sum(tensor.nbytes for tensor in parameters + buffers),

@@ -15,7 +15,12 @@ from tqdm import tqdm
 from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.checkpoint import (
+    NoRoomError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.training.distributed.shares import total
 from nanovlm.training.monitor.bad_steps import BadSteps
@@ -215,7 +220,7 @@ class Monitor:
     def _is_due(self, every: int) -> bool:
         """Whether the step is one of every so many (0: none), or the last one."""
         step = self.progress.step
-        return step == self.run.total_steps or every > 0 and step % every == 0
+        return step == self.run.total_steps or (every > 0 and step % every == 0)
 
     def _read_back(self) -> float:
         """Read the numbers of the steps so far, which waits for the device; report bad steps.
@@ -283,7 +288,7 @@ class Monitor:
     def _is_best(self, val: dict[str, float | None]) -> bool:
         """Whether the validation just done is the best so far; its checkpoint is worth keeping."""
         loss, best = val.get("val_loss"), self.progress.best_val_loss
-        if loss is None or best is not None and loss >= best:
+        if loss is None or (best is not None and loss >= best):
             return False
         self.progress.best_val_loss = loss
         return True
@@ -339,7 +344,7 @@ def save(
         state["scaler"] = vars(run.precision.scaler)
     try:
         save_checkpoint(run.folder, run.model, optimizer, state, run.settings.keep)
-    except NoRoom as error:
+    except NoRoomError as error:
         if run.settings.full_disk == "stop":
             raise
         say(f"{error}; training goes on")

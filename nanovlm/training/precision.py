@@ -1,4 +1,4 @@
-"""In which number format a run computes, and how gradients survive half precision."""
+"""The compute dtype of a run: autocast, and loss scaling for fp16."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,25 +13,29 @@ from nanovlm.training.distributed.shares import local
 
 @dataclass
 class LossScaler:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): the loss is multiplied so that small gradients do not
-    vanish, the gradients divided again; a step that overflows is dropped and the factor halved."""
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018).
+
+    The loss is multiplied by a factor so that small gradients do not vanish, and the gradients are
+    divided by it again. A step that overflows is dropped and the factor halved.
+    """
 
     scale: float = 2.0**16
     growth_interval: int = 1000  # steps without overflow after which the factor doubles
     good_steps: int = 0
 
     def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
-        """Divide the gradients by the factor; True if all are finite, so that the step may be taken. Reads one number
-        back from the device, which fp16 alone has to pay for. `largest` is over the processes that share them."""
-        gradients = [
-            local(parameter.grad) for parameter in parameters if parameter.grad is not None
-        ]
-        if not gradients:  # a step without images gives the projector none
+        """Divide the gradients by the factor; True if all are finite, so the step may be taken.
+
+        Reads one number back from the device, so fp16 waits for it in every step. `largest` takes
+        the maximum over processes.
+        """
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(gradient) for gradient in present]
+        if not gradients:  # such as those of a projector in a step without images
             return True
-        torch._foreach_mul_(gradients, 1 / self.scale)
-        finite = not largest(
-            not torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        )
+        torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore[reportPrivateImportUsage]
+        all_finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        finite = not largest(int(not all_finite))
         if finite:
             self.good_steps += 1
             if self.good_steps % self.growth_interval == 0:
@@ -42,9 +46,11 @@ class LossScaler:
 
 
 class Precision:
-    """How a run computes: parameters that learn stay in fp32 and are cast for each product, frozen ones are kept cast.
+    """The compute dtype and the device of a run.
 
-    With `stochastic_rounding` those that learn are kept in bf16 too; the optimizer rounds at random (`adamw.py`).
+    Trainable parameters stay in fp32 and are cast for each product (autocast); frozen ones are cast
+    once. With `stochastic_rounding` trainable ones are kept in bf16, too, and the optimizer rounds
+    them up or down at random (`adamw.py`).
     """
 
     def __init__(
@@ -52,27 +58,28 @@ class Precision:
     ) -> None:
         if stochastic_rounding and dtype != torch.bfloat16:
             raise NanoVLMError(
-                "--stochastic-rounding keeps what learns in bf16 and this run computes in "
-                f"{str(dtype).removeprefix('torch.')}; take --dtype bfloat16 where there is one, or leave it out"
+                "--stochastic-rounding keeps trainable parameters in bf16 and this run computes in "
+                f"{str(dtype).removeprefix('torch.')}; take --dtype bfloat16 where there is one, "
+                "or leave it out"
             )
         self.dtype, self.device = dtype, device
-        self.learned_dtype = torch.bfloat16 if stochastic_rounding else torch.float32
+        self.trainable_dtype = torch.bfloat16 if stochastic_rounding else torch.float32
         self.scaler = LossScaler() if dtype == torch.float16 else None
 
     def place(self, model: nn.Module) -> None:
-        """Give every parameter its number format and device; buffers, which hold quantised matrices, the device alone."""
+        """Give parameters their dtype and device, and buffers (quantised matrices) their device."""
         for parameter in model.parameters():
-            dtype = self.learned_dtype if parameter.requires_grad else self.dtype
+            dtype = self.trainable_dtype if parameter.requires_grad else self.dtype
             parameter.data = parameter.data.to(self.device, dtype)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
 
     def autocast(self, device: torch.device | None = None) -> contextlib.AbstractContextManager:
-        """The context of a forward pass, of a model on another device than the run's if one is given.
+        """The context of a forward pass; `device` if the model is on another one than the run.
 
-        Without autocast's cache: each weight is used once, and the cache would hold on to its cast copy to the end of the
-        pass, also where checkpointing has let go of it.
+        Autocast does not cache casts: each weight is used once, and the cache would hold its copy
+        until the end of the pass, even where checkpointing has freed it.
         """
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -80,11 +87,11 @@ class Precision:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether a gradient that is not finite is only the loss scaler looking for its factor."""
+        """Whether a gradient that is not finite may come from the factor of the loss scaler."""
         return self.scaler is not None and self.scaler.scale > 1
 
     def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
-        """Undo `scaled` on the gradients; False if they overflowed, so that the step has to be dropped."""
+        """Undo `scaled` on the gradients; False if they overflowed: the step has to be dropped."""
         return self.scaler is None or self.scaler.unscale(parameters, largest)
 
     def scaled(self, loss: Tensor) -> Tensor:

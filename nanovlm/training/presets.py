@@ -44,7 +44,7 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
         layers = [_read_stage(path, stage)]
     layers.append({name: value for name, value in flags.items() if value is not None})
     if flags["resume"] and not flags["allow_changes"]:
-        _refuse_changes(*layers, path)
+        _refuse_changes(layers[0], layers[-1], path)
     values: dict[str, Any] = {}
     for layer in layers:
         for cause, chosen in CHOSEN_FOR.items():

@@ -1,4 +1,4 @@
-"""The commands of a recipe, one after the other: what a run tells its user to type next."""
+"""The commands of a recipe one after the other: what to run before and after a stage."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class Recipe:
 
     @classmethod
     def of_command(cls, stage: str, arguments: list[str] | None = None) -> "Recipe":
-        """Read it off a command line, by default this process's, of the script that trains `stage` if none is named."""
+        """Read it from a command line (default: this process's); `stage` if that names none."""
         parser = CommandParser(add_help=False)
         for name in ("preset", "config", "stage"):
             parser.add_argument(f"--{name}")
@@ -31,17 +31,17 @@ class Recipe:
 
     @property
     def flags(self) -> list[str]:
-        """What a command has to repeat."""
+        """The flags that name it."""
         return self._source + ([] if self.stage in STAGES else ["--stage", self.stage])
 
     @property
     def command(self) -> str:
-        """The one that trains the stage, as `python` takes it."""
+        """The command that trains the stage, without `python`."""
         return shlex.join([f"train_{self._script}.py", *self.flags])
 
     @property
     def settings(self) -> Settings:
-        """Those of the stage, before any other flag."""
+        """The settings of the stage, without further flags."""
         try:
             return load_settings(self._script, self.flags)
         except NanoVLMError as error:
@@ -49,10 +49,10 @@ class Recipe:
 
     @property
     def _source(self) -> list[str]:
-        named = (("--preset", self.preset), ("--config", self.config))
-        return [part for flag, value in named if value for part in (flag, value)] + [
-            "--tiny"
-        ] * self.tiny
+        flags = []
+        flags += ["--preset", self.preset] if self.preset else []
+        flags += ["--config", self.config] if self.config else []
+        return flags + (["--tiny"] if self.tiny else [])
 
     @property
     def _script(self) -> str:
@@ -66,35 +66,31 @@ class Recipe:
 
 
 def next_commands(recipe: Recipe, settings: Settings) -> list[str]:
-    """What to type after a stage that ran as `settings` say: a question to its model, and the next stage.
+    """What to run after a stage with these settings: a question to its model, and the next stage.
 
-    Whoever gave records of their own has to say which ones the next stage learns from: stages learn different things.
+    Stages train on different data, so a run on data of one's own has to be given the next one's.
     """
     commands, following, model = [], recipe.neighbour(1), Path(settings.out) / "model"
-    if settings.resume and not recipe.flags:  # of any recipe
+    if settings.resume and not recipe.flags:  # the run may be of any recipe
         following = None
     if recipe.stage == "stage1":
         following = following or Recipe("stage2")
     else:
-        commands.append(
-            'python infer.py IMAGE "描述图片"'
-            + ("" if settings.out == "runs/stage2" else f" --model {shlex.quote(str(model))}")
-        )
+        default = settings.out == "runs/stage2"
+        flag = "" if default else f" --model {shlex.quote(str(model))}"
+        commands.append(f'python infer.py IMAGE "描述图片"{flag}')
     if following is not None:
         planned, usual = following.settings, replace(following, stage=recipe.stage).settings
-        known = planned.data and settings.data == usual.data
-        commands.append(
-            " && ".join(
-                [*(preparations(planned, model) if known else []), f"python {following.command}"]
-            )
-            + ("" if planned.init == str(model) else f" --init {shlex.quote(str(model))}")
-            + ("" if known else " --data FILE.jsonl")
-        )
+        known = bool(planned.data) and settings.data == usual.data
+        flags = "" if planned.init == str(model) else f" --init {shlex.quote(str(model))}"
+        flags += "" if known else " --data FILE.jsonl"
+        before = preparations(planned, model) if known else []
+        commands.append(" && ".join([*before, f"python {following.command}{flags}"]))
     return commands
 
 
 def preparations(settings: Settings, model: str | Path) -> list[str]:
-    """The command that makes the toy world's pairs of answers, where `settings` name them and they are not there yet."""
+    """The command that makes the toy pairs of answers, if `settings` need them and lack them."""
     if settings.data != TOY_PAIRS or Path(TOY_PAIRS).exists():
         return []
     return [f"python data_tools/make_preferences.py --model {shlex.quote(str(model))}"]

@@ -1,9 +1,10 @@
-"""The log-probabilities that preference training starts from, computed once and kept in the run folder.
+"""The reference model's log-probabilities for preference training, computed once before it.
 
-    run/reference.jsonl   a line that says what they were computed from, then one a pair: where, chosen, rejected
+    run/reference.jsonl   a line that says what they were computed from,
+                          then one per pair: where, chosen, rejected
 
-The reference is the model that the run starts as, so no second model is ever held. A resumed run, whose model has moved
-on, reads them again.
+The reference model is the one that the run starts from, so no second model is held in memory. A
+resumed run, whose model has changed since, reads them from the file.
 """
 
 import hashlib
@@ -29,19 +30,11 @@ from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
 from nanovlm.utils.processes import is_main
 
 FILE = "reference.jsonl"
-MATTERS = (
-    "val_fraction",
-    "val_samples",
-    "seed",
-    "max_length",
-    "pack",
-    "dtype",
-    "quantize",
-)  # settings, beside the files
+# Settings that they depend on, besides the files.
+MATTERS = ("val_fraction", "val_samples", "seed", "max_length", "pack", "dtype", "quantize")
 
-Reference = dict[
-    str, tuple[float, float]
-]  # a record's name → log-probabilities of its chosen and its rejected answer
+# A record's name → log-probabilities of its chosen and its rejected answer.
+Reference = dict[str, tuple[float, float]]
 
 
 def reference_of(
@@ -51,9 +44,10 @@ def reference_of(
     precision: Precision,
     parallel: Parallel,
 ) -> Reference:
-    """The log-probabilities of all pairs of `parts` under `model`, which has not learned yet; those of a resumed run are read.
+    """The log-probabilities of all pairs of `parts` under `model`, which is not trained yet.
 
-    Pairs that cannot be read are missing. Raises where the file was made from other data, another model or other settings.
+    Those of a resumed run are read from its file; raises if that was made from other data, another
+    model or other settings. Pairs that cannot be read are missing.
     """
     path, made_from = Path(settings.out) / FILE, fingerprint(settings)
     if settings.resume and (path.exists() or list_checkpoints(path.parent)):
@@ -78,11 +72,10 @@ def compute(
     precision: Precision,
     parallel: Parallel,
 ) -> Reference:
-    """The same for one set of pairs, of which each process takes its part."""
+    """The log-probabilities of the pairs of `batches`, which several processes share out."""
     place = {record.where: number for number, record in enumerate(batches.records)}
-    found = torch.zeros(
-        len(place), 3, device=precision.device
-    )  # both answers', and 1 where there are any
+    # Chosen, rejected, and 1 if the pair could be read.
+    found = torch.zeros(len(place), 3, device=precision.device)
     options = BatchOptions(
         batch_size=batches.options.batch_size,
         max_length=batches.options.max_length,
@@ -106,7 +99,7 @@ def compute(
         if (batch := parallel.complete(loaded.batch)) is None:
             continue
         with precision.autocast():
-            values = answer_log_probabilities(model, PairBatch.of(batch).to(precision.device))
+            values = answer_log_probabilities(model, PairBatch.of(batch.to(precision.device)))
         lines = [place[where] for where in loaded.records]
         found[lines, :2], found[lines, 2] = values, 1.0
     parallel.reshard()
@@ -115,27 +108,21 @@ def compute(
     for where, numbers in zip(place, values):
         if not all(map(math.isfinite, numbers)):
             raise NanoVLMError(
-                f"{where}: the starting model gives this pair no finite log-probability; take --dtype float32 to "
-                "see whether the number format is at fault"
+                f"{where}: the starting model gives this pair no finite log-probability; "
+                "take --dtype float32 to see whether the compute dtype is at fault"
             )
-    return {
-        where: (chosen, rejected)
-        for where, (chosen, rejected, there) in zip(place, values)
-        if there
-    }
+    pairs = zip(place, values)
+    return {where: (chosen, rejected) for where, (chosen, rejected, read) in pairs if read}
 
 
 def fingerprint(settings: Settings) -> dict[str, str | int | float]:
-    """What the log-probabilities depend on: digests of the records and of the model folder, and settings."""
-    data, val = (
-        _digest(record_files(name)) if name else "" for name in (settings.data, settings.val)
-    )
-    model = _digest([path for path in sorted(Path(settings.init).iterdir()) if path.is_file()])
+    """What the log-probabilities depend on: digests of records and model folder, and settings."""
+    model_files = [path for path in sorted(Path(settings.init).iterdir()) if path.is_file()]
     return {
-        "data": data,
-        "val": val,
+        "data": _digest(record_files(settings.data)) if settings.data else "",
+        "val": _digest(record_files(settings.val)) if settings.val else "",
         "images": settings.images,
-        "init": model,
+        "init": _digest(model_files),
         **{name: getattr(settings, name) for name in MATTERS},
     }
 
@@ -149,19 +136,19 @@ def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise NanoVLMError(
-            f"{path}: is missing or damaged, and the run has moved on from the model it was computed with; "
-            "start the run again in another folder"
+            f"{path}: is missing or damaged, and the run has moved on from the model it was "
+            "computed with; start the run again in another folder"
         ) from None
     if different:
         raise NanoVLMError(
-            f"{path}: was computed with another {', '.join(different)} than the run has now; give it what it "
-            "had, or start it again in another folder"
+            f"{path}: was computed with another {', '.join(different)} than the run has now; "
+            "give it what it had, or start it again in another folder"
         )
     return reference
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """Of the bytes of all files in order."""
+    """One digest of the bytes of all files in order."""
     sums = []
     for path in files:
         with open(path, "rb") as file:

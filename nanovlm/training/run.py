@@ -26,7 +26,7 @@ from nanovlm.training.distributed.parallel import Parallel, build_parallel
 from nanovlm.training.freezing import describe, is_trainable
 from nanovlm.training.loop import Run, train
 from nanovlm.training.monitor.samples import last_answers
-from nanovlm.training.monitor.tracking import Tracker, build_tracker
+from nanovlm.training.monitor.tracking import build_tracker
 from nanovlm.training.objectives import objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.reference import reference_of
@@ -44,11 +44,8 @@ def run_stage(settings: Settings) -> Path:
     folder = Path(settings.out)
     if is_main():  # the only process that writes there
         _check_run_folder(folder, settings.resume)
-    tracker = (
-        build_tracker(settings.track, folder, dataclasses.asdict(settings))
-        if is_main()
-        else Tracker()
-    )
+    track = settings.track if is_main() else ""
+    tracker = build_tracker(track, folder, dataclasses.asdict(settings))
     parallel = build_parallel(settings, choose_device(settings.device))
     settings = _with_dtype(settings, parallel)
     precision = Precision(DTYPES[settings.dtype], parallel.device, settings.stochastic_rounding)
@@ -62,39 +59,17 @@ def run_stage(settings: Settings) -> Path:
         features = _cached_features(model, [*records, *held_out], precision)
     _place(model, settings, precision, parallel)
     say(describe(model, settings))
-
-    encoder = RecordEncoder.of(model)
-    if settings.objective == "dpo":
-        encoder = PairEncoder(encoder)
-    options = BatchOptions(
-        batch_size=settings.batch_size,
-        max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
-        share=settings.share,
-        pack=settings.pack,
-        bucket=settings.bucket,
-        seed=settings.seed,
-        rank=parallel.rank,
-        world=parallel.world,
-    )
-    in_order = BatchOptions(
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        share=options.share,
-        shuffle=False,
-    )
-    held_out = _usable(held_out, encoder, in_order, features)
-    batches = Batches(records, encoder, options, features)
-    validation = Batches(held_out, encoder, in_order, features) if held_out else None
+    batches, validation = _make_batches(model, records, held_out, settings, parallel, features)
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
     parallel.check_same("records", len(records))
-    parallel.check_same("held-out records", len(held_out))
+    parallel.check_same("held-out records", len(validation.records) if validation else 0)
     parallel.check_same("steps to take", total_steps)
 
     _write_settings(settings)
-    if isinstance(encoder, PairEncoder):
+    if isinstance(batches.encoder, PairEncoder):
         parts = [part for part in (batches, validation) if part is not None]
-        encoder.reference = reference_of(model, parts, settings, precision, parallel)
+        batches.encoder.reference = reference_of(model, parts, settings, precision, parallel)
     run = Run(
         settings=settings,
         model=model,
@@ -198,6 +173,39 @@ def _check_run_folder(run: Path, resume: bool) -> None:
         )
 
 
+def _make_batches(
+    model: VisionLanguageModel,
+    records: Sequence[Record],
+    held_out: Sequence[Record],
+    settings: Settings,
+    parallel: Parallel,
+    features: dict[Path, Tensor] | None,
+) -> tuple[Batches, Batches | None]:
+    """The batches to train on, and those to validate with; both encode records alike."""
+    encoder = RecordEncoder.of(model)
+    if settings.objective == "dpo":
+        encoder = PairEncoder(encoder)
+    options = BatchOptions(
+        batch_size=settings.batch_size,
+        max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
+        share=settings.share,
+        pack=settings.pack,
+        bucket=settings.bucket,
+        seed=settings.seed,
+        rank=parallel.rank,
+        world=parallel.world,
+    )
+    in_order = BatchOptions(
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        share=options.share,
+        shuffle=False,
+    )
+    batches = Batches(records, encoder, options, features)
+    usable = _usable(held_out, encoder, in_order, features)
+    return batches, Batches(usable, encoder, in_order, features) if usable else None
+
+
 def _write_settings(settings: Settings) -> None:
     """Keep the settings in the run folder, for `--resume` and for comparisons."""
     if is_main():
@@ -267,7 +275,7 @@ def _split(
 
 
 def _usable(
-    records: list[Record],
+    records: Sequence[Record],
     encoder: Encoder,
     options: BatchOptions,
     features: dict[Path, Tensor] | None,

@@ -50,7 +50,7 @@ def choice(help: str, *choices: str) -> Any:
 class DataSettings:
     """Records, and the batches that are made of them."""
 
-    data: str = setting("", "training records: .json or .jsonl files (a,b) or a quoted pattern")
+    data: str = setting("", "training records: .json or .jsonl files, with commas, or a pattern")
     images: str = setting("", "folder of relative image paths (default: the records' folder)")
     val: str = setting("", "records for validation (default: --val-fraction of the images)")
     val_fraction: float = setting(0.02, "share of the images held out without --val", BELOW_1)
@@ -75,7 +75,7 @@ class ModelSettings:
     )
     projector: str = setting("mlp", "linear, mlp, pixel_shuffle, bilinear or resampler")
     projector_activation: str = setting(
-        "gelu", "of mlp, bilinear and resampler: silu, gelu, gelu_pytorch_tanh or quick_gelu"
+        "gelu", "in mlp, bilinear and resampler: silu, gelu, gelu_pytorch_tanh or quick_gelu"
     )
     projector_bias: bool = setting(True, "bias of the linear and pixel_shuffle projectors")
     grid: int = setting(8, "side of the grid that the bilinear projector makes", ABOVE_0)
@@ -83,9 +83,9 @@ class ModelSettings:
     num_queries: int = setting(32, "visual tokens per image of the resampler projector", ABOVE_0)
     image_size: int = setting(0, "side of an image, or tile, in pixels (0: the encoder's)", FROM_0)
     tiles: int = setting(
-        0, "most tiles a side of an image is cut into (0: the encoder's, 1: not cut)", FROM_0
+        0, "most tiles along a side of an image (0: the encoder's, 1: not cut)", FROM_0
     )
-    vision_layer: int = setting(-1, "encoder layer that is used; -1 is after the final norm")
+    vision_layer: int = setting(-1, "encoder layer to use; -1 is after the final norm")
     bidirectional_images: bool = setting(
         False, "visual tokens of an image attend to each other in both directions"
     )
@@ -97,14 +97,14 @@ class ModelSettings:
 class TrainableSettings:
     """Which parameters are trained; the others are frozen."""
 
-    train: str = setting("projector", f"parts to train (a,b): {', '.join(PARTS)}")
-    language_model_layers: int = setting(0, "train its last N blocks only (0: all of it)", FROM_0)
-    language_model_embedding: bool = setting(False, "train the word embeddings in any case")
-    vision_encoder_layers: int = setting(0, "train its last N blocks only (0: all of it)", FROM_0)
+    train: str = setting("projector", f"parts to train, with commas: {', '.join(PARTS)}")
+    language_model_layers: int = setting(0, "train only the last N of its blocks (0: all)", FROM_0)
+    language_model_embedding: bool = setting(False, "also train the word embeddings")
+    vision_encoder_layers: int = setting(0, "train only the last N of its blocks (0: all)", FROM_0)
     lora_rank: int = setting(0, "rank of LoRA adapters of the language model (0: none)", FROM_0)
     lora_alpha: float = setting(0.0, "scale of LoRA times its rank (0: twice the rank)", FROM_0)
     lora_dropout: float = setting(0.0, "dropout on the inputs of LoRA adapters", BELOW_1)
-    lora_targets: str = setting("*_proj", "layers with adapters (a,b): ends of names or patterns")
+    lora_targets: str = setting("*_proj", "layers to adapt, with commas: ends of names or patterns")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -117,13 +117,15 @@ class OptimizerSettings:
     """AdamW, and the learning rate of each part."""
 
     lr: float = setting(1e-3, "peak learning rate", ABOVE_0)
-    lr_projector: float = setting(0.0, "that of the projector (0: --lr)", FROM_0)
-    lr_language_model: float = setting(0.0, "that of the language model (0: --lr)", FROM_0)
-    lr_vision_encoder: float = setting(0.0, "that of the vision encoder (0: --lr)", FROM_0)
-    layer_decay: float = setting(1.0, "factor on it per block away from the output", ABOVE_0)
-    warmup: float = setting(0.03, "share of the steps for the linear warm-up", FROM_0_TO_1)
+    lr_projector: float = setting(0.0, "learning rate of the projector (0: --lr)", FROM_0)
+    lr_language_model: float = setting(0.0, "learning rate of the language model (0: --lr)", FROM_0)
+    lr_vision_encoder: float = setting(0.0, "learning rate of the vision encoder (0: --lr)", FROM_0)
+    layer_decay: float = setting(1.0, "factor on the rate per block away from the output", ABOVE_0)
+    warmup: float = setting(0.03, "share of the steps that the linear warm-up takes", FROM_0_TO_1)
     min_lr: float = setting(0.1, "share of the peak at the end of the cosine", FROM_0_TO_1)
-    weight_decay: float = setting(0.0, "of matrices; norms and biases have none", FROM_0)
+    weight_decay: float = setting(
+        0.0, "weight decay of matrices; norms and biases have none", FROM_0
+    )
     beta2: float = setting(0.95, "decay of AdamW's second moment; its first has 0.9", BELOW_1)
     clip: float = setting(1.0, "largest gradient norm", ABOVE_0)
     optimizer: str = choice("AdamW, or with moments in 8 bits", "adamw", "adamw8bit")
@@ -144,7 +146,7 @@ class StepSettings:
     max_steps: int = setting(0, "optimizer steps, in place of --epochs", FROM_0)
     batch_size: int = setting(32, "records of a forward pass", ABOVE_0)
     accumulate: int = setting(1, "forward passes of an optimizer step", ABOVE_0)
-    max_bad_steps: int = setting(5, "steps in a row without a finite loss that end it", ABOVE_0)
+    max_bad_steps: int = setting(5, "bad steps in a row (not finite) that end the run", ABOVE_0)
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class ObjectiveSettings:
     """The loss: cross entropy of the answers, or preference training on pairs of them."""
 
     objective: str = choice("answers, or of two answers the preferred one", "sft", "dpo")
-    beta: float = setting(0.1, "dpo: how strongly the reference model is kept to", ABOVE_0)
-    label_smoothing: float = setting(0.0, "dpo: probability of swapped labels", BELOW_HALF)
+    beta: float = setting(0.1, "dpo: how strongly it is held to the reference model", ABOVE_0)
+    label_smoothing: float = setting(0.0, "dpo: probability that labels are swapped", BELOW_HALF)
     sft_weight: float = setting(0.0, "dpo: weight of the chosen answer's cross entropy", FROM_0)
 
 

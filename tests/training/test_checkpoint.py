@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.checkpoint import NoRoom, list_checkpoints, load_checkpoint, save_checkpoint
+from nanovlm.training.checkpoint import (
+    NoRoomError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def trained(steps: int = 1, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A layer that learns behind one that does not, after some steps."""
+    """A trainable layer behind a frozen one, after some steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, width))
     model[0].requires_grad_(False)
@@ -99,8 +104,8 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(
         (folder / name).write_bytes(damage((folder / name).read_bytes()))
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}
     assert torch.equal(model[1].weight, before)
-    told = capsys.readouterr().err
-    assert str(folder) in told and name in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert str(folder) in printed and name in printed and printed.count("\n") == 1
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "damaged_step_2",
         "step_1",
@@ -149,9 +154,24 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(
-        NoRoom,
-        match=r"step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; step_1 stays",
+        NoRoomError,
+        match="step_2: no room for this checkpoint, which takes 0.0 MB where .* MB are free; "
+        "step_1 stays",
     ):
         save_checkpoint(tmp_path, model, optimizer, {"progress": {"step": 2}}, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert load_checkpoint(tmp_path, model, optimizer) == {"progress": {"step": 1}}
+
+
+@pytest.mark.parametrize("part", ["decoder", "vision"])
+def test_a_checkpoint_under_old_names_is_refused_in_one_line(tmp_path, part):
+    """Written before version 0.2, when parts had other names."""
+    old, new = (
+        nn.ModuleDict({part: trained()[0][1]}),
+        nn.ModuleDict({"language_model": nn.Linear(3, 3)}),
+    )
+    optimizer = torch.optim.AdamW(old.parameters())
+    save_checkpoint(tmp_path, old, optimizer, {"progress": {"step": 1}}, keep=2)
+    with pytest.raises(NanoVLMError, match="step_1: tensor .* saved before version 0.2") as caught:
+        load_checkpoint(tmp_path, new, torch.optim.AdamW(new.parameters()))
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What learns: exactly what the settings name, shown by one step of training; and the table that says so."""
+"""Exactly the named parameters are trained, shown by one step; and the table that says so."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model
-from nanovlm.training.freezing import describe, freeze
+from nanovlm.training.freezing import COLUMNS, describe, freeze
 from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates, trainable_layers
 from nanovlm.training.settings import Settings
 from tests.reference.scratch import scratch_vlm
@@ -33,8 +33,8 @@ def model(tiny):
     return load_model(tiny.model)
 
 
-def expected_to_learn(name: str, settings: dict) -> bool:
-    """The rule of `--help`, told from the parameter's side. The tiny model has two blocks in either tower."""
+def expected_to_be_trained(name: str, settings: dict) -> bool:
+    """The rule of `--help` for one parameter. The tiny model has two blocks in either part."""
     part, first, *rest = name.split(".")
     if part == "projector":
         return "projector" in settings["train"]
@@ -58,7 +58,7 @@ def expected_to_learn(name: str, settings: dict) -> bool:
     "changes", COMBINATIONS, ids=lambda changes: "-".join(map(str, changes.values()))
 )
 def test_exactly_what_is_named_moves(tiny, tmp_path, changes):
-    """A run of one step, through the command's own path; what moved is read from the two model folders."""
+    """One step through the command's own path; what moved is read from the two model folders."""
     run = tiny.train(
         tmp_path / "run", init=str(tiny.model), max_steps=1, lr=0.01, val_samples=1, **changes
     )
@@ -66,7 +66,7 @@ def test_exactly_what_is_named_moves(tiny, tmp_path, changes):
     moved = {
         name for name in before.keys() if not torch.equal(before.tensor(name), after.tensor(name))
     }
-    assert moved == {name for name in before.keys() if expected_to_learn(name, changes)}
+    assert moved == {name for name in before.keys() if expected_to_be_trained(name, changes)}
 
 
 def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
@@ -121,22 +121,29 @@ def test_the_table_counts_parameters_and_bytes(model):
         lr_language_model=2e-5,
     )
     freeze(model, settings)
-    head, projector, text, vision, together = describe(model, settings).splitlines()
+    header, projector, language_model, vision, total = describe(model, settings).splitlines()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    learning = sum(
+    trainable = sum(
         size
         for name, size in sizes.items()
         if name.startswith(("language_model.blocks.1", "language_model.norm"))
     )
-    assert "2e-05" in text and "1e-03" in projector and "—" in vision
+    assert header.split() == [*COLUMNS]
+    assert [row.split()[0] for row in (projector, language_model, vision, total)] == [
+        "projector",
+        "language_model",
+        "vision_encoder",
+        "total",
+    ]
+    assert "2e-05" in language_model and "1e-03" in projector and "—" in vision
     assert (
-        text.split()[2] == f"{learning / 1e6:.2f}M"
-        and together.split()[1] == f"{sum(sizes.values()) / 1e6:.2f}M"
+        language_model.split()[2] == f"{trainable / 1e6:.2f}M"
+        and total.split()[1] == f"{sum(sizes.values()) / 1e6:.2f}M"
     )
 
 
 def test_of_a_decoder_made_from_scratch_stage_1_is_the_way_in_and_the_way_out(tmp_path):
-    """Resampler; word embeddings, reducer and positions; top blocks, norm and head. Nothing else gets a gradient."""
+    """Resampler; word embeddings, reducer and positions; last blocks, norm and head; no more."""
     model = scratch_vlm(tmp_path)
     freeze(
         model,
@@ -144,7 +151,7 @@ def test_of_a_decoder_made_from_scratch_stage_1_is_the_way_in_and_the_way_out(tm
             train="projector,language_model", language_model_layers=2, language_model_embedding=True
         ),
     )
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     ways_in = (
         "language_model.embed_tokens.",
         "language_model.reducer.",
@@ -156,7 +163,7 @@ def test_of_a_decoder_made_from_scratch_stage_1_is_the_way_in_and_the_way_out(tm
         "language_model.norm.",
         "language_model.lm_head.",
     )
-    assert learning == {
+    assert trainable == {
         name
         for name, _ in model.named_parameters()
         if name.startswith(("projector.", *ways_in, *ways_out))

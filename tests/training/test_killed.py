@@ -1,4 +1,4 @@
-"""Kill -9 at any moment: what is on the disk goes on to the same bits as a run that nobody killed."""
+"""kill -9 at any moment: the run resumes from the disk to the bits of one that was not killed."""
 
 import multiprocessing
 import random
@@ -87,5 +87,5 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(
         for result in RESULTS:
             assert (run / result).read_bytes() == (tmp_path / "whole" / result).read_bytes(), result
     print(
-        f"{dtype}: {killed} kills, {len(finished)} runs reached the end with the bits of the run that nobody killed"
+        f"{dtype}: {killed} kills, {len(finished)} runs ended with the bits of the one not killed"
     )

@@ -111,7 +111,7 @@ def written_out(log_probabilities, reference, lengths, beta, label_smoothing, sf
     ("beta", "label_smoothing", "sft_weight"), [(0.1, 0, 0), (0.5, 0.2, 0), (0.3, 0.1, 0.7)]
 )
 def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing, sft_weight):
-    """Against a model run on each answer in a row of its own, every logit at hand; the reference is another model."""
+    """Compared with the logits of each answer in its own row; the reference is another model."""
     model = load_model(tiny.model).requires_grad_()
     other = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -132,8 +132,8 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
             for text in texts
         ]
         pixels = batches[0].batch.pixels[number][None]
-        for voice, into in ((model, sums), (other, sums_then)):
-            into.append([_log_probability(voice, encoded, pixels) for encoded in alone])
+        for language_model, into in ((model, sums), (other, sums_then)):
+            into.append([_log_probability(language_model, encoded, pixels) for encoded in alone])
         chosen_lengths.append(sum(label != IGNORED for label in alone[0].labels))
     encoder.reference = {
         record.where: [value.item() for value in then] for record, then in zip(records, sums_then)
@@ -157,9 +157,9 @@ def test_loss_and_gradients_equal_the_formula(tiny, pairs, beta, label_smoothing
         },
         abs=1e-4,
     )
-    learning = [parameter for parameter in model.parameters()]
+    trainable = list(model.parameters())
     gradients, right = (
-        torch.autograd.grad(value, learning, allow_unused=True) for value in (loss, expected)
+        torch.autograd.grad(value, trainable, allow_unused=True) for value in (loss, expected)
     )
     assert sum(gradient is not None for gradient in gradients) > 30
     for gradient, correct in zip(gradients, right):
@@ -187,7 +187,7 @@ def test_at_the_start_margins_are_zero_and_the_loss_is_log_two(train, tmp_path):
     )
 
 
-def test_accuracy_and_margin_rise_and_what_is_told_is_consistent(train, tmp_path, pairs):
+def test_accuracy_and_margin_rise_and_the_metrics_are_consistent(train, tmp_path, pairs):
     run = train(
         tmp_path / "run", max_steps=50, batch_size=12, lr=1e-3, val=str(pairs), val_samples=99
     )
@@ -275,7 +275,7 @@ def test_an_interrupted_run_continues_to_the_same_bits_and_computes_no_reference
 
 @pytest.mark.slow
 def test_two_processes_draw_the_curve_of_one(train, settings_of, tmp_path, pairs):
-    """Also with fsdp, and where a process is left without a pair; the pairs without an image make eyes run along there."""
+    """Also with fsdp, with a process that has no pair, and with pairs that have no image."""
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     spoken = [
         {"prompt": "你好", "chosen": line["chosen"], "rejected": line["rejected"]}
@@ -303,6 +303,7 @@ def test_two_processes_draw_the_curve_of_one(train, settings_of, tmp_path, pairs
             json.dumps(runs),
             "{}",
         ],
+        check=False,
         capture_output=True,
         text=True,
         timeout=240,
@@ -435,7 +436,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.keys()}
 
 
-def test_only_what_is_named_learns(train, tiny, tmp_path):
+def test_only_what_is_named_is_trained(train, tiny, tmp_path):
     run = train(tmp_path / "run", train="projector", lr=1e-3)
     before, after = tensors(tiny.model), tensors(run / "model")
     assert {

@@ -110,7 +110,9 @@ def test_the_stage_before():
 def test_a_mistake_in_a_later_stage_is_found_before_this_one_trains(tmp_path: Path, tiny, call):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f"[stage1]\n{to_toml(tiny.settings(tmp_path / 'run', max_steps=1))}[stage2]\nlearning_rate = 1.0\n"
+        "[stage1]\n"
+        + to_toml(tiny.settings(tmp_path / "run", max_steps=1))
+        + "[stage2]\nlearning_rate = 1.0\n"
     )
     refused = call(train_stage1.main, "--config", recipe)
     assert (
@@ -124,7 +126,7 @@ def test_a_mistake_in_a_later_stage_is_found_before_this_one_trains(tmp_path: Pa
     )
 
 
-def test_a_later_stage_may_leave_its_start_to_the_command_that_is_told(tmp_path: Path):
+def test_a_later_stage_may_leave_its_start_to_the_printed_command(tmp_path: Path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         '[stage1]\nout = "run"\n[dpo]\nobjective = "dpo"\ntrain = "projector,language_model"\n'

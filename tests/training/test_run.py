@@ -1,5 +1,6 @@
-"""A run from settings to a finished folder: what is in it, what is held out, what is refused and what is named."""
+"""A run from settings to a finished folder: its files, held-out records, what is refused."""
 
+import itertools
 import json
 import math
 import shutil
@@ -63,10 +64,10 @@ def test_a_finished_run_holds_all_there_is_to_look_at(tiny, finished):
     ]
     load_model(finished / "model")
     for name in ("curves.png", "samples.png"):
-        with Image.open(finished / name) as picture:
-            picture.load()
+        with Image.open(finished / name) as figure:
+            figure.load()
             assert (
-                picture.width > 500 and len(picture.convert("L").getcolors()) > 10
+                figure.width > 500 and len(figure.convert("L").getcolors()) > 10
             )  # something is drawn
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4
@@ -94,7 +95,7 @@ def test_every_logged_step_has_the_promised_keys(finished):
             "seconds",
             "lr_projector",
         }
-    assert all(before["tokens"] < after["tokens"] for before, after in zip(lines, lines[1:]))
+    assert all(before["tokens"] < after["tokens"] for before, after in itertools.pairwise(lines))
     assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
 
 
@@ -134,7 +135,7 @@ def test_a_run_with_tiles_gives_a_model_that_cuts_them(tiny, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_folder_says_how_its_eyes_are_shown_an_image(tiny, tmp_path):
+def test_the_folder_of_a_vision_encoder_says_how_images_are_prepared(tiny, tmp_path):
     square = {"height": 48, "width": 48}
     for written, changes, expected in (
         (
@@ -175,17 +176,17 @@ def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys
         tiny.settings(tmp_path, init=str(tiny.model), vision_encoder="nowhere", projector="linear")
     )
     assert (
-        f"--init {tiny.model} is a whole model, so these have no effect: --vision-encoder, --projector"
-        in capsys.readouterr().err
+        f"--init {tiny.model} is a whole model, "
+        "so these have no effect: --vision-encoder, --projector" in capsys.readouterr().err
     )
 
 
 def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
-    shutil.copytree(tiny.vision_encoder, tmp_path / "eyes")
-    (tmp_path / "eyes" / "preprocessor_config.json").unlink()
-    build_model(tiny.settings(tmp_path, vision_encoder=str(tmp_path / "eyes")))
+    shutil.copytree(tiny.vision_encoder, tmp_path / "encoder")
+    (tmp_path / "encoder" / "preprocessor_config.json").unlink()
+    build_model(tiny.settings(tmp_path, vision_encoder=str(tmp_path / "encoder")))
     assert (
-        "eyes: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224"
+        "encoder: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224"
         in capsys.readouterr().err
     )
     build_model(tiny.settings(tmp_path))
@@ -263,9 +264,9 @@ def test_what_is_held_out_shares_no_image_with_what_is_learned(tiny, tmp_path):
     )
     records = read_records(path, tiny.data)[0]
     for seed in range(20):
-        learned, held_out = _split(records, 0.4, random.Random(seed))
-        assert learned and held_out and len(learned) + len(held_out) == len(records)
-        seen = {image for record in learned for image in record.images}
+        train, held_out = _split(records, 0.4, random.Random(seed))
+        assert train and held_out and len(train) + len(held_out) == len(records)
+        seen = {image for record in train for image in record.images}
         assert not seen & {image for record in held_out for image in record.images}
 
 
@@ -286,9 +287,9 @@ def test_one_bad_record_of_many_is_named_and_skipped(tiny, tmp_path, own_data, c
             val=str(own_data),
             val_samples=120,
         )
-        told = capsys.readouterr().err
-        assert f"skipped: {own_data}:6: " in told and "cut.png" in told
-        assert "skipped: 1 of 120 records, named above" in told  # once, though it came up twice
+        printed = capsys.readouterr().err
+        assert f"skipped: {own_data}:6: " in printed and "cut.png" in printed
+        assert "skipped: 1 of 120 records, named above" in printed  # once, though it came up twice
 
 
 def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(
@@ -299,9 +300,9 @@ def test_a_missing_image_is_never_a_blank_one_and_above_one_percent_is_too_many(
     own_data.write_text("\n".join([missing, *lines[1:]]))
     tiny.train(tmp_path / "one", data=str(own_data), max_steps=1)
     assert f"skipped: {own_data}:1: image {own_data.parent}/images/gone.png does not exist" in (
-        told := capsys.readouterr().err
+        printed := capsys.readouterr().err
     )
-    assert "119 records to train on" in told
+    assert "119 records to train on" in printed
     own_data.write_text("\n".join([missing, missing, *lines[2:]]))
     with pytest.raises(
         NanoVLMError,
@@ -317,8 +318,8 @@ def test_records_that_are_cut_are_named(tiny, tmp_path, own_data, capsys):
     long["messages"][1]["content"] = "圆形" * 300
     own_data.write_text("\n".join([json.dumps(long), *lines[1:]]))
     tiny.train(tmp_path / "run", data=str(own_data), max_steps=30, log_every=50, max_length=200)
-    told = capsys.readouterr().err
-    assert f"cut: {own_data}:1" in told and "cut: 1 of 120 records, named above" in told
+    printed = capsys.readouterr().err
+    assert f"cut: {own_data}:1" in printed and "cut: 1 of 120 records, named above" in printed
 
 
 def test_a_run_without_anything_held_out_still_draws_its_curves(tiny, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
 from nanovlm.training.presets import load_settings
-from nanovlm.training.settings import Settings, to_toml
+from nanovlm.training.settings import GROUPS, Settings, to_toml
 
 
 def refusal(*arguments: str) -> str:
@@ -96,11 +96,11 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         to_toml(Settings(batch_size=7, lr=0.5, out=str(tmp_path)))
     )
     again = ("--resume", "--out", str(tmp_path))
-    told = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
+    printed = refusal(*again, "--clip", "8", "--lr", "0.25", "--workers", "3", "--keep", "9")
     assert (
-        "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in told
-        and "workers" not in told
-        and "keep" not in told
+        "--lr 0.25 (was 0.5), --clip 8.0 (was 1.0); leave" in printed
+        and "workers" not in printed
+        and "keep" not in printed
     )
     same = load_settings(
         "stage1", [*again, "--batch-size", "7", "--workers", "3", "--keep", "9", "--val-every", "5"]
@@ -157,6 +157,59 @@ def test_what_is_refused_in_a_file(tmp_path, text, expected):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert expected in refusal("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--dtype bf16", "--dtype bf16 is now --dtype bfloat16"),
+        ("--dtype fp16", "--dtype fp16 is now --dtype float16"),
+        ("--dtype fp32", "--dtype fp32 is now --dtype float32"),
+        ("--train text", "--train text is now --train language_model"),
+        ("--train projector,vision", "--train vision is now --train vision_encoder"),
+        ("--vision DIR", "--vision is now --vision-encoder"),
+        ("--text DIR", "--text is now --language-model"),
+        ("--text-shape svlm", "--text-shape is now --language-model-shape"),
+        ("--text-layers 2", "--text-layers is now --language-model-layers"),
+        ("--text-embedding", "--text-embedding is now --language-model-embedding"),
+        ("--vision-layers 2", "--vision-layers is now --vision-encoder-layers"),
+        ("--lr-text 1e-4", "--lr-text is now --lr-language-model"),
+        ("--lr-vision=1e-4", "--lr-vision is now --lr-vision-encoder"),
+    ],
+)
+def test_an_old_flag_or_value_is_refused_with_its_new_name(flags, expected):
+    assert refusal(*flags.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[stage1]\ntext = 'DIR'\n", "[stage1]: key 'text' is now 'language_model'; rename it"),
+        ("[stage1]\nlr_vision = 1e-4\n", "key 'lr_vision' is now 'lr_vision_encoder'; rename it"),
+        ("[stage1]\ntrain = 'projector,text'\n", "--train text is now --train language_model"),
+        ("[stage1]\ndtype = 'bf16'\n", "--dtype bf16 is now --dtype bfloat16"),
+    ],
+)
+def test_an_old_key_or_value_in_a_file_is_refused_with_its_new_name(tmp_path, text, expected):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    assert expected in refusal("--config", str(path))
+
+
+def test_a_run_of_an_old_version_is_not_resumed(tmp_path):
+    old = to_toml(Settings(out=str(tmp_path))).replace("language_model_layers", "text_layers")
+    (tmp_path / "settings.toml").write_text(old)
+    assert "key 'text_layers' is now 'language_model_layers'; rename it" in refusal(
+        "--resume", "--out", str(tmp_path)
+    )
+
+
+def test_settings_are_all_groups_and_every_one_has_its_help():
+    grouped = [field for group in GROUPS.values() for field in dataclasses.fields(group)]
+    names = [field.name for field in grouped]
+    assert len(set(names)) == len(names)
+    assert names == [field.name for field in dataclasses.fields(Settings)]
+    assert all(field.metadata["help"] for field in grouped)
 
 
 def test_tiny_changes_what_a_toy_needs_and_nothing_of_the_recipe():

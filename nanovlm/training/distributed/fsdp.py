@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.distributed.shares import gather, local, total
+from nanovlm.training.distributed.shares import gather, is_shared, local, total
 from nanovlm.training.precision import Precision
 from nanovlm.utils.processes import is_main
 
@@ -103,13 +103,13 @@ class Sharded:
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
         """`clip_grad_norm_` over all shares."""
-        gradients = [
-            local(parameter.grad) for parameter in parameters if parameter.grad is not None
-        ]
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(gradient) for gradient in present]
         norm = nn.utils.get_total_norm(gradients).float().square()
         dist.all_reduce(norm)
         if gradients:
-            torch._foreach_mul_(gradients, (largest / (norm.sqrt() + 1e-6)).clamp(max=1.0))
+            factor = (largest / (norm.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm.sqrt()
 
     def whole(self) -> VisionLanguageModel | None:
@@ -128,7 +128,7 @@ class Sharded:
 def broadcast(module: nn.Module) -> None:
     """Give every process the tensors of rank 0; those that are sharded already stay."""
     for tensor in (*module.parameters(), *module.buffers()):
-        if not hasattr(tensor, "to_local"):
+        if not is_shared(tensor):
             dist.broadcast(tensor.data, src=0)
 
 

@@ -1,7 +1,7 @@
-"""Several processes train one model, as torchrun starts them; a process by itself is a world of one.
+"""Several processes train one model, started by torchrun; a single process is a world of one.
 
-    torchrun --nproc_per_node 4 train_stage1.py …                  ddp: each process has the model
-    torchrun --nproc_per_node 4 train_stage1.py --parallel fsdp …  each has a share of it (`fsdp.py`)
+    torchrun --nproc_per_node 4 train_stage1.py …                  ddp: each has the model
+    torchrun --nproc_per_node 4 train_stage1.py --parallel fsdp …  each has a share (`fsdp.py`)
 
 Each process takes its own records through the model. The sum of their gradients, over all labelled
 tokens of the step, is the gradient of one large batch, so the loss does not depend on the number of
@@ -76,7 +76,7 @@ class Parallel:
         if self.world == 1:
             return
         if device.type == "cuda":
-            number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if number >= count:
                 raise NanoVLMError(
                     f"process {number} of this machine has no GPU, there are {count}; "
@@ -95,7 +95,7 @@ class Parallel:
     @property
     def launcher(self) -> str:
         """What a command line of this run begins with."""
-        here = os.environ.get("LOCAL_WORLD_SIZE", self.world)
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(self.world))
         return "python" if self.world == 1 else f"torchrun --nproc_per_node {here}"
 
     def end(self) -> None:
@@ -182,7 +182,7 @@ class Parallel:
                 yield batch
 
     def complete(self, batch: Batch | None) -> Batch | None:
-        """The batch itself; with fsdp, where all processes have to run every layer, one that does."""
+        """The batch; with fsdp, one that runs every layer, since all processes have to."""
         return batch if self._sharded is None else self._sharded.complete(batch)
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -202,7 +202,7 @@ class Parallel:
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients += [parameter.grad] if count else []
-        under_way: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
+        under_way: deque[tuple] = deque()
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.float().flatten() for gradient in bucket])
             under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
@@ -255,4 +255,5 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _unpack(bucket: list[Tensor], flat: Tensor, transfer: dist.Work) -> None:
     transfer.wait()
     parts = flat.split([gradient.numel() for gradient in bucket])
-    torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket)])
+    shaped = [part.view_as(gradient) for part, gradient in zip(parts, bucket)]
+    torch._foreach_copy_(bucket, shaped)  # pyright: ignore[reportPrivateImportUsage]

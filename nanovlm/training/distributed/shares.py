@@ -3,16 +3,28 @@
 Ordinary tensors pass through these functions unchanged.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm.utils.processes import is_main, processes
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether each process holds only a share; tells without importing DTensor, which is slow."""
+    return hasattr(tensor, "full_tensor")
+
 
 def local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor; all of one that is not shared."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor
 
 
 def gather(tensor: Tensor) -> Tensor | None:
@@ -20,15 +32,15 @@ def gather(tensor: Tensor) -> Tensor | None:
 
     All processes have to call it.
     """
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    full = tensor.detach().full_tensor()
-    return full.cpu() if is_main() else None
+    if is_shared(tensor):
+        full = tensor.full_tensor().detach()
+        return full.cpu() if is_main() else None
+    return tensor
 
 
 def scatter(full: Tensor, like: Tensor) -> Tensor:
     """A copy of `full` on the device of `like`; only this process's share if `like` is shared."""
-    if full.shape == like.shape and hasattr(like, "full_tensor"):
+    if full.shape == like.shape and is_shared(like):
         from torch.distributed.tensor import distribute_tensor  # here, since it takes a moment
 
         return distribute_tensor(

@@ -1,1 +1,1 @@
-"""What a run writes down as it goes: metrics, sample answers, trackers, skipped records, bad steps."""
+"""What is written down during a run: log, samples, tracking, skipped records, bad steps, FLOPs."""

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, and curves.png drawn from it."""
+"""The log of a run: metrics.jsonl, and curves.png drawn from it."""
 
 import time
 from collections.abc import Iterator
@@ -17,30 +17,31 @@ DRAW_EVERY = 30.0  # seconds between redrawings of the curves
 
 
 class RunLog:
-    """Appends to `metrics.jsonl` and redraws `curves.png`. A resumed run drops the lines after its checkpoint, which
-    it is going to write again."""
+    """Appends to `metrics.jsonl` and redraws `curves.png`.
+
+    A resumed run drops the lines after its checkpoint, since it repeats those steps.
+    """
 
     def __init__(self, run: Path, start_step: int, device: torch.device) -> None:
         self.run, self.path, self.device = run, run / "metrics.jsonl", device
         self.lines = keep_lines(self.path, start_step)
-        self._start = time.perf_counter() - max(
-            (line["seconds"] for line in self.lines), default=0.0
-        )
-        self._last = self.lines[-1] if self.lines else {}
-        self._since = self._drawn = time.perf_counter()  # from when the seconds of training count
+        before = max((line["seconds"] for line in self.lines), default=0.0)
+        self._start = time.perf_counter() - before
+        self._last: dict[str, Any] = self.lines[-1] if self.lines else {}
+        self._since = self._drawn = time.perf_counter()  # start of the interval that is measured
         self._stopped: float | None = None  # when the clock of training was stopped
-        self._waited = 0.0  # seconds for data, since then
+        self._waited = 0.0  # seconds of the interval spent waiting for data
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time spent inside towards `data_wait`, a share of all time."""
+        """Count the time spent inside as `data_wait`."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Keeps the time spent inside out of the speeds: validating and saving are not training."""
+        """Leave the time spent inside out of the speeds: validation and saving are not training."""
         self._stopped = time.perf_counter()
         yield
         self._since += time.perf_counter() - self._stopped
@@ -52,16 +53,14 @@ class RunLog:
         return max((self._stopped or time.perf_counter()) - self._since, 1e-9)
 
     def write(self, line: dict[str, Any]) -> dict[str, float]:
-        """Append one line and return the speed since the one before: samples, tokens and images a second.
+        """Append one line; returns the samples, tokens and images per second since the last one.
 
-        Also written: the share of the batches' places that tokens filled, the share of the time spent waiting for data,
-        and the peak of memory so far in GB.
+        Also written: the share of the batches' positions that hold a token (`fill`), the share of
+        the time spent waiting for data, and the peak of memory so far in GB.
         """
         now, elapsed = time.perf_counter(), self.trained_seconds
-        gained = {
-            key: line[key] - self._last.get(key, 0)
-            for key in ("samples", "tokens", "images", "slots")
-        }
+        keys = ("samples", "tokens", "images", "slots")
+        gained = {key: line[key] - self._last.get(key, 0) for key in keys}
         speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
         self.lines.append(
             {
@@ -80,7 +79,7 @@ class RunLog:
         return speed
 
     def draw(self) -> None:
-        """Loss with validation loss, learning rates, gradient norm and speed, against the step."""
+        """Draw losses, learning rates, gradient norm and speed over the steps."""
         self._drawn = time.perf_counter()
         if not is_main():
             return
@@ -94,9 +93,9 @@ class RunLog:
         norm.plot(*series(self.lines, "grad_norm"))
         speed.plot(*series(self.lines, "tokens_per_second"))
         speed.set_ylim(bottom=0)
-        what = "pair" if "margin" in self._last else "labelled token"
+        target = "pair" if "margin" in self._last else "labelled token"
         for axes, title in (
-            (loss, f"loss per {what}"),
+            (loss, f"loss per {target}"),
             (rate, "learning rate"),
             (norm, "gradient norm before clipping"),
             (speed, "tokens per second"),
@@ -110,17 +109,16 @@ class RunLog:
 
 
 def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
-    """The lines up to `start_step`, cutting the later ones off the file: a resumed run is going to write them again."""
-    lines = [
-        line for line in (read_jsonl(path) if path.exists() else []) if line["step"] <= start_step
-    ]
+    """The lines up to `start_step`. Later ones are cut off the file: a resumed run repeats them."""
+    lines = read_jsonl(path) if path.exists() else []
+    lines = [line for line in lines if line["step"] <= start_step]
     if path.exists() and is_main():
         write_atomically(path, to_jsonl(lines))
     return lines
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Add lines to a .jsonl file; of several processes, rank 0 does it."""
+    """Add lines to a .jsonl file; of several processes, rank 0 writes."""
     if is_main():
         with path.open("a", encoding="utf-8") as file:
             file.write(to_jsonl(lines))

@@ -1,15 +1,18 @@
-"""The same few held-out questions answered at every validation, so that a reader watches the model learn to see.
+"""A few held-out questions, answered at every validation to show what the model has learned.
 
-samples.jsonl   one line an answer: step, where, prompt, answer, reference
-samples.png     one row a question about an image, one column a validation: the first and the last five
+samples.jsonl   one line per answer: step, where, prompt, answer, reference
+samples.png     one row per question about an image, one column per validation: the first and the
+                last five
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image, ImageOps
 
 from nanovlm.data.records import Record
@@ -25,23 +28,23 @@ from nanovlm.utils.figures import chinese_fonts, plt, save_figure
 from nanovlm.utils.files import read_jsonl, to_jsonl
 
 WATCHED = 6  # questions
-LAST_SHOWN = 5  # validations in the picture, besides the first
+LAST_SHOWN = 5  # validations in the figure, besides the first
 MAX_NEW_TOKENS = 64
-WIDE = "\u2e80-\U0010ffff"  # Chinese, Japanese and Korean, for what is drawn here: two columns a character
-HEADER, ROW, PICTURE, ANSWER = (
-    0.3,
-    1.3,
-    1.24,
-    2.2,
-)  # inches in the picture: heights, side of an image, width of an answer
+# Chinese, Japanese and Korean characters, which take two columns.
+WIDE = "\u2e80-\U0010ffff"
+HEADER, ROW = 0.3, 1.3  # heights in the figure, in inches
+IMAGE, ANSWER = 1.24, 2.2  # side of an image and width of an answer, in inches
 QUESTION_AT, ANSWERS_AT = 1.4, 4.3  # inches from the left
-PIXELS = 160  # longer side of an image there
+PIXELS = 160  # longer side of an image in the figure
 QUESTION_CELL, ANSWER_CELL, TITLE = (38, 4), (28, 8), (99, 1)  # columns and lines of text
-RIGHT, OTHER = "#1a7f37", "#24292f"  # colours of an answer that is its reference, and of any other
+RIGHT, OTHER = "#1a7f37", "#24292f"  # colours of an answer equal to its reference, and others
 
 
 class Samples:
-    """Answers spread evenly over `records`. A resumed run drops those after its checkpoint, which it will give again."""
+    """Answers to a few of `records`, spread evenly.
+
+    A resumed run drops those after its checkpoint, since it repeats them.
+    """
 
     def __init__(self, run: Path, records: Sequence[Record], start_step: int) -> None:
         self.run, self.path = run, run / "samples.jsonl"
@@ -49,13 +52,13 @@ class Samples:
         self.lines = keep_lines(self.path, start_step)
 
     def answer(self, model: VisionLanguageModel, step: int, precision: Precision) -> None:
-        """Answer greedily, which draws no random numbers, append to `samples.jsonl` and redraw `samples.png`.
+        """Answer greedily (so without random numbers), append to the file and redraw the figure.
 
-        What goes wrong with an image or a prompt is told, and does not stop the training.
+        An error of an image or a prompt is reported and does not stop the training.
         """
         model.eval()
         try:
-            with precision.autocast(next(model.parameters()).device):  # with fsdp the CPU
+            with precision.autocast(next(model.parameters()).device):  # of fsdp's model the CPU
                 answers = list(answer_records(model, self.watched, MAX_NEW_TOKENS))
             new = [
                 {
@@ -76,100 +79,87 @@ class Samples:
             model.train()
 
     def draw(self) -> None:
-        """Draw `samples.png` from all answers so far; without a question about an image there is nothing to draw."""
-        rows = [
-            (
-                open_image(record.images[0]),
-                [line for line in self.lines if line["where"] == record.where],
-            )
-            for record in self.watched
-            if record.images
-        ]
-        if rows := [(picture, lines) for picture, lines in rows if lines]:
-            draw_strip(self.run / "samples.png", rows)
+        """Draw `samples.png` from all answers so far, if any question is about an image."""
+        rows = []
+        for record in self.watched:
+            lines = [line for line in self.lines if line["where"] == record.where]
+            if record.images and lines:
+                rows.append((open_image(record.images[0]), lines))
+        if rows:
+            draw_answers(self.run / "samples.png", rows)
 
 
 def last_answers(run: Path) -> str:
-    """The answers of the last validation as JSON lines, without their step; nothing where none was asked for."""
+    """The answers of the last validation as JSON lines without their step; "" if there are none."""
     path = run / "samples.jsonl"
     lines = read_jsonl(path) if path.exists() else []
-    return to_jsonl(
-        [
-            {key: value for key, value in line.items() if key != "step"}
-            for line in lines
-            if line["step"] == lines[-1]["step"]
-        ]
-    ).rstrip()
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    shown = [{key: value for key, value in line.items() if key != "step"} for line in last]
+    return to_jsonl(shown).rstrip()
 
 
-def draw_strip(path: Path, rows: list[tuple[Image.Image, list[dict[str, Any]]]]) -> None:
-    """One row for each image and the lines of `samples.jsonl` about it; an answer equal to its reference is green.
+def draw_answers(path: Path, rows: list[tuple[Image.Image, list[dict[str, Any]]]]) -> None:
+    """Draw one row for each image and the lines of `samples.jsonl` about it.
 
-    Where the system has no font with Chinese characters, a cell that needs one points to samples.jsonl.
+    An answer equal to its reference is green. Where the system has no font with Chinese characters,
+    a cell that needs one points to samples.jsonl.
     """
     steps = sorted({line["step"] for _, lines in rows for line in lines})
-    columns = {
-        step: ANSWERS_AT + number * ANSWER
-        for number, step in enumerate(steps[:1] + steps[1:][-LAST_SHOWN:])
-    }
+    shown = steps[:1] + steps[1:][-LAST_SHOWN:]
+    columns = {step: ANSWERS_AT + number * ANSWER for number, step in enumerate(shown)}
     width, height = ANSWERS_AT + ANSWER * len(columns), HEADER + ROW * len(rows)
     chinese = chinese_fonts()
-    with plt.rc_context(
-        {"font.family": [*chinese, "DejaVu Sans"], "font.size": 9, "text.parse_math": False}
-    ):
+    fonts = [*chinese, "DejaVu Sans"]
+    with plt.rc_context({"font.family": fonts, "font.size": 9, "text.parse_math": False}):
         figure = plt.figure(figsize=(width, height))
-        page = figure.add_axes((0, 0, 1, 1))  # measured in inches from the upper left corner
-
-        def write(
-            x: float, y: float, text: str, cell: tuple[int, int], va: str = "center", **style: str
-        ) -> None:
-            if not chinese and re.search(f"[{WIDE}]", text):
-                text, style["style"] = "(see samples.jsonl: no Chinese font here)", "italic"
-            page.text(x, y, wrap(text, *cell), va=va, **style)
-
-        write(QUESTION_AT, HEADER / 2, "question, and what was to be said", TITLE, weight="bold")
+        page = _Page(figure.add_axes((0, 0, 1, 1)), bool(chinese))
+        page.write(QUESTION_AT, HEADER / 2, "question and reference", TITLE, weight="bold")
         for step, x in columns.items():
-            write(x, HEADER / 2, f"after step {step:,}", TITLE, weight="bold")
+            page.write(x, HEADER / 2, f"after step {step:,}", TITLE, weight="bold")
         for number, (image, lines) in enumerate(rows):
-            middle = HEADER + ROW * (number + 0.5)
-            picture = ImageOps.contain(image, (PIXELS, PIXELS))
-            half_width, half_height = (PICTURE / 2 * side / PIXELS for side in picture.size)
-            page.imshow(
-                np.asarray(picture),
-                extent=(
-                    ROW / 2 - half_width,
-                    ROW / 2 + half_width,
-                    middle + half_height,
-                    middle - half_height,
-                ),
-            )
-            write(QUESTION_AT, middle - 0.05, lines[-1]["prompt"], QUESTION_CELL, va="bottom")
-            write(
-                QUESTION_AT,
-                middle + 0.05,
-                f"= {lines[-1]['reference']}",
-                QUESTION_CELL,
-                va="top",
-                color=RIGHT,
-            )
-            for line in lines:
-                if line["step"] in columns:
-                    right = exact_match(line["answer"], [line["reference"]])
-                    write(
-                        columns[line["step"]],
-                        middle,
-                        line["answer"] or "(nothing)",
-                        ANSWER_CELL,
-                        color=RIGHT if right else OTHER,
-                    )
-        page.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-        page.axis("off")
+            page.draw_row(HEADER + ROW * (number + 0.5), image, lines, columns)
+        page.axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+        page.axes.axis("off")
         save_figure(figure, path)
 
 
+@dataclass
+class _Page:
+    """The whole figure, measured in inches from its upper left corner."""
+
+    axes: Axes
+    has_chinese_font: bool
+
+    def draw_row(
+        self, y: float, image: Image.Image, lines: list[dict[str, Any]], columns: dict[int, float]
+    ) -> None:
+        """One image, its question, and the answers of the steps in `columns` (step → x)."""
+        shrunk = ImageOps.contain(image, (PIXELS, PIXELS))
+        right, down = (IMAGE / 2 * side / PIXELS for side in shrunk.size)  # from its centre
+        extent = (ROW / 2 - right, ROW / 2 + right, y + down, y - down)
+        self.axes.imshow(np.asarray(shrunk), extent=extent)
+        question, reference = lines[-1]["prompt"], f"= {lines[-1]['reference']}"
+        self.write(QUESTION_AT, y - 0.05, question, QUESTION_CELL, va="bottom")
+        self.write(QUESTION_AT, y + 0.05, reference, QUESTION_CELL, va="top", color=RIGHT)
+        for line in lines:
+            if line["step"] in columns:
+                colour = RIGHT if exact_match(line["answer"], [line["reference"]]) else OTHER
+                answer = line["answer"] or "(nothing)"
+                self.write(columns[line["step"]], y, answer, ANSWER_CELL, color=colour)
+
+    def write(self, x: float, y: float, text: str, cell: tuple[int, int], **style: str) -> None:
+        """A text of at most `cell` columns and lines."""
+        if not self.has_chinese_font and re.search(f"[{WIDE}]", text):
+            text, style["style"] = "(see samples.jsonl: no Chinese font here)", "italic"
+        options: dict[str, Any] = {"va": "center", **style}
+        self.axes.text(x, y, wrap(text, *cell), **options)
+
+
 def wrap(text: str, width: int, most: int) -> str:
-    """Break between words, or after any Chinese character, so that no line has more than `width` columns. What `most` lines
-    do not hold ends in an ellipsis."""
+    """Break a text into at most `most` lines of `width` columns; a longer one ends in an ellipsis.
+
+    Lines break between words, or after any Chinese character.
+    """
     lines, columns = [""], 0
     for piece in re.findall(rf" |[{WIDE}]|[^ {WIDE}]{{1,{width}}}", " ".join(text.split())):
         size = 2 if re.match(f"[{WIDE}]", piece) else len(piece)
@@ -184,8 +174,6 @@ def wrap(text: str, width: int, most: int) -> str:
 
 
 def _question(record: Record) -> str:
-    """The text of the last thing the user says."""
-    asked = next(
-        (message.content for message in reversed(record.messages) if message.role == "user"), ()
-    )
-    return " ".join(part for part in asked if isinstance(part, str)).strip()
+    """The text of the user's last turn."""
+    turns = [message.content for message in record.messages if message.role == "user"]
+    return " ".join(part for part in turns[-1] if isinstance(part, str)).strip() if turns else ""

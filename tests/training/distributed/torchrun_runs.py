@@ -1,4 +1,4 @@
-"""Started by torchrun in test_parallel.py: several runs in one start, which takes seconds, and a process that comes to harm.
+"""Started by torchrun in test_parallel.py: several runs in one start, and a process that fails.
 
 torchrun … torchrun_runs.py '[{settings of a run}, …]' '{"how": "error", "rank": 1, "step": 2}'
 """

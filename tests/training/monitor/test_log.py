@@ -52,5 +52,5 @@ def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     first = (tmp_path / "curves.png").read_bytes()
     log.write({**line(2), "val_loss": 3.0})
     assert (tmp_path / "curves.png").read_bytes() != first
-    with Image.open(tmp_path / "curves.png") as picture:
-        picture.load()
+    with Image.open(tmp_path / "curves.png") as figure:
+        figure.load()

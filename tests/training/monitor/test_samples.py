@@ -1,4 +1,4 @@
-"""The watched questions: the same each time, never twice in the file, and no trace of them in what is trained."""
+"""Questions asked at each validation: always the same, without an effect on training."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.training.monitor import samples
-from nanovlm.training.monitor.samples import Samples, draw_strip, last_answers, wrap
+from nanovlm.training.monitor.samples import Samples, draw_answers, last_answers, wrap
 from nanovlm.training.precision import Precision
 
 PRECISIONS = {
@@ -35,8 +35,8 @@ def answered(run: Path) -> list[dict]:
 
 
 def colours(path: Path) -> set[tuple[int, int, int]]:
-    with Image.open(path) as picture:
-        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    with Image.open(path) as figure:
+        return {colour for _, colour in figure.convert("RGB").getcolors(1 << 20)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -60,9 +60,7 @@ def test_the_same_questions_are_answered_each_time_and_the_model_is_as_before(
     assert len({line["where"] for line in lines}) == 6 and all(
         line["prompt"] and line["reference"] for line in lines
     )
-    model.projector(
-        torch.randn(1, 4, 16)
-    ).sum().backward()  # nothing was left behind that cannot learn
+    model.projector(torch.randn(1, 4, 16)).sum().backward()  # and can still be trained
 
 
 def test_answering_leaves_the_training_bits_alone(tiny, tmp_path):
@@ -95,14 +93,14 @@ def test_a_resumed_run_answers_again_what_came_after_its_checkpoint(tmp_path, re
     assert (tmp_path / "samples.jsonl").read_text() == whole
 
 
-def test_the_last_answers_are_told_without_their_step(tiny, tmp_path, capsys):
+def test_the_last_answers_are_printed_without_their_step(tiny, tmp_path, capsys):
     run = tiny.train(tmp_path / "run", val_every=2)
-    told = [
+    printed = [
         json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")
     ]
-    assert told == [json.loads(line) for line in last_answers(run).splitlines()]
-    assert [list(line) for line in told] == [["where", "prompt", "answer", "reference"]] * 4
-    assert told == [
+    assert printed == [json.loads(line) for line in last_answers(run).splitlines()]
+    assert [list(line) for line in printed] == [["where", "prompt", "answer", "reference"]] * 4
+    assert printed == [
         {key: value for key, value in line.items() if key != "step"} for line in answered(run)[-4:]
     ]
 
@@ -120,7 +118,7 @@ def test_an_image_that_is_gone_does_not_stop_the_training(
     assert model.training and not (tmp_path / "samples.jsonl").exists()
 
 
-def test_the_strip_shows_the_first_and_the_last_validations_and_what_is_right(
+def test_the_figure_shows_the_first_and_the_last_validations_and_what_is_right(
     tmp_path, monkeypatch
 ):
     drawn = []
@@ -134,7 +132,7 @@ def test_the_strip_shows_the_first_and_the_last_validations_and_what_is_right(
         }
         for step in range(10, 90, 10)
     ]
-    draw_strip(tmp_path / "samples.png", [(Image.new("RGB", (20, 30), "blue"), lines)])
+    draw_answers(tmp_path / "samples.png", [(Image.new("RGB", (20, 30), "blue"), lines)])
     headers = [text for text in drawn if text.startswith("after step")]
     assert headers == [f"after step {step}" for step in (10, 40, 50, 60, 70, 80)]
     assert [text for text in drawn if text[:2] in ("no", "Re")] == [
@@ -148,7 +146,7 @@ def test_the_strip_shows_the_first_and_the_last_validations_and_what_is_right(
     assert {(0, 0, 255), (0x1A, 0x7F, 0x37)} <= colours(tmp_path / "samples.png")
 
 
-def test_the_strip_can_draw_any_characters_and_a_question_without_an_answer(tmp_path):
+def test_the_figure_can_draw_any_characters_and_a_question_without_an_answer(tmp_path):
     rows = [
         (
             Image.new("RGB", (200, 30), "red"),
@@ -163,7 +161,7 @@ def test_the_strip_can_draw_any_characters_and_a_question_without_an_answer(tmp_
         )
         for step, answer in ((1, "a $b$ \\frac{ _ 😀 $"), (2, ""), (2, "word " * 64))
     ]
-    draw_strip(tmp_path / "samples.png", rows)
+    draw_answers(tmp_path / "samples.png", rows)
     assert (255, 0, 0) in colours(tmp_path / "samples.png")
 
 

@@ -1,4 +1,4 @@
-"""--track: nothing is imported unasked, everything arrives, and no tracker can stop a run. The packages are stand-ins."""
+"""--track: no import unasked, everything arrives, no service stops a run (with stand-ins)."""
 
 import json
 import re
@@ -11,13 +11,12 @@ from PIL import Image
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training.monitor.tracking import MODULES, build_tracker
-from nanovlm.training.settings import Settings
 
 LINE = {"step": 10, "loss": 1.5, "lr": 1e-3, "grad_norm": None, "val_loss": 2.5, "samples": 40}
 
 
 def service(name: str) -> tuple[types.ModuleType, list]:
-    """A stand-in for one of the packages and the list of what it is told."""
+    """A stand-in for one of the packages and the list of its calls."""
     calls: list = []
     module = types.ModuleType(MODULES[name])
 
@@ -46,7 +45,7 @@ def service(name: str) -> tuple[types.ModuleType, list]:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Put a stand-in where the package would be found; returns what it is told."""
+    """Put a stand-in where the package would be found; returns the list of its calls."""
 
     def install(name: str) -> list:
         module, calls = service(name)
@@ -56,22 +55,22 @@ def fake(monkeypatch):
     return install
 
 
-def picture(folder: Path) -> Path:
+def figure(folder: Path) -> Path:
     Image.new("RGB", (3, 2), "red").save(folder / "samples.png")
     return folder / "samples.png"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_numbers_and_pictures_arrive_with_their_step(fake, tmp_path, name):
+def test_numbers_and_figures_arrive_with_their_step(fake, tmp_path, name):
     calls = fake(name)
     tracker = build_tracker(name, tmp_path, {"track": name})
     assert not calls  # a run that cannot start leaves no experiment behind
     tracker.start(0)
     tracker.log(LINE)
     tracker.image("samples", tmp_path / "nothing.png", 10)
-    tracker.image("samples", picture(tmp_path), 10)
+    tracker.image("samples", figure(tmp_path), 10)
     tracker.close()
-    assert [kind for kind, *_ in calls][0] == "init" and [kind for kind, *_ in calls][-1] == "close"
+    assert calls[0][0] == "init" and calls[-1][0] == "close"
     numbers = {"loss": 1.5, "lr": 1e-3, "val_loss": 2.5, "samples": 40}
     if name == "tensorboard":
         assert {
@@ -148,8 +147,8 @@ def test_a_tracker_that_fails_is_reported_once_and_changes_nothing(
 
     monkeypatch.setattr(module, method, broken)
     run = tiny.train(tmp_path / "run", track="swanlab")
-    told = capsys.readouterr().err
-    assert told.count("--track swanlab failed (ConnectionError: no route to host)") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("--track swanlab failed (ConnectionError: no route to host)") == 1
     assert [kind for kind, *_ in calls].count("broken") == 1 and calls[-1][
         0
     ] == "broken"  # and is not called again

@@ -1,4 +1,4 @@
-"""AdamW in less memory: the published update, what 8 bits change of it, and rounding that loses nothing on average."""
+"""AdamW in less memory: the published update, the error of 8 bits, rounding with an exact mean."""
 
 import math
 
@@ -22,7 +22,7 @@ CHOICES = [
 
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch):
-    """So that also small parameters are updated in several slices, the last one shorter and not of whole blocks."""
+    """Small parameters take several slices, too, of which the last is shorter than a block."""
     monkeypatch.setattr(adamw, "SLICE", 1024)
 
 
@@ -35,11 +35,11 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def take_steps(
-    learning: list[nn.Parameter], optimizer: torch.optim.Optimizer, count: int, first: int = 0
+    trainable: list[nn.Parameter], optimizer: torch.optim.Optimizer, count: int, first: int = 0
 ) -> None:
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
-        for parameter in learning:
+        for parameter in trainable:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         optimizer.step()
 
@@ -67,7 +67,7 @@ def test_eight_bits_follow_the_written_out_formula():
         weights = weights * (1 - 0.01 * 0.1)
         weights -= 0.01 * (average / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
         moments = [(quantize(average, True), True), (quantize(square, False), False)]
-    # A moment that lies on the border between two codes may fall either way; almost all agree to the last digits.
+    # A moment on the border between two codes may fall either way; almost all agree.
     difference = (ours[0].detach().flatten() - weights).abs()
     assert difference.median() < 1e-7 and (difference > 1e-6).sum() < 10 and difference.max() < 1e-3
     state = optimizer.state[ours[0]]
@@ -80,7 +80,7 @@ def test_eight_bits_follow_the_written_out_formula():
 
 
 def decoder_losses(choice: dict | None, steps: int = 40) -> Tensor:
-    """A small decoder learns 16 sequences by heart; the mean loss of each step."""
+    """The mean loss of each step of a small language model that overfits 16 sequences."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if choice and choice["stochastic_rounding"] else torch.float32
     decoder = LanguageModel(
@@ -220,25 +220,25 @@ def test_a_large_parameter_is_never_copied_whole(monkeypatch):
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("first", [0, 3])
 def test_a_step_that_is_not_finite_changes_nothing(choice, first):
-    learning = parameters(torch.bfloat16 if choice["stochastic_rounding"] else torch.float32)
-    optimizer = LeanAdamW(learning, lr=0.01, weight_decay=0.1, **choice)
-    take_steps(learning, optimizer, first)
-    before = [parameter.detach().clone() for parameter in learning]
+    trainable = parameters(torch.bfloat16 if choice["stochastic_rounding"] else torch.float32)
+    optimizer = LeanAdamW(trainable, lr=0.01, weight_decay=0.1, **choice)
+    take_steps(trainable, optimizer, first)
+    before = [parameter.detach().clone() for parameter in trainable]
     states = [
         {kind: tensor.clone() for kind, tensor in optimizer.state[parameter].items()}
-        for parameter in learning
+        for parameter in trainable
     ]
     optimizer.found_inf = torch.tensor(1.0)
-    for parameter in learning:
+    for parameter in trainable:
         parameter.grad = torch.full_like(parameter, math.nan)
     optimizer.step()
-    for parameter, old, state in zip(learning, before, states, strict=True):
+    for parameter, old, state in zip(trainable, before, states, strict=True):
         assert torch.equal(parameter, old)
         for kind, tensor in optimizer.state[parameter].items():
             assert torch.equal(tensor, state[kind] if first else torch.zeros_like(tensor))
     optimizer.found_inf = torch.tensor(0.0)
-    take_steps(learning, optimizer, 1, first=first)
+    take_steps(trainable, optimizer, 1, first=first)
     assert all(
         parameter.isfinite().all() and not torch.equal(parameter, old)
-        for parameter, old in zip(learning, before)
+        for parameter, old in zip(trainable, before)
     )

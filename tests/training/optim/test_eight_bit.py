@@ -1,4 +1,4 @@
-"""Eight bits a number: the published table, the nearest of its codes, and an error as small as the table promises."""
+"""Numbers in 8 bits: the published table, the nearest of its codes, and the largest error."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_the_search_is_exact_at_every_border(signed):
 
 
 def test_the_round_trip_error_is_what_the_table_promises():
-    """Half a piece of a power of ten at most: of the largest magnitude, 0.9 / 64 / 2 with a sign and half that without."""
+    """At most half a piece of a power of ten: 0.9 / 64 / 2 of the largest magnitude if signed."""
     values = torch.randn(64 * BLOCK, generator=torch.Generator().manual_seed(0))
     for signed, worst in ((True, 0.9 / 64 / 2), (False, 0.9 / 128 / 2)):
         exact = values if signed else values.square()

@@ -1,4 +1,4 @@
-"""What is_trainable, how fast, and what decays."""
+"""Which parameters the optimizer updates, their learning rates, and which of them decay."""
 
 import math
 
@@ -49,16 +49,16 @@ def test_one_learning_rate_for_each_part_and_decay_for_matrices_alone(model):
     }
 
 
-def test_what_follows_the_last_block_learns_as_fast_as_the_output():
-    eyes = nn.Module()
-    eyes.blocks, eyes.norm, eyes.resampler, eyes.patch_embedding = (
+def test_what_follows_the_last_block_has_the_rate_of_the_output():
+    encoder = nn.Module()
+    encoder.blocks, encoder.norm, encoder.resampler, encoder.patch_embedding = (
         nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]),
         nn.LayerNorm(2),
         nn.Linear(2, 2),
         nn.Linear(2, 2),
     )
     model = nn.Module()
-    model.vision_encoder, model.projector, model.language_model = eyes, nn.Module(), nn.Module()
+    model.vision_encoder, model.projector, model.language_model = encoder, nn.Module(), nn.Module()
     rates = {
         id(parameter): group["peak_lr"]
         for group in build_optimizer(model, Settings(lr=1.0, layer_decay=0.5)).param_groups
@@ -67,11 +67,11 @@ def test_what_follows_the_last_block_learns_as_fast_as_the_output():
     assert [
         rates[id(module.weight)]
         for module in (
-            eyes.resampler,
-            eyes.norm,
-            eyes.blocks[1],
-            eyes.blocks[0],
-            eyes.patch_embedding,
+            encoder.resampler,
+            encoder.norm,
+            encoder.blocks[1],
+            encoder.blocks[0],
+            encoder.patch_embedding,
         )
     ] == [1.0, 1.0, 1.0, 0.5, 0.25]
 
@@ -108,7 +108,7 @@ def test_matrices_shrink_without_gradients_and_vectors_do_not(model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
-def test_the_state_has_the_bytes_that_are_told(model, optimizer, stochastic_rounding):
+def test_the_state_has_the_predicted_bytes(model, optimizer, stochastic_rounding):
     settings = Settings(
         train="projector,language_model,vision_encoder",
         optimizer=optimizer,
