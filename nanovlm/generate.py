@@ -124,8 +124,8 @@ def decode(
     device, limit = prompt.embeddings.device, model.config.max_position_embeddings
     if length + max_new_tokens > limit:
         raise NanoVLMError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language model's "
-            f"{limit} positions; shorten the prompt or lower --max-new-tokens"
+            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language "
+            f"model's {limit} positions; shorten the prompt or lower --max-new-tokens"
         )
     cache = model.new_cache(batch, length + max_new_tokens) if use_cache else None
     generator = torch.Generator(device).manual_seed(sampling.seed)

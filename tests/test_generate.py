@@ -1,4 +1,5 @@
-"""Answers: the same with and without a cache, alone and in a batch, and as `transformers` writes them."""
+"""Answers: the same with and without a cache, alone and in a batch, and as `transformers` writes
+them."""
 
 import contextlib
 import copy
@@ -75,7 +76,8 @@ def write(
     use_cache: bool = True,
     masked: bool = True,
 ) -> list[list[int]]:
-    """The rows' tokens over NEW_TOKENS steps, -1 after a stop token; nothing stops unless `stop_ids` says so."""
+    """The rows' tokens over NEW_TOKENS steps, -1 after a stop token; nothing stops unless
+    `stop_ids` says so."""
     with torch.inference_mode():
         steps = decode(
             model.language_model,
@@ -107,7 +109,8 @@ def test_cached_uncached_and_batched_answers_are_the_same(model):
 
 
 def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
-    """Single tokens are multiplied without oneDNN, which is switched off for them alone and gives the same numbers."""
+    """Single tokens are multiplied without oneDNN, which is switched off for them alone and gives
+    the same numbers."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     batch = prompt_batch(half, PROMPTS[:1])
     batch.pixels = None if batch.pixels is None else batch.pixels.bfloat16()

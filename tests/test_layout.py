@@ -1,4 +1,5 @@
-"""The layout of the package: imports run downwards only, and no folder holds too much to find one's way."""
+"""The layout of the package: imports run downwards only, and no folder holds too much to find one's
+way."""
 
 import ast
 from pathlib import Path

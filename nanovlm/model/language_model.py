@@ -24,7 +24,7 @@ from nanovlm.model.attention import (
     causal_mask,
 )
 from nanovlm.model.layers import MLPS, NORMS, LayerNorm
-from nanovlm.model.moe import MixtureOfExperts
+from nanovlm.model.moe import MixtureOfExperts, count_tokens
 from nanovlm.model.rotary import (
     llama3_frequencies,
     logn_scale,
@@ -169,7 +169,7 @@ class DecoderBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, inputs: AttentionInputs, positions: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) → (B, T, C), or (M, C): only the flat `positions` (M,) of (B, T) pass the MLP."""
+        """(B, T, C) → (B, T, C); with flat `positions` (M,), only those pass the MLP: (M, C)."""
         attended = self.attention(self.attention_norm(hidden_states), inputs)
         hidden_states = hidden_states + self.dropout(attended)
         if positions is not None:
@@ -215,7 +215,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """(B, T) token ids → (B, T, V) logits; `attention_mask` and `cache` as in `hidden_states`."""
+        """(B, T) token ids → (B, T, V) logits; the other arguments as in `hidden_states`."""
         return self.logits(self.hidden_states(self.embed_tokens(input_ids), attention_mask, cache))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class LanguageModel(nn.Module):
             rotary, scale = self._rotary(position_ids, theta, hidden_states.dtype)
             inputs = inputs._replace(rotary=rotary, query_scale=scale)
         if self.config.num_experts:
-            self._count_tokens(attention_mask, embeddings.shape[1], positions)
+            count_tokens(self, attention_mask, embeddings.shape[1], positions)
 
         hidden_states = self.dropout(hidden_states)
         for block in self.blocks[:-1]:
@@ -291,8 +291,8 @@ class LanguageModel(nn.Module):
         limit = self.config.max_position_embeddings
         if row_length > limit and int(position_ids.max()) >= limit:
             raise NanoVLMError(
-                f"a text of {int(position_ids.max()) + 1} tokens exceeds the language model's {limit} "
-                "positions; shorten it, in training with --max-length"
+                f"a text of {int(position_ids.max()) + 1} tokens exceeds the language model's "
+                f"{limit} positions; shorten it, in training with --max-length"
             )
         return self.position_embedding(position_ids)
 
@@ -334,32 +334,6 @@ class LanguageModel(nn.Module):
         if config.logn_attention and not self.training:
             query_scale = logn_scale(position_ids, trained_length).to(dtype)
         return (cos.to(dtype), sin.to(dtype)), query_scale
-
-    def _count_tokens(
-        self, attention_mask: Tensor | None, length: int, positions: Tensor | None
-    ) -> None:
-        """Tell each mixture of experts which tokens its load-balance loss counts: all but padding."""
-        counted = None if attention_mask is None else attention_mask[:, -length:] > 0  # (B, T)
-        for mixture in self._mixtures():
-            mixture.counted = counted
-        if positions is not None:
-            self._mixtures()[-1].counted = None  # it gets the chosen positions alone
-
-    def take_balance_loss(self) -> Tensor | None:
-        """The load-balance losses of the last forward pass, summed over the blocks, a scalar; None
-        where there are none.
-
-        They are forgotten here: each holds on to the graph of its forward pass.
-        """
-        mixtures = self._mixtures()
-        losses = [mixture.balance_loss for mixture in mixtures if mixture.balance_loss is not None]
-        for mixture in mixtures:
-            mixture.balance_loss = None
-        return torch.stack(losses).sum() if losses else None
-
-    def _mixtures(self) -> list[MixtureOfExperts]:
-        mlps = [block.mlp for block in self.blocks]
-        return [mlp for mlp in mlps if isinstance(mlp, MixtureOfExperts)]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and

@@ -87,7 +87,8 @@ def add_adapters(model: LanguageModel, config: LoRAConfig) -> None:
             known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.0)
             raise NanoVLMError(
-                f"--lora-targets: no layer of the language model is {target!r}; the nearest is {near[0]!r}"
+                f"--lora-targets: no layer of the language model is {target!r}; "
+                f"the nearest is {near[0]!r}"
             )
         chosen |= matching
     if not chosen:

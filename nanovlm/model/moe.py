@@ -74,6 +74,38 @@ class MixtureOfExperts(nn.Module):
         return (outputs * weights.to(outputs.dtype)[..., None]).sum(dim=1)
 
 
+def count_tokens(
+    model: nn.Module, attention_mask: Tensor | None, length: int, positions: Tensor | None
+) -> None:
+    """Tell each mixture of `model` which of the last `length` tokens its load-balance loss counts.
+
+    These are all but padding, `attention_mask` (B, S) being above 0; the last mixture gets the
+    chosen `positions` alone and counts all of them.
+    """
+    mixtures = _mixtures(model)
+    for mixture in mixtures:
+        mixture.counted = None if attention_mask is None else attention_mask[:, -length:] > 0
+    if positions is not None:
+        mixtures[-1].counted = None
+
+
+def take_balance_loss(model: nn.Module) -> Tensor | None:
+    """The load-balance losses of the last forward pass, summed over the mixtures of `model`.
+
+    They are forgotten here, because each keeps the graph of its forward pass alive. None where
+    there are none.
+    """
+    mixtures = _mixtures(model)
+    losses = [mixture.balance_loss for mixture in mixtures if mixture.balance_loss is not None]
+    for mixture in mixtures:
+        mixture.balance_loss = None
+    return torch.stack(losses).sum() if losses else None
+
+
+def _mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
 def load_balance(
     probabilities: Tensor, used: Tensor, per_token: int, counted: Tensor | None = None
 ) -> Tensor:

@@ -91,8 +91,8 @@ class PixelShuffleProjector(Projector):
         side = square_side(num_patches)
         if side % self.scale:
             raise NanoVLMError(
-                f"a grid of {side}×{side} patches is not made of {self.scale}×{self.scale} squares; "
-                "change the image size or the projector's scale"
+                f"a grid of {side}×{side} patches is not made of {self.scale}×{self.scale} "
+                "squares; change the image size or the projector's scale"
             )
         return num_patches // self.scale**2
 

@@ -157,7 +157,7 @@ def hide_from_compiler(module: nn.Module) -> None:
     pass to the other."""
     for layer in module.modules():
         if isinstance(layer, QuantizedLinear):
-            layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore
+            layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) -> None:

@@ -19,6 +19,7 @@ from nanovlm.inputs.image import tile_grid
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.loss import chunked_cross_entropy
+from nanovlm.model.moe import take_balance_loss
 from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.tokenizer import Tokenizer
@@ -58,9 +59,9 @@ class VisionLanguageModel(nn.Module):
         self.max_image_length = self.image_length * image.max_tiles_per_image  # of a whole image
         if self.max_image_length >= language.max_position_embeddings:
             raise NanoVLMError(
-                f"an image takes up to {self.max_image_length} visual tokens, which leave no room for words "
-                f"among the language model's {language.max_position_embeddings} positions; take a "
-                "projector that makes fewer, a smaller image or fewer tiles"
+                f"an image takes up to {self.max_image_length} visual tokens, which leave no room "
+                f"for words among the language model's {language.max_position_embeddings} "
+                "positions; take a projector that makes fewer, a smaller image or fewer tiles"
             )
 
     def forward(self, batch: Batch, loss_function: LossFunction | None = None) -> Tensor:
@@ -77,12 +78,13 @@ class VisionLanguageModel(nn.Module):
             positions=batch.target_positions,
             groups=self.image_groups(batch),
         )  # (M, C_t)
-        balance_loss = self.language_model.take_balance_loss()
         head = self.language_model.head_weight
-        if loss_function is not None:
-            return loss_function(hidden_states, head, batch.targets)
-        loss = chunked_cross_entropy(hidden_states, head, batch.targets)
-        return loss if balance_loss is None else loss + self._weigh(balance_loss, batch)
+        loss = (loss_function or chunked_cross_entropy)(hidden_states, head, batch.targets)
+        if self.config.language_model.num_experts:
+            balance_loss = take_balance_loss(self.language_model)
+            if balance_loss is not None and loss_function is None:
+                loss = loss + self._weigh(balance_loss, batch)
+        return loss
 
     def encode_images(self, batch: Batch) -> Tensor | None:
         """The batch's visual tokens, (N, K, C_t); None where it has no images."""
@@ -144,8 +146,8 @@ class VisionLanguageModel(nn.Module):
         tiles = 0 if images is None else len(images)
         if len(batch.image_positions) != tiles * self.image_length:
             raise NanoVLMError(
-                f"the text has {len(batch.image_positions)} image placeholders, and {tiles} tiles of "
-                f"{self.image_length} visual tokens fill {tiles * self.image_length}; "
+                f"the text has {len(batch.image_positions)} image placeholders, and {tiles} tiles "
+                f"of {self.image_length} visual tokens fill {tiles * self.image_length}; "
                 "they have to be equal"
             )
 

@@ -77,7 +77,8 @@ def test_attend_equals_the_formula(shape, masked, dtype, limit, monkeypatch):
 @pytest.mark.parametrize(
     "mask, expected",
     [
-        # a whole row, and one with padding on each side: padding sees itself alone and nobody sees it
+        # a whole row, and one with padding on each side: padding sees itself alone and nobody sees
+        # it
         ([1, 1, 1], ["1..", "11.", "111"]),
         ([1, 1, 0, 0], ["1...", "11..", "..1.", "...1"]),
         ([0, 0, 1, 1], ["1...", ".1..", "..1.", "..11"]),
@@ -88,7 +89,8 @@ def test_attend_equals_the_formula(shape, masked, dtype, limit, monkeypatch):
         ),
         # two samples in one row
         ([2, 2, 2, 3, 3], ["1....", "11...", "111..", "...1.", "...11"]),
-        # two samples packed into one row, the first with two branches, the second with one; then padding
+        # two samples packed into one row, the first with two branches, the second with one; then
+        # padding
         ([1, 2, 3, 65537, 65538, 0], ["1.....", "11....", "1.1...", "...1..", "...11.", ".....1"]),
         ([2**16 * 40000 + 1, 2**16 * 40000 + 3, 1, 3], ["1...", "11..", "..1.", "..11"]),
         # a written answer goes on after the padding

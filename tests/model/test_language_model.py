@@ -1,5 +1,6 @@
-"""The decoder against `transformers`' Qwen2, Qwen3, LLaMA and Mistral, every variant, with padding, with a cache, and in
-branches; and against what the published code of Qwen's first generation answered."""
+"""The decoder against `transformers`' Qwen2, Qwen3, LLaMA and Mistral, every variant, with padding,
+with a cache, and in branches; and against what the published code of Qwen's first generation
+answered."""
 
 import dataclasses
 import json
@@ -17,6 +18,7 @@ from nanovlm.hub.models import load_language_model, save_language_model
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.model.attention import SEGMENT
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
+from nanovlm.model.moe import take_balance_loss
 from tests.reference.models import qwen, qwen1, randomise
 
 LLAMA3_ROPE = {
@@ -597,7 +599,8 @@ def test_from_scratch_padding_packing_and_later_tokens_change_nothing(scratch):
 
 @torch.inference_mode()
 def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
-    """A picture at 3 to 6: its last token reaches its first, no token before; positions stay those of the order."""
+    """A picture at 3 to 6: its last token reaches its first, no token before; positions stay those
+    of the order."""
     ids, groups = random_ids(1, 10), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
     embeddings = scratch.embed_tokens(ids)
 
@@ -619,7 +622,8 @@ def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
         scratch.hidden_states(embeddings),
         **TOLERANCE,
     )
-    # Padding on the left moves groups and tokens alike; a cache that was fed the picture goes on as before.
+    # Padding on the left moves groups and tokens alike; a cache that was fed the picture goes on as
+    # before.
     padded = torch.cat((torch.zeros_like(embeddings[:, :2]), embeddings), dim=1)
     mask = torch.tensor([[0, 0] + [1] * 10])
     expected = scratch.hidden_states(embeddings, groups=groups)
@@ -657,13 +661,13 @@ def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
 def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router():
     decoder, ids, mask = from_scratch(SCRATCH), random_ids(2, 9), padding([9, 4], 9, left=False)
     decoder.hidden_states(decoder.embed_tokens(ids), mask)
-    assert decoder.take_balance_loss() is None
+    assert take_balance_loss(decoder) is None
     decoder.train()
     decoder.hidden_states(decoder.embed_tokens(ids), mask)
     balance = [block.mlp.balance_loss for block in decoder.blocks]
     assert len(balance) == 3 and all(loss.item() >= 0.9 for loss in balance)
-    total = decoder.take_balance_loss()
-    assert total == sum(balance) and decoder.take_balance_loss() is None
+    total = take_balance_loss(decoder)
+    assert total == sum(balance) and take_balance_loss(decoder) is None
     total.backward()
     assert all(block.mlp.router.weight.grad.any() for block in decoder.blocks)
     other = ids.clone()

@@ -1,4 +1,5 @@
-"""Adapters: their gradients written out, what a run with them moves and saves, and that merging changes no answer."""
+"""Adapters: their gradients written out, what a run with them moves and saves, and that merging
+changes no answer."""
 
 import json
 import re
@@ -46,7 +47,8 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A run with every kind of thing in it: adapters on a quantised decoder, dropout, and embeddings that learn."""
+    """A run with every kind of thing in it: adapters on a quantised decoder, dropout, and
+    embeddings that learn."""
     return tiny.train(tmp_path_factory.mktemp("runs") / "lora", init=str(tiny.model), **EVERYTHING)
 
 
@@ -359,10 +361,7 @@ def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_route
     decoder = scratch_vlm(tmp_path).language_model
     quantize_(decoder.blocks, "int8")
     add_adapters(
-        decoder,
-        lora_config(
-            Settings(train="language_model", lora_rank=2, language_model_layers=1)
-        ),
+        decoder, lora_config(Settings(train="language_model", lora_rank=2, language_model_layers=1))
     )
     experts = decoder.blocks[2].mlp
     assert isinstance(experts.experts[3].up_proj, LoRALinear) and isinstance(
@@ -381,8 +380,7 @@ def test_a_router_has_no_adapter_whatever_the_pattern(tmp_path):
     decoder = scratch_vlm(tmp_path).language_model.eval()
     before = decoder(torch.arange(9)[None])
     add_adapters(
-        decoder,
-        lora_config(Settings(train="language_model", lora_rank=2, lora_targets="*")),
+        decoder, lora_config(Settings(train="language_model", lora_rank=2, lora_targets="*"))
     )
     merge_adapters(decoder)
     assert all(type(block.mlp.router) is Router for block in decoder.blocks)

@@ -153,7 +153,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained):
-    """Through a decoder whose last block or whose head too learns: gradients of the plain formula, in chunks of memory."""
+    """Through a decoder whose last block or whose head too learns: gradients of the plain formula,
+    in chunks of memory."""
     torch.manual_seed(0)
     rows, vocabulary, width = 4 * CHUNK, 5003, 16
     decoder = LanguageModel(

@@ -24,7 +24,8 @@ def build(kind: str, **settings: int | bool | str) -> nn.Module:
 
 
 def downsample(grid: int, side: int) -> Tensor:
-    """The (grid, side) matrix of the antialiased bilinear filter, as the projector applies it along one axis."""
+    """The (grid, side) matrix of the antialiased bilinear filter, as the projector applies it along
+    one axis."""
     projector = build("bilinear", grid=grid)
     projector.up = projector.down = nn.Identity()
     # A picture that is constant down its columns, the n-th of which is one in channel n alone.

@@ -1,4 +1,5 @@
-"""The formats equal a slow reading of their definition, their errors are known, and only the input gets a gradient."""
+"""The formats equal a slow reading of their definition, their errors are known, and only the input
+gets a gradient."""
 
 import copy
 import struct
@@ -60,7 +61,8 @@ def single(value: float) -> float:
 
 
 def reference_nf4(weight: torch.Tensor) -> list[float]:
-    """NF4 with double quantisation as the paper tells it: one block, and in it one weight, after the other."""
+    """NF4 with double quantisation as the paper tells it: one block, and in it one weight, after
+    the other."""
     flat = weight.flatten().tolist()
     blocks = [flat[start : start + 64] for start in range(0, len(flat), 64)]
     largest = [max(map(abs, block)) for block in blocks]

@@ -1,4 +1,5 @@
-"""The resampler and Qwen-VL's whole tower against outputs of the published implementation, kept in tests/fixtures."""
+"""The resampler and Qwen-VL's whole tower against outputs of the published implementation, kept in
+tests/fixtures."""
 
 import json
 from pathlib import Path
@@ -121,7 +122,8 @@ def test_the_positions_are_those_of_the_checkpoint(fixture):
 
 
 def test_positions_go_to_keys_and_queries_and_not_to_values():
-    """With keys that say nothing but their place and values all alike, what comes out does not depend on the place."""
+    """With keys that say nothing but their place and values all alike, what comes out does not
+    depend on the place."""
     resampler = Resampler(hidden_size=16, num_queries=4, output_size=32, eps=1e-6)
     randomise(resampler, seed=0)
     patches = torch.randn(1, 1, 16).expand(1, 9, 16)

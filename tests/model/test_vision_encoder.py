@@ -1,5 +1,5 @@
-"""The vision transformer against `transformers`' DINOv2, SigLIP, CLIP, SmolVLM and Idefics3, at several image sizes.
-Qwen-VL's is compared in test_resampler.py."""
+"""The vision transformer against `transformers`' DINOv2, SigLIP, CLIP, SmolVLM and Idefics3, at
+several image sizes. Qwen-VL's is compared in test_resampler.py."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_equals_the_reference(pair, size):
 
 @torch.inference_mode()
 def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
-    ours, reference = pair
+    _ours, reference = pair
     pixels = picture(49, 21)
     exact = reference(pixels).last_hidden_state
     reference.save_pretrained(tmp_path)
@@ -108,7 +108,8 @@ def test_size_and_layer_are_checked(plain):
 def reference_states(
     reference: PreTrainedModel, pixels: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reference's last state and those before each block, with the position table resized where it has to be asked."""
+    """The reference's last state and those before each block, with the position table resized where
+    it has to be asked."""
     asked = (
         {"interpolate_pos_encoding": True}
         if "interpolate_pos_encoding" in signature(reference.forward).parameters
@@ -150,7 +151,7 @@ def test_every_family_equals_its_reference(loaded, size):
 
 @torch.inference_mode()
 def test_every_family_in_bfloat16_is_as_close_to_fp32_as_its_reference_is(loaded):
-    ours, reference, folder = loaded
+    _ours, reference, folder = loaded
     pixels = picture(42, 42)
     exact = reference_states(reference, pixels)[0]
     features = load_vision_encoder(folder, dtype=torch.bfloat16)(pixels.bfloat16())

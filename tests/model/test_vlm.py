@@ -1,4 +1,5 @@
-"""The whole model: images reach the logits, the loss is what it says it is, and a folder holds all of it."""
+"""The whole model: images reach the logits, the loss is what it says it is, and a folder holds all
+of it."""
 
 import dataclasses
 import json
@@ -37,7 +38,8 @@ def either(request: pytest.FixtureRequest, tmp_path) -> VisionLanguageModel:
 
 
 def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
-    """Three rows with one, two and no images, some padding, and labels here and there; and the labels as (B, T)."""
+    """Three rows with one, two and no images, some padding, and labels here and there; and the
+    labels as (B, T)."""
     generator = torch.Generator().manual_seed(0)
     placeholder, length = model.chat.image_token_id, model.image_length
     ids = torch.randint(300, (3, 16), generator=generator)
@@ -87,7 +89,7 @@ def test_loss_and_gradients_equal_the_naive_ones(either):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(
-            gradient, gradients[1][name], rtol=1e-5, atol=2e-5, msg=lambda text: f"{name}: {text}"
+            gradient, gradients[1][name], rtol=1e-5, atol=2e-5, msg=(name + ": {}").format
         )
         assert name == "loss" or gradient.any(), f"{name} has no gradient"
 
@@ -218,7 +220,7 @@ def test_loading_casts_when_asked(model, tmp_path):
     save_model(model, tmp_path)
     half = load_model(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    batch, labels = make_batch(model)
+    batch, _labels = make_batch(model)
     with torch.inference_mode():
         exact, rounded = (
             float(model(batch)),
@@ -321,7 +323,8 @@ def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
 
 
 def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
-    """With a SentencePiece vocabulary, Vicuna's template and the placeholder among its added tokens."""
+    """With a SentencePiece vocabulary, Vicuna's template and the placeholder among its added
+    tokens."""
     dinov2(tmp_path / "vision_encoder")
     qwen(
         tmp_path / "language_model",
@@ -396,7 +399,8 @@ def test_images_are_numbered_through_the_batch_and_words_are_not(scratch, model)
 
 @torch.inference_mode()
 def test_left_padding_packing_and_a_shared_beginning_leave_images_as_they_are(scratch):
-    """One sample alone; behind another in its row; and as the beginning of two branches, in a row that starts with padding."""
+    """One sample alone; behind another in its row; and as the beginning of two branches, in a row
+    that starts with padding."""
     placeholder, pixels = scratch.chat.image_token_id, torch.randn(2, 3, 28, 28)
     ids = torch.tensor([7, 8, *[placeholder] * 4, 9, 10, 11])
     other = torch.tensor([*[placeholder] * 4, 12, 13])

@@ -1,4 +1,5 @@
-"""Checkpointed and compiled blocks: the same numbers from less memory, and no trace in what is saved."""
+"""Checkpointed and compiled blocks: the same numbers from less memory, and no trace in what is
+saved."""
 
 import copy
 import shutil
@@ -82,7 +83,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "learning",
     [
-        dict(),
+        {},
         dict(train="projector"),
         dict(train="projector,vision_encoder", vision_encoder_layers=1),
         dict(train="language_model", language_model_layers=1),
@@ -140,7 +141,7 @@ def test_less_is_kept_for_the_backward_pass(load):
 @pytest.mark.parametrize(
     ("learning", "expected"),
     [
-        (dict(), [2, 2, 2, 2]),
+        ({}, [2, 2, 2, 2]),
         (dict(train="projector"), [1, 1, 2, 2]),
         (dict(train="language_model", language_model_layers=1), [1, 1, 1, 2]),
         (dict(train="vision_encoder", vision_encoder_layers=1), [1, 2, 2, 2]),
@@ -205,7 +206,8 @@ def test_a_copy_of_the_model_runs_its_own_blocks(load):
 
 
 def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path, monkeypatch):
-    """Captured by the compiler and run as captured, which needs no C++ compiler and changes no bit; checkpointed too."""
+    """Captured by the compiler and run as captured, which needs no C++ compiler and changes no bit;
+    checkpointed too."""
     from torch._dynamo.testing import CompileCounter
 
     compiler, compile = CompileCounter(), torch.compile
