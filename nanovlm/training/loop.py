@@ -122,13 +122,13 @@ def train(run: Run) -> None:
 
             parallel.reduce_gradients(parameters)
             sums = parallel.sum(sums)
-            fits = precision.unscale(parameters, parallel.largest)
+            no_overflow = precision.unscale(parameters, parallel.largest)
             grad_norm = parallel.clip(parameters, settings.clip).to(sums)
             rate = schedule(progress.step, run.total_steps, settings.warmup, settings.min_lr)
             set_learning_rates(optimizer, rate)
             # Where it is 1 the step changes nothing. It is on the device, so that no step waits.
             optimizer.found_inf = (~torch.isfinite(sums[0] + grad_norm)).float()
-            if fits and target_count:
+            if no_overflow and target_count:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
