@@ -1,9 +1,8 @@
-"""The whole model: an image's patches become visual tokens among the words, and the language model
-reads the sequence.
+"""The whole model: an image becomes visual tokens among the words, which the language model reads.
 
 pixels (N, 3, H, W) ─ vision_encoder ─▶ patches (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
-input_ids (B, T), K placeholders an image ─ embed_tokens ─▶ (B, T, C_t) ◀─ spliced in ─┘ ─
-language_model ─▶ loss
+input_ids (B, T) ─ embed_tokens ─▶ (B, T, C_t), in which they replace the K placeholders of each
+image ─ language_model ─▶ hidden states (M, C_t) at the labelled positions ─ loss ─▶ a scalar
 """
 
 from collections.abc import Callable
@@ -96,8 +95,7 @@ class VisionLanguageModel(nn.Module):
 
     def splice(self, batch: Batch, visual_tokens: Tensor | None) -> Tensor:
         """Word embeddings with the visual tokens in their places: (B, T, C_t)."""
-        # The placeholder's id may lie outside the embedding table, so id 0 is looked up in its
-        # place.
+        # The placeholder's id may lie outside the embedding table: id 0 is looked up instead.
         words = batch.input_ids.flatten().index_fill(0, batch.image_positions, 0)
         embeddings = self.language_model.embed_tokens(words)  # (B · T, C_t)
         if torch.is_autocast_enabled(embeddings.device.type):  # so is the whole residual stream
@@ -105,7 +103,7 @@ class VisionLanguageModel(nn.Module):
         if visual_tokens is not None:
             visual_tokens = visual_tokens.flatten(0, 1).to(embeddings.dtype)  # (N · K, C_t)
             embeddings = embeddings.index_copy(0, batch.image_positions, visual_tokens)
-        return embeddings.view(*batch.input_ids.shape, -1)
+        return embeddings.view(*batch.input_ids.shape, embeddings.shape[-1])
 
     def embed(self, batch: Batch) -> Tensor:
         """What the language model reads: word embeddings and visual tokens, (B, T, C_t)."""
