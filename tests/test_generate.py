@@ -1,5 +1,5 @@
-"""Answers: the same with and without a cache, alone and in a batch, and as `transformers` writes
-them."""
+"""Generated answers: the same with and without a cache, alone and in a batch, and equal to those of
+`transformers`."""
 
 import contextlib
 import copy
@@ -26,7 +26,6 @@ from nanovlm.generate import Prompt, Sampling, TextStreamer, decode, generate, s
 from nanovlm.hub.models import load_language_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import ImageTokens, Message
-from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
@@ -54,7 +53,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool = True) -> Batch:
-    """One row a prompt; the n-th picture of a prompt is the same whatever else is in the batch."""
+    """One row a prompt. A prompt has the same random images in every batch."""
     rows, pixels = [], []
     for prompt in prompts:
         message = Message.parse("user", prompt)
@@ -68,7 +67,7 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
     return batch
 
 
-def write(
+def decode_batch(
     model: VisionLanguageModel,
     batch: Batch,
     sampling: Sampling = Sampling(),
@@ -76,76 +75,64 @@ def write(
     use_cache: bool = True,
     masked: bool = True,
 ) -> list[list[int]]:
-    """The rows' tokens over NEW_TOKENS steps, -1 after a stop token; nothing stops unless
-    `stop_ids` says so."""
+    """The rows' tokens in NEW_TOKENS steps, -1 after one of `stop_ids`."""
+    mask = batch.attention_mask if masked else None
     with torch.inference_mode():
-        steps = decode(
-            model.language_model,
-            Prompt(model.embed(batch), batch.input_ids, batch.attention_mask if masked else None),
-            NEW_TOKENS,
-            stop_ids,
-            sampling,
-            use_cache,
-        )
+        prompt = Prompt(model.embed(batch), batch.input_ids, mask)
+        steps = decode(model.language_model, prompt, NEW_TOKENS, stop_ids, sampling, use_cache)
         return [list(row) for row in zip(*steps)]
 
 
 def test_cached_uncached_and_batched_answers_are_the_same(model):
-    alone = [write(model, prompt_batch(model, [prompt]))[0] for prompt in PROMPTS]
-    assert all(len(answer) == NEW_TOKENS for answer in alone) and len(
-        set(map(tuple, alone))
-    ) == len(PROMPTS)
-    assert all(
-        len(set(answer)) > 5 for answer in alone
-    )  # no answer repeats one word, which anything would agree on
+    alone = [decode_batch(model, prompt_batch(model, [prompt]))[0] for prompt in PROMPTS]
+    num_different = len(set(map(tuple, alone)))
+    assert num_different == len(PROMPTS) and all(len(answer) == NEW_TOKENS for answer in alone)
+    # Answers that repeat a few tokens could be equal by chance.
+    assert all(len(set(answer)) > 5 for answer in alone)
     for prompt, answer in zip(PROMPTS, alone):
-        assert write(model, prompt_batch(model, [prompt]), use_cache=False)[0] == answer
-        assert write(model, prompt_batch(model, [prompt]), masked=False)[0] == answer
+        assert decode_batch(model, prompt_batch(model, [prompt]), use_cache=False)[0] == answer
+        assert decode_batch(model, prompt_batch(model, [prompt]), masked=False)[0] == answer
     for pad_left in (True, False):
         batch = prompt_batch(model, PROMPTS, pad_left)
         assert (batch.attention_mask == 0).any()
-        assert write(model, batch) == alone
-        assert write(model, batch, use_cache=False) == alone
+        assert decode_batch(model, batch) == alone
+        assert decode_batch(model, batch, use_cache=False) == alone
 
 
-def test_bf16_answers_do_not_depend_on_who_multiplies(model, monkeypatch):
-    """Single tokens are multiplied without oneDNN, which is switched off for them alone and gives
-    the same numbers."""
+def test_bfloat16_answers_are_the_same_with_and_without_onednn(model, monkeypatch):
+    """oneDNN is switched off for steps of a single token, and for them alone."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     batch = prompt_batch(half, PROMPTS[:1])
     batch.pixels = None if batch.pixels is None else batch.pixels.bfloat16()
-    seen, hidden_states = [], half.language_model.hidden_states
+    passes, hidden_states = set(), half.language_model.hidden_states
 
-    def watched(embeddings: Tensor, *rest, **options) -> Tensor:
-        seen.append((embeddings.shape[1] == 1, torch.backends.mkldnn.enabled))
+    def recorded(embeddings: Tensor, *rest, **options) -> Tensor:
+        passes.add((embeddings.shape[1] == 1, torch.backends.mkldnn.enabled))
         return hidden_states(embeddings, *rest, **options)
 
-    monkeypatch.setattr(half.language_model, "hidden_states", watched)
-    answer = write(half, batch)
-    assert set(seen) == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
-    monkeypatch.setattr(
-        importlib.import_module("nanovlm.generate"),
-        "_fast_products",
-        lambda inputs: contextlib.nullcontext(),
-    )
-    assert write(half, batch) == answer
+    monkeypatch.setattr(half.language_model, "hidden_states", recorded)
+    answer = decode_batch(half, batch)
+    assert passes == {(False, True), (True, False)} and torch.backends.mkldnn.enabled
+    module = importlib.import_module("nanovlm.generate")
+    monkeypatch.setattr(module, "_fast_products", lambda inputs: contextlib.nullcontext())
+    assert decode_batch(half, batch) == answer
 
 
 @pytest.mark.parametrize("pad_left", [True, False], ids=["left", "right"])
-def test_padding_does_not_count_as_words_already_there(model, pad_left):
+def test_the_repetition_penalty_ignores_tokens_at_padding(model, pad_left):
     sampling = Sampling(repetition_penalty=1.5)
-    alone = [write(model, prompt_batch(model, [prompt]), sampling)[0] for prompt in PROMPTS]
+    alone = [decode_batch(model, prompt_batch(model, [prompt]), sampling)[0] for prompt in PROMPTS]
     batch = prompt_batch(model, PROMPTS, pad_left)
-    first_words = torch.tensor([answer[:1] for answer in alone])
-    batch.input_ids = torch.where(batch.attention_mask > 0, batch.input_ids, first_words)
-    assert write(model, batch, sampling) == alone
+    first_tokens = torch.tensor([answer[:1] for answer in alone])
+    batch.input_ids = torch.where(batch.attention_mask > 0, batch.input_ids, first_tokens)
+    assert decode_batch(model, batch, sampling) == alone
 
 
 @pytest.mark.parametrize("pad_left", [True, False], ids=["left", "right"])
-def test_an_ended_row_stays_silent_and_leaves_the_others_alone(model, pad_left):
-    full = write(model, prompt_batch(model, PROMPTS))
+def test_an_ended_row_gives_no_more_tokens_and_does_not_change_the_others(model, pad_left):
+    full = decode_batch(model, prompt_batch(model, PROMPTS))
     stop = full[0][7]
-    steps = write(model, prompt_batch(model, PROMPTS, pad_left), stop_ids={stop})
+    steps = decode_batch(model, prompt_batch(model, PROMPTS, pad_left), stop_ids={stop})
     ends = [answer.index(stop) if stop in answer else NEW_TOKENS for answer in full]
     assert ends[0] <= 7 and max(ends) > ends[0]
     for row, answer, end in zip(steps, full, ends):
@@ -154,19 +141,15 @@ def test_an_ended_row_stays_silent_and_leaves_the_others_alone(model, pad_left):
 
 def test_generate_stops_at_the_end_of_turn(model, monkeypatch):
     end = model.chat.end_of_turn_id
-    script = iter(
-        torch.tensor([[5, 6, 7], [end, 8, 9], [11, end, 10], [12, 13, end], [14, 15, 16]])
-    )
-    monkeypatch.setattr(
-        importlib.import_module("nanovlm.generate"), "sample", lambda *_: next(script)
-    )
-    seen = []
-    answers = generate(
-        model, prompt_batch(model, PROMPTS[:3]), max_new_tokens=20, on_tokens=seen.append
-    )
+    rows = [[5, 6, 7], [end, 8, 9], [11, end, 10], [12, 13, end], [14, 15, 16]]
+    samples = iter(torch.tensor(rows))
+    module = importlib.import_module("nanovlm.generate")
+    monkeypatch.setattr(module, "sample", lambda *_: next(samples))
+    batch, streamed = prompt_batch(model, PROMPTS[:3]), []
+    answers = generate(model, batch, max_new_tokens=20, on_tokens=streamed.append)
     assert answers == [[5], [6, 8], [7, 9, 10]]
-    assert seen == [[5, 6, 7], [-1, 8, 9], [-1, -1, 10], [-1, -1, -1]]
-    assert len(list(script)) == 1  # nothing is asked for once all have ended
+    assert streamed == [[5, 6, 7], [-1, 8, 9], [-1, -1, 10], [-1, -1, -1]]
+    assert len(list(samples)) == 1  # nothing is sampled after the last row has ended
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -183,13 +166,8 @@ def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
         pad_token_id=0,
         eos_token_id=None,
     )
-    steps = decode(
-        ours,
-        Prompt(ours.embed_tokens(ids), ids),
-        NEW_TOKENS,
-        (),
-        Sampling(repetition_penalty=penalty),
-    )
+    prompt, sampling = Prompt(ours.embed_tokens(ids), ids), Sampling(repetition_penalty=penalty)
+    steps = decode(ours, prompt, NEW_TOKENS, (), sampling)
     assert torch.tensor(list(steps)).T.tolist() == expected[:, 9:].tolist()
 
 
@@ -208,18 +186,17 @@ def test_greedy_answers_equal_transformers(tmp_path, family, penalty):
     ],
     ids=str,
 )
-def test_choices_follow_the_reference_distribution(sampling):
+def test_samples_follow_the_distribution_of_the_reference(sampling):
     vocabulary, draws = 12, 20_000
     logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(5))
-    seen = torch.tensor([[int(logits.argmax()), int(logits.argmin()), 3, 3]])
+    previous = torch.tensor([[int(logits.argmax()), int(logits.argmin()), 3, 3]])
     warpers = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     warpers += [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     warpers += [TopPLogitsWarper(sampling.top_p)]
-    expected = LogitsProcessorList(warpers)(seen, logits.clone()).softmax(dim=-1)[0]
-    tokens = sample(
-        logits.expand(draws, -1), seen.expand(draws, -1), sampling, torch.Generator().manual_seed(0)
-    )
+    expected = LogitsProcessorList(warpers)(previous, logits.clone()).softmax(dim=-1)[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(logits.expand(draws, -1), previous.expand(draws, -1), sampling, generator)
     counts = tokens.bincount(minlength=vocabulary)
     assert not counts[expected == 0].any()
     assert counts[expected > 1e-3].all()
@@ -227,22 +204,21 @@ def test_choices_follow_the_reference_distribution(sampling):
     assert ((counts / draws - expected).abs() <= 4 * deviation + 1e-9).all()
 
 
-def test_choosing_leaves_the_logits_alone():
+def test_sampling_does_not_change_the_logits():
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    sample(
-        logits, torch.zeros(2, 3, dtype=torch.long), Sampling(1.0, 0.5, 3, 1.5), torch.Generator()
-    )
+    previous = torch.zeros(2, 3, dtype=torch.long)
+    sample(logits, previous, Sampling(1.0, 0.5, 3, 1.5), torch.Generator())
     assert torch.equal(logits, before)
 
 
-def test_a_seed_gives_the_same_answer_again(model):
+def test_the_same_seed_gives_the_same_answer(model):
     batch = prompt_batch(model, PROMPTS)
     first, again, other = (
-        write(model, batch, Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2)
+        decode_batch(model, batch, Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2)
     )
     assert first == again != other
-    greedy, other_seed = (write(model, batch, Sampling(seed=seed)) for seed in (1, 2))
+    greedy, other_seed = (decode_batch(model, batch, Sampling(seed=seed)) for seed in (1, 2))
     assert greedy == other_seed
 
 
@@ -256,7 +232,7 @@ def test_a_seed_gives_the_same_answer_again(model):
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it has to be above 0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(setting, message):
+def test_invalid_sampling_settings_are_refused(setting, message):
     with pytest.raises(NanoVLMError, match=message):
         Sampling(**setting)
 
@@ -265,9 +241,8 @@ def test_a_prompt_that_is_too_long_is_refused(model):
     batch = prompt_batch(model, ["a" * 20])
     length = batch.input_ids.shape[1]
     assert length < 256
-    with pytest.raises(
-        NanoVLMError, match=f"prompt of {length} tokens and 230 new ones exceed .* 256 positions"
-    ):
+    message = f"prompt of {length} tokens and 230 new ones exceed .* 256 positions"
+    with pytest.raises(NanoVLMError, match=message):
         generate(model, batch, max_new_tokens=230)
 
 
@@ -280,12 +255,11 @@ def test_text_is_streamed_in_whole_characters(tokenizer, text):
         assert "\ufffd" not in pieces[-1]
         assert text.startswith("".join(pieces))
     assert "".join(pieces) + streamer.end() == text
-    assert (
-        not text.startswith("一只🐕") or "" in pieces
-    )  # 🐕 took several tokens, and nothing came before the last of them
+    # 🐕 takes several tokens, and all but the last give an empty piece.
+    assert not text.startswith("一只🐕") or "" in pieces
 
 
-def test_streaming_leaves_out_the_space_that_llamas_tokenizer_puts_before_a_text(tmp_path):
+def test_streaming_leaves_out_the_space_that_a_sentencepiece_tokenizer_prepends(tmp_path):
     sentence_piece(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     for text in ("A little girl", " 红色", "\n图中 x"):
@@ -293,7 +267,7 @@ def test_streaming_leaves_out_the_space_that_llamas_tokenizer_puts_before_a_text
         assert "".join(map(streamer.put, ids)) + streamer.end() == text == tokenizer.decode(ids)
 
 
-def test_an_answer_that_stops_inside_a_character_ends_in_one_mark(tokenizer):
+def test_an_answer_that_stops_inside_a_character_ends_in_one_replacement_character(tokenizer):
     streamer = TextStreamer(tokenizer)
     ids = tokenizer.encode("a🐕")
     assert "".join(map(streamer.put, ids[:-1])) == "a" and streamer.end() == "\ufffd"
@@ -328,14 +302,12 @@ def test_greedy_answers_equal_transformers_on_real_weights():
     if "NANOVLM_REAL" not in os.environ:
         pytest.skip("NANOVLM_REAL does not name a folder with qwen2.5-0.5b")
     folder = Path(os.environ["NANOVLM_REAL"]) / "qwen2.5-0.5b"
-    ours, reference = (
-        cls.from_pretrained(folder, dtype=torch.float32)
-        for cls in (LanguageModel, Qwen2ForCausalLM)
-    )
-    tokenizer, their_tokenizer = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    ours = load_language_model(folder, dtype=torch.float32)
+    reference = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, reference_tokenizer = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     end = tokenizer.special_tokens["<|im_end|>"]
     for prompt in REAL_PROMPTS:
-        ids = their_tokenizer.apply_chat_template(
+        ids = reference_tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
@@ -354,4 +326,4 @@ def test_greedy_answers_equal_transformers_on_real_weights():
         )[0, ids.shape[1] :]
         steps = [row[0] for row in decode(ours, Prompt(ours.embed_tokens(ids), ids), 40, {end})]
         answer = tokenizer.decode([token for token in steps if token >= 0])
-        assert answer == their_tokenizer.decode(expected, skip_special_tokens=True), prompt
+        assert answer == reference_tokenizer.decode(expected, skip_special_tokens=True), prompt

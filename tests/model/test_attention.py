@@ -1,4 +1,4 @@
-"""Attention against the formula in double precision, and the rule for who sees whom."""
+"""Attention against its formula in double precision; masks, rotary embedding and norms."""
 
 import pytest
 import torch
@@ -26,15 +26,12 @@ def heads(
 
 def formula(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(Q Kᵀ / √D) V in double precision, one head at a time."""
-    share = queries.shape[1] // keys.shape[1]
+    group_size = queries.shape[1] // keys.shape[1]  # query heads per key head
     attended = torch.empty(queries.shape, dtype=torch.float64)
     for row in range(queries.shape[0]):
         for head in range(queries.shape[1]):
-            query, key, value = (
-                queries[row, head],
-                keys[row, head // share],
-                values[row, head // share],
-            )
+            query = queries[row, head]
+            key, value = keys[row, head // group_size], values[row, head // group_size]
             scores = query.double() @ key.double().T / query.shape[-1] ** 0.5
             if mask is not None:
                 scores[~mask[row % len(mask), 0]] = -torch.inf
@@ -64,47 +61,52 @@ def test_attend_equals_the_formula(shape, masked, dtype, limit, monkeypatch):
         mask[..., 0] = True
     elif masked == "causal":
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
-    attended = attend(
-        queries, keys, values, None if masked == "causal" else mask, is_causal=masked == "causal"
-    )
+    expected = formula(queries, keys, values, mask)
+    if masked == "causal":
+        attended = attend(queries, keys, values, is_causal=True)
+    else:
+        attended = attend(queries, keys, values, mask)
     assert attended.dtype == dtype
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    torch.testing.assert_close(
-        attended.double(), formula(queries, keys, values, mask), atol=tolerance, rtol=0
-    )
+    torch.testing.assert_close(attended.double(), expected, atol=tolerance, rtol=0)
+
+
+def drawing(mask: Tensor) -> list[str]:
+    """A (T, S) mask as one string per query: 1 where it may attend to the key, a dot elsewhere."""
+    return ["".join(".1"[allowed] for allowed in row) for row in mask.int().tolist()]
 
 
 @pytest.mark.parametrize(
     "mask, expected",
     [
-        # a whole row, and one with padding on each side: padding sees itself alone and nobody sees
-        # it
+        # no padding, padding on the right, padding on the left: a padding token attends to itself
+        # alone, and no token attends to it
         ([1, 1, 1], ["1..", "11.", "111"]),
         ([1, 1, 0, 0], ["1...", "11..", "..1.", "...1"]),
         ([0, 0, 1, 1], ["1...", ".1..", "..1.", "..11"]),
-        # one beginning with two continuations that do not see each other
+        # one prefix with two continuations that do not attend to each other
         (
             [1, 1, 1, 2, 2, 3, 3],
             ["1......", "11.....", "111....", "1111...", "11111..", "111..1.", "111..11"],
         ),
         # two samples in one row
         ([2, 2, 2, 3, 3], ["1....", "11...", "111..", "...1.", "...11"]),
-        # two samples packed into one row, the first with two branches, the second with one; then
-        # padding
+        # two samples packed into one row, the first with two branches, the second with one, and
+        # padding behind them
         ([1, 2, 3, 65537, 65538, 0], ["1.....", "11....", "1.1...", "...1..", "...11.", ".....1"]),
         ([2**16 * 40000 + 1, 2**16 * 40000 + 3, 1, 3], ["1...", "11..", "..1.", "..11"]),
-        # a written answer goes on after the padding
+        # generated tokens follow the padding of their prompt
         ([1, 1, 0, 1, 1], ["1....", "11...", "..1..", "11.1.", "11.11"]),
     ],
 )
-def test_visibility(mask, expected):
-    visible = causal_mask(torch.tensor([mask]), len(mask))[0]
-    assert ["".join(".1"[seen] for seen in row) for row in visible.int().tolist()] == expected
+def test_causal_mask(mask, expected):
+    allowed = causal_mask(torch.tensor([mask]), len(mask))[0]
+    assert drawing(allowed) == expected
     for queries in range(1, len(mask)):
-        assert torch.equal(causal_mask(torch.tensor([mask]), queries)[0], visible[-queries:])
+        assert torch.equal(causal_mask(torch.tensor([mask]), queries)[0], allowed[-queries:])
 
 
-def test_visibility_keeps_rows_apart():
+def test_causal_mask_treats_each_row_on_its_own():
     masks = torch.tensor([[1, 1, 1, 0], [0, 1, 2, 3], [2, 2, 3, 3]])
     together = causal_mask(masks, 4)
     for row, mask in enumerate(masks):
@@ -115,50 +117,43 @@ def test_rotary_scores_depend_on_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double()
 
     def score(query_position: int, key_position: int) -> float:
-        at_query, at_key = (
-            rotary_embedding(torch.tensor([[at]]), rotary_frequencies(8, 100.0))
-            for at in (query_position, key_position)
+        query_rotary, key_rotary = (
+            rotary_embedding(torch.tensor([[position]]), rotary_frequencies(8, 100.0))
+            for position in (query_position, key_position)
         )
-        return float((rotate(query, at_query) * rotate(key, at_key)).sum())
+        return float((rotate(query, query_rotary) * rotate(key, key_rotary)).sum())
 
-    assert score(0, 0) == pytest.approx(float((query * key).sum()))  # position 0 turns nothing
+    assert score(0, 0) == pytest.approx(float((query * key).sum()))  # position 0: no rotation
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
     assert abs(score(9, 4) - score(9, 5)) > 1e-2
 
 
+def rms_norm_formula(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    return hidden_states / (hidden_states.pow(2).mean(dim=-1, keepdim=True) + 0.5).sqrt() * weight
+
+
 def test_rms_norm_equals_its_formula():
-    norm = RMSNorm(6, eps=0.5)  # so large that its place in the formula shows
+    norm = RMSNorm(6, eps=0.5)  # large, so that a wrong place in the formula is noticed
     norm.weight.data = torch.arange(1.0, 7)
     hidden_states = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
-    expected = (
-        hidden_states / (hidden_states.pow(2).mean(dim=-1, keepdim=True) + 0.5).sqrt() * norm.weight
-    )
-    torch.testing.assert_close(norm(hidden_states), expected)
+    torch.testing.assert_close(norm(hidden_states), rms_norm_formula(hidden_states, norm.weight))
 
 
-def test_rms_norm_backward_is_its_derivative():
+def test_rms_norm_gradients_equal_those_of_its_formula():
     norm = RMSNorm(6, eps=0.5)
     norm.weight.data = torch.arange(1.0, 7)
-    hidden_states = torch.randn(
-        2, 3, 6, generator=torch.Generator().manual_seed(0), requires_grad=True
-    )
-
-    def formula(hidden_states, weight):
-        return (
-            hidden_states / (hidden_states.pow(2).mean(dim=-1, keepdim=True) + 0.5).sqrt() * weight
-        )
-
+    hidden_states = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    hidden_states.requires_grad_()
     weight = norm.weight.detach().clone().requires_grad_()
     factors = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((norm(hidden_states) * factors).sum(), (hidden_states, norm.weight))
-    theirs = torch.autograd.grad(
-        (formula(hidden_states, weight) * factors).sum(), (hidden_states, weight)
-    )
-    for mine, reference in zip(ours, theirs):
-        torch.testing.assert_close(mine, reference)
+    output = rms_norm_formula(hidden_states, weight)
+    expected = torch.autograd.grad((output * factors).sum(), (hidden_states, weight))
+    for gradient, expected_gradient in zip(ours, expected):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_a_full_cache_says_so():
+def test_a_token_beyond_the_length_of_the_cache_is_refused():
     cache = KVCache((1, 1, 1, 3, 2), torch.float32, torch.device("cpu"))
     pair = torch.ones(1, 1, 2, 2)
     keys, _ = cache.append(0, pair, pair)
@@ -168,30 +163,24 @@ def test_a_full_cache_says_so():
         cache.append(0, pair, pair)
 
 
-def test_mutual_visibility_is_within_a_group_of_the_same_row():
+def test_bidirectional_mask_joins_tokens_of_one_group_in_one_row():
     groups = torch.tensor([[0, 1, 1, 0, 2], [1, 1, 0, 0, 1]])
-    seen = bidirectional_mask(groups, 5)
+    allowed = bidirectional_mask(groups, 5)
     expected = [
         [".....", ".11..", ".11..", ".....", "....1"],
         ["11..1", "11..1", ".....", ".....", "11..1"],
     ]
-    assert [
-        ["".join(".1"[here] for here in row) for row in rows] for rows in seen.int().tolist()
-    ] == expected
-    assert torch.equal(bidirectional_mask(groups, 2), seen[:, -2:])
+    assert [drawing(mask) for mask in allowed] == expected
+    assert torch.equal(bidirectional_mask(groups, 2), allowed[:, -2:])
 
 
-def test_layer_norm_keeps_the_dtype_of_its_input_also_under_autocast():
+def test_layer_norm_keeps_the_dtype_of_its_input_under_autocast_too():
     norm = LayerNorm(6, eps=0.5)
     norm.weight.data, norm.bias.data = torch.arange(1.0, 7), torch.arange(6.0)
     hidden_states = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.layer_norm(hidden_states, (6,), norm.weight, norm.bias, 0.5)
     torch.testing.assert_close(norm(hidden_states), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (
-            norm(hidden_states).dtype == torch.float32
-            and norm(hidden_states.bfloat16()).dtype == torch.bfloat16
-        )
-        torch.testing.assert_close(
-            norm(hidden_states.bfloat16()).float(), expected, atol=0.1, rtol=0.02
-        )
+        half = norm(hidden_states.bfloat16())
+        assert norm(hidden_states).dtype == torch.float32 and half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.02)

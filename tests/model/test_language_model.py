@@ -1,6 +1,5 @@
-"""The decoder against `transformers`' Qwen2, Qwen3, LLaMA and Mistral, every variant, with padding,
-with a cache, and in branches; and against what the published code of Qwen's first generation
-answered."""
+"""The language model against `transformers`' Qwen2, Qwen3, LLaMA, Mistral and GPT-2, with padding,
+with a cache and with branches; and against outputs of the published code of the first Qwen."""
 
 import dataclasses
 import json
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -21,6 +21,7 @@ from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.moe import take_balance_loss
 from tests.reference.models import qwen, qwen1, randomise
 
+# Chosen so that the few frequencies of a small head are kept, blended and scaled ones.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -28,7 +29,7 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # so that fast, blended and slow pairs are among the few there are
+}
 VARIANTS = {
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
@@ -54,7 +55,7 @@ VARIANTS = {
     "mistral": {"family": "mistral", "sliding_window": None},
     "sharded": {"max_shard_size": "20KB"},
 }
-TOLERANCE = dict(atol=2e-5, rtol=0)  # of logits whose standard deviation is about 1
+TOLERANCE = dict(atol=2e-5, rtol=0)  # for logits with a standard deviation of about 1
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
@@ -65,22 +66,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[LanguageMode
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> LanguageModel:
+def model(tmp_path_factory) -> LanguageModel:
     folder = tmp_path_factory.mktemp("qwen3")
     qwen(folder, "qwen3", head_dim=16)
     return load_language_model(folder)
 
 
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def padding(lengths: list[int], width: int, left: bool) -> torch.Tensor:
-    """A (B, T) mask of ones where the tokens are."""
+def padding(lengths: list[int], width: int, left: bool) -> Tensor:
+    """A (B, T) mask: 1 for a token, 0 for padding."""
     index = torch.arange(width)
-    return torch.stack(
-        [index >= width - length if left else index < length for length in lengths]
-    ).long()
+    rows = [index >= width - length if left else index < length for length in lengths]
+    return torch.stack(rows).long()
 
 
 @torch.inference_mode()
@@ -88,7 +88,7 @@ def test_equals_the_reference(pair):
     ours, reference = pair
     ids = random_ids(3, 17)
     expected = reference(ids).logits
-    assert 0.5 < expected.std() < 3  # what the tolerance is relative to
+    assert 0.5 < expected.std() < 3  # the scale that the tolerance assumes
     torch.testing.assert_close(ours(ids), expected, **TOLERANCE)
     torch.testing.assert_close(ours(ids, torch.ones_like(ids)), expected, **TOLERANCE)
 
@@ -132,19 +132,16 @@ def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     logits = ours(ids, mask)[mask > 0]
     assert logits.dtype == torch.bfloat16
     half = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    error, their_error = (
-        (logits - exact).abs(),
-        (half(ids, mask, position_ids).logits[mask > 0] - exact).abs(),
-    )
-    assert (
-        error.mean() < 0.015 and error.max() < 0.15
-    )  # of logits whose standard deviation is about 1
-    assert error.mean() < 1.2 * their_error.mean()
+    error = (logits - exact).abs()
+    reference_error = (half(ids, mask, position_ids).logits[mask > 0] - exact).abs()
+    # The standard deviation of the logits is about 1.
+    assert error.mean() < 0.015 and error.max() < 0.15
+    assert error.mean() < 1.2 * reference_error.mean()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @torch.inference_mode()
-def test_older_and_newer_files_spell_rope_theta_differently(tmp_path, family):
+def test_rope_theta_is_read_from_older_and_newer_configs(tmp_path, family):
     reference = qwen(tmp_path, family)
     newer = load_language_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -153,7 +150,7 @@ def test_older_and_newer_files_spell_rope_theta_differently(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps(config))
     older = load_language_model(tmp_path)
     assert older.config == newer.config and older.config.rope_theta == 1e5
-    ids = random_ids(1, 200)  # far enough for another theta to show
+    ids = random_ids(1, 200)  # long enough that another theta would change the logits
     torch.testing.assert_close(older(ids), reference(ids).logits, **TOLERANCE)
 
 
@@ -164,8 +161,8 @@ def test_the_head_is_the_embedding_table_when_tied(tmp_path):
     assert "lm_head.weight" not in ours.state_dict()
 
 
-def test_a_tied_head_may_be_stored_beside_the_table_and_has_to_equal_it(tmp_path):
-    """As in Qwen3-0.6B's file."""
+def test_a_tied_head_stored_beside_the_embedding_table_has_to_equal_it(tmp_path):
+    """Qwen3-0.6B's file holds both."""
     qwen(tmp_path, "qwen3", tie_word_embeddings=True)
     alone = load_language_model(tmp_path).state_dict()
     file = SafetensorsFile(tmp_path / "model.safetensors")
@@ -173,7 +170,8 @@ def test_a_tied_head_may_be_stored_beside_the_table_and_has_to_equal_it(tmp_path
     table = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
     both = load_language_model(tmp_path)
-    assert both.head_weight is both.embed_tokens.weight and both.state_dict().keys() == alone.keys()
+    is_tied = both.head_weight is both.embed_tokens.weight
+    assert is_tied and both.state_dict().keys() == alone.keys()
     assert all(torch.equal(tensor, alone[name]) for name, tensor in both.state_dict().items())
     save_file(tensors | {"lm_head.weight": table + 1}, tmp_path / "model.safetensors")
     with pytest.raises(NanoVLMError, match="tied but stored with different values"):
@@ -181,36 +179,29 @@ def test_a_tied_head_may_be_stored_beside_the_table_and_has_to_equal_it(tmp_path
 
 
 @torch.inference_mode()
-def test_a_later_token_leaves_earlier_logits_alone(decoder):
+def test_a_later_token_does_not_change_earlier_logits(model):
     ids = random_ids(1, 12)
     changed = ids.clone()
     changed[0, 8] = (ids[0, 8] + 1) % 97
     for mask in (None, torch.ones_like(ids)):
-        before, after = decoder(ids, mask), decoder(changed, mask)
+        before, after = model(ids, mask), model(changed, mask)
         assert torch.equal(before[:, :8], after[:, :8])
         assert (before[:, 8:] - after[:, 8:]).abs().amax(dim=-1).min() > 1e-2
 
 
 @torch.inference_mode()
-def test_a_branch_equals_a_row_of_its_own(decoder):
-    prefix, branches = (
-        random_ids(6, seed=1),
-        [random_ids(length, seed=length) for length in (4, 1, 7)],
-    )
+def test_a_branch_equals_its_text_in_a_row_of_its_own(model):
+    prefix = random_ids(6, seed=1)
+    branches = [random_ids(length, seed=length) for length in (4, 1, 7)]
     ids = torch.cat([prefix, *branches])
     mask = torch.tensor([1] * 6 + [2] * 4 + [3] + [4] * 7)
-    logits = decoder(ids[None], mask[None])[0]
-    padded = (
-        torch.cat((torch.zeros(3, dtype=torch.long), ids)),
-        torch.cat((torch.zeros(3, dtype=torch.long), mask)),
-    )
-    torch.testing.assert_close(
-        decoder(padded[0][None], padded[1][None])[0, 3:], logits, **TOLERANCE
-    )
+    logits = model(ids[None], mask[None])[0]
+    padded = model(F.pad(ids, (3, 0))[None], F.pad(mask, (3, 0))[None])[0]
+    torch.testing.assert_close(padded[3:], logits, **TOLERANCE)
     for number, branch in enumerate(branches, start=2):
-        alone = decoder(torch.cat((prefix, branch))[None])[0]
+        alone = model(torch.cat((prefix, branch))[None])[0]
         torch.testing.assert_close(logits[mask == number], alone[6:], **TOLERANCE)
-    torch.testing.assert_close(logits[:6], decoder(prefix[None])[0], **TOLERANCE)
+    torch.testing.assert_close(logits[:6], model(prefix[None])[0], **TOLERANCE)
 
 
 def test_gradients_equal_the_reference(pair):
@@ -218,16 +209,17 @@ def test_gradients_equal_the_reference(pair):
     ids, mask = random_ids(2, 11), padding([11, 6], 11, left=False)
     weights = torch.randn(2, 11, 97, generator=torch.Generator().manual_seed(1)) * mask[..., None]
     embeddings = []
-    for model, table in ((ours, ours.embed_tokens), (reference, reference.get_input_embeddings())):
+    tables = (ours.embed_tokens, reference.get_input_embeddings())
+    for model, table in zip((ours, reference), tables):
         model.zero_grad()
         logits = model(ids, mask) if model is ours else model(ids, attention_mask=mask).logits
         (logits * weights).sum().backward()
         embeddings.append(table.weight.grad)
-    # Through every layer down to the embeddings, whose gradients are sums of about 100 terms.
+    # These have passed every layer, and each is a sum of about 100 terms.
     torch.testing.assert_close(*embeddings, atol=2e-4, rtol=1e-4)
 
 
-def test_config_of_a_folder_equals_what_was_asked_for(tmp_path: Path):
+def test_the_config_of_a_published_folder_is_read(tmp_path: Path):
     qwen(tmp_path, "qwen3", head_dim=16, rms_norm_eps=1e-5)
     assert load_language_model(tmp_path).config == LanguageModelConfig(
         vocab_size=97,
@@ -248,28 +240,25 @@ def test_config_of_a_folder_equals_what_was_asked_for(tmp_path: Path):
 
 @torch.inference_mode()
 def test_far_positions_equal_the_reference(pair):
-    """Where rotary scaling shows."""
+    """At positions that rotary scaling changes."""
     ours, reference = pair
     ids = random_ids(1, 200)
     torch.testing.assert_close(ours(ids), reference(ids).logits, **TOLERANCE)
 
 
-def test_llama3_scaling_is_read_in_both_spellings(tmp_path):
+def test_llama3_scaling_is_read_from_older_and_newer_configs(tmp_path):
     qwen(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
     config = json.loads((tmp_path / "config.json").read_text())
     newer = parse_language_model_config(config)
     scaling = config.pop("rope_parameters")
     older = config | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     assert parse_language_model_config(older) == newer
-    assert (newer.rope_type, newer.rope_factor, newer.original_max_position_embeddings) == (
-        "llama3",
-        8.0,
-        32,
-    )
+    rope = (newer.rope_type, newer.rope_factor, newer.original_max_position_embeddings)
+    assert rope == ("llama3", 8.0, 32)
 
 
 @pytest.fixture(scope="module")
-def first_qwen(tmp_path_factory) -> tuple[LanguageModel, dict[str, torch.Tensor]]:
+def first_qwen(tmp_path_factory) -> tuple[LanguageModel, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("qwen1")
     recorded = qwen1(folder)
     return load_language_model(folder), recorded
@@ -284,23 +273,22 @@ def test_the_first_qwen_equals_its_published_code(first_qwen):
 
 
 @torch.inference_mode()
-def test_the_first_qwen_stretches_by_each_rows_own_length(first_qwen):
-    """A short row keeps its base beside a long one, and padding does not count."""
+def test_the_first_qwen_scales_rotary_frequencies_by_the_length_of_each_row(first_qwen):
+    """A short row keeps its rotary base beside a long one, and padding does not count as length."""
     ours, recorded = first_qwen
-    ids = torch.cat((recorded["ids_long"], torch.nn.functional.pad(recorded["ids"][:1], (24, 0))))
+    ids = torch.cat((recorded["ids_long"], F.pad(recorded["ids"][:1], (24, 0))))
     logits = ours(ids, padding([48, 24], 48, left=True))
     torch.testing.assert_close(logits[0], recorded["logits_long"][0], **TOLERANCE)
     torch.testing.assert_close(logits[1, 24:], recorded["logits"][0], **TOLERANCE)
 
 
 @torch.inference_mode()
-def test_the_first_qwen_is_trained_without_stretching(tmp_path):
+def test_the_first_qwen_scales_nothing_in_training(tmp_path):
     recorded = qwen1(tmp_path)
     ours = load_language_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"use_dynamic_ntk": False, "use_logn_attn": False})
-    )
+    config |= {"use_dynamic_ntk": False, "use_logn_attn": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     plain = load_language_model(tmp_path)
     ids = recorded["ids_long"]
     assert torch.equal(ours.train()(ids), plain(ids))
@@ -312,21 +300,18 @@ def test_the_first_qwen_in_bfloat16(tmp_path):
     recorded = qwen1(tmp_path)
     half = load_language_model(tmp_path, dtype=torch.bfloat16)
     error = (half(recorded["ids_long"]) - recorded["logits_long"]).abs()
-    assert (
-        error.mean() < 0.015 and error.max() < 0.15
-    )  # of logits whose standard deviation is about 0.8
+    # The standard deviation of the logits is about 0.8.
+    assert error.mean() < 0.015 and error.max() < 0.15
 
 
 @pytest.mark.parametrize(
-    "length", [9, 30, 40], ids=["short", "crosses the trained length while it writes", "long"]
+    "length", [9, 30, 40], ids=["short", "exceeds the trained length while decoding", "long"]
 )
-def test_the_first_qwen_writes_the_same_with_and_without_a_cache(first_qwen, length):
+def test_the_first_qwen_generates_the_same_with_and_without_a_cache(first_qwen, length):
     ours, recorded = first_qwen
-    short = torch.nn.functional.pad(recorded["ids"][:1, :5], (length - 5, 0))
-    ids, mask = (
-        torch.cat((recorded["ids_long"][:, :length], short)),
-        padding([length, 5], length, left=True),
-    )
+    short = F.pad(recorded["ids"][:1, :5], (length - 5, 0))
+    ids = torch.cat((recorded["ids_long"][:, :length], short))
+    mask = padding([length, 5], length, left=True)
     with torch.inference_mode():
         prompt = Prompt(ours.embed_tokens(ids), ids, mask)
         cached, uncached = (
@@ -376,13 +361,13 @@ HUB_QWEN_7B_CHAT = {
 def test_the_published_qwen_7b_chat():
     config = parse_language_model_config(HUB_QWEN_7B_CHAT)
     assert config == LanguageModelConfig(
-        151936,
-        4096,
-        11008,
-        32,
-        32,
-        32,
-        128,
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
         qkv_bias=True,
         rms_norm_eps=1e-6,
         rope_theta=10000,
@@ -393,10 +378,9 @@ def test_the_published_qwen_7b_chat():
         logn_attention=True,
     )
     with torch.device("meta"):
-        decoder = LanguageModel(config)
-    assert (
-        sum(parameter.numel() for parameter in decoder.parameters()) == 7_721_324_544
-    )  # as its card says, 7.7 billion
+        model = LanguageModel(config)
+    # The model card says 7.7 billion.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_721_324_544
 
 
 def test_the_published_qwen_72b_chat():
@@ -412,13 +396,13 @@ def test_the_published_qwen_72b_chat():
         "vocab_size": 152064,
     }
     assert parse_language_model_config(HUB_QWEN_7B_CHAT | larger) == LanguageModelConfig(
-        152064,
-        8192,
-        24576,
-        80,
-        64,
-        64,
-        128,
+        vocab_size=152064,
+        hidden_size=8192,
+        intermediate_size=24576,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        head_dim=128,
         qkv_bias=True,
         rms_norm_eps=1e-6,
         rope_theta=1000000,
@@ -438,21 +422,21 @@ def test_the_published_qwen_72b_chat():
         ({"seq_lenght": 8192}, "unknown key 'seq_lenght'; did you mean 'seq_length'"),
     ],
 )
-def test_a_first_qwen_that_is_not_implemented_is_refused(change, message):
+def test_an_unsupported_config_of_the_first_qwen_is_refused(change, message):
     with pytest.raises(NanoVLMError, match=message):
         parse_language_model_config(HUB_QWEN_7B_CHAT | change)
 
 
-# ---- a decoder made from scratch
+# ---- a language model trained from scratch
 
 GPT = LanguageModelConfig(
-    97,
-    32,
-    48,
-    3,
-    4,
-    4,
-    8,
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
     norm="layer",
     rms_norm_eps=1e-5,
     positions="learned",
@@ -485,13 +469,13 @@ def scratch(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def from_scratch(config: LanguageModelConfig) -> LanguageModel:
-    decoder = LanguageModel(config)
-    randomise(decoder, seed=0)
-    return decoder.eval()
+    model = LanguageModel(config)
+    randomise(model, seed=0)
+    return model.eval()
 
 
 def gpt2() -> tuple[LanguageModel, PreTrainedModel]:
-    """The same random numbers in ours and in the reference, whose matrices are (in, out)."""
+    """Our model and the reference with the same random weights; the reference's are (in, out)."""
     reference = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=97,
@@ -530,42 +514,40 @@ def gpt2() -> tuple[LanguageModel, PreTrainedModel]:
         "norm.weight": theirs.ln_f.weight,
         "norm.bias": theirs.ln_f.bias,
     }
-    decoder = LanguageModel(GPT).eval()
-    decoder.load_state_dict(state)
-    return decoder, reference
+    model = LanguageModel(GPT).eval()
+    model.load_state_dict(state)
+    return model, reference
 
 
 @torch.inference_mode()
-def test_norm_positions_and_mlp_of_the_other_kind_are_gpt2():
+def test_layer_norm_learned_positions_and_gelu_mlp_equal_gpt2():
     ours, reference = gpt2()
     ids = random_ids(3, 17)
     expected = reference(ids).logits
     assert 0.5 < expected.std() < 5
     torch.testing.assert_close(ours(ids), expected, **TOLERANCE)
     mask = padding([17, 6, 11], 17, left=True)
-    expected = reference(
-        ids, attention_mask=mask, position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0)
-    ).logits
+    position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    expected = reference(ids, attention_mask=mask, position_ids=position_ids).logits
     torch.testing.assert_close(ours(ids, mask)[mask > 0], expected[mask > 0], **TOLERANCE)
 
 
 @torch.inference_mode()
-def test_the_reducer_is_two_matrices_a_gelu_and_a_norm_for_whatever_comes_in():
-    decoder, embeddings = from_scratch(SCRATCH), torch.randn(2, 5, 40)
-    seen = []
-    decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    decoder.hidden_states(embeddings)
-    hidden = embeddings @ decoder.reducer.down.weight.T + decoder.reducer.down.bias
-    hidden = (
-        torch.nn.functional.gelu(hidden) @ decoder.reducer.up.weight.T + decoder.reducer.up.bias
-    )
-    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (
-        hidden.var(-1, correction=0, keepdim=True) + 1e-5
-    ).sqrt()
-    hidden = hidden * decoder.reducer.norm.weight + decoder.reducer.norm.bias
-    torch.testing.assert_close(seen[0], hidden + decoder.position_embedding.weight[:5])
-    assert decoder.embed_tokens.weight.shape == (97, 40) and decoder.head_weight.shape == (97, 32)
-    assert decoder.config.input_size == 40 and GPT.input_size == 32
+def test_the_reducer_equals_its_formula():
+    """Two linear layers with a GELU between them and a layer norm, before the positions are
+    added."""
+    model, embeddings = from_scratch(SCRATCH), torch.randn(2, 5, 40)
+    block_inputs = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: block_inputs.append(inputs[0]))
+    model.hidden_states(embeddings)
+    reducer = model.reducer
+    hidden = F.gelu(embeddings @ reducer.down.weight.T + reducer.down.bias)
+    hidden = hidden @ reducer.up.weight.T + reducer.up.bias
+    variance, mean = torch.var_mean(hidden, dim=-1, correction=0, keepdim=True)
+    hidden = (hidden - mean) / (variance + 1e-5).sqrt() * reducer.norm.weight + reducer.norm.bias
+    torch.testing.assert_close(block_inputs[0], hidden + model.position_embedding.weight[:5])
+    assert model.embed_tokens.weight.shape == (97, 40) and model.head_weight.shape == (97, 32)
+    assert model.config.input_size == 40 and GPT.input_size == 32
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["no padding", "left padding"])
@@ -583,7 +565,7 @@ def test_from_scratch_a_cache_equals_one_pass(scratch, left):
 
 
 @torch.inference_mode()
-def test_from_scratch_padding_packing_and_later_tokens_change_nothing(scratch):
+def test_from_scratch_padding_packing_and_later_tokens_do_not_change_the_logits(scratch):
     one, two = random_ids(9, seed=1), random_ids(7, seed=2)
     expected = scratch(one[None])[0]
     for left in (False, True):
@@ -598,9 +580,9 @@ def test_from_scratch_padding_packing_and_later_tokens_change_nothing(scratch):
 
 
 @torch.inference_mode()
-def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
-    """A picture at 3 to 6: its last token reaches its first, no token before; positions stay those
-    of the order."""
+def test_attention_is_bidirectional_within_a_group_and_causal_elsewhere(scratch):
+    """Tokens 3 to 6 are an image: a change of its last token changes the hidden states from its
+    first token on, and none before."""
     ids, groups = random_ids(1, 10), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
     embeddings = scratch.embed_tokens(ids)
 
@@ -614,16 +596,12 @@ def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
     assert change(6, None).tolist() == [False] * 6 + [True] * 4
     assert change(8, groups).tolist() == [False] * 8 + [True] * 2
     assert change(2, groups).tolist() == [False] * 2 + [True] * 8
-    alone = torch.tensor(
-        [[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]]
-    )  # a picture of one token each adds nothing, not even a shift
-    torch.testing.assert_close(
-        scratch.hidden_states(embeddings, groups=alone),
-        scratch.hidden_states(embeddings),
-        **TOLERANCE,
+    # Groups of one token each change nothing.
+    single = scratch.hidden_states(
+        embeddings, groups=torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]])
     )
-    # Padding on the left moves groups and tokens alike; a cache that was fed the picture goes on as
-    # before.
+    torch.testing.assert_close(single, scratch.hidden_states(embeddings), **TOLERANCE)
+    # Left padding shifts groups and tokens alike, and passes with a cache give the same states.
     padded = torch.cat((torch.zeros_like(embeddings[:, :2]), embeddings), dim=1)
     mask = torch.tensor([[0, 0] + [1] * 10])
     expected = scratch.hidden_states(embeddings, groups=groups)
@@ -632,65 +610,62 @@ def test_a_group_sees_itself_both_ways_and_all_else_is_causal(scratch):
     cache = scratch.new_cache(1, 10)
     pieces = [scratch.hidden_states(embeddings[:, :7], cache=cache, groups=groups[:, :7])]
     pieces += [
-        scratch.hidden_states(embeddings[:, [at]], cache=cache, groups=groups[:, : at + 1])
-        for at in (7, 8, 9)
+        scratch.hidden_states(embeddings[:, [index]], cache=cache, groups=groups[:, : index + 1])
+        for index in (7, 8, 9)
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
 
 
-def test_dropout_is_of_the_input_and_of_both_branches_and_in_training_alone():
+def test_dropout_follows_the_embeddings_and_both_residual_branches_in_training_only():
     torch.manual_seed(0)
-    decoder, ids = from_scratch(dataclasses.replace(SCRATCH, dropout=0.25)), random_ids(2, 9)
+    model, ids = from_scratch(dataclasses.replace(SCRATCH, dropout=0.25)), random_ids(2, 9)
     plain = from_scratch(SCRATCH)
-    assert torch.equal(decoder(ids), plain(ids)) and torch.equal(
-        plain.train()(ids), plain.eval()(ids)
-    )
+    in_training, in_eval_mode = plain.train()(ids), plain.eval()(ids)
+    assert torch.equal(model(ids), in_eval_mode) and torch.equal(in_training, in_eval_mode)
     shares = []
-    for module in decoder.modules():
+
+    def record(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        shares.append(((output == 0) & (inputs[0] != 0)).float().mean())
+
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(
-                lambda _, before, after: shares.append(
-                    ((after == 0) & (before[0] != 0)).float().mean()
-                )
-            )
-    decoder.train()
-    assert not torch.equal(decoder(ids), decoder(ids))
+            module.register_forward_hook(record)
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
     assert len(shares) == 2 * (1 + 2 * 3) and 0.2 < torch.stack(shares).mean() < 0.3
 
 
-def test_the_balance_of_each_layer_is_given_in_training_and_pulls_at_its_router():
-    decoder, ids, mask = from_scratch(SCRATCH), random_ids(2, 9), padding([9, 4], 9, left=False)
-    decoder.hidden_states(decoder.embed_tokens(ids), mask)
-    assert take_balance_loss(decoder) is None
-    decoder.train()
-    decoder.hidden_states(decoder.embed_tokens(ids), mask)
-    balance = [block.mlp.balance_loss for block in decoder.blocks]
+def test_each_layer_has_a_balance_loss_in_training_with_a_gradient_for_its_router():
+    model, ids, mask = from_scratch(SCRATCH), random_ids(2, 9), padding([9, 4], 9, left=False)
+    model.hidden_states(model.embed_tokens(ids), mask)
+    assert take_balance_loss(model) is None
+    model.train()
+    model.hidden_states(model.embed_tokens(ids), mask)
+    balance = [block.mlp.balance_loss for block in model.blocks]
     assert len(balance) == 3 and all(loss.item() >= 0.9 for loss in balance)
-    total = take_balance_loss(decoder)
-    assert total == sum(balance) and take_balance_loss(decoder) is None
+    total = take_balance_loss(model)
+    assert total == sum(balance) and take_balance_loss(model) is None
     total.backward()
-    assert all(block.mlp.router.weight.grad.any() for block in decoder.blocks)
+    assert all(block.mlp.router.weight.grad.any() for block in model.blocks)
     other = ids.clone()
     other[1, 4:] = 0
-    decoder.hidden_states(decoder.embed_tokens(other), mask)
-    again = [block.mlp.balance_loss for block in decoder.blocks]
-    torch.testing.assert_close(again, balance)  # what stands at padding does not count
+    model.hidden_states(model.embed_tokens(other), mask)
+    again = [block.mlp.balance_loss for block in model.blocks]
+    torch.testing.assert_close(again, balance)  # the tokens at padding do not count
 
 
-def test_a_text_beyond_the_table_of_positions_is_refused_and_a_long_row_of_short_ones_is_not():
-    decoder = from_scratch(GPT).train()
-    with pytest.raises(
-        NanoVLMError,
-        match="a text of 25 tokens exceeds the language model's 24 positions; shorten it",
-    ):
-        decoder(random_ids(1, 25))
+def test_a_text_longer_than_the_position_table_is_refused_but_not_a_long_packed_row():
+    model = from_scratch(GPT).train()
+    message = "a text of 25 tokens exceeds the language model's 24 positions; shorten it"
+    with pytest.raises(NanoVLMError, match=message):
+        model(random_ids(1, 25))
     with pytest.raises(NanoVLMError, match="a text of 25 tokens"):
-        decoder(random_ids(1, 30), padding([25], 30, left=True))
+        model(random_ids(1, 30), padding([25], 30, left=True))
     packed = torch.tensor([[1] * 20 + [SEGMENT + 1] * 20])
-    assert decoder(random_ids(1, 40), packed).shape == (1, 40, 97)
+    assert model(random_ids(1, 40), packed).shape == (1, 40, 97)
 
 
-def test_a_decoder_of_our_own_comes_back_from_its_folder(scratch, tmp_path):
+def test_a_language_model_trained_from_scratch_is_saved_and_loaded(scratch, tmp_path):
     save_language_model(scratch, tmp_path)
     loaded = load_language_model(tmp_path)
     assert loaded.config == scratch.config
@@ -702,25 +677,23 @@ def test_a_decoder_of_our_own_comes_back_from_its_folder(scratch, tmp_path):
         load_language_model(tmp_path)
 
 
-def test_as_made_it_begins_like_gpt2():
+def test_initial_weights_have_the_standard_deviations_of_gpt2():
     torch.manual_seed(0)
-    decoder = LanguageModel(
-        dataclasses.replace(
-            SCRATCH, hidden_size=128, num_attention_heads=16, num_key_value_heads=16
-        )
-    )
-    blocks = decoder.blocks[0]
+    wider = dict(hidden_size=128, num_attention_heads=16, num_key_value_heads=16)
+    model = LanguageModel(dataclasses.replace(SCRATCH, **wider))
+    block = model.blocks[0]
     for parameter, expected in (
-        (decoder.embed_tokens.weight, 0.02),
-        (decoder.position_embedding.weight, 0.02),
-        (blocks.attention.q_proj.weight, 0.02),
-        (blocks.attention.out_proj.weight, 0.02 / 6**0.5),
-        (blocks.mlp.experts[3].up_proj.weight, 0.02),
-        (blocks.mlp.router.weight, 0.02),
-        (blocks.mlp.experts[3].down_proj.weight, 0.02 / 6**0.5),
+        (model.embed_tokens.weight, 0.02),
+        (model.position_embedding.weight, 0.02),
+        (block.attention.q_proj.weight, 0.02),
+        (block.attention.out_proj.weight, 0.02 / 6**0.5),
+        (block.mlp.experts[3].up_proj.weight, 0.02),
+        (block.mlp.router.weight, 0.02),
+        (block.mlp.experts[3].down_proj.weight, 0.02 / 6**0.5),
     ):
         assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1)
-    assert not blocks.mlp.experts[0].up_proj.bias.any() and not blocks.attention.out_proj.bias.any()
+    biases = (block.mlp.experts[0].up_proj.bias, block.attention.out_proj.bias)
+    assert not any(bias.any() for bias in biases)
 
 
 @pytest.mark.parametrize(
@@ -738,6 +711,6 @@ def test_as_made_it_begins_like_gpt2():
         ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_config_is_refused(changes, message):
     with pytest.raises(NanoVLMError, match=message):
         dataclasses.replace(SCRATCH, **changes)

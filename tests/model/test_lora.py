@@ -1,5 +1,5 @@
-"""Adapters: their gradients written out, what a run with them moves and saves, and that merging
-changes no answer."""
+"""LoRA adapters: their output and gradients against the formula, what a run with them trains and
+saves, and merging, which does not change the output."""
 
 import json
 import re
@@ -47,51 +47,40 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A run with every kind of thing in it: adapters on a quantised decoder, dropout, and
-    embeddings that learn."""
+    """A run with adapters on a quantised language model, dropout and trainable embeddings."""
     return tiny.train(tmp_path_factory.mktemp("runs") / "lora", init=str(tiny.model), **EVERYTHING)
 
 
 def adapted(kind: str, bias: bool = True, dropout: float = 0.0) -> LoRALinear:
     torch.manual_seed(0)
     base = nn.Linear(70, 9, bias=bias)
-    layer = LoRALinear(
-        KINDS[kind](base) if kind else base,
-        LoRAConfig(rank=3, alpha=12.0, targets=ALL, dropout=dropout),
-    )
+    config = LoRAConfig(rank=3, alpha=12.0, targets=ALL, dropout=dropout)
+    layer = LoRALinear(KINDS[kind](base) if kind else base, config)
     nn.init.normal_(layer.lora_B)
     return layer
 
 
 def prompt(model: VisionLanguageModel) -> Batch:
-    """A few words around an image of noise."""
+    """A few text tokens around an image of noise."""
     count, image = model.image_length, model.config.image
     ids = torch.tensor([[30, 31, *[model.chat.image_token_id] * count, 32, 33, 34]])
-    pixels = torch.randn(
-        1, 3, image.height, image.width, generator=torch.Generator().manual_seed(1)
-    )
-    return Batch(
-        ids,
-        torch.ones_like(ids),
-        torch.arange(2, 2 + count),
-        torch.empty(0),
-        torch.empty(0),
-        pixels,
-    )
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, image.height, image.width, generator=generator)
+    image_positions, empty = torch.arange(2, 2 + count), torch.empty(0)
+    return Batch(ids, torch.ones_like(ids), image_positions, empty, empty, pixels)
 
 
 @torch.no_grad()
 def logits(model: VisionLanguageModel) -> torch.Tensor:
     batch = prompt(model)
-    return model.language_model.logits(
-        model.language_model.hidden_states(model.embed(batch), batch.attention_mask)
-    )
+    hidden_states = model.language_model.hidden_states(model.embed(batch), batch.attention_mask)
+    return model.language_model.logits(hidden_states)
 
 
 # ---- the layer
 
 
-def test_the_first_forward_pass_gives_what_the_base_gives(model):
+def test_new_adapters_do_not_change_the_output(model):
     before = logits(model)
     add_adapters(model.language_model, LoRAConfig(4, 8.0, ALL))
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == 14
@@ -99,30 +88,28 @@ def test_the_first_forward_pass_gives_what_the_base_gives(model):
 
 
 @pytest.mark.parametrize("kind", ["", *KINDS])
-def test_output_and_gradients_are_those_of_the_formula(kind):
+def test_output_and_gradients_equal_those_of_the_formula(kind):
     layer, inputs, grad = adapted(kind), torch.randn(5, 70, requires_grad=True), torch.randn(5, 9)
     weight, a, b = plain_weight(layer.base), layer.lora_A.detach(), layer.lora_B.detach()
     output = layer(inputs)
     output.backward(grad)
     x = inputs.detach()
-    torch.testing.assert_close(
-        output, x @ weight.T + layer.base.bias + 4 * x @ a.T @ b.T, atol=1e-5, rtol=1e-5
-    )
+    expected = x @ weight.T + layer.base.bias + 4 * x @ a.T @ b.T
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.lora_B.grad, 4 * grad.T @ (x @ a.T), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(layer.lora_A.grad, 4 * (grad @ b).T @ x, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(inputs.grad, grad @ weight + 4 * grad @ b @ a, atol=1e-4, rtol=1e-5)
     assert all(parameter.grad is None for parameter in layer.base.parameters())
 
 
-def test_dropout_is_on_what_the_adapter_reads_and_only_while_training():
+def test_dropout_applies_to_the_input_of_the_adapter_and_in_training_only():
     layer, inputs = adapted("", dropout=0.5), torch.randn(5, 70)
     torch.manual_seed(3)
     dropped = layer(inputs)
     torch.manual_seed(3)
-    kept = torch.nn.functional.dropout(inputs, 0.5)
-    torch.testing.assert_close(
-        dropped, layer.base(inputs) + 4 * kept @ layer.lora_A.T @ layer.lora_B.T
-    )
+    kept = nn.functional.dropout(inputs, 0.5)
+    expected = layer.base(inputs) + 4 * kept @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(dropped, expected)
     expected = nn.functional.linear(inputs, plain_weight(layer), layer.base.bias)
     torch.testing.assert_close(layer.eval()(inputs), expected, atol=1e-5, rtol=1e-5)
 
@@ -143,13 +130,10 @@ def test_dropout_is_on_what_the_adapter_reads_and_only_while_training():
         ),
     ],
 )
-def test_targets_are_ends_or_patterns_of_names(model, targets, layers, expected):
+def test_targets_are_suffixes_or_patterns_of_layer_names(model, targets, layers, expected):
     add_adapters(model.language_model, LoRAConfig(2, 4.0, targets, layers=layers))
-    assert {
-        name
-        for name, module in model.language_model.named_modules()
-        if isinstance(module, LoRALinear)
-    } == expected
+    modules = model.language_model.named_modules()
+    assert {name for name, module in modules if isinstance(module, LoRALinear)} == expected
 
 
 @pytest.mark.parametrize(
@@ -166,12 +150,12 @@ def test_targets_are_ends_or_patterns_of_names(model, targets, layers, expected)
         (" , ", 0, "names no layer"),
     ],
 )
-def test_a_target_that_is_not_there_is_refused(model, targets, layers, expected):
+def test_a_target_that_names_no_linear_layer_is_refused(model, targets, layers, expected):
     with pytest.raises(NanoVLMError, match=expected.replace("*", r"\*")):
         add_adapters(model.language_model, LoRAConfig(2, 4.0, targets, layers=layers))
 
 
-def test_adapters_are_added_once(model):
+def test_adding_adapters_twice_is_refused(model):
     add_adapters(model.language_model, LoRAConfig(2, 4.0, ALL))
     with pytest.raises(NanoVLMError, match="has LoRA adapters already"):
         add_adapters(model.language_model, LoRAConfig(2, 4.0, ALL))
@@ -195,7 +179,7 @@ def test_settings_that_contradict_each_other_are_refused(changes, expected):
         Settings(**changes)
 
 
-# ---- what learns
+# ---- trainable parameters
 
 
 @pytest.mark.parametrize(
@@ -210,37 +194,31 @@ def test_settings_that_contradict_each_other_are_refused(changes, expected):
         ({"train": "language_model", "language_model_layers": 1}, {"lora"}),
     ],
 )
-def test_adapters_learn_in_the_decoders_place(model, changes, parts):
+def test_adapters_are_trained_in_place_of_the_language_model(model, changes, parts):
     settings = Settings(lora_rank=2, lr_language_model=1e-3, layer_decay=0.5, **changes)
     quantize_(model.language_model.blocks, "nf4")
     add_adapters(model.language_model, lora_config(settings))
     freeze(model, settings)
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {next((part for part in parts if part in name), name) for name in learning} == parts
-    assert len([name for name in learning if ".lora_" in name]) == 28 // (
-        1 + settings.language_model_layers
-    )
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {next((part for part in parts if part in name), name) for name in trainable} == parts
+    all_layers = settings.language_model_layers == 0
+    assert sum(".lora_" in name for name in trainable) == (28 if all_layers else 14)
     rates = {
         group["peak_lr"]
         for group in build_optimizer(model, settings).param_groups
         if group["part"] == "language_model"
     }
-    assert {1e-3} <= rates <= {1e-3, 5e-4, 2.5e-4} and (5e-4 in rates) == (
-        not settings.language_model_layers
-    )
+    assert {1e-3} <= rates <= {1e-3, 5e-4, 2.5e-4} and (5e-4 in rates) == all_layers
 
 
-def test_the_table_counts_quantised_parameters_and_their_few_bytes(model):
+def test_the_parameter_table_counts_quantised_parameters_and_their_bytes(model):
     settings = Settings()
     freeze(model, settings)
     before = describe(model, settings).splitlines()[2].split()
-    decoder = model.language_model
-    size = sum(
-        module.weight.numel()
-        for module in decoder.blocks.modules()
-        if isinstance(module, nn.Linear)
-    )
-    quantize_(decoder.blocks, "int8")
+    blocks = model.language_model.blocks
+    layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+    size = sum(layer.weight.numel() for layer in layers)
+    quantize_(blocks, "int8")
     after = describe(model, settings).splitlines()[2].split()
     assert after[:3] == before[:3]
     assert float(before[4]) - float(after[4]) == pytest.approx(3 * size / 1e6, abs=0.11)
@@ -249,7 +227,7 @@ def test_the_table_counts_quantised_parameters_and_their_few_bytes(model):
 # ---- a run
 
 
-def test_only_the_adapters_and_the_projector_move_in_a_quantised_run(tiny, tmp_path):
+def test_a_quantised_run_changes_only_the_adapters_and_the_projector(tiny, tmp_path):
     run = tiny.train(tmp_path / "run", init=str(tiny.model), **TRAINED, save_every=1)
     first, last = (
         tensors(run / "checkpoints" / f"step_{step}" / "model.safetensors") for step in (1, 3)
@@ -265,12 +243,11 @@ def test_only_the_adapters_and_the_projector_move_in_a_quantised_run(tiny, tmp_p
     changed = {
         name for name, tensor in before.items() if not torch.equal(tensor.make(), after[name])
     }
-    assert changed == {
-        name for name in after if re.match(r"projector|language_model.*_proj\.", name)
-    }
+    pattern = re.compile(r"projector|language_model.*_proj\.")
+    assert changed == {name for name in after if pattern.match(name)}
 
 
-def test_the_adapter_folder_gives_the_base_what_the_merged_model_has(tiny, finished):
+def test_the_base_with_the_saved_adapter_equals_the_merged_model(tiny, finished):
     assert json.loads((finished / "adapter" / "adapter.json").read_text()) == {
         "rank": 4,
         "alpha": 16.0,
@@ -289,17 +266,16 @@ def test_the_adapter_folder_gives_the_base_what_the_merged_model_has(tiny, finis
     quantize_(unmerged.language_model.blocks, "nf4")  # as in the run
     load_adapter(unmerged, finished / "adapter")
     expected = logits(unmerged)
-    assert (expected - logits(load_model(tiny.model))).abs().max() > 0.1  # it learned something
+    assert (expected - logits(load_model(tiny.model))).abs().max() > 0.1  # an effect of training
     torch.testing.assert_close(logits(exported), expected, atol=1e-5, rtol=1e-5)
     assert generate(exported, prompt(exported), 20) == generate(unmerged, prompt(unmerged), 20)
     merge_adapters(unmerged)
-    assert not any(
-        isinstance(module, (LoRALinear, QuantizedLinear)) for module in unmerged.modules()
-    )
+    replaced = (LoRALinear, QuantizedLinear)
+    assert not any(isinstance(module, replaced) for module in unmerged.modules())
     torch.testing.assert_close(logits(unmerged), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_in_bf16_takes_an_adapter_too(tiny, finished):
+def test_an_adapter_is_loaded_into_a_model_in_bfloat16(tiny, finished):
     model = load_model(tiny.model, torch.bfloat16)
     load_adapter(model, finished / "adapter")
     unmerged = logits(model)
@@ -328,11 +304,10 @@ def test_a_model_in_bf16_takes_an_adapter_too(tiny, finished):
 def test_an_adapter_that_does_not_fit_is_refused(tiny, finished, tmp_path, model, change, expected):
     folder = tmp_path / "adapter"
     shutil.copytree(finished / "adapter", folder)
-    stored = {
-        name: tensor.clone() for name, tensor in tensors(folder / "adapter.safetensors").items()
-    }
+    file = folder / "adapter.safetensors"
+    stored = {name: tensor.clone() for name, tensor in tensors(file).items()}
     change(stored)
-    save_file(stored, folder / "adapter.safetensors")
+    save_file(stored, file)
     with pytest.raises(NanoVLMError, match=expected):
         load_adapter(model, folder)
     with pytest.raises(NanoVLMError, match="adapter.json: cannot be read"):
@@ -357,31 +332,27 @@ def test_an_interrupted_run_with_adapters_continues_to_the_same_bits(
         assert (stopped / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_by_default_experts_have_adapters_and_quantised_matrices_and_their_router_neither(tmp_path):
-    decoder = scratch_vlm(tmp_path).language_model
-    quantize_(decoder.blocks, "int8")
-    add_adapters(
-        decoder, lora_config(Settings(train="language_model", lora_rank=2, language_model_layers=1))
+def test_by_default_experts_are_quantised_and_adapted_and_their_router_is_not(tmp_path):
+    language_model = scratch_vlm(tmp_path).language_model
+    quantize_(language_model.blocks, "int8")
+    settings = Settings(train="language_model", lora_rank=2, language_model_layers=1)
+    add_adapters(language_model, lora_config(settings))
+    frozen, adapted = language_model.blocks[1].mlp, language_model.blocks[2].mlp
+    expert, shared_expert = adapted.experts[3], adapted.shared_experts[0]
+    assert isinstance(expert.up_proj, LoRALinear) and isinstance(
+        shared_expert.down_proj, LoRALinear
     )
-    experts = decoder.blocks[2].mlp
-    assert isinstance(experts.experts[3].up_proj, LoRALinear) and isinstance(
-        experts.shared_experts[0].down_proj, LoRALinear
-    )
-    assert isinstance(experts.experts[3].up_proj.base, QuantizedLinear)
-    assert (
-        type(experts.router) is Router
-        and type(decoder.blocks[1].mlp.experts[3].up_proj) is KINDS["int8"]
-    )
-    merge_adapters(decoder)
-    assert decoder(torch.arange(9)[None]).isfinite().all()
+    assert isinstance(expert.up_proj.base, QuantizedLinear)
+    assert type(adapted.router) is Router and type(frozen.experts[3].up_proj) is KINDS["int8"]
+    merge_adapters(language_model)
+    assert language_model(torch.arange(9)[None]).isfinite().all()
 
 
-def test_a_router_has_no_adapter_whatever_the_pattern(tmp_path):
-    decoder = scratch_vlm(tmp_path).language_model.eval()
-    before = decoder(torch.arange(9)[None])
-    add_adapters(
-        decoder, lora_config(Settings(train="language_model", lora_rank=2, lora_targets="*"))
-    )
-    merge_adapters(decoder)
-    assert all(type(block.mlp.router) is Router for block in decoder.blocks)
-    torch.testing.assert_close(decoder(torch.arange(9)[None]), before)
+def test_a_router_gets_no_adapter_from_any_pattern(tmp_path):
+    language_model = scratch_vlm(tmp_path).language_model.eval()
+    before = language_model(torch.arange(9)[None])
+    settings = Settings(train="language_model", lora_rank=2, lora_targets="*")
+    add_adapters(language_model, lora_config(settings))
+    merge_adapters(language_model)
+    assert all(type(block.mlp.router) is Router for block in language_model.blocks)
+    torch.testing.assert_close(language_model(torch.arange(9)[None]), before)

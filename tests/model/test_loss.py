@@ -36,32 +36,31 @@ def inputs(rows: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Ten
 def test_loss_and_gradients_equal_pytorch(rows, vocabulary):
     hidden_states, weight, targets = inputs(rows, vocabulary)
     expected = F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum")
+    # The loss is scaled, as gradient accumulation does.
     expected_gradients = torch.autograd.grad(expected / 3, (hidden_states, weight))
     ours = chunked_cross_entropy(hidden_states, weight, targets)
     assert ours.shape == () and ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    gradients = torch.autograd.grad(
-        ours / 3, (hidden_states, weight)
-    )  # scaled, as accumulation does
+    gradients = torch.autograd.grad(ours / 3, (hidden_states, weight))
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("learned", ["hidden_states", "weight"])
-def test_only_what_learns_gets_a_gradient(learned):
+@pytest.mark.parametrize("trainable", ["hidden_states", "weight"])
+def test_only_the_trainable_input_gets_a_gradient(trainable):
     hidden_states, weight, targets = inputs(300)
     expected = torch.autograd.grad(
         F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum"),
-        hidden_states if learned == "hidden_states" else weight,
+        hidden_states if trainable == "hidden_states" else weight,
     )[0]
-    hidden_states.requires_grad_(learned == "hidden_states")
-    weight.requires_grad_(learned == "weight")
+    hidden_states.requires_grad_(trainable == "hidden_states")
+    weight.requires_grad_(trainable == "weight")
     chunked_cross_entropy(hidden_states, weight, targets).backward()
     gradients = {"hidden_states": hidden_states.grad, "weight": weight.grad}
-    torch.testing.assert_close(gradients.pop(learned), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients.pop(trainable), expected, atol=1e-5, rtol=1e-5)
     assert list(gradients.values()) == [None]
 
 
-def test_a_head_that_is_also_the_embedding_gets_both_gradients():
+def test_a_tied_head_gets_the_gradients_of_both_its_uses():
     _, weight, targets = inputs(40)
     ids = torch.arange(40) % VOCABULARY
 
@@ -73,38 +72,36 @@ def test_a_head_that_is_also_the_embedding_gets_both_gradients():
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_never_more_than_a_chunk_of_logits_at_once(monkeypatch):
+def test_logits_are_computed_one_chunk_at_a_time(monkeypatch):
     rows = 2 * CHUNK + 5
     hidden_states, weight, targets = inputs(rows)
-    seen, log_softmax = [], torch.log_softmax
+    shapes, log_softmax = [], torch.log_softmax
 
     def recorded(logits: Tensor, **options) -> Tensor:
-        seen.append(logits.shape)
+        shapes.append(logits.shape)
         return log_softmax(logits, **options)
 
     monkeypatch.setattr(torch, "log_softmax", recorded)
     chunked_cross_entropy(hidden_states, weight, targets)
-    assert seen == [(CHUNK, VOCABULARY), (CHUNK, VOCABULARY), (5, VOCABULARY)]
+    assert shapes == [(CHUNK, VOCABULARY), (CHUNK, VOCABULARY), (5, VOCABULARY)]
 
 
 def test_without_gradients_and_without_targets():
     hidden_states, weight, targets = inputs(10)
     with torch.no_grad():
         ours = chunked_cross_entropy(hidden_states, weight, targets)
-    torch.testing.assert_close(
-        ours, F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum").detach()
-    )
-    nothing = chunked_cross_entropy(hidden_states[:0], weight, targets[:0])
-    nothing.backward()
-    assert nothing.item() == 0 and not hidden_states.grad.any() and not weight.grad.any()
+    expected = F.cross_entropy(hidden_states @ weight.T, targets, reduction="sum").detach()
+    torch.testing.assert_close(ours, expected)
+    empty = chunked_cross_entropy(hidden_states[:0], weight, targets[:0])
+    empty.backward()
+    assert empty.item() == 0 and not hidden_states.grad.any() and not weight.grad.any()
 
 
 def test_large_logits_stay_finite():
     hidden_states, weight, targets = inputs(8)
     ours = chunked_cross_entropy(hidden_states * 1e3, weight, targets)
-    torch.testing.assert_close(
-        ours, F.cross_entropy(hidden_states * 1e3 @ weight.T, targets, reduction="sum")
-    )
+    expected = F.cross_entropy(hidden_states * 1e3 @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(ours, expected)
 
 
 def test_bfloat16_activations_and_an_fp32_head():
@@ -135,7 +132,8 @@ def test_autocast_multiplies_in_bfloat16_and_gives_fp32_gradients():
 
 
 class Allocations(TorchDispatchMode):
-    """The shapes of all tensors made while it is active; a view of something older is not made."""
+    """Collects the shapes of all tensors allocated while it is active; views of the `known` tensors
+    are left out."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -152,12 +150,12 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained):
-    """Through a decoder whose last block or whose head too learns: gradients of the plain formula,
-    in chunks of memory."""
+def test_no_tensor_holds_the_logits_of_all_tokens_forward_or_backward(tied, trained):
+    """Through a language model whose head is trained with its block or frozen: the gradients equal
+    those of plain cross entropy, and the largest tensor holds one chunk of logits."""
     torch.manual_seed(0)
     rows, vocabulary, width = 4 * CHUNK, 5003, 16
-    decoder = LanguageModel(
+    model = LanguageModel(
         LanguageModelConfig(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -169,30 +167,30 @@ def test_no_tensor_of_tokens_times_vocabulary_forward_or_backward(tied, trained)
             tie_word_embeddings=tied,
         )
     )
-    decoder.embed_tokens.requires_grad_(tied and trained)
-    decoder.head_weight.requires_grad_(trained)
+    model.embed_tokens.requires_grad_(tied and trained)
+    model.head_weight.requires_grad_(trained)
     ids, targets = torch.randint(vocabulary, (2, 8, rows // 8))
-    learning = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def hidden_states() -> Tensor:
-        return decoder.hidden_states(decoder.embed_tokens(ids)).flatten(0, 1)
+        return model.hidden_states(model.embed_tokens(ids)).flatten(0, 1)
 
-    plain = F.cross_entropy(decoder.logits(hidden_states()), targets.flatten(), reduction="sum")
-    expected = torch.autograd.grad(plain, learning)
-    with Allocations(*decoder.parameters()) as made:
-        loss = chunked_cross_entropy(hidden_states(), decoder.head_weight, targets.flatten())
-        ours = torch.autograd.grad(loss, learning)
+    plain = F.cross_entropy(model.logits(hidden_states()), targets.flatten(), reduction="sum")
+    expected = torch.autograd.grad(plain, trainable)
+    with Allocations(*model.parameters()) as allocations:
+        loss = chunked_cross_entropy(hidden_states(), model.head_weight, targets.flatten())
+        ours = torch.autograd.grad(loss, trainable)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
-    assert max(shape.numel() for shape in made.shapes) == CHUNK * vocabulary
-    assert made.shapes.count((CHUNK, vocabulary)) and not made.shapes.count((rows, vocabulary))
-    assert (
-        any(shape.numel() == vocabulary * width for shape in made.shapes) == trained
-    )  # a frozen head has no gradient
+    shapes = allocations.shapes
+    assert max(shape.numel() for shape in shapes) == CHUNK * vocabulary
+    assert shapes.count((CHUNK, vocabulary)) and not shapes.count((rows, vocabulary))
+    # A frozen head has no gradient.
+    assert any(shape.numel() == vocabulary * width for shape in shapes) == trained
 
 
 @pytest.mark.parametrize("rows", [0, 1, CHUNK, 2 * CHUNK + 77])
 def test_token_log_probabilities_and_gradients_equal_pytorch(rows):
-    """Each token's gradient is multiplied by another number, as preference training does."""
+    """Each token's gradient has a factor of its own, as in preference training."""
     hidden_states, weight, targets = inputs(rows)
     factors = torch.randn(rows, generator=torch.Generator().manual_seed(1))
     expected = (hidden_states @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -204,17 +202,13 @@ def test_token_log_probabilities_and_gradients_equal_pytorch(rows):
         for values in (ours, expected)
     )
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
-    for learned in (hidden_states, weight):  # alone, it gets the same gradient
-        other = weight if learned is hidden_states else hidden_states
-        values = token_log_probabilities(
-            *(one.detach() if one is other else one for one in (hidden_states, weight)), targets
-        )
-        torch.testing.assert_close(
-            torch.autograd.grad(values @ factors, learned)[0],
-            expected_gradients[0 if learned is hidden_states else 1],
-            atol=1e-5,
-            rtol=1e-5,
-        )
+    # The gradients stay the same where only one of the two inputs is trainable.
+    for index, arguments in enumerate(
+        ((hidden_states, weight.detach()), (hidden_states.detach(), weight))
+    ):
+        values = token_log_probabilities(*arguments, targets)
+        gradient = torch.autograd.grad(values @ factors, arguments[index])[0]
+        torch.testing.assert_close(gradient, expected_gradients[index], atol=1e-5, rtol=1e-5)
 
 
 def test_token_log_probabilities_keep_no_logits():
@@ -224,7 +218,7 @@ def test_token_log_probabilities_keep_no_logits():
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         token_log_probabilities(hidden_states, weight, targets)
-    assert max(kept) == 501 * WIDTH  # the head itself; one chunk of logits has 501 · CHUNK numbers
+    assert max(kept) == 501 * WIDTH  # the head's weight; a chunk of logits has 501 · CHUNK numbers
 
 
 def test_token_log_probabilities_under_autocast():
@@ -233,10 +227,9 @@ def test_token_log_probabilities_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         ours = token_log_probabilities(hidden_states, weight, targets)
     torch.testing.assert_close(ours, expected, atol=0.1, rtol=0.02)
-    for gradient, right in zip(
-        *(torch.autograd.grad(values.sum(), (hidden_states, weight)) for values in (ours, expected))
-    ):
-        assert (
-            gradient.dtype == torch.float32
-            and float((gradient - right).norm() / right.norm()) < 0.02
-        )
+    gradients, expected_gradients = (
+        torch.autograd.grad(values.sum(), (hidden_states, weight)) for values in (ours, expected)
+    )
+    for gradient, exact in zip(gradients, expected_gradients):
+        error = float((gradient - exact).norm() / exact.norm())
+        assert gradient.dtype == torch.float32 and error < 0.02

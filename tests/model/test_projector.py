@@ -1,4 +1,4 @@
-"""The projectors against plain formulas, and how many tokens each makes of a grid."""
+"""The projectors against plain formulas, and the number of tokens that each gives for a grid."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def downsample(grid: int, side: int) -> Tensor:
     one axis."""
     projector = build("bilinear", grid=grid)
     projector.up = projector.down = nn.Identity()
-    # A picture that is constant down its columns, the n-th of which is one in channel n alone.
+    # An image with constant columns: column n is one in channel n and zero in the others.
     image = torch.eye(side).expand(side, side, side).reshape(1, side * side, side)
     return projector(image + 10)[0].view(grid, grid, side)[0] - 10  # from 9 on, GELU(x) = x in fp32
 
@@ -69,28 +69,25 @@ def test_bilinear_from_16_to_8_weighs_each_four_patches_1_3_3_1():
         for patch, weight in zip(range(2 * cell - 1, 2 * cell + 3), (1, 3, 3, 1)):
             if 0 <= patch < 16:
                 expected[cell, patch] = weight
-    expected /= expected.sum(
-        dim=1, keepdim=True
-    )  # at the edge, the patches that exist share the weight
+    expected /= expected.sum(dim=1, keepdim=True)  # at the edge, fewer patches share the weight
     torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("grid, side", [(3, 5), (4, 14), (8, 37), (5, 5), (1, 3)])
-def test_bilinear_is_an_average_in_which_every_patch_counts(grid, side):
+def test_bilinear_is_a_weighted_average_of_all_patches(grid, side):
     weights = downsample(grid, side)
     assert (weights >= -1e-5).all() and (weights.sum(dim=0) > 1e-2).all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(grid), atol=1e-3, rtol=0)
-    assert (weights.argmax(dim=1).diff() > 0).all()  # in reading order
+    assert (weights.argmax(dim=1).diff() > 0).all()  # the cells keep the order of the patches
     projector = build("bilinear", grid=grid)
     constant = torch.randn(1, 1, 5).expand(1, side * side, 5)
     tokens = projector(constant)
     torch.testing.assert_close(tokens, tokens[:, :1].expand_as(tokens), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        tokens[:, 0], projector.down(F.gelu(projector.up(constant[:, 0]))), atol=1e-5, rtol=0
-    )
+    expected = projector.down(F.gelu(projector.up(constant[:, 0])))
+    torch.testing.assert_close(tokens[:, 0], expected, atol=1e-5, rtol=0)
 
 
-def test_bilinear_keeps_rows_and_columns_apart():
+def test_bilinear_does_not_mix_up_rows_and_columns():
     column_wise = torch.arange(16.0).repeat(16, 1).reshape(1, 256, 1) + 20
     projector = build("bilinear")
     projector.up = projector.down = nn.Identity()
@@ -109,7 +106,7 @@ def test_bilinear_keeps_rows_and_columns_apart():
         ("resampler", {"num_queries": 3, "num_heads": 5}),
     ],
 )
-def test_num_tokens_is_what_forward_gives(kind, settings):
+def test_num_tokens_equals_the_length_of_the_output(kind, settings):
     projector = build(kind, **settings)
     tokens = projector(patches(6))
     assert tokens.shape == (2, projector.num_tokens(36), 7)
@@ -150,7 +147,7 @@ def test_an_unknown_kind_lists_the_known_ones():
     "activation, module",
     [("silu", nn.SiLU()), ("gelu", nn.GELU()), ("gelu_pytorch_tanh", nn.GELU("tanh"))],
 )
-def test_the_activation_is_the_one_named(kind, activation, module):
+def test_the_activation_is_the_configured_one(kind, activation, module):
     projector, x = build(kind, activation=activation, grid=4, num_heads=1), patches(4) * 4
     plain = build(kind, grid=4, num_heads=1)
     plain.activation = module
@@ -159,7 +156,7 @@ def test_the_activation_is_the_one_named(kind, activation, module):
 
 
 @pytest.mark.parametrize("kind", ["linear", "pixel_shuffle"])
-def test_without_a_bias_nothing_gives_nothing(kind):
+def test_without_a_bias_zeros_map_to_zeros(kind):
     projector = build(kind, bias=False)
     assert [name for name, _ in projector.named_parameters()] == ["linear.weight"]
     assert not projector(torch.zeros(1, 16, 5)).any() and build(kind)(torch.zeros(1, 16, 5)).any()
@@ -168,18 +165,17 @@ def test_without_a_bias_nothing_gives_nothing(kind):
 @pytest.mark.parametrize("scale", [2, 4])
 @torch.inference_mode()
 def test_pixel_shuffle_without_bias_is_the_connector_of_idefics3_and_smolvlm(scale):
-    text = LlamaConfig(hidden_size=7, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    language = LlamaConfig(hidden_size=7, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
     vision = dict(hidden_size=5, num_attention_heads=1)
-    reference = Idefics3Connector(
-        Idefics3Config(text_config=text, vision_config=vision, scale_factor=scale)
-    )
+    config = Idefics3Config(text_config=language, vision_config=vision, scale_factor=scale)
+    reference = Idefics3Connector(config)
     projector, x = build("pixel_shuffle", scale=scale, bias=False), patches(8)
     projector.linear.weight.copy_(reference.modality_projection.proj.weight)
     torch.testing.assert_close(projector(x), reference(x), atol=1e-6, rtol=0)
 
 
 def plain_resampler(ours: nn.Module, heads: int) -> Callable[[Tensor], Tensor]:
-    """The same tensors in PyTorch's own modules."""
+    """The resampler from PyTorch's own modules, with the same weights."""
     attention = nn.MultiheadAttention(ours.queries.shape[1], heads, batch_first=True)
     with torch.no_grad():
         layers = ours.attention.q_proj, ours.attention.k_proj, ours.attention.v_proj
@@ -204,19 +200,16 @@ def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
         ProjectorConfig("resampler", num_queries=6, num_heads=4), vision_width=24, text_width=10
     )
     queries = projector.queries.data.clone()
-    randomise(projector, seed=1)  # as made, the scales of the norms are not seen
+    randomise(projector, seed=1)  # as initialised, the norms' scales of 1 would not be tested
     projector.queries.data = queries
     reference, x = plain_resampler(projector, heads=4), patches(5, width=24)
     tokens = projector(x)
     torch.testing.assert_close(tokens, reference(x), atol=1e-5, rtol=1e-5)
-    assert (
-        tokens.shape == (2, 6, 10) and tokens.std(dim=1).mean() > 0.05
-    )  # the queries ask different things
+    assert tokens.shape == (2, 6, 10) and tokens.std(dim=1).mean() > 0.05  # the queries differ
     assert projector.mlp_up.weight.shape == (96, 24) and projector.head_up.weight.shape == (10, 24)
     shuffled = x[:, torch.randperm(25)]
-    torch.testing.assert_close(
-        projector(shuffled), tokens, atol=1e-5, rtol=1e-5
-    )  # it sees a set: positions are the eyes'
+    # The order of the patches does not matter: the vision encoder has added their positions.
+    torch.testing.assert_close(projector(shuffled), tokens, atol=1e-5, rtol=1e-5)
     assert projector.num_tokens(25) == projector.num_tokens(12) == 6
 
 

@@ -1,5 +1,5 @@
-"""The formats equal a slow reading of their definition, their errors are known, and only the input
-gets a gradient."""
+"""NF4 and int8 against plain loops over their definitions, their size and error, and the gradient
+of the input."""
 
 import copy
 import struct
@@ -38,12 +38,8 @@ PUBLISHED = [
     0.7229568362236023,
     1.0,
 ]
-SHAPES = [
-    (5, 7),
-    (64, 64),
-    (33, 100),
-    (130, 200),
-]  # less than a block, whole blocks, a part of one, more than 256 of them
+# Less than one block of 64 weights, whole blocks, a part of a block, more than 256 blocks.
+SHAPES = [(5, 7), (64, 64), (33, 100), (130, 200)]
 
 
 def linear(
@@ -61,8 +57,8 @@ def single(value: float) -> float:
 
 
 def reference_nf4(weight: torch.Tensor) -> list[float]:
-    """NF4 with double quantisation as the paper tells it: one block, and in it one weight, after
-    the other."""
+    """NF4 with double quantisation as the paper describes it, block by block and weight by
+    weight."""
     flat = weight.flatten().tolist()
     blocks = [flat[start : start + 64] for start in range(0, len(flat), 64)]
     largest = [max(map(abs, block)) for block in blocks]
@@ -88,9 +84,8 @@ def reference_int8(weight: torch.Tensor) -> list[float]:
 
 
 def relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
-    return (
-        (layer.dequantize(torch.float32) - weight.float()).norm() / weight.float().norm()
-    ).item()
+    error = layer.dequantize(torch.float32) - weight.float()
+    return (error.norm() / weight.float().norm()).item()
 
 
 def test_the_levels_are_the_published_ones_and_zero_is_exact():
@@ -101,24 +96,23 @@ def test_the_levels_are_the_published_ones_and_zero_is_exact():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kind", "reference"), [("nf4", reference_nf4), ("int8", reference_int8)])
-def test_a_format_equals_its_definition_written_out(kind, reference, shape):
+def test_a_format_equals_its_definition(kind, reference, shape):
     layer = linear(*shape)
     with torch.no_grad():
-        layer.weight[1, :] *= 10  # rows of different sizes
+        layer.weight[1, :] *= 10  # rows of different scales
         layer.weight[2:] += 0.001
         layer.weight[:, 3] = 0.0
     expected = torch.tensor(reference(layer.weight.detach())).view(shape)
-    torch.testing.assert_close(
-        KINDS[kind](layer).dequantize(torch.float32), expected, atol=1e-6, rtol=1e-5
-    )
+    actual = KINDS[kind](layer).dequantize(torch.float32)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_all_zero_stays_zero(kind):
+def test_zero_weights_stay_zero(kind):
     layer = linear(4, 96)
     nn.init.zeros_(layer.weight)
     assert not KINDS[kind](layer).dequantize(torch.float32).any()
-    layer.weight.data[0, :64] = 1.0  # the other blocks' scales are no longer stored exactly
+    layer.weight.data[0, :64] = 1.0  # now NF4's quantised scales of the other blocks are inexact
     assert not KINDS[kind](layer).dequantize(torch.float32)[1:].any()
 
 
@@ -126,20 +120,19 @@ def test_what_is_all_zero_stays_zero(kind):
     ("shape", "dtype"),
     [((896, 896), torch.bfloat16), ((128, 896), torch.float32), ((200, 4864), torch.bfloat16)],
 )
-def test_bits_and_errors_on_shapes_of_a_real_decoder(shape, dtype):
+def test_bits_and_errors_for_shapes_of_a_real_language_model(shape, dtype):
     layer = linear(*shape, dtype=dtype)
     nf4, int8 = NF4Linear(layer), Int8Linear(layer)
     for quantized, bits, error, within in ((nf4, 4.2, 0.092, 0.001), (int8, 8.1, 0.0075, 0.0015)):
-        assert (
-            8 * sum(buffer.nbytes for buffer in quantized.buffers()) / layer.weight.numel() <= bits
-        )
+        size = sum(buffer.nbytes for buffer in quantized.buffers())
+        assert 8 * size / layer.weight.numel() <= bits
         assert relative_error(quantized, layer.weight) == pytest.approx(error, abs=within)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_and_the_gradient_of_the_input_are_those_of_a_linear(kind, shape, bias):
+def test_output_and_input_gradient_equal_those_of_a_linear_layer(kind, shape, bias):
     plain = linear(*shape, bias=bias)
     layer = KINDS[kind](plain)
     plain.weight.data = layer.dequantize(torch.float32)
@@ -151,58 +144,53 @@ def test_forward_and_the_gradient_of_the_input_are_those_of_a_linear(kind, shape
         gradients.append(leaf.grad)
     assert torch.equal(*outputs)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
-    assert (
-        all(parameter.grad is None for parameter in layer.parameters())
-        and layer(inputs).requires_grad is False
-    )
+    without_gradient = all(parameter.grad is None for parameter in layer.parameters())
+    assert without_gradient and layer(inputs).requires_grad is False
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_product_is_taken_in_the_dtype_of_autocast(kind):
+def test_under_autocast_the_product_is_computed_in_its_dtype(kind):
     layer = KINDS[kind](linear(33, 100))
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(torch.randn(2, 100, requires_grad=True))
     assert output.dtype == torch.bfloat16
-    assert layer.dequantize(torch.bfloat16).equal(
-        layer.dequantize(torch.float32).bfloat16()
-    )  # rounded once
+    rounded_once = layer.dequantize(torch.float32).bfloat16()
+    assert layer.dequantize(torch.bfloat16).equal(rounded_once)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_matrix_is_kept_for_the_backward_pass(compiled):
-    module, kept = nn.Sequential(nn.SiLU(), NF4Linear(linear(33, 100))), []
+def test_no_weight_matrix_is_saved_for_the_backward_pass(compiled):
+    module, saved = nn.Sequential(nn.SiLU(), NF4Linear(linear(33, 100))), []
     if compiled:
         hide_from_compiler(module)
         module = torch.compile(module, backend="aot_eager")
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda held: kept.append(tuple(held.shape)) or held, lambda held: held
+        lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
         module(torch.randn(2, 100, requires_grad=True)).sum().backward()
-    assert set(kept) == {(2, 100)}
+    assert set(saved) == {(2, 100)}
 
 
-def test_the_decoded_parts_join_where_a_matrix_takes_several(monkeypatch):
+def test_a_matrix_dequantised_in_parts_is_the_same(monkeypatch):
     layers = [KINDS[kind](linear(130, 200)) for kind in KINDS]
     whole = [layer.dequantize(torch.float32) for layer in layers]
     monkeypatch.setattr("nanovlm.model.quantization.AT_ONCE", 1000)
-    assert all(
-        torch.equal(layer.dequantize(torch.float32), expected)
-        for layer, expected in zip(layers, whole)
-    )
+    in_parts = [layer.dequantize(torch.float32) for layer in layers]
+    assert all(map(torch.equal, in_parts, whole))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cast_of_the_model_leaves_the_scales_alone(kind):
+def test_casting_the_model_does_not_round_the_scales(kind):
     layer = KINDS[kind](linear(33, 100, bias=True))
     before = layer.dequantize(torch.float32)
-    assert torch.equal(copy.deepcopy(layer).to(torch.bfloat16).dequantize(torch.float32), before)
+    cast = copy.deepcopy(layer).to(torch.bfloat16)
+    assert torch.equal(cast.dequantize(torch.float32), before)
     Precision(torch.bfloat16, torch.device("cpu")).place(layer)
-    assert (
-        torch.equal(layer.dequantize(torch.float32), before) and layer.bias.dtype == torch.bfloat16
-    )
+    after = layer.dequantize(torch.float32)
+    assert torch.equal(after, before) and layer.bias.dtype == torch.bfloat16
 
 
-def test_every_matrix_of_the_blocks_is_replaced_and_the_tables_stay():
+def test_all_linear_layers_of_the_blocks_are_quantised_and_the_head_is_not():
     config = LanguageModelConfig(
         vocab_size=50,
         hidden_size=32,
@@ -213,18 +201,18 @@ def test_every_matrix_of_the_blocks_is_replaced_and_the_tables_stay():
         head_dim=16,
         tie_word_embeddings=False,
     )
-    decoder, device = LanguageModel(config), torch.device("cpu")
-    quantize_(decoder.blocks, "nf4", device)
-    left = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-    assert (
-        left == ["lm_head"]
-        and sum(isinstance(module, NF4Linear) for module in decoder.modules()) == 14
-    )
-    assert not any("codes" in name for name in decoder.state_dict())
-    decoder(torch.arange(10)[None])
+    model = LanguageModel(config)
+    quantize_(model.blocks, "nf4", torch.device("cpu"))
+    linear_layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    ]
+    quantised = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    assert linear_layers == ["lm_head"] and len(quantised) == 14
+    assert not any("codes" in name for name in model.state_dict())
+    model(torch.arange(10)[None])
 
 
-def test_precision_moves_the_codes():
+def test_precision_moves_the_quantised_weights_to_its_device():
     layer = NF4Linear(linear(33, 100))
     Precision(torch.float32, torch.device("meta")).place(layer)
     assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}

@@ -1,5 +1,5 @@
-"""The resampler and Qwen-VL's whole tower against outputs of the published implementation, kept in
-tests/fixtures."""
+"""The resampler and Qwen-VL's vision encoder against outputs of the published implementation, kept
+in tests/fixtures."""
 
 import json
 from pathlib import Path
@@ -44,24 +44,19 @@ def folder(fixture, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vision(folder) -> VisionEncoder:
+def vision_encoder(folder) -> VisionEncoder:
     return load_vision_encoder(folder)
 
 
 @torch.inference_mode()
-def test_qwen_vl_equals_the_published_implementation(vision, fixture):
+def test_qwen_vl_equals_the_published_implementation(vision_encoder, fixture):
     for size, pixels in ((56, fixture["fixture.pixels"]), (112, fixture["fixture.pixels_112"])):
         pooled = fixture["fixture.pooled" if size == 56 else "fixture.pooled_112"]
-        for ours in (vision(pixels), vision.patches(pixels)):
-            torch.testing.assert_close(
-                ours, pooled, atol=2e-5, rtol=0
-            )  # of numbers with a standard deviation of 1.3
-    torch.testing.assert_close(
-        vision.patches(fixture["fixture.pixels"], layer=3),
-        fixture["fixture.hidden"],
-        atol=1e-5,
-        rtol=0,
-    )
+        for ours in (vision_encoder(pixels), vision_encoder.patches(pixels)):
+            # The standard deviation of the outputs is 1.3.
+            torch.testing.assert_close(ours, pooled, atol=2e-5, rtol=0)
+    patches = vision_encoder.patches(fixture["fixture.pixels"], layer=3)
+    torch.testing.assert_close(patches, fixture["fixture.hidden"], atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -75,21 +70,19 @@ def test_bfloat16_is_close_to_fp32(folder, fixture):
 
 
 @torch.inference_mode()
-def test_how_many_vectors_an_image_gives_and_how_wide_they_are(vision):
-    config = vision.config
+def test_number_and_width_of_the_feature_vectors_of_an_image(vision_encoder):
+    config = vision_encoder.config
     for size in ((56, 56), (112, 112), (28, 84)):
         pixels = torch.randn(1, 3, *size)
         for layer in (-1, -2, 0, 3):
-            features = vision.patches(pixels, layer)
-            assert features.shape[1:] == (
-                config.num_features(*size, layer),
-                config.feature_size(layer),
-            )
+            features = vision_encoder.patches(pixels, layer)
+            shape = (config.num_features(*size, layer), config.feature_size(layer))
+            assert features.shape[1:] == shape
     assert (config.num_features(112, 112), config.feature_size()) == (16, 256)
     assert (config.num_features(112, 112, -2), config.feature_size(-2)) == (64, 104)
 
 
-def test_the_release_has_256_positions_and_256_queries():
+def test_the_published_config_has_256_positions_and_256_queries():
     config = parse_vision_encoder_config(
         {
             "model_type": "qwen_vl_vision",
@@ -103,27 +96,23 @@ def test_the_release_has_256_positions_and_256_queries():
             "width": 1664,
         }
     )
-    assert (config.image_size, config.intermediate_size, config.num_features(448, 448)) == (
-        224,
-        8192,
-        256,
-    )
+    shape = (config.image_size, config.intermediate_size, config.num_features(448, 448))
+    assert shape == (224, 8192, 256)
     with torch.device("meta"):
         model = VisionEncoder(config)
     assert model.position_embedding.shape == (1, 256, 1664)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
-        1.94e9, rel=0.01
-    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size == pytest.approx(1.94e9, rel=0.01)
 
 
-def test_the_positions_are_those_of_the_checkpoint(fixture):
+def test_sine_cosine_positions_equal_the_published_ones(fixture):
     published = fixture["transformer.visual.attn_pool.pos_embed"]
     torch.testing.assert_close(sine_cosine_positions(4, 256)[0], published, atol=1e-6, rtol=0)
 
 
-def test_positions_go_to_keys_and_queries_and_not_to_values():
-    """With keys that say nothing but their place and values all alike, what comes out does not
-    depend on the place."""
+def test_positions_are_added_to_keys_and_queries_but_not_to_values():
+    """Where all patches are equal, the values are too, and the output is the same for every query,
+    whatever the positions."""
     resampler = Resampler(hidden_size=16, num_queries=4, output_size=32, eps=1e-6)
     randomise(resampler, seed=0)
     patches = torch.randn(1, 1, 16).expand(1, 9, 16)
@@ -132,7 +121,7 @@ def test_positions_go_to_keys_and_queries_and_not_to_values():
         torch.testing.assert_close(other, first, atol=1e-5, rtol=0)
 
 
-def test_a_table_for_fewer_places_keeps_their_order():
+def test_a_resized_position_table_keeps_the_order_of_positions():
     table = torch.arange(16.0).view(1, 16, 1)
     assert resize_positions(table, 4, 4, 4) is table
     assert resize_positions(table, 4, 2, 2, "nearest").flatten().tolist() == [0, 2, 8, 10]
@@ -142,7 +131,7 @@ def test_a_table_for_fewer_places_keeps_their_order():
         assert resized.shape == (1, 18, 1) and resized.diff(dim=1).view(-1)[:2].gt(0).all()
 
 
-def test_every_tensor_of_the_checkpoint_has_its_place(fixture, folder, tmp_path):
+def test_every_tensor_of_the_checkpoint_is_required(fixture, folder, tmp_path):
     tensors = {
         name.removeprefix("transformer.visual."): tensor
         for name, tensor in fixture.items()
@@ -151,24 +140,18 @@ def test_every_tensor_of_the_checkpoint_has_its_place(fixture, folder, tmp_path)
     bare = tmp_path / "bare.safetensors"
     save_file(tensors, bare)
     config = parse_vision_encoder_config(CONFIG)
-    load_into(
-        VisionEncoder(config),
-        open_checkpoint(bare),
-        VISION_FAMILIES["qwen_vl_vision"].names(config),
-    )
+    names = VISION_FAMILIES["qwen_vl_vision"].names(config)
+    load_into(VisionEncoder(config), open_checkpoint(bare), names)
     for name in tensors:
-        if (
-            name == "attn_pool.pos_embed" or "resblocks.1" in name or "resblocks.2" in name
-        ):  # computed; as in the first block
+        if name == "attn_pool.pos_embed":  # computed, not loaded
             continue
-        rest = {key: tensor for key, tensor in tensors.items() if key != name}
-        save_file(rest, tmp_path / "less.safetensors")
+        if "resblocks.1" in name or "resblocks.2" in name:  # the same as in the first block
+            continue
+        others = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(others, tmp_path / "incomplete.safetensors")
         with pytest.raises(NanoVLMError, match="missing"):
-            load_into(
-                VisionEncoder(config),
-                open_checkpoint(tmp_path / "less.safetensors"),
-                VISION_FAMILIES["qwen_vl_vision"].names(config),
-            )
+            incomplete = open_checkpoint(tmp_path / "incomplete.safetensors")
+            load_into(VisionEncoder(config), incomplete, names)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +162,6 @@ def test_every_tensor_of_the_checkpoint_has_its_place(fixture, folder, tmp_path)
         ({"n_querys": 16}, "unknown key 'n_querys'; did you mean 'n_queries'?"),
     ],
 )
-def test_what_no_resampler_has_is_refused(change, message):
+def test_an_invalid_resampler_config_is_refused(change, message):
     with pytest.raises(NanoVLMError, match=message):
         parse_vision_encoder_config(CONFIG | change)

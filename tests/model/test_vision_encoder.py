@@ -1,5 +1,5 @@
-"""The vision transformer against `transformers`' DINOv2, SigLIP, CLIP, SmolVLM and Idefics3, at
-several image sizes. Qwen-VL's is compared in test_resampler.py."""
+"""The vision encoder against `transformers`' DINOv2, SigLIP, CLIP, SmolVLM and Idefics3, at several
+image sizes. Qwen-VL's is compared in test_resampler.py."""
 
 import json
 import os
@@ -25,12 +25,8 @@ VARIANTS = {
     "registers": {"registers": 4},
     "swiglu and registers": {"swiglu": True, "registers": 3},
 }
-SIZES = [
-    (28, 28),
-    (42, 42),
-    (49, 21),
-    (14, 70),
-]  # the table's own, larger, and two that are not square
+# The size of the position table, a larger one, and two that are not square.
+SIZES = [(28, 28), (42, 42), (49, 21), (14, 70)]
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
@@ -47,7 +43,7 @@ def plain(tmp_path_factory) -> VisionEncoder:
     return load_vision_encoder(folder)
 
 
-def picture(*size: int, seed: int = 0) -> torch.Tensor:
+def images(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,14 +51,14 @@ def picture(*size: int, seed: int = 0) -> torch.Tensor:
 @torch.inference_mode()
 def test_equals_the_reference(pair, size):
     ours, reference = pair
-    pixels = picture(*size)
+    pixels = images(*size)
     expected = reference(pixels, output_hidden_states=True)
     first_patch = 1 + ours.config.num_register_tokens
     torch.testing.assert_close(ours(pixels), expected.last_hidden_state, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         ours.patches(pixels), expected.last_hidden_state[:, first_patch:], atol=1e-5, rtol=0
     )
-    for layer in (-4, -3, -2, 0, 1, 2, 3):  # -1 is after the norm, as tested above
+    for layer in (-4, -3, -2, 0, 1, 2, 3):  # -1, after the norm, is compared above
         expected_patches = expected.hidden_states[layer][:, first_patch:]
         torch.testing.assert_close(ours.patches(pixels, layer), expected_patches, atol=1e-5, rtol=0)
 
@@ -70,52 +66,49 @@ def test_equals_the_reference(pair, size):
 @torch.inference_mode()
 def test_bfloat16_is_as_close_to_fp32_as_the_reference_is(pair, tmp_path):
     _ours, reference = pair
-    pixels = picture(49, 21)
+    pixels = images(49, 21)
     exact = reference(pixels).last_hidden_state
     reference.save_pretrained(tmp_path)
     half = load_vision_encoder(tmp_path, dtype=torch.bfloat16)
     features = half(pixels.bfloat16())
     assert features.dtype == torch.bfloat16
-    theirs = (
-        type(reference)
-        .from_pretrained(tmp_path, dtype=torch.bfloat16)(pixels.bfloat16())
-        .last_hidden_state
-    )
-    error, their_error = (features - exact).abs(), (theirs - exact).abs()
-    assert error.mean() < 0.01 and error.max() < 0.1  # on features of standard deviation 1.2 to 1.4
-    assert error.mean() < 1.2 * their_error.mean()
+    reference_half = type(reference).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    error = (features - exact).abs()
+    reference_error = (reference_half(pixels.bfloat16()).last_hidden_state - exact).abs()
+    # The standard deviation of the features is 1.2 to 1.4.
+    assert error.mean() < 0.01 and error.max() < 0.1
+    assert error.mean() < 1.2 * reference_error.mean()
 
 
 @torch.inference_mode()
-def test_a_patch_comes_from_its_own_place(plain):
-    pixels = picture(35, 49)
+def test_a_patch_embedding_depends_on_the_pixels_of_its_patch_alone(plain):
+    pixels = images(35, 49)
     changed = pixels.clone()
     changed[:, :, 7:14, 21:28] += 1  # row 1, column 3 of 5 × 7
-    moved = (plain.patches(changed, layer=0) != plain.patches(pixels, layer=0)).any(dim=-1)
-    assert moved.nonzero()[:, 1].tolist() == [1 * 7 + 3] * 2
+    differs = (plain.patches(changed, layer=0) != plain.patches(pixels, layer=0)).any(dim=-1)
+    assert differs.nonzero()[:, 1].tolist() == [1 * 7 + 3] * 2
 
 
 def test_size_and_layer_are_checked(plain):
     with pytest.raises(NanoVLMError, match="30×28 pixels is not made of 7-pixel patches"):
-        plain(picture(30, 28))
+        plain(images(30, 28))
     for layer in (4, -5):
-        with pytest.raises(
-            NanoVLMError, match=f"layer {layer} of .* with 3 blocks; take one from -4 to 3"
-        ):
-            plain.patches(picture(28, 28), layer)
+        message = f"layer {layer} of .* with 3 blocks; take one from -4 to 3"
+        with pytest.raises(NanoVLMError, match=message):
+            plain.patches(images(28, 28), layer)
 
 
 def reference_states(
     reference: PreTrainedModel, pixels: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reference's last state and those before each block, with the position table resized where
-    it has to be asked."""
-    asked = (
-        {"interpolate_pos_encoding": True}
-        if "interpolate_pos_encoding" in signature(reference.forward).parameters
-        else {}
-    )
-    output = reference(pixels, output_hidden_states=True, **asked)
+    """The reference's last hidden state and those before each block.
+
+    Some models of `transformers` resize their position table only on request.
+    """
+    options = {}
+    if "interpolate_pos_encoding" in signature(reference.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    output = reference(pixels, output_hidden_states=True, **options)
     return output.last_hidden_state, output.hidden_states
 
 
@@ -123,11 +116,11 @@ def reference_states(
 def loaded(
     request: pytest.FixtureRequest, tmp_path_factory
 ) -> tuple[VisionEncoder, PreTrainedModel, Path]:
-    """Ours and the reference's, of a tower's folder or a whole model's."""
+    """Our encoder, the reference's, and their folder, which holds the encoder alone or a whole
+    model."""
     folder = tmp_path_factory.mktemp(request.param)
-    reference = (vision_model if request.param in VISION_CLASSES else whole_model)(
-        folder, request.param
-    )
+    make = vision_model if request.param in VISION_CLASSES else whole_model
+    reference = make(folder, request.param)
     return load_vision_encoder(folder), reference, folder
 
 
@@ -135,7 +128,7 @@ def loaded(
 @torch.inference_mode()
 def test_every_family_equals_its_reference(loaded, size):
     ours, reference, _ = loaded
-    pixels = picture(*size)
+    pixels = images(*size)
     last, states = reference_states(reference, pixels)
     first_patch = ours.config.num_prefix_tokens
     torch.testing.assert_close(ours(pixels), last, atol=1e-5, rtol=0)
@@ -152,25 +145,24 @@ def test_every_family_equals_its_reference(loaded, size):
 @torch.inference_mode()
 def test_every_family_in_bfloat16_is_as_close_to_fp32_as_its_reference_is(loaded):
     _ours, reference, folder = loaded
-    pixels = picture(42, 42)
+    pixels = images(42, 42)
     exact = reference_states(reference, pixels)[0]
     features = load_vision_encoder(folder, dtype=torch.bfloat16)(pixels.bfloat16())
     half = type(reference)(reference.config)
     half.load_state_dict(reference.state_dict())
-    error, their_error = (
-        (states - exact).abs()
-        for states in (features, reference_states(half.bfloat16().eval(), pixels.bfloat16())[0])
-    )
+    reference_features = reference_states(half.bfloat16().eval(), pixels.bfloat16())[0]
+    error, reference_error = (features - exact).abs(), (reference_features - exact).abs()
     assert features.dtype == torch.bfloat16
-    assert error.mean() < 0.02 and error.max() < 0.15  # on features of standard deviation 1 to 2
-    assert error.mean() < 1.2 * their_error.mean()
+    # The standard deviation of the features is 1 to 2.
+    assert error.mean() < 0.02 and error.max() < 0.15
+    assert error.mean() < 1.2 * reference_error.mean()
 
 
 @torch.inference_mode()
-def test_what_an_image_has_beyond_whole_patches_is_cut_off_as_the_reference_does(tmp_path):
-    """As SigLIP so400m/14 at 384 pixels: 27 patches a side and 6 pixels that no patch holds."""
+def test_pixels_beyond_the_last_whole_patch_are_cut_off_as_in_the_reference(tmp_path):
+    """SigLIP so400m/14 at 384 pixels has 27 patches a side, and 6 pixels are left over."""
     reference = vision_model(tmp_path, "siglip_vision_model", image_size=30)
-    ours, pixels = load_vision_encoder(tmp_path), picture(30, 30)
+    ours, pixels = load_vision_encoder(tmp_path), images(30, 30)
     torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0)
     assert ours.config.num_patches(30, 30) == 16
 
@@ -179,7 +171,7 @@ def test_what_an_image_has_beyond_whole_patches_is_cut_off_as_the_reference_does
 @torch.inference_mode()
 def test_every_activation(activation, tmp_path):
     reference = vision_model(tmp_path, "clip_vision_model", hidden_act=activation)
-    ours, pixels = load_vision_encoder(tmp_path), picture(28, 28)
+    ours, pixels = load_vision_encoder(tmp_path), images(28, 28)
     assert ours.config.hidden_act == activation
     torch.testing.assert_close(ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0)
 
@@ -190,23 +182,20 @@ def change_file(folder: Path, change: dict[str, Tensor], drop: tuple[str, ...] =
     save_file(tensors | change, folder / "model.safetensors")
 
 
-def test_older_files_name_the_tower_and_hold_its_position_numbers(tmp_path):
+def test_older_files_have_a_prefix_and_a_tensor_of_position_ids(tmp_path):
     reference = vision_model(tmp_path, "clip_vision_model")
     file = SafetensorsFile(tmp_path / "model.safetensors")
     older = {f"vision_model.{name}": file.tensor(name) for name in file.keys()}
-    save_file(
-        older | {"vision_model.embeddings.position_ids": torch.arange(17)[None]},
-        tmp_path / "model.safetensors",
-    )
+    older["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(older, tmp_path / "model.safetensors")
+    ours, pixels = load_vision_encoder(tmp_path), images(28, 28)
     with torch.inference_mode():
-        ours, pixels = load_vision_encoder(tmp_path), picture(28, 28)
-        torch.testing.assert_close(
-            ours(pixels), reference(pixels).last_hidden_state, atol=1e-5, rtol=0
-        )
+        expected = reference(pixels).last_hidden_state
+        torch.testing.assert_close(ours(pixels), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", ["siglip", "clip", "smolvlm"])
-def test_a_tensor_that_no_part_of_the_model_has_is_an_error(model_type, tmp_path):
+def test_an_unexpected_or_missing_tensor_is_refused(model_type, tmp_path):
     whole_model(tmp_path, model_type)
     change_file(tmp_path, {"mystery.weight": torch.zeros(1)})
     with pytest.raises(NanoVLMError, match="1 unexpected.*(?s:.)*mystery.weight"):
@@ -217,12 +206,11 @@ def test_a_tensor_that_no_part_of_the_model_has_is_an_error(model_type, tmp_path
         load_vision_encoder(tmp_path)
 
 
-def test_hub_files_leave_out_the_reference_defaults():
+def test_a_key_left_out_of_a_config_has_the_default_of_the_reference():
     for config_class, _ in VISION_CLASSES.values():
-        config = config_class()
-        assert parse_vision_encoder_config(
-            {"model_type": config.model_type}
-        ) == parse_vision_encoder_config(config.to_dict())
+        defaults = config_class()
+        config = parse_vision_encoder_config({"model_type": defaults.model_type})
+        assert config == parse_vision_encoder_config(defaults.to_dict())
     whole = parse_vision_encoder_config(
         {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
     )
@@ -234,9 +222,8 @@ def test_hub_files_leave_out_the_reference_defaults():
     }
     config = parse_vision_encoder_config(older | {"vision_config": {"patch_size": 14}})
     assert (config.patch_size, config.hidden_size) == (14, 960)
-    assert (
-        parse_vision_encoder_config(older) == config
-    )  # a generation's setting in a tower's table, as in the oldest files
+    # The oldest files have settings of text generation, such as top_k, among the vision encoder's.
+    assert parse_vision_encoder_config(older) == config
 
 
 def test_smolvlm2_256m():
@@ -256,16 +243,10 @@ def test_smolvlm2_256m():
             },
         }
     )
-    assert (config.num_hidden_layers, config.intermediate_size, config.hidden_act) == (
-        12,
-        3072,
-        "gelu_pytorch_tanh",
-    )
-    assert (config.layer_norm_eps, config.num_features(512, 512), config.class_token) == (
-        1e-6,
-        1024,
-        False,
-    )
+    mlp = (config.intermediate_size, config.hidden_act)
+    assert (config.num_hidden_layers, *mlp) == (12, 3072, "gelu_pytorch_tanh")
+    num_features = config.num_features(512, 512)
+    assert (config.layer_norm_eps, num_features, config.class_token) == (1e-6, 1024, False)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +277,7 @@ def test_smolvlm2_256m():
         ),
     ],
 )
-def test_what_is_not_implemented_is_refused_in_a_line(config, message, tmp_path):
+def test_an_unsupported_config_is_refused_in_one_line(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NanoVLMError, match=message) as raised:
         load_vision_encoder(tmp_path)
@@ -311,7 +292,7 @@ def test_equals_the_reference_on_real_weights():
     folder = Path(os.environ["NANOVLM_REAL"]) / "dinov2-small"
     ours, reference = load_vision_encoder(folder), Dinov2Model.from_pretrained(folder)
     for size in ((224, 224), (518, 518), (140, 322)):
-        pixels = picture(*size)[:1]
+        pixels = images(*size)[:1]
         expected = reference(pixels, output_hidden_states=True)
         torch.testing.assert_close(ours(pixels), expected.last_hidden_state, atol=1e-4, rtol=0)
         torch.testing.assert_close(

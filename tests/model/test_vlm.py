@@ -1,5 +1,4 @@
-"""The whole model: images reach the logits, the loss is what it says it is, and a folder holds all
-of it."""
+"""The whole model: images in the embeddings, the loss and its gradients, saving and loading."""
 
 import dataclasses
 import json
@@ -38,7 +37,7 @@ def either(request: pytest.FixtureRequest, tmp_path) -> VisionLanguageModel:
 
 
 def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
-    """Three rows with one, two and no images, some padding, and labels here and there; and the
+    """Three rows with one, two and no images, padding and random positions with a label; and the
     labels as (B, T)."""
     generator = torch.Generator().manual_seed(0)
     placeholder, length = model.chat.image_token_id, model.image_length
@@ -47,38 +46,37 @@ def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
     ids[1, 0:length] = ids[1, 7 : 7 + length] = placeholder
     mask = torch.ones_like(ids)
     mask[0, 13:] = mask[2, 9:] = 0
-    learned = (torch.rand(ids.shape, generator=generator) < 0.5) & (mask > 0) & (ids != placeholder)
-    learned[:, 0] = False
-    labels = torch.where(learned, ids, IGNORED)
-    places, positions = (of.flatten().nonzero()[:, 0] for of in (ids == placeholder, learned))
+    labelled = torch.rand(ids.shape, generator=generator) < 0.5
+    labelled &= (mask > 0) & (ids != placeholder)
+    labelled[:, 0] = False
+    labels = torch.where(labelled, ids, IGNORED)
+    image_positions = (ids == placeholder).flatten().nonzero()[:, 0]
+    positions = labelled.flatten().nonzero()[:, 0]
+    targets = labels.flatten()[positions]
     pixels = torch.randn(3, 3, 28, 28, generator=generator)
-    return Batch(ids, mask, places, positions - 1, labels.flatten()[positions], pixels), labels
+    return Batch(ids, mask, image_positions, positions - 1, targets, pixels), labels
 
 
 def naive_loss(model: VisionLanguageModel, batch: Batch, labels: Tensor) -> Tensor:
-    """Splice with a loop, all logits at once, labels shifted by one."""
+    """The loss by a loop over tokens, from all logits at once and the labels shifted by one."""
     visual_tokens = iter(model.projector(model.vision_encoder(batch.pixels)[:, 1:]).flatten(0, 1))
-    rows = []
-    for ids in batch.input_ids:
-        rows.append(
-            torch.stack(
-                [
-                    next(visual_tokens)
-                    if token == model.chat.image_token_id
-                    else model.language_model.embed_tokens.weight[token]
-                    for token in ids
-                ]
-            )
-        )
-    logits = model.language_model.logits(
-        model.language_model.hidden_states(torch.stack(rows), batch.attention_mask)
+    placeholder, table = model.chat.image_token_id, model.language_model.embed_tokens.weight
+    embeddings = torch.stack(
+        [
+            next(visual_tokens) if token == placeholder else table[token]
+            for token in batch.input_ids.flatten()
+        ]
     )
+    hidden_states = model.language_model.hidden_states(
+        embeddings.view(*batch.input_ids.shape, -1), batch.attention_mask
+    )
+    logits = model.language_model.logits(hidden_states)
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
-def test_loss_and_gradients_equal_the_naive_ones(either):
+def test_loss_and_gradients_equal_those_of_a_loop(either):
     batch, labels = make_batch(either)
     gradients = []
     for loss in (either(batch), naive_loss(either, batch, labels)):
@@ -94,11 +92,11 @@ def test_loss_and_gradients_equal_the_naive_ones(either):
         assert name == "loss" or gradient.any(), f"{name} has no gradient"
 
 
-def test_only_positions_with_a_label_pass_the_head(model, monkeypatch):
-    seen = []
+def test_only_positions_with_a_label_go_through_the_head(model, monkeypatch):
+    shapes = []
 
     def recorded(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        seen.append(hidden_states.shape)
+        shapes.append(hidden_states.shape)
         return hidden_states.sum()
 
     monkeypatch.setattr(vlm, "chunked_cross_entropy", recorded)
@@ -107,16 +105,15 @@ def test_only_positions_with_a_label_pass_the_head(model, monkeypatch):
     )
     batch, labels = make_batch(model)
     model(batch)
-    assert seen == [(int((labels != IGNORED).sum()), 32)]
+    assert shapes == [(int((labels != IGNORED).sum()), 32)]
 
 
 @torch.inference_mode()
-def test_changing_an_image_changes_what_follows_it_and_nothing_else(model):
+def test_changing_an_image_changes_the_logits_from_its_first_token_on_and_no_others(model):
     batch, _ = make_batch(model)
     other = dataclasses.replace(batch, pixels=batch.pixels.clone())
-    other.pixels[2] += torch.randn(
-        3, 28, 28, generator=torch.Generator().manual_seed(1)
-    )  # the second one of row 1
+    # The second image of row 1.
+    other.pixels[2] += torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))
     before, after = (
         model.language_model.hidden_states(model.embed(one), one.attention_mask)
         for one in (batch, other)
@@ -127,14 +124,16 @@ def test_changing_an_image_changes_what_follows_it_and_nothing_else(model):
 
 
 @torch.inference_mode()
-def test_kept_features_stand_in_for_pixels(model):
+def test_precomputed_patches_replace_pixels(model):
     batch, _ = make_batch(model)
-    kept = dataclasses.replace(batch, pixels=None, patches=model.vision_features(batch.pixels))
-    assert model(kept) == model(batch)
+    precomputed = dataclasses.replace(
+        batch, pixels=None, patches=model.vision_features(batch.pixels)
+    )
+    assert model(precomputed) == model(batch)
 
 
 @torch.inference_mode()
-def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
+def test_the_placeholder_may_be_a_token_without_a_row_in_the_embedding_table(model, tmp_path):
     save_model(model, tmp_path)
     change_config(tmp_path, lambda config: config["chat"].update(image_token="<image>"))
     tokenizer = load_tokenizer(tmp_path)
@@ -142,28 +141,24 @@ def test_the_placeholder_may_lie_behind_the_decoders_last_row(model, tmp_path):
     tokenizer.save(tmp_path)
     other = load_model(tmp_path)
     batch, _ = make_batch(model)
-    moved = (
-        batch.input_ids.flatten()
-        .index_fill(0, batch.image_positions, other.chat.image_token_id)
-        .view_as(batch.input_ids)
-    )
-    moved = dataclasses.replace(batch, input_ids=moved)
+    ids = batch.input_ids.clone()
+    ids.view(-1)[batch.image_positions] = other.chat.image_token_id
+    moved = dataclasses.replace(batch, input_ids=ids)
     assert other(moved) == model(batch)
     for penalty in (1.0, 1.3):
         sampling = Sampling(repetition_penalty=penalty)
         assert generate(other, moved, 5, sampling) == generate(model, batch, 5, sampling)
-    masked = dataclasses.replace(moved, attention_mask=None)
-    assert generate(other, masked, 5, Sampling(repetition_penalty=1.3))
+    unmasked = dataclasses.replace(moved, attention_mask=None)
+    assert generate(other, unmasked, 5, Sampling(repetition_penalty=1.3))
     tokenizer.add_special_token("<another>")
     tokenizer.save(tmp_path)
-    with pytest.raises(
-        NanoVLMError, match="the tokenizer has 328 tokens and the language model 326"
-    ):
+    message = "the tokenizer has 328 tokens and the language model 326"
+    with pytest.raises(NanoVLMError, match=message):
         load_model(tmp_path)
 
 
 @torch.inference_mode()
-def test_vision_layer_is_the_one_looked_at(tmp_path):
+def test_vision_layer_selects_the_layer_of_the_patch_features(tmp_path):
     model = tiny_vlm(tmp_path)
     deeper = join_parts(
         tmp_path / "vision_encoder",
@@ -186,7 +181,7 @@ def test_vision_layer_is_the_one_looked_at(tmp_path):
         (0, "the text has 12 image placeholders, and 0 tiles of 4 visual tokens fill 0"),
     ],
 )
-def test_placeholders_and_pictures_have_to_match(model, images, message):
+def test_placeholders_have_to_match_the_visual_tokens(model, images, message):
     batch, _ = make_batch(model)
     pixels = torch.randn(images, 3, 28, 28) if images else None
     with pytest.raises(NanoVLMError, match=message):
@@ -202,9 +197,8 @@ def test_a_saved_folder_is_the_same_model(either, tmp_path, dtype):
     assert loaded.config == either.config and not loaded.training
     assert loaded.state_dict().keys() == either.state_dict().keys()
     for name, tensor in either.state_dict().items():
-        assert loaded.state_dict()[name].dtype == dtype and torch.equal(
-            loaded.state_dict()[name], tensor
-        ), name
+        stored = loaded.state_dict()[name]
+        assert stored.dtype == dtype and torch.equal(stored, tensor), name
     assert loaded.tokenizer.encode("一个 red circle") == either.tokenizer.encode("一个 red circle")
     batch, _ = make_batch(either)
     with torch.inference_mode():
@@ -216,16 +210,13 @@ def test_a_saved_folder_is_the_same_model(either, tmp_path, dtype):
     ]
 
 
-def test_loading_casts_when_asked(model, tmp_path):
+def test_loading_casts_to_the_given_dtype(model, tmp_path):
     save_model(model, tmp_path)
     half = load_model(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     batch, _labels = make_batch(model)
-    with torch.inference_mode():
-        exact, rounded = (
-            float(model(batch)),
-            float(half(batch)),
-        )  # pixels are cast to what the eyes compute in
+    with torch.inference_mode():  # the model casts the pixels to the dtype of the vision encoder
+        exact, rounded = float(model(batch)), float(half(batch))
     assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
 
 
@@ -278,28 +269,24 @@ def change_config(folder: Path, change) -> None:
         ),
     ],
 )
-def test_a_changed_config_is_refused(model, tmp_path, change, message):
+def test_an_invalid_config_is_refused(model, tmp_path, change, message):
     save_model(model, tmp_path)
     change_config(tmp_path, change)
     with pytest.raises(NanoVLMError, match=message):
         load_model(tmp_path)
 
 
-def test_a_config_names_its_folder(model, tmp_path):
+def test_the_error_of_an_invalid_config_names_its_folder(model, tmp_path):
     save_model(model, tmp_path)
     change_config(tmp_path, lambda config: config.update(visoin={}))
     with pytest.raises(NanoVLMError, match=str(tmp_path)):
         load_model(tmp_path)
 
 
-def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
+def test_joined_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
     reference = dinov2(tmp_path / "vision_encoder", registers=2)
-    qwen(
-        tmp_path / "language_model",
-        "qwen3",
-        vocab_size=len(byte_pair(tmp_path / "language_model")),
-        head_dim=16,
-    )
+    vocab_size = len(byte_pair(tmp_path / "language_model"))
+    qwen(tmp_path / "language_model", "qwen3", vocab_size=vocab_size, head_dim=16)
     model = join_parts(
         tmp_path / "vision_encoder",
         tmp_path / "language_model",
@@ -308,29 +295,20 @@ def test_parts_keep_their_weights_and_only_the_projector_is_new(tmp_path):
     )
     pixels = torch.randn(1, 3, 42, 42)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            model.vision_features(pixels),
-            reference(pixels).last_hidden_state[:, 3:],
-            atol=1e-5,
-            rtol=0,
-        )
+        expected = reference(pixels).last_hidden_state[:, 3:]  # after the class token and registers
+        torch.testing.assert_close(model.vision_features(pixels), expected, atol=1e-5, rtol=0)
     assert model.image_length == 4
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert (
-        parse_model_config({"model_type": "nanovlm", **dataclasses.asdict(model.config)})
-        == model.config
-    )
+    config = {"model_type": "nanovlm", **dataclasses.asdict(model.config)}
+    assert parse_model_config(config) == model.config
 
 
-def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
-    """With a SentencePiece vocabulary, Vicuna's template and the placeholder among its added
-    tokens."""
+def test_a_llama_language_model_is_joined_saved_and_loaded(tmp_path):
+    """It has a SentencePiece tokenizer, Vicuna's chat template, and an added token as
+    placeholder."""
     dinov2(tmp_path / "vision_encoder")
-    qwen(
-        tmp_path / "language_model",
-        "llama",
-        vocab_size=len(sentence_piece(tmp_path / "language_model")),
-    )
+    vocab_size = len(sentence_piece(tmp_path / "language_model"))
+    qwen(tmp_path / "language_model", "llama", vocab_size=vocab_size)
     model = join_parts(
         tmp_path / "vision_encoder",
         tmp_path / "language_model",
@@ -338,17 +316,17 @@ def test_a_llama_voice_joins_eyes_and_survives_saving(tmp_path):
         ImageConfig(28, 28),
     )
     save_model(model, tmp_path / "model")
-    again = load_model(tmp_path / "model")
-    assert again.config == model.config and again.chat.config.template == "vicuna"
+    loaded = load_model(tmp_path / "model")
+    assert loaded.config == model.config and loaded.chat.config.template == "vicuna"
     messages = [Message.parse("user", "<image>Hi"), Message.parse("assistant", "A dog")]
-    encoded = again.chat.encode(messages, [again.image_tokens(28, 28)])
-    batch = collate([TokenSequence.of(encoded)], again.chat.image_token_id)
+    encoded = loaded.chat.encode(messages, [loaded.image_tokens(28, 28)])
+    batch = collate([TokenSequence.of(encoded)], loaded.chat.image_token_id)
     batch.pixels = torch.randn(1, 3, 28, 28)
     with torch.inference_mode():
-        assert torch.equal(model.eval()(batch), again(batch))
+        assert torch.equal(model.eval()(batch), loaded(batch))
 
 
-# ---- a decoder made from scratch, and images that see each other both ways
+# ---- a language model trained from scratch, and bidirectional attention within images
 
 
 @pytest.fixture(scope="module")
@@ -364,32 +342,28 @@ def hidden_states(model: VisionLanguageModel, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both ways"])
 @torch.inference_mode()
-def test_the_end_of_an_image_reaches_its_first_token_only_if_asked_for(
+def test_earlier_tokens_of_an_image_attend_to_later_ones_only_if_bidirectional(
     scratch, bidirectional, monkeypatch
 ):
-    monkeypatch.setattr(
-        scratch, "config", dataclasses.replace(scratch.config, bidirectional_images=bidirectional)
-    )
+    config = dataclasses.replace(scratch.config, bidirectional_images=bidirectional)
+    monkeypatch.setattr(scratch, "config", config)
     batch, _ = make_batch(scratch)
     embeddings = scratch.embed(batch)
     other = embeddings.clone()
-    other[1, 10] += torch.randn(
-        40, generator=torch.Generator().manual_seed(1)
-    )  # the last of the second image of row 1
+    # The last token of the second image of row 1, whose tokens are 7 to 10.
+    other[1, 10] += torch.randn(40, generator=torch.Generator().manual_seed(1))
+    groups = scratch.image_groups(batch)
     before, after = (
-        scratch.language_model.hidden_states(
-            one, batch.attention_mask, groups=scratch.image_groups(batch)
-        )
+        scratch.language_model.hidden_states(one, batch.attention_mask, groups=groups)
         for one in (embeddings, other)
     )
     changed = (before - after).abs().amax(dim=-1) > 1e-3
     assert not changed[[0, 2]].any()
-    assert changed[1].tolist() == [False] * (7 if bidirectional else 10) + [True] * (
-        9 if bidirectional else 6
-    )
+    first = 7 if bidirectional else 10
+    assert changed[1].tolist() == [False] * first + [True] * (16 - first)
 
 
-def test_images_are_numbered_through_the_batch_and_words_are_not(scratch, model):
+def test_image_groups_number_the_images_of_a_batch_and_are_zero_for_text(scratch, model):
     batch, _ = make_batch(scratch)
     groups = scratch.image_groups(batch)
     assert groups[0].tolist() == [0] * 3 + [1] * 4 + [0] * 9
@@ -398,32 +372,27 @@ def test_images_are_numbered_through_the_batch_and_words_are_not(scratch, model)
 
 
 @torch.inference_mode()
-def test_left_padding_packing_and_a_shared_beginning_leave_images_as_they_are(scratch):
-    """One sample alone; behind another in its row; and as the beginning of two branches, in a row
-    that starts with padding."""
+def test_left_padding_packing_and_branches_do_not_change_a_sample_with_an_image(scratch):
+    """The sample alone, packed behind another, and as two equal branches after left padding."""
     placeholder, pixels = scratch.chat.image_token_id, torch.randn(2, 3, 28, 28)
     ids = torch.tensor([7, 8, *[placeholder] * 4, 9, 10, 11])
     other = torch.tensor([*[placeholder] * 4, 12, 13])
 
     def run(ids: Tensor, mask: list[int], pixels: Tensor) -> Tensor:
-        places = (ids == placeholder).nonzero()[:, 0]
-        none = torch.zeros(0, dtype=torch.long)
-        return hidden_states(
-            scratch, Batch(ids[None], torch.tensor([mask]), places, none, none, pixels)
-        )[0]
+        image_positions = (ids == placeholder).nonzero()[:, 0]
+        empty = torch.zeros(0, dtype=torch.long)
+        batch = Batch(ids[None], torch.tensor([mask]), image_positions, empty, empty, pixels)
+        return hidden_states(scratch, batch)[0]
 
     expected = run(ids, [1] * 9, pixels[:1])
     packed = run(torch.cat((other, ids)), [1] * 6 + [SEGMENT + 1] * 9, pixels.flip(0))
     torch.testing.assert_close(packed[6:], expected, atol=2e-5, rtol=0)
-    shared = run(
-        torch.cat((torch.zeros(2, dtype=torch.long), ids, ids[7:])),
-        [0] * 2 + [1] * 7 + [2] * 2 + [3] * 2,
-        pixels[:1],
-    )
-    torch.testing.assert_close(shared[2:], torch.cat((expected, expected[7:])), atol=2e-5, rtol=0)
+    branched = torch.cat((torch.zeros(2, dtype=torch.long), ids, ids[7:]))
+    branches = run(branched, [0] * 2 + [1] * 7 + [2] * 2 + [3] * 2, pixels[:1])
+    torch.testing.assert_close(branches[2:], torch.cat((expected, expected[7:])), atol=2e-5, rtol=0)
 
 
-def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
+def test_in_training_the_loss_includes_the_balance_loss_times_the_number_of_targets(scratch):
     batch, _ = make_batch(scratch)
     plain = scratch(batch)
     scratch.train()
@@ -448,7 +417,7 @@ def test_in_training_the_balance_joins_the_loss_by_the_token(scratch):
 
 
 @torch.inference_mode()
-def test_a_saved_decoder_of_our_own_is_the_same_model(scratch, tmp_path):
+def test_a_model_with_a_language_model_trained_from_scratch_is_saved_and_loaded(scratch, tmp_path):
     save_model(scratch, tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.config == scratch.config and loaded.config.bidirectional_images
@@ -464,29 +433,21 @@ def test_from_scratch_cached_and_uncached_answers_agree(scratch, pad_left):
         shift = batch.attention_mask.eq(0).sum(dim=1)
         index = (torch.arange(16) - shift[:, None]) % 16
         ids, mask = batch.input_ids.gather(1, index), batch.attention_mask.gather(1, index)
-        places = ((ids == scratch.chat.image_token_id) & (mask > 0)).flatten().nonzero()[:, 0]
+        is_image = (ids == scratch.chat.image_token_id) & (mask > 0)
+        image_positions = is_image.flatten().nonzero()[:, 0]
         batch = dataclasses.replace(
-            batch, input_ids=ids, attention_mask=mask, image_positions=places
+            batch, input_ids=ids, attention_mask=mask, image_positions=image_positions
         )
-    groups, answers = scratch.image_groups(batch), []
+    groups = scratch.image_groups(batch)
     with torch.inference_mode():
         embeddings = scratch.embed(batch)
-    for use_cache in (True, False):
-        answers.append(
-            list(
-                decode(
-                    scratch.language_model,
-                    Prompt(embeddings, batch.input_ids, batch.attention_mask, groups),
-                    8,
-                    {-2},
-                    use_cache=use_cache,
-                )
-            )
-        )
-    assert answers[0] == answers[1]
-    assert [list(row) for row in zip(*answers[0])] == generate(scratch, batch, 8)
-    with pytest.raises(
-        NanoVLMError,
-        match="a prompt of 16 tokens and 60 new ones exceed the language model's 64 positions",
-    ):
+    prompt = Prompt(embeddings, batch.input_ids, batch.attention_mask, groups)
+    cached, uncached = (
+        list(decode(scratch.language_model, prompt, 8, {-2}, use_cache=use_cache))
+        for use_cache in (True, False)
+    )
+    assert cached == uncached
+    assert [list(row) for row in zip(*cached)] == generate(scratch, batch, 8)
+    message = "a prompt of 16 tokens and 60 new ones exceed the language model's 64 positions"
+    with pytest.raises(NanoVLMError, match=message):
         generate(scratch, batch, 60)

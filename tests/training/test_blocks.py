@@ -1,13 +1,12 @@
-"""Checkpointed and compiled blocks: the same numbers from less memory, and no trace in what is
-saved."""
+"""Checkpointed and compiled blocks: the same numbers, less memory, and the same saved files."""
 
 import copy
 import shutil
-import types
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
@@ -26,11 +25,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def load(tiny):
-    """A fresh copy of the tiny model in which `train` learns."""
+    """Loads the tiny model with the parts `train` trainable."""
 
-    def load(
-        train: str = "projector,language_model,vision_encoder", **depth
-    ) -> VisionLanguageModel:
+    def load(train="projector,language_model,vision_encoder", **depth) -> VisionLanguageModel:
         model = load_model(tiny.model).train()
         freeze(model, Settings(train=train, **depth))
         return model
@@ -39,40 +36,34 @@ def load(tiny):
 
 
 def make_batch(model: VisionLanguageModel) -> Batch:
-    """Two images: a row with two branches behind a shared beginning, and one with padding."""
+    """Two rows with an image each: one with two branches after a prefix, one with padding."""
     generator = torch.Generator().manual_seed(0)
     length = model.image_length
     ids = torch.randint(6, 300, (2, length + 12), generator=generator)
     ids[:, 1 : 1 + length] = model.chat.image_token_id
     mask = torch.ones_like(ids)
     mask[0, -8:-4], mask[0, -4:], mask[1, -3:] = 2, 3, 0
-    places = (ids == model.chat.image_token_id).flatten().nonzero()[:, 0]
+    image_positions = (ids == model.chat.image_token_id).flatten().nonzero()[:, 0]
     positions = torch.tensor([length + 5, length + 7, length + 10, 2 * length + 12 + 4])
-    return Batch(
-        ids,
-        mask,
-        places,
-        positions,
-        ids.flatten()[positions + 1],
-        torch.randn(2, 3, 32, 32, generator=generator),
-    )
+    targets = ids.flatten()[positions + 1]
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    return Batch(ids, mask, image_positions, positions, targets, pixels)
 
 
 def loss_and_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """Of one batch as training sees it, and of all positions of text without a mask."""
+    """Loss and gradients of a batch as in training, plus a term of the text alone, without a
+    mask."""
     batch = make_batch(model)
     loss = model(batch) + model.language_model(batch.input_ids).square().mean()
     model.zero_grad()
     if loss.requires_grad:
         loss.backward()
-    return {
-        "loss": loss.detach(),
-        **{
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        },
-    }
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
+    parameters = model.named_parameters()
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -80,8 +71,21 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+@pytest.fixture
+def capturing_compiler(monkeypatch) -> CompileCounter:
+    """Replaces the backend of torch.compile by one that counts the captured graphs and runs them as
+    they are, which needs no C++ compiler and gives the same bits."""
+    compiler, compile = CompileCounter(), torch.compile
+
+    def capture(function, **options):
+        return compile(function, backend=compiler, **options)
+
+    monkeypatch.setattr(torch, "compile", capture)
+    return compiler
+
+
 @pytest.mark.parametrize(
-    "learning",
+    "trainable",
     [
         {},
         dict(train="projector"),
@@ -90,8 +94,8 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ],
     ids=str,
 )
-def test_checkpointing_gives_the_same_bits(load, learning):
-    model = load(**learning)
+def test_checkpointing_gives_the_same_bits(load, trainable):
+    model = load(**trainable)
     expected = loss_and_gradients(model)
     names = set(model.state_dict())
     checkpoint_blocks(model)
@@ -99,7 +103,7 @@ def test_checkpointing_gives_the_same_bits(load, learning):
     assert set(model.state_dict()) == names
 
 
-def test_a_whole_run_gives_the_same_bits_and_the_same_folder(tiny, tmp_path):
+def test_a_run_with_checkpointing_saves_the_same_weights(tiny, tmp_path):
     runs = [
         tiny.train(
             tmp_path / f"{checkpointing}",
@@ -111,35 +115,35 @@ def test_a_whole_run_gives_the_same_bits_and_the_same_folder(tiny, tmp_path):
         )
         for checkpointing in (False, True)
     ]
-    one, two = (open_checkpoint(run / "model") for run in runs)
-    assert set(one.keys()) == set(two.keys())
-    assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.keys())
+    plain, ours = (open_checkpoint(run / "model") for run in runs)
+    assert set(plain.keys()) == set(ours.keys())
+    assert all(torch.equal(plain.tensor(name), ours.tensor(name)) for name in plain.keys())
 
 
-def kept_bytes(model: VisionLanguageModel) -> int:
-    """Memory held for the backward pass besides the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+def saved_bytes(model: VisionLanguageModel) -> int:
+    """Memory of the tensors saved for the backward pass, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         model(make_batch(model))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def test_less_is_kept_for_the_backward_pass(load):
+def test_checkpointing_saves_less_than_half_for_the_backward_pass(load):
     model = load()
-    plain = kept_bytes(model)
+    plain = saved_bytes(model)
     checkpoint_blocks(model)
-    assert 0 < kept_bytes(model) < plain / 2
+    assert 0 < saved_bytes(model) < plain / 2
 
 
 @pytest.mark.parametrize(
-    ("learning", "expected"),
+    ("trainable", "expected"),
     [
         ({}, [2, 2, 2, 2]),
         (dict(train="projector"), [1, 1, 2, 2]),
@@ -148,8 +152,8 @@ def test_less_is_kept_for_the_backward_pass(load):
     ],
     ids=str,
 )
-def test_only_blocks_that_a_gradient_passes_are_computed_twice(load, learning, expected):
-    model = load(**learning)
+def test_only_blocks_with_a_backward_pass_are_computed_twice(load, trainable, expected):
+    model = load(**trainable)
     blocks = [*model.vision_encoder.blocks, *model.language_model.blocks]
     counts = [0] * len(blocks)
     for index, block in enumerate(blocks):
@@ -166,7 +170,7 @@ def test_only_blocks_that_a_gradient_passes_are_computed_twice(load, learning, e
     assert counts == [count + 1 for count in expected]
 
 
-def test_the_cache_is_filled_once_whether_or_not_gradients_flow(load):
+def test_the_cache_is_filled_once_with_and_without_gradients(load):
     model = load()
     ids = torch.arange(20, 30)[None]
     expected = model.language_model(ids)
@@ -174,18 +178,12 @@ def test_the_cache_is_filled_once_whether_or_not_gradients_flow(load):
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
             cache = model.language_model.new_cache(1, 10)
-            logits = torch.cat(
-                [
-                    model.language_model(ids[:, :6], cache=cache),
-                    model.language_model(ids[:, 6:], cache=cache),
-                ],
-                dim=1,
-            )
+            logits = [model.language_model(part, cache=cache) for part in ids.split(6, dim=1)]
         assert cache.length == 10
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_falls_alike_both_times(load):
+def test_dropout_is_the_same_in_the_recomputation(load):
     model = load()
     for block in model.language_model.blocks:
         block.attention_norm = nn.Sequential(block.attention_norm, nn.Dropout(0.5))
@@ -196,7 +194,7 @@ def test_dropout_falls_alike_both_times(load):
     assert_same(loss_and_gradients(model), expected)
 
 
-def test_a_copy_of_the_model_runs_its_own_blocks(load):
+def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks(load):
     model = load()
     checkpoint_blocks(model)
     other = copy.deepcopy(model)
@@ -205,28 +203,23 @@ def test_a_copy_of_the_model_runs_its_own_blocks(load):
     assert not torch.equal(other.language_model(ids), model.language_model(ids))
 
 
-def test_blocks_of_a_kind_share_compiled_code_and_leave_no_trace(load, tmp_path, monkeypatch):
-    """Captured by the compiler and run as captured, which needs no C++ compiler and changes no bit;
-    checkpointed too."""
-    from torch._dynamo.testing import CompileCounter
-
-    compiler, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile(function, backend=compiler, **options)
-    )
+def test_equal_blocks_share_compiled_code_and_saved_files_stay_the_same(
+    load, tmp_path, capturing_compiler
+):
+    """With checkpointing as well."""
     model = load("projector,language_model")
     expected = loss_and_gradients(model)
     save_model(model, tmp_path / "plain")
     compile_blocks(model, CPU)
     checkpoint_blocks(model)
     assert_same(loss_and_gradients(model), expected)
-    # The trial, the block of frozen eyes, and of the decoder with a mask and without, last or not.
-    assert 4 <= compiler.frame_count <= 6
+    # The trial of the compiler, the block of the frozen vision encoder, and that of the language
+    # model with and without a mask, the last or not.
+    assert 4 <= capturing_compiler.frame_count <= 6
     save_model(model, tmp_path / "compiled")
     for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "plain" / name).read_bytes() == (
-            tmp_path / "compiled" / name
-        ).read_bytes()
+        plain, compiled = (tmp_path / folder / name for folder in ("plain", "compiled"))
+        assert plain.read_bytes() == compiled.read_bytes()
 
 
 @pytest.mark.slow
@@ -234,31 +227,31 @@ def test_a_compiled_block_computes_the_same():
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("no C++ compiler here")
     torch.manual_seed(0)
-    block = DecoderBlock(
-        LanguageModelConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )
+    config = LanguageModelConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
-    inputs = torch.randn(2, 5, 16)
-    expected = torch.autograd.grad(
-        block(inputs, AttentionInputs(is_causal=True)).square().sum(), block.parameters()
+    block, inputs, causal = (
+        DecoderBlock(config),
+        torch.randn(2, 5, 16),
+        AttentionInputs(is_causal=True),
     )
-    towers = types.SimpleNamespace(
-        vision_encoder=types.SimpleNamespace(blocks=[]),
-        language_model=types.SimpleNamespace(blocks=[block]),
+    expected = torch.autograd.grad(block(inputs, causal).square().sum(), block.parameters())
+    model = nn.Module()
+    model.vision_encoder, model.language_model = nn.Module(), nn.Module()
+    model.vision_encoder.blocks, model.language_model.blocks = (
+        nn.ModuleList(),
+        nn.ModuleList([block]),
     )
-    compile_blocks(towers, CPU)
-    ours = torch.autograd.grad(
-        block(inputs, AttentionInputs(is_causal=True)).square().sum(), block.parameters()
-    )
+    compile_blocks(model, CPU)
+    ours = torch.autograd.grad(block(inputs, causal).square().sum(), block.parameters())
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_without_a_compiler_there_is_one_line(load, monkeypatch):
+def test_without_a_compiler_the_error_is_one_line(load, monkeypatch):
     def broken(function, **options):
         def run(*arguments):
             raise RuntimeError("InvalidCxxCompiler: no working compiler\nand a page of advice")
@@ -266,33 +259,25 @@ def test_without_a_compiler_there_is_one_line(load, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(
-        NanoVLMError, match=r"--compile: .* \(InvalidCxxCompiler: no working compiler\); install"
-    ) as error:
+    message = r"--compile: .* \(InvalidCxxCompiler: no working compiler\); install"
+    with pytest.raises(NanoVLMError, match=message) as error:
         compile_blocks(load(), CPU)
     assert "\n" not in str(error.value)
 
 
 def scratch_loss(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """Loss and gradients of a batch under a seed, for dropout."""
+    """Loss and gradients of a batch, with a fixed seed for dropout."""
     batch = make_batch(model)
     batch.pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     model.zero_grad()
     torch.manual_seed(3)
     loss = model(batch)
     loss.backward()
-    return {
-        "loss": loss.detach(),
-        **{
-            name: parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        },
-    }
+    return {"loss": loss.detach(), **gradients(model)}
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_experts_and_dropout_checkpointed_give_the_same_bits(tmp_path, autocast):
+def test_checkpointed_experts_and_dropout_give_the_same_bits(tmp_path, autocast):
     model = scratch_vlm(tmp_path, dropout=0.2).train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
         expected = scratch_loss(model)
@@ -301,25 +286,17 @@ def test_experts_and_dropout_checkpointed_give_the_same_bits(tmp_path, autocast)
         assert_same(scratch_loss(model), expected)
 
 
-def test_experts_are_left_alone_by_the_compiler_and_their_loads_make_no_new_code(
-    tmp_path, monkeypatch
+def test_experts_are_not_compiled_and_their_loads_cause_no_recompilation(
+    tmp_path, capturing_compiler
 ):
-    from torch._dynamo.testing import CompileCounter
-
-    compiler, compile = CompileCounter(), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile(function, backend=compiler, **options)
-    )
     model = scratch_vlm(tmp_path, dropout=0.2).train()
     expected = scratch_loss(model)
     compile_blocks(model, CPU)
     checkpoint_blocks(model, dropout=True)
     assert_same(scratch_loss(model), expected)
-    captured = compiler.frame_count
-    for seed in range(4):  # every time other tokens go to other experts
-        with torch.no_grad():
-            model.language_model.embed_tokens.weight.normal_(
-                generator=torch.Generator().manual_seed(seed)
-            )
+    captured = capturing_compiler.frame_count
+    for seed in range(4):  # other embeddings, so that the router sends tokens to other experts
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(model.language_model.embed_tokens.weight, generator=generator)
         scratch_loss(model)
-    assert compiler.frame_count == captured
+    assert capturing_compiler.frame_count == captured
