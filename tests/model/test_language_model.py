@@ -33,9 +33,9 @@ LLAMA3_ROPE = {
 VARIANTS = {
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
-    "qwen2 with its own head width": {"head_dim": 12},
+    "qwen2 with head_dim": {"head_dim": 12},
     "one key head": {"num_key_value_heads": 1},
-    "a key head each": {"num_key_value_heads": 4},
+    "as many key heads as query heads": {"num_key_value_heads": 4},
     "qwen3": {"family": "qwen3", "head_dim": 16},
     "qwen3 tied": {
         "family": "qwen3",
@@ -283,7 +283,7 @@ def test_the_first_qwen_scales_rotary_frequencies_by_the_length_of_each_row(firs
 
 
 @torch.inference_mode()
-def test_the_first_qwen_scales_nothing_in_training(tmp_path):
+def test_the_first_qwen_is_trained_without_dynamic_ntk_and_logn_attention(tmp_path):
     recorded = qwen1(tmp_path)
     ours = load_language_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -462,7 +462,7 @@ SCRATCH = dataclasses.replace(
         GPT,
         dataclasses.replace(SCRATCH, mlp="gated", norm="rms", positions="rotary"),
     ],
-    ids=["all of it", "dense", "gated experts, rotary"],
+    ids=["experts, learned positions", "dense", "gated experts, rotary"],
 )
 def scratch(request: pytest.FixtureRequest) -> LanguageModel:
     return from_scratch(request.param)
@@ -488,8 +488,8 @@ def gpt2() -> tuple[LanguageModel, PreTrainedModel]:
         )
     ).eval()
     randomise(reference, seed=0)
-    theirs, state = reference.transformer, {}
-    for number, block in enumerate(theirs.h):
+    transformer, state = reference.transformer, {}
+    for number, block in enumerate(transformer.h):
         names = {
             "attention.out_proj": block.attn.c_proj,
             "mlp.up_proj": block.mlp.c_fc,
@@ -509,10 +509,10 @@ def gpt2() -> tuple[LanguageModel, PreTrainedModel]:
             pieces |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
         state |= {f"blocks.{number}.{name}": piece for name, piece in pieces.items()}
     state |= {
-        "embed_tokens.weight": theirs.wte.weight,
-        "position_embedding.weight": theirs.wpe.weight,
-        "norm.weight": theirs.ln_f.weight,
-        "norm.bias": theirs.ln_f.bias,
+        "embed_tokens.weight": transformer.wte.weight,
+        "position_embedding.weight": transformer.wpe.weight,
+        "norm.weight": transformer.ln_f.weight,
+        "norm.bias": transformer.ln_f.bias,
     }
     model = LanguageModel(GPT).eval()
     model.load_state_dict(state)
@@ -597,9 +597,8 @@ def test_attention_is_bidirectional_within_a_group_and_causal_elsewhere(scratch)
     assert change(8, groups).tolist() == [False] * 8 + [True] * 2
     assert change(2, groups).tolist() == [False] * 2 + [True] * 8
     # Groups of one token each change nothing.
-    single = scratch.hidden_states(
-        embeddings, groups=torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]])
-    )
+    one_each = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 0, 0]])
+    single = scratch.hidden_states(embeddings, groups=one_each)
     torch.testing.assert_close(single, scratch.hidden_states(embeddings), **TOLERANCE)
     # Left padding shifts groups and tokens alike, and passes with a cache give the same states.
     padded = torch.cat((torch.zeros_like(embeddings[:, :2]), embeddings), dim=1)

@@ -339,9 +339,7 @@ def test_by_default_experts_are_quantised_and_adapted_and_their_router_is_not(tm
     add_adapters(language_model, lora_config(settings))
     frozen, adapted = language_model.blocks[1].mlp, language_model.blocks[2].mlp
     expert, shared_expert = adapted.experts[3], adapted.shared_experts[0]
-    assert isinstance(expert.up_proj, LoRALinear) and isinstance(
-        shared_expert.down_proj, LoRALinear
-    )
+    assert type(expert.up_proj) is type(shared_expert.down_proj) is LoRALinear
     assert isinstance(expert.up_proj.base, QuantizedLinear)
     assert type(adapted.router) is Router and type(frozen.experts[3].up_proj) is KINDS["int8"]
     merge_adapters(language_model)

@@ -203,22 +203,21 @@ def test_token_log_probabilities_and_gradients_equal_pytorch(rows):
     )
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-5)
     # The gradients stay the same where only one of the two inputs is trainable.
-    for index, arguments in enumerate(
-        ((hidden_states, weight.detach()), (hidden_states.detach(), weight))
-    ):
+    cases = ((hidden_states, weight.detach()), (hidden_states.detach(), weight))
+    for index, arguments in enumerate(cases):
         values = token_log_probabilities(*arguments, targets)
         gradient = torch.autograd.grad(values @ factors, arguments[index])[0]
         torch.testing.assert_close(gradient, expected_gradients[index], atol=1e-5, rtol=1e-5)
 
 
-def test_token_log_probabilities_keep_no_logits():
+def test_token_log_probabilities_save_no_logits_for_the_backward_pass():
     hidden_states, weight, targets = inputs(3 * CHUNK, 501)
-    kept = []
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         token_log_probabilities(hidden_states, weight, targets)
-    assert max(kept) == 501 * WIDTH  # the head's weight; a chunk of logits has 501 · CHUNK numbers
+    assert max(saved) == 501 * WIDTH  # the head's weight; a chunk of logits has 501 · CHUNK numbers
 
 
 def test_token_log_probabilities_under_autocast():

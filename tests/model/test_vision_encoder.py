@@ -243,10 +243,10 @@ def test_smolvlm2_256m():
             },
         }
     )
-    mlp = (config.intermediate_size, config.hidden_act)
-    assert (config.num_hidden_layers, *mlp) == (12, 3072, "gelu_pytorch_tanh")
-    num_features = config.num_features(512, 512)
-    assert (config.layer_norm_eps, num_features, config.class_token) == (1e-6, 1024, False)
+    shape = (config.num_hidden_layers, config.intermediate_size, config.num_features(512, 512))
+    assert shape == (12, 3072, 1024)
+    details = (config.hidden_act, config.layer_norm_eps, config.class_token)
+    assert details == ("gelu_pytorch_tanh", 1e-6, False)
 
 
 @pytest.mark.parametrize(

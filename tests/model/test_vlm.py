@@ -126,9 +126,8 @@ def test_changing_an_image_changes_the_logits_from_its_first_token_on_and_no_oth
 @torch.inference_mode()
 def test_precomputed_patches_replace_pixels(model):
     batch, _ = make_batch(model)
-    precomputed = dataclasses.replace(
-        batch, pixels=None, patches=model.vision_features(batch.pixels)
-    )
+    patches = model.vision_features(batch.pixels)
+    precomputed = dataclasses.replace(batch, pixels=None, patches=patches)
     assert model(precomputed) == model(batch)
 
 
@@ -340,7 +339,7 @@ def hidden_states(model: VisionLanguageModel, batch: Batch) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both ways"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 @torch.inference_mode()
 def test_earlier_tokens_of_an_image_attend_to_later_ones_only_if_bidirectional(
     scratch, bidirectional, monkeypatch

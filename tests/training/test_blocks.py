@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def load(tiny):
-    """Loads the tiny model with the parts `train` trainable."""
+    """A function that loads the tiny model with the parts named by `train` trainable."""
 
     def load(train="projector,language_model,vision_encoder", **depth) -> VisionLanguageModel:
         model = load_model(tiny.model).train()
@@ -234,18 +234,13 @@ def test_a_compiled_block_computes_the_same():
         num_key_value_heads=1,
         head_dim=8,
     )
-    block, inputs, causal = (
-        DecoderBlock(config),
-        torch.randn(2, 5, 16),
-        AttentionInputs(is_causal=True),
-    )
+    block, inputs = DecoderBlock(config), torch.randn(2, 5, 16)
+    causal = AttentionInputs(is_causal=True)
     expected = torch.autograd.grad(block(inputs, causal).square().sum(), block.parameters())
     model = nn.Module()
     model.vision_encoder, model.language_model = nn.Module(), nn.Module()
-    model.vision_encoder.blocks, model.language_model.blocks = (
-        nn.ModuleList(),
-        nn.ModuleList([block]),
-    )
+    model.vision_encoder.blocks = nn.ModuleList()
+    model.language_model.blocks = nn.ModuleList([block])
     compile_blocks(model, CPU)
     ours = torch.autograd.grad(block(inputs, causal).square().sum(), block.parameters())
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
