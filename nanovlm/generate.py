@@ -1,5 +1,4 @@
-"""Writing an answer: one pass over the prompt (prefill), then one token at a time through the cache
-(decode)."""
+"""Writing an answer: one pass over the prompt (prefill), then a token at a time (decode)."""
 
 import codecs
 import contextlib
@@ -18,16 +17,12 @@ from nanovlm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: the most likely token, always the same
-    answer."""
+    """How the next token is chosen. Temperature 0 is greedy: always the most likely token."""
 
     temperature: float = 0.0
-    # keep the most likely tokens that together have this probability (Holtzman et al. 2020)
-    top_p: float = 1.0
+    top_p: float = 1.0  # keep the likeliest tokens of this total probability (Holtzman et al. 2020)
     top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
-    repetition_penalty: float = (
-        1.0  # above 1, tokens already in the text get less likely (Keskar et al. 2019)
-    )
+    repetition_penalty: float = 1.0  # above 1, tokens so far get less likely (Keskar et al. 2019)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,10 +43,8 @@ class Prompt:
 
     embeddings: Tensor  # (B, T, C)
     input_ids: Tensor  # (B, T), for the repetition penalty
-    attention_mask: Tensor | None = (
-        None  # (B, T), see `LanguageModel.hidden_states`; None: no padding
-    )
-    groups: Tensor | None = None  # (B, T), see there
+    attention_mask: Tensor | None = None  # (B, T), as in `LanguageModel.hidden_states`
+    groups: Tensor | None = None  # (B, T), as there
 
     def last_tokens(self) -> Tensor:
         """The index of each row's last token that is not padding, (B,)."""
@@ -87,10 +80,10 @@ def generate(
     sampling: Sampling = Sampling(),
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Answer every row of `batch`, padded on either side: B lists of token ids, without the
-    end-of-turn token.
+    """Answer every row of `batch`: B lists of token ids, without the end-of-turn token.
 
-    `on_tokens` is called with the B tokens of each step as they come, -1 for rows that have ended.
+    Rows may be padded on either side. `on_tokens` is called with the B tokens of each step as they
+    come, -1 for rows that have ended.
     """
     answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
     with torch.inference_mode():
@@ -114,11 +107,10 @@ def decode(
     sampling: Sampling = Sampling(),
     use_cache: bool = True,
 ) -> Iterator[list[int]]:
-    """Yield the next token of each row, -1 once a row has ended, until all have or `max_new_tokens`
-    are written.
+    """Yield the next token of each row, and -1 once a row has ended.
 
-    `use_cache=False` reads the whole text again for every token; it is the reference that the cache
-    is tested against.
+    It stops when all rows have ended or `max_new_tokens` are written. `use_cache=False` reads the
+    whole text again for every token; it is the reference that the cache is tested against.
     """
     batch, length = prompt.input_ids.shape
     device, limit = prompt.embeddings.device, model.config.max_position_embeddings
@@ -157,8 +149,7 @@ def decode(
 
 @contextlib.contextmanager
 def _fast_products(inputs: Tensor) -> Iterator[None]:
-    """Switch oneDNN off for a single bf16 vector on a CPU: PyTorch's own loop reads the matrix
-    twice as fast."""
+    """Switch oneDNN off for one bf16 vector on a CPU: PyTorch's own loop is twice as fast."""
     rows = inputs.shape[0] * inputs.shape[1]
     one_vector = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows == 1
     enabled = torch.backends.mkldnn.enabled
@@ -187,8 +178,10 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
 
 
 class TextStreamer:
-    """Token ids in, text out, whole characters only: the bytes of a character may be spread over
-    several tokens."""
+    """Token ids in, text out, whole characters only.
+
+    The bytes of a character may be spread over several tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

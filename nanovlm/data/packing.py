@@ -1,5 +1,7 @@
-"""Several token sequences in one row, and rows divided among batches and processes so that these
-get alike amounts of work and little of it is padding."""
+"""Several token sequences in one row, and rows divided among batches and processes.
+
+Each of them is to get about the same amount of work, with little padding in it.
+"""
 
 from collections.abc import Sequence
 
@@ -47,8 +49,10 @@ def join(packed: PackedSequence) -> TokenSequence:
 
 
 def cut_by_length(rows: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
-    """Sort `rows` by length and cut them into `count` batches of alike numbers of records, so that
-    each batch needs little padding. No batch is empty if there are rows enough."""
+    """Sort `rows` by length and cut them into `count` batches of about equally many records.
+
+    So each batch needs little padding. No batch is empty if there are rows enough.
+    """
     rows = sorted(rows, key=_tokens)
     records = [sum(len(sequence.records) for sequence in row) for row in rows]
     batches, start = [], 0
@@ -66,10 +70,10 @@ def cut_by_length(rows: Sequence[PackedSequence], count: int) -> list[list[Packe
 
 
 def deal(rows: Sequence[PackedSequence], count: int) -> list[list[PackedSequence]]:
-    """Divide `rows` into `count` parts of alike numbers of tokens: the longest first, each to the
-    part that has the fewest so far.
+    """Divide `rows` into `count` parts of about equally many tokens.
 
-    If there are fewer rows than parts, rows of several sequences are halved, so that a part stays
+    The longest row comes first, and each goes to the part that has the fewest tokens so far. If
+    there are fewer rows than parts, rows of several sequences are halved, so that a part stays
     empty only when there is nothing left to divide.
     """
     rows = list(rows)

@@ -1,8 +1,7 @@
 """Pairs of answers of which one is preferred: reading them, and batches of them.
 
     {"image": "a.jpg", "prompt": "描述图片", "chosen": "…", "rejected": "…"}
-    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"},
-    …],
+    {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}],
      "chosen": "…", "rejected": "…"}
 
 In place of `prompt`, `messages` or `conversations` hold several turns, of which the last is the
@@ -92,8 +91,10 @@ class PairBatch(Batch):
 
     @classmethod
     def of(cls, batch: Batch) -> "PairBatch":
-        """The batch itself, or a plain one as one of no pairs: an empty one with which a process
-        takes part in a step for which it has no records (FSDP)."""
+        """`batch` itself, or, of a plain one, a batch of no pairs.
+
+        With FSDP, a process without records takes part in a step with an empty plain batch.
+        """
         return batch if isinstance(batch, cls) else cls(**vars(batch))
 
 

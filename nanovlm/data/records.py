@@ -40,9 +40,7 @@ class Record:
     messages: tuple[Message, ...]
     references: tuple[str, ...]
     extra: dict[str, Any]  # its other keys, such as `kind`
-    rejected: str = (
-        ""  # of a pair (`preferences`), the worse answer; `messages` end with the better
-    )
+    rejected: str = ""  # the worse answer of a pair, whose `messages` end with the better one
 
 
 def read_records(

@@ -102,8 +102,7 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
         weights, norms = weigh(_count_ngrams(answer, MAX_ORDER))
         similarity = 0.0
         for reference, counts in zip(group, group_counts):
-            # The reference scorer measures length in bigrams, so nothing and one token are equally
-            # long.
+            # The reference scorer counts bigrams: nothing and one token are equally long.
             difference = max(len(answer) - 1, 0) - max(len(reference) - 1, 0)
             penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
             similarity += penalty * _clipped_cosine(weights, norms, *weigh(counts))

@@ -13,8 +13,8 @@ from nanovlm.utils.files import read_json
 _FIRST_QWEN_TOKEN = "<|extra_0|>"
 _FIRST_QWEN_SYSTEM = "You are a helpful assistant."
 
-# Tokens that can stand for a visual token: the first that the vocabulary has. One that has none
-# gets IMAGE_MARKER.
+# Tokens that can stand for a visual token. A vocabulary takes the first that it has, and gets
+# IMAGE_MARKER if it has none.
 _PLACEHOLDERS = ("<|image_pad|>", IMAGE_MARKER, _FIRST_QWEN_TOKEN)
 
 # By our template: the default system prompt as it stands in the text of a published template.

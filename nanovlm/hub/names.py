@@ -310,9 +310,7 @@ _QWEN_VL = Family(
     lambda config: qwen_vl_vision(config.num_attention_heads), prefix=r"(transformer\.visual\.)?"
 )
 
-OWN = (
-    "nanovlm_language_model"  # the model_type of a language model that `save_language_model` wrote
-)
+OWN = "nanovlm_language_model"  # the model_type that `save_language_model` writes
 OWN_BEFORE = "nanovlm_decoder"  # the same before version 0.2
 
 # By the model_type of `config.json`.

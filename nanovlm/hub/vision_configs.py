@@ -135,8 +135,7 @@ def _parse_dinov2(config: dict[str, Any]) -> dict[str, Any]:
     require(config, interpolate_antialias=registers, interpolate_offset=0.0)
     intermediate_size = int(config["hidden_size"] * config["mlp_ratio"])
     if config["use_swiglu_ffn"]:
-        # Two thirds, so that three matrices have the parameters of two; rounded up to a multiple
-        # of 8.
+        # Two thirds, so that three matrices have the parameters of two; a multiple of 8.
         intermediate_size = (int(intermediate_size * 2 / 3) + 7) // 8 * 8
     same_names = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size",

@@ -10,8 +10,8 @@ from nanovlm.tokenizer.base import spelling_pattern
 
 IGNORED = -100  # the label of a token that the model is not trained to predict
 IMAGE_MARKER = "<image>"  # how records and prompts write down the place of an image
-# The tokens before each tile of an image that is cut, and after the last: the first pair that the
-# tokenizer knows.
+# The tokens before each tile of an image that is cut, and after the last one. A tokenizer takes the
+# first pair that it has.
 TILE_FRAMES = (
     ("<fake_token_around_image>", "<fake_token_around_image>"),  # Idefics3, SmolVLM
     ("<|vision_start|>", "<|vision_end|>"),  # Qwen2.5, Qwen3
@@ -106,7 +106,7 @@ class Template:
         )
 
 
-# A tokenizer takes the first template whose special tokens it has.
+# A tokenizer takes the first one whose special tokens it has.
 TEMPLATES = {
     # <|im_start|>user\n…<|im_end|>\n: Qwen, SmolLM2 and many others
     "chatml": Template.alike(

@@ -20,11 +20,9 @@ from nanovlm.inputs.image_config import FILTERS, ImageConfig
 
 T = TypeVar("T")
 
-# 8192 × 8192: more than a 50-megapixel photo, and 256 MiB decoded (pillow keeps four bytes a
-# pixel).
+# 8192 × 8192: more than a 50-megapixel photo, and 256 MiB decoded (four bytes a pixel).
 MAX_PIXELS = 2**26
-# Formats that are decoded inside this process. EPS is not, because pillow starts ghostscript for
-# it.
+# Formats that are decoded inside this process; EPS is not, because pillow starts ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # EXIF orientation → what turns the image upright; 1 is upright already.

@@ -24,13 +24,14 @@ _check = partial(check, where="image config")
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How an image becomes pixels: `height` × `width` of them, resized with the filter `resample`
-    and normalised with `mean` and `std`, which are for values in [0, 1].
+    """How an image becomes `height` × `width` pixels.
+
+    It is resized with the filter `resample`, and normalised with `mean` and `std`, which are for
+    values in [0, 1].
 
     - `fit="squash"` resizes the whole image to height × width, whatever its shape.
     - `fit="crop"` resizes it until its shorter side is `shortest_edge`, then cuts height × width
-    out
-      of the middle.
+      out of the middle.
     - `fit="tiles"` cuts it into tiles of height × width, after resizing it so that its longer side
       is `max_tiles` tiles and its shorter side the fewest that hold it. The whole image, squashed,
       comes after them as one more tile (Idefics3: Laurençon et al. 2024).

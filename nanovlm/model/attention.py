@@ -16,8 +16,7 @@ SEGMENT = 2**16  # how much the attention mask's numbers rise from one packed sa
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, (layers, B, H_kv, S, D), allocated once for a
-    whole generation."""
+    """Keys and values of the tokens read so far, allocated once for a whole generation."""
 
     def __init__(
         self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
@@ -30,8 +29,7 @@ class KVCache:
         self.prompt_lengths: Tensor | None = None  # (B,) of the first pass, for dynamic NTK alone
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H_kv, T, D) after the tokens held; returns views of all tokens up to and
-        including them."""
+        """Store (B, H_kv, T, D) after the tokens held; returns views of all S, (B, H_kv, S, D)."""
         end = self.length + keys.shape[2]
         if end > self.max_length:
             raise NanoVLMError(
@@ -109,8 +107,7 @@ def attend(
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=shared
         )
-    # The query heads that share a key head are stacked along T, so that one product serves them
-    # all.
+    # Query heads that share a key head are stacked along T, so that one product serves them all.
     queries = queries * head_dim**-0.5
     queries = queries.reshape(batch, keys.shape[1], -1, head_dim)  # (B, H_kv, H/H_kv · T, D)
     scores = (queries @ keys.transpose(-1, -2)).view(batch, num_heads, length, -1)
@@ -124,8 +121,7 @@ def attend(
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The shape of an attention module. The head width may differ from hidden_size / num_heads
-    (Qwen3)."""
+    """The shape of an attention module; head_dim need not be hidden_size / num_heads (Qwen3)."""
 
     hidden_size: int
     num_heads: int

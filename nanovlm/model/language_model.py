@@ -32,13 +32,13 @@ from nanovlm.model.rotary import (
     rotary_embedding,
     rotary_frequencies,
 )
-from nanovlm.utils.config import check_divides, check_numbers
+from nanovlm.utils.config import check_choices, check_divides, check_numbers
 
 CHOICES = {
     "rope_type": ("default", "llama3", "dynamic_ntk"),
-    "norm": tuple(NORMS),
+    "norm": NORMS,
     "positions": ("rotary", "learned"),
-    "mlp": tuple(MLPS),
+    "mlp": MLPS,
 }
 
 
@@ -74,9 +74,7 @@ class LanguageModelConfig:
     positions: str = "rotary"  # or "learned": a table of `max_position_embeddings`, as in GPT-2
     mlp: str = "gated"  # or "gelu": linear, GELU, linear, as in GPT-2
     dropout: float = 0.0  # in training, on what enters the first block and each residual branch
-    embedding_size: int = (
-        0  # width of the embeddings before a reducer (0: `hidden_size`, no reducer)
-    )
+    embedding_size: int = 0  # of embeddings before a reducer (0: `hidden_size`, no reducer)
     reducer_size: int = 384  # width between the reducer's two matrices
     num_experts: int = 0  # MLPs of a mixture of experts (0: one plain MLP)
     experts_per_token: int = 2
@@ -86,11 +84,7 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_divides(self, "num_attention_heads", "num_key_value_heads")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise self._error(
-                    f"{name} is {getattr(self, name)!r}; take one of {', '.join(known)}"
-                )
+        check_choices(self, CHOICES)
         stretched = self.rope_type != "default" or self.logn_attention
         if stretched and self.original_max_position_embeddings < 2:
             raise self._error(
@@ -138,8 +132,7 @@ class LanguageModelConfig:
 
 
 class Reducer(nn.Module):
-    """Wide embeddings → the model's width through a narrow middle, the same for words and visual
-    tokens."""
+    """Wide embeddings of words and visual tokens → the model's width, through a narrow middle."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -203,8 +196,10 @@ class LanguageModel(nn.Module):
 
     @property
     def tied_names(self) -> dict[str, str]:
-        """Names that a file may store a second time: Qwen3-0.6B's holds its head beside the table
-        it is tied to."""
+        """Names under which a file may store a parameter once more, and the parameter's own.
+
+        Qwen3-0.6B's file holds the output head beside the embedding table that it is tied to.
+        """
         return {"lm_head.weight": "embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     @property
@@ -266,8 +261,7 @@ class LanguageModel(nn.Module):
     def _mask_and_positions(
         self, embeddings: Tensor, attention_mask: Tensor | None, start: int, groups: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """The mask (B, 1, T, S), or None for the plain causal one, and each token's position (B,
-        T).
+        """The mask, (B, 1, T, S) or None for the plain causal one, and positions, (B, T).
 
         A token's position is the number of tokens it attends to before it. That is right for
         padding on either side, branches and packed samples alike; groups do not change it.
@@ -285,9 +279,11 @@ class LanguageModel(nn.Module):
         return mask[:, None], position_ids
 
     def _learned_positions(self, position_ids: Tensor, row_length: int) -> Tensor:
-        """(B, T) positions → (B, T, C). Only where the row is longer than the table may a position
-        lie outside it, and only then is the device asked: packed rows are long, and their samples
-        short."""
+        """(B, T) positions → (B, T, C).
+
+        A position may lie outside the table only where the row is longer, and only then is the
+        device asked: packed rows are long, and their samples short.
+        """
         limit = self.config.max_position_embeddings
         if row_length > limit and int(position_ids.max()) >= limit:
             raise NanoVLMError(
@@ -336,8 +332,7 @@ class LanguageModel(nn.Module):
         return (cos.to(dtype), sin.to(dtype)), query_scale
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `max_length` tokens, in the weights' dtype and
-        on their device."""
+        """An empty cache of `max_length` tokens a row, with the dtype and device of the weights."""
         config, weight = self.config, self.embed_tokens.weight
         heads, width = config.num_key_value_heads, config.head_dim
         shape = config.num_hidden_layers, batch, heads, max_length, width

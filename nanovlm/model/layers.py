@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The formula of `RMSNorm` in fp32. Only the input and one number a vector are saved for the
-    backward pass."""
+    """The formula of `RMSNorm` in fp32; saves only its input and one number a vector."""
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,8 +32,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019), any shape
-    → the same shape."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -42,6 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
         weight = self.weight.to(hidden_states.dtype)
         if (
             hidden_states.device.type == "cpu"
@@ -51,10 +50,13 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Ba et al. 2016. The output has the dtype of the input, also under autocast, which would make
-    it fp32."""
+    """Layer normalisation (Ba et al. 2016) in the dtype of its input.
+
+    Under autocast, PyTorch's own would give fp32.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
         weight, bias = self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
@@ -76,8 +78,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names of publis
 
 
 class _GatedProduct(torch.autograd.Function):
-    """silu(gate) · value, which saves only its two inputs: the backward pass computes silu(gate)
-    again."""
+    """silu(gate) · value; saves only its inputs: the backward pass computes silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
@@ -146,11 +147,11 @@ def resize_positions(
 def sine_cosine_positions(
     side: int, width: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Fixed positions of a side × side grid (Vaswani et al. 2017, in two dimensions): (1, side²,
-    width) in fp32.
+    """Fixed positions of a side × side grid: (1, side², width) in fp32.
 
-    The first half of a vector encodes the column, the second the row; each half holds the sines at
-    width / 4 frequencies, then the cosines. `width` is a multiple of 4.
+    Sines and cosines as in Vaswani et al. 2017, in two dimensions. The first half of a vector
+    encodes the column, the second the row; each half holds the sines at width / 4 frequencies, then
+    the cosines. `width` is a multiple of 4.
     """
     exponents = -torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4)
     angles = torch.arange(side, device=device)[:, None] * 10000**exponents  # (side, width / 4)

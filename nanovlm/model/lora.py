@@ -1,5 +1,4 @@
-"""LoRA (Hu et al. 2021): small trainable matrices beside frozen ones, which can be merged into
-them."""
+"""LoRA (Hu et al. 2021): small trainable matrices beside frozen ones, and merged into them."""
 
 import difflib
 import math
@@ -32,10 +31,10 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha/rank · B A dropout(x), with a frozen `base` and trainable A (rank, in) and B
-    (out, rank).
+    """base(x) + alpha/rank · B A dropout(x): `base` is frozen, A and B are trainable.
 
-    B starts at zero, so the first forward pass gives what `base` alone gives.
+    A is (rank, in) and B (out, rank). B starts at zero, so the first forward pass gives what `base`
+    alone gives.
     """
 
     def __init__(self, base: nn.Linear | QuantizedLinear, config: LoRAConfig) -> None:
@@ -107,8 +106,10 @@ def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Replace every layer that has an adapter by a plain one that computes the same, in the dtype
-    of its base."""
+    """Replace each layer that has an adapter by a plain one that computes the same.
+
+    It has the dtype of the adapter's base.
+    """
     for name, adapter in list(model.named_modules()):
         if not isinstance(adapter, LoRALinear):
             continue

@@ -13,8 +13,10 @@ def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients, chunk by chunk in the forward pass, where the logits exist (Wijmans
-    et al. 2024; Hsu et al. 2024). The backward pass only scales the gradients."""
+    """Loss and both gradients, chunk by chunk in the forward pass, where the logits exist.
+
+    Wijmans et al. 2024; Hsu et al. 2024. The backward pass only scales the gradients.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor, train: bool) -> Tensor:
@@ -70,8 +72,10 @@ def chunked_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor
 
 
 class _TokenLogProbabilities(torch.autograd.Function):
-    """Keeps no logits: the factor of each token's gradient is known only after the forward pass, so
-    the backward pass computes them again."""
+    """Keeps no logits: the backward pass computes them again.
+
+    Unlike with the cross entropy, the factor of each token's gradient is not known before.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -110,8 +114,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
 
 
 def token_log_probabilities(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The log-probability, in nats, of each of `targets` under `softmax(hidden_states @ weight.T)`:
-    (M,) in fp32.
+    """log softmax(hidden_states @ weight.T) at each of `targets`: (M,) in fp32.
 
     Arguments and dtypes as in `chunked_cross_entropy`, whose result is the negative sum of this.
     The backward pass multiplies with the output head once more, so that no logits are kept between

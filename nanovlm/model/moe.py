@@ -61,11 +61,12 @@ class MixtureOfExperts(nn.Module):
         return mixed.view_as(hidden_states)
 
     def mix(self, tokens: Tensor, weights: Tensor, chosen: Tensor, used: Tensor) -> Tensor:
-        """Sort the choices by expert, run each expert on its tokens at once, and put the results
-        back in order.
+        """The weighted sum of the chosen experts' outputs, (N, C).
 
-        The counts are read from the device once a layer; they are shapes that a compiler cannot
-        know. An expert without a token runs on none, so that its gradient is zero and not missing.
+        The choices are sorted by expert, each expert runs on its tokens at once, and the results
+        are put back in order. The counts are read from the device once a layer; they are shapes
+        that a compiler cannot know. An expert without a token runs on none, so that its gradient is
+        zero and not missing.
         """
         order = chosen.flatten().argsort(stable=True)  # (N · k,), grouped by expert
         pieces = tokens.index_select(0, order // self.per_token).split(used.sum(dim=0).tolist())
@@ -109,8 +110,7 @@ def _mixtures(model: nn.Module) -> list[MixtureOfExperts]:
 def load_balance(
     probabilities: Tensor, used: Tensor, per_token: int, counted: Tensor | None = None
 ) -> Tensor:
-    """E · Σ f_i · P_i (Fedus et al. 2021, Switch Transformer), for k experts a token instead of
-    one.
+    """E · Σ f_i · P_i (Fedus et al. 2021, Switch Transformer), for k experts a token, not one.
 
     The result is 1 where all E experts are equally busy, and E / k where all tokens go to the same
     k. `probabilities` and `used`, with k true values a row, are (N, E); `counted` is any shape of N

@@ -1,7 +1,6 @@
-"""Projectors: patch vectors of the vision encoder → visual tokens of the language model, one small
-class each.
+"""Projectors: patch vectors of the vision encoder → visual tokens of the language model.
 
-To add one, write a subclass of `Projector` and add a line to PROJECTORS.
+Each is a small class. To add one, write a subclass of `Projector` and add a line to PROJECTORS.
 """
 
 import math
@@ -15,7 +14,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.attention import AttentionConfig
 from nanovlm.model.layers import ACTIVATIONS
 from nanovlm.model.resampler import CrossAttention
-from nanovlm.utils.config import check_numbers
+from nanovlm.utils.config import check_choices, check_numbers
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,7 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.activation not in ACTIVATIONS:
-            raise NanoVLMError(
-                f"ProjectorConfig: activation {self.activation!r} is not known; take one of "
-                + ", ".join(ACTIVATIONS)
-            )
+        check_choices(self, {"activation": ACTIVATIONS})
 
 
 class Projector(nn.Module):
@@ -46,8 +41,7 @@ class Projector(nn.Module):
         super().__init__()
 
     def num_tokens(self, num_patches: int) -> int:
-        """K, the number of visual tokens that `num_patches` become; an error where the projector
-        cannot take them."""
+        """K, the visual tokens that `num_patches` become; an error where they cannot be taken."""
         return num_patches
 
 
@@ -118,13 +112,13 @@ class BilinearProjector(MLPProjector):
         return self.grid**2
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, P, C_vision) → (N, grid², C_text). The antialiased filter weighs every patch, also at
-        uneven ratios."""
+        """(N, P, C_vision) → (N, grid², C_text).
+
+        The antialiased filter weighs every patch, also at uneven ratios.
+        """
         side, size = square_side(patches.shape[1]), (self.grid, self.grid)
-        grid = (
-            patches.transpose(1, 2).unflatten(2, (side, side)).float()
-        )  # (N, C_vision, side, side)
-        grid = F.interpolate(grid, size, mode="bilinear", antialias=True)
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, C_vision, side, side)
+        grid = F.interpolate(grid.float(), size, mode="bilinear", antialias=True)
         return super().forward(grid.flatten(2).transpose(1, 2).to(patches.dtype))
 
 
@@ -141,8 +135,7 @@ class ResamplerProjector(Projector):
                 f"{config.num_heads} heads; take another projector, or another num_heads"
             )
         self.activation = ACTIVATIONS[config.activation]
-        # As large as patch vectors are: with small queries all tokens would start as the mean of
-        # all patches.
+        # As large as patch vectors: with small queries, all tokens would start as their mean.
         self.queries = nn.Parameter(torch.randn(config.num_queries, vision_width))
         heads = AttentionConfig.multi_head(vision_width, config.num_heads)
         self.attention = CrossAttention(heads)
@@ -182,8 +175,7 @@ def build_projector(config: ProjectorConfig, vision_width: int, text_width: int)
 
 
 def pixel_shuffle(patches: Tensor, scale: int) -> Tensor:
-    """(N, P, C) on a square grid → (N, P / scale², C · scale²): space moved into channels, row by
-    row."""
+    """(N, P, C) on a square grid → (N, P / scale², C · scale²), row by row."""
     batch, count, width = patches.shape
     side = square_side(count)
     squares = patches.reshape(batch, side // scale, scale, side // scale, scale, width)

@@ -1,9 +1,9 @@
-"""Frozen matrices in few bits: 4-bit NormalFloat with double quantisation (Dettmers et al. 2023,
-QLoRA), and int8.
+"""Frozen matrices in few bits: 4-bit NormalFloat with double quantisation, and int8.
 
-Codes and scales are buffers outside the state dict: a quantised model is never saved as such,
-`hub.adapters.merged_tensors` turns it into plain matrices. fp32 numbers are stored as their bits,
-in int32, which `model.to(bfloat16)` does not change.
+NormalFloat is QLoRA's (Dettmers et al. 2023). Codes and scales are buffers outside the state dict:
+a quantised model is never saved as such, `hub.adapters.merged_tensors` turns it into plain
+matrices. fp32 numbers are stored as their bits, in int32, which `model.to(bfloat16)` does not
+change.
 """
 
 import torch
@@ -16,8 +16,7 @@ AT_ONCE = 2**21  # weights decoded at a time: few enough to stay in a CPU's cach
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """inputs @ Wᵀ + b. Both passes decode the matrix, so that nothing of its size is kept between
-    them."""
+    """inputs @ Wᵀ + b. Both passes decode the matrix: nothing of its size is kept between them."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, layer: "QuantizedLinear") -> Tensor:
@@ -31,8 +30,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ + b in place of a frozen nn.Linear: rows of codes, each decoded and multiplied by its
-    scale.
+    """x Wᵀ + b in place of a frozen nn.Linear, with W in rows of codes and a scale for each row.
 
     (…, in_features) → (…, out_features), computed in autocast's dtype, or without autocast in that
     of the input. Only the input gets a gradient. A subclass sets `codes` and `row`, the width of a
@@ -82,12 +80,11 @@ class QuantizedLinear(nn.Module):
 
 
 class NF4Linear(QuantizedLinear):
-    """Each weight is the nearest of 16 levels times the largest magnitude of its block of 64: 4.13
-    bits a weight.
+    """Each weight is the nearest of 16 levels times the largest magnitude of its block of 64.
 
-    Blocks follow the matrix row by row; the last one is padded with zeros. Two codes share a byte,
-    the first in its high half. The scales of the blocks, minus their mean, are stored in 8 bits, in
-    blocks of 256 with an fp32 scale each.
+    That is 4.13 bits a weight. Blocks follow the matrix row by row; the last one is padded with
+    zeros. Two codes share a byte, the first in its high half. The scales of the blocks, minus their
+    mean, are stored in 8 bits, in blocks of 256 with an fp32 scale each.
     """
 
     row = BLOCK
@@ -130,8 +127,7 @@ class NF4Linear(QuantizedLinear):
 
 
 class Int8Linear(QuantizedLinear):
-    """Each weight is a whole number from −127 to 127 times 1/127 of the largest magnitude of its
-    row."""
+    """Each weight is a whole number from −127 to 127 times its row's largest magnitude / 127."""
 
     steps: Tensor
 
@@ -153,8 +149,7 @@ KINDS: dict[str, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def hide_from_compiler(module: nn.Module) -> None:
-    """Exclude quantised layers from torch.compile, which would keep the decoded matrix from one
-    pass to the other."""
+    """Exclude quantised layers from torch.compile, which keeps decoded matrices between passes."""
     for layer in module.modules():
         if isinstance(layer, QuantizedLinear):
             layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
@@ -171,11 +166,11 @@ def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) 
 
 
 def nf4_levels() -> Tensor:
-    """The 16 levels of 4-bit NormalFloat in fp32, ascending: quantiles of a normal distribution,
-    scaled to [−1, 1].
+    """The 16 levels of 4-bit NormalFloat in fp32, ascending.
 
-    Eight are above 0 and seven below, each half evenly spaced in probability, with an exact 0
-    between (Dettmers et al. 2023, section 3 and appendix E).
+    They are quantiles of a normal distribution, scaled to [−1, 1]. Eight are above 0 and seven
+    below, each half evenly spaced in probability, with an exact 0 between (Dettmers et al. 2023,
+    section 3 and appendix E).
     """
     # A normal distribution has no largest value. The outermost quantile is the mean of two: the
     # middle of the last of 15 even shares of probability, and of the last of 16.

@@ -1,5 +1,4 @@
-"""Learned queries that attend to all patches of an image: any number of patches → a fixed number of
-vectors."""
+"""Learned queries that attend to all patches of an image: any number in, a fixed number out."""
 
 import math
 
@@ -25,8 +24,7 @@ class CrossAttention(Attention):
 
 
 class Resampler(nn.Module):
-    """Qwen-VL's resampler (Bai et al. 2023): `num_queries` learned queries, one layer of
-    cross-attention.
+    """Qwen-VL's resampler (Bai et al. 2023): learned queries, one layer of cross-attention.
 
     The queries form a square grid, as the patches do. Fixed sine–cosine positions are added to
     queries and keys, not to values; the keys' table is the queries' one, resized to the patches'

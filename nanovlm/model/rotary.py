@@ -1,5 +1,4 @@
-"""Rotary position embeddings (RoPE, Su et al. 2021), and how published models go beyond the length
-they were trained at."""
+"""Rotary position embeddings (RoPE, Su et al. 2021), and their use beyond the trained length."""
 
 import math
 
@@ -10,8 +9,10 @@ from torch import Tensor
 def rotary_frequencies(
     head_dim: int, theta: float | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """Radians by which one position rotates each pair of a head, (D/2,) in fp32; for bases (B, 1,
-    1, 1), (B, 1, 1, D/2)."""
+    """Radians by which one position rotates each pair of a head, in fp32.
+
+    (D/2,) for one base `theta`; (B, 1, 1, D/2) for one of each row, (B, 1, 1, 1).
+    """
     return theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
@@ -40,11 +41,10 @@ def ntk_theta(theta: float, head_dim: int, lengths: Tensor, trained_length: int)
 
 
 def logn_scale(position_ids: Tensor, trained_length: int) -> Tensor:
-    """The factor of each query that keeps attention over more tokens as sharp (Su 2021; Bai et al.
-    2023).
+    """The factor of each query that keeps attention over more tokens as sharp.
 
-    It is the logarithm of the number of tokens attended to, to the base of the trained length, and
-    1 up to that: (B, T) → (B, 1, T, 1) in fp32.
+    Su 2021; Bai et al. 2023. It is the logarithm of the number of tokens attended to, to the base
+    of the trained length, and 1 up to that: (B, T) → (B, 1, T, 1) in fp32.
     """
     attended = position_ids[:, None, :, None].float() + 1
     return (attended.log() / math.log(trained_length)).clamp(min=1)

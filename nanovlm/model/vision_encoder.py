@@ -1,5 +1,7 @@
-"""The vision encoder: pixels → one vector a patch. DINOv2, SigLIP and SigLIP 2, CLIP, SmolVLM2's
-and Qwen-VL's."""
+"""The vision encoder: pixels → one vector a patch.
+
+One transformer for DINOv2, SigLIP, SigLIP 2, CLIP, and the encoders of SmolVLM2 and Qwen-VL.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +14,9 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.attention import Attention, AttentionConfig
 from nanovlm.model.layers import ACTIVATIONS, resize_positions
 from nanovlm.model.resampler import Resampler
-from nanovlm.utils.config import check_divides, check_numbers
+from nanovlm.utils.config import check_choices, check_divides, check_numbers
 
-CHOICES = {"hidden_act": tuple(ACTIVATIONS), "position_resize": ("bicubic", "nearest")}
+CHOICES = {"hidden_act": ACTIVATIONS, "position_resize": ("bicubic", "nearest")}
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,7 @@ class VisionEncoderConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     patch_size: int = 14
-    image_size: int = (
-        518  # side in pixels of the position table's grid; images may be of other sizes
-    )
+    image_size: int = 518  # side in pixels that the position table is made for; images may differ
     num_register_tokens: int = 0
     swiglu: bool = False  # gated MLP, as in the giant DINOv2
     position_antialias: bool = False  # filter of a resized position table: DINOv2 with registers
@@ -46,12 +46,7 @@ class VisionEncoderConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_divides(self, "hidden_size", "num_attention_heads")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise NanoVLMError(
-                    f"VisionEncoderConfig: {name} is {getattr(self, name)!r}; "
-                    f"implemented are {', '.join(known)}"
-                )
+        check_choices(self, CHOICES)
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise NanoVLMError(
                 f"VisionEncoderConfig: num_queries is {self.num_queries}; "
@@ -69,8 +64,10 @@ class VisionEncoderConfig:
         return self.class_token + self.num_register_tokens
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches. Of images of `image_size`, an incomplete last patch is cut
-        off, as the reference does."""
+        """Rows and columns of patches.
+
+        Of images of `image_size`, an incomplete last patch is cut off, as the reference does.
+        """
         for pixels in (height, width):
             if pixels % self.patch_size and pixels != self.image_size:
                 raise NanoVLMError(
@@ -84,8 +81,7 @@ class VisionEncoderConfig:
         return math.prod(self.grid(height, width))
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens that pass the blocks for an image of height × width pixels: class token, registers
-        and patches."""
+        """Tokens that pass the blocks for such an image: class token, registers and patches."""
         return self.num_prefix_tokens + self.num_patches(height, width)
 
     def num_features(self, height: int, width: int, layer: int = -1) -> int:
@@ -185,10 +181,10 @@ class VisionEncoder(nn.Module):
             self.resampler = Resampler(width, config.num_queries, config.output_size, eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised pixels → (N, tokens, C) after the final norm: class token,
-        registers, patches.
+        """(N, 3, H, W) normalised pixels → (N, tokens, C) after the final norm.
 
-        With a resampler, the vectors that it gives: (N, num_queries, output_size).
+        The tokens are the class token, the registers and the patches, in this order. With a
+        resampler, the vectors that it gives: (N, num_queries, output_size).
         """
         tokens = self.norm(self._hidden_states(pixels, len(self.blocks)))
         if not self.config.num_queries:
@@ -218,8 +214,7 @@ class VisionEncoder(nn.Module):
         return hidden_states
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Patch embeddings with their positions, after class token and registers: (N, 3, H, W) →
-        (N, tokens, C)."""
+        """(N, 3, H, W) → (N, tokens, C): class token, registers, and patches with positions."""
         rows, columns = self.config.grid(*pixels.shape[-2:])
         antialias = self.config.position_antialias
         mode = "bicubic_antialias" if antialias else self.config.position_resize

@@ -1,8 +1,11 @@
 """The whole model: an image becomes visual tokens among the words, which the language model reads.
 
-pixels (N, 3, H, W) ─ vision_encoder ─▶ patches (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
-input_ids (B, T) ─ embed_tokens ─▶ (B, T, C_t), in which they replace the K placeholders of each
-image ─ language_model ─▶ hidden states (M, C_t) at the labelled positions ─ loss ─▶ a scalar
+    pixels (N, 3, H, W) ─ vision_encoder ─▶ (N, P, C_v) ─ projector ─▶ visual tokens (N, K, C_t)
+                                                                             │
+    input_ids (B, T) ─ embed_tokens ─▶ words (B, T, C_t) ◀────── splice ─────┘
+                                         └─ language_model ─▶ (M, C) ─▶ loss
+
+The ids hold K placeholders for each of the N tiles; M of all B · T positions have a label.
 """
 
 from collections.abc import Callable
@@ -41,8 +44,7 @@ class VLMConfig:
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision encoder, projector and language model, with the language model's tokenizer and chat
-    template."""
+    """Vision encoder, projector, and language model with its tokenizer and chat template."""
 
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class VisionLanguageModel(nn.Module):
             batch.attention_mask,
             positions=batch.target_positions,
             groups=self.image_groups(batch),
-        )  # (M, C_t)
+        )  # (M, C)
         head = self.language_model.head_weight
         loss = (loss_function or chunked_cross_entropy)(hidden_states, head, batch.targets)
         if self.config.language_model.num_experts:
@@ -119,8 +121,10 @@ class VisionLanguageModel(nn.Module):
         return torch.cat([self.vision_encoder.patches(part, layer) for part in parts])
 
     def image_groups(self, batch: Batch) -> Tensor | None:
-        """Which tokens attend to each other both ways: (B, T), k + 1 for those of tile k of the
-        batch, 0 for words; None where `bidirectional_images` is off."""
+        """Which tokens attend to each other both ways, (B, T); None where none do.
+
+        k + 1 for the visual tokens of tile k of the batch, 0 for words.
+        """
         if not self.config.bidirectional_images or not len(batch.image_positions):
             return None
         places = torch.arange(len(batch.image_positions), device=batch.input_ids.device)
@@ -133,10 +137,12 @@ class VisionLanguageModel(nn.Module):
         return ImageTokens(self.image_length, *tile_grid(width, height, self.config.image))
 
     def _weigh(self, balance_loss: Tensor, batch: Batch) -> Tensor:
-        """The experts' load-balance loss as a part of the summed loss: times the number of targets,
-        so that, divided by all targets of a step, it is a mean. Unlike the rest, it is not exactly
-        the same for k small batches and a large one, because the load of experts is counted within
-        a batch."""
+        """The experts' load-balance loss as a part of the summed loss.
+
+        It is multiplied by the number of targets, so that, divided by all targets of a step, it is
+        a mean. Unlike the rest, it is not exactly the same for k small batches and a large one,
+        because the load of experts is counted within a batch.
+        """
         return self.config.language_model.balance_loss * len(batch.targets) * balance_loss
 
     def _check_placeholders(self, batch: Batch) -> None:

@@ -21,9 +21,10 @@ from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.quantization import quantize_
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import freeze
-from nanovlm.training.settings import ModelSettings, Settings, flag
+from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.files import read_json
+from nanovlm.utils.parser import flag
 
 
 def build_model(settings: Settings) -> VisionLanguageModel:

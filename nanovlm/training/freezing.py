@@ -9,6 +9,7 @@ from nanovlm.model.quantization import QuantizedLinear
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.optim.optimizer import AFTER_BLOCKS, state_bytes
 from nanovlm.training.settings import PARTS, OptimizerSettings, TrainableSettings
+from nanovlm.utils.parser import flag
 
 BEFORE_BLOCKS = ("embed_tokens", "reducer", "position_embedding")  # of the language model
 COLUMNS = ("part", "parameters", "trainable", "rate", "weights", "gradients", "optimizer")
@@ -72,14 +73,14 @@ def describe(model: VisionLanguageModel, settings: OptimizerSettings) -> str:
 def _check_depths(model: VisionLanguageModel, settings: TrainableSettings) -> None:
     for name in ("language_model", "vision_encoder"):
         layers, count = getattr(settings, f"{name}_layers"), len(getattr(model, name).blocks)
-        flag = f"--{name.replace('_', '-')}-layers"
+        given = f"{flag(name)}-layers"
         if layers > count:
             raise NanoVLMError(
-                f"{flag} is {layers} and there are {count} blocks; give at most as many"
+                f"{given} is {layers} and there are {count} blocks; give at most as many"
             )
         if layers and name not in settings.trained_parts:
             raise NanoVLMError(
-                f"{flag} {layers} says how many blocks of {name} are trained, "
+                f"{given} {layers} says how many blocks of {name} are trained, "
                 f"but --train does not name {name}"
             )
 

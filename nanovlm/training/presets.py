@@ -8,9 +8,9 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
-from nanovlm.training.settings import FREE_TO_CHANGE, GROUPS, RunSettings, Settings, flag
+from nanovlm.training.settings import FREE_TO_CHANGE, GROUPS, RunSettings, Settings
 from nanovlm.utils.config import from_dict, unknown_key
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.parser import CommandParser, flag
 
 PRESETS = Path(__file__).parents[1] / "presets"
 TOY_PAIRS = "data/scenes/pairs.jsonl"  # made by data_tools/make_preferences.py
@@ -84,7 +84,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> 
 
 
 def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
-    """What `--tiny` changes in a preset's stage, besides the model's widths (`shapes.toy_config`).
+    """What `--tiny` changes in a preset's stage, besides the model's widths (`hub.toy`).
 
     The toy data, a folder of its own, fewer and smaller steps, and a learning rate for random
     weights.

@@ -27,6 +27,7 @@ from nanovlm.training.objectives import answer_log_probabilities
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
+from nanovlm.utils.parser import flag
 from nanovlm.utils.processes import is_main
 
 FILE = "reference.jsonl"
@@ -130,9 +131,7 @@ def fingerprint(settings: Settings) -> dict[str, str | int | float]:
 def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
     try:
         was, *lines = read_jsonl(path)
-        different = [
-            f"--{name.replace('_', '-')}" for name in made_from if was.get(name) != made_from[name]
-        ]
+        different = [flag(name) for name in made_from if was.get(name) != made_from[name]]
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise NanoVLMError(

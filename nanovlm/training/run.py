@@ -160,13 +160,15 @@ def _place(
 
 def _check_run_folder(run: Path, resume: bool) -> None:
     """Refuse to continue a run that is finished, and to write over another one."""
-    if resume and (run / "model").exists():
-        raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
-    if (
-        not resume
-        and run.exists()
-        and (not run.is_dir() or any(not path.name.startswith(".") for path in run.iterdir()))
-    ):
+    if resume:
+        if (run / "model").exists():
+            raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
+        return
+    if run.is_dir():
+        is_taken = any(not path.name.startswith(".") for path in run.iterdir())
+    else:
+        is_taken = run.exists()
+    if is_taken:
         raise NanoVLMError(
             f"{run}: holds another run; "
             "continue it with --resume, or name another folder with --out"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.config import RENAMED_VALUES
+from nanovlm.utils.parser import flag
 
 PARTS = ("projector", "language_model", "vision_encoder")  # of VisionLanguageModel
 # Settings outside the group "run" that may change when a run is resumed, since they do not change
@@ -240,11 +241,6 @@ class Settings(
                 f"--quantize {self.quantize} freezes the language model, "
                 "and --train names language_model; add --lora-rank, or take language_model out"
             )
-
-
-def flag(name: str) -> str:
-    """How a setting is spelled on a command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def to_toml(settings: Settings) -> str:

@@ -97,6 +97,16 @@ def check_numbers(part: Any) -> None:
             raise NanoVLMError(f"{name}: {field.name} is {value}; it has to be above 0")
 
 
+def check_choices(part: Any, choices: Mapping[str, Collection[str]]) -> None:
+    """Refuse a config in which a field that `choices` names has none of the values given there."""
+    for name, known in choices.items():
+        if getattr(part, name) not in known:
+            raise NanoVLMError(
+                f"{type(part).__name__}: {name} is {getattr(part, name)!r}; "
+                f"take one of {', '.join(known)}"
+            )
+
+
 def check_divides(part: Any, multiple: str, divisor: str) -> None:
     """Refuse a config in which the field `multiple` is not a multiple of the field `divisor`."""
     if getattr(part, multiple) % getattr(part, divisor):

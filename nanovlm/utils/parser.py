@@ -8,6 +8,11 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.utils.config import RENAMED, RENAMED_VALUES
 
 
+def flag(name: str) -> str:
+    """How a setting is spelled on a command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `NanoVLMError`, naming the flag, instead of exiting.
 
@@ -20,9 +25,8 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
             for old, new in RENAMED.items():
-                flag, new_flag = (f"--{name.replace('_', '-')}" for name in (old, new))
-                if re.search(rf"(?<!\S){flag}(?=[\s=]|$)", message):
-                    raise NanoVLMError(f"{flag} is now {new_flag}")
+                if re.search(rf"(?<!\S){flag(old)}(?=[\s=]|$)", message):
+                    raise NanoVLMError(f"{flag(old)} is now {flag(new)}")
         choice = re.fullmatch(r"argument (\S+): invalid choice: '(\w+)' .*", message)
         if choice and (new := RENAMED_VALUES.get(choice[2])):
             raise NanoVLMError(f"{choice[1]} {choice[2]} is now {choice[1]} {new}")

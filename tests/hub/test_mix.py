@@ -179,7 +179,7 @@ def refusal(settings: Settings) -> str:
             {"vision_layer": -5},
             "layer -5 of a vision transformer with 3 blocks; take one from -4 to 3",
         ),
-        ({"projector_activation": "relu"}, "activation 'relu' is not known; take one of gelu"),
+        ({"projector_activation": "relu"}, "activation is 'relu'; take one of gelu"),
         (
             {"vision_encoder": "siglip-so400m-384"},
             "--vision-encoder DIR, the folder of google/siglip-so400m-patch14-384; or add --tiny",

@@ -218,7 +218,7 @@ def test_the_resampler_is_attention_a_residual_mlp_and_a_head():
     [
         (
             {"activation": "relu"},
-            "activation 'relu' is not known; take one of gelu, gelu_pytorch_tanh, quick_gelu, silu",
+            "activation is 'relu'; take one of gelu, gelu_pytorch_tanh, quick_gelu, silu",
         ),
         (
             {"num_heads": 2},

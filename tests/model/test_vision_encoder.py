@@ -255,7 +255,7 @@ def test_smolvlm2_256m():
         ({"model_type": "siglip2"}, "NaFlex.* not implemented; take a SigLIP 2 of a fixed size"),
         (
             {"model_type": "siglip_vision_model", "hidden_act": "relu"},
-            "hidden_act is 'relu'; implemented are gelu, gelu_py",
+            "hidden_act is 'relu'; take one of gelu, gelu_py",
         ),
         ({"model_type": ["clip"]}, "model_type is .'clip'.; implemented are"),
         (

@@ -33,8 +33,8 @@ from nanovlm.training.freezing import is_trainable
 from nanovlm.training.monitor.walk import BatchShape, Layer, input_matrices, walk
 
 # Dense TFLOP/s from NVIDIA's data sheets and architecture white papers: half precision summed in
-# fp32, and fp32 without TF32. Keys are patterns for `torch.cuda.get_device_name`; the first match
-# counts.
+# fp32, and fp32 without TF32. Keys are patterns for `torch.cuda.get_device_name`; the first that
+# matches counts.
 PEAKS = {
     "NVIDIA H200*": (989, 67),
     "NVIDIA H100 PCIe": (756, 51),
