@@ -103,8 +103,10 @@ def _answer(
 
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
-    """IMAGE… PROMPT → images and prompt. In a chat the prompt may be missing, so there a last
-    argument that names a file is an image."""
+    """IMAGE… PROMPT → images and prompt.
+
+    In a chat the prompt may be missing, so there a last argument that names a file is an image.
+    """
     ends_with_file = bool(inputs) and os.path.isfile(inputs[-1])  # of any length, unlike pathlib's
     if chat and (not inputs or ends_with_file):
         return inputs, None
@@ -139,8 +141,10 @@ def _read_prompt() -> str:
 
 
 def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
-    """The model that --model names, else the one trained here, else the shipped one; says which on
-    stderr."""
+    """The model that --model names, else the one trained here, else the shipped one.
+
+    Which of them it is goes to stderr.
+    """
     folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)

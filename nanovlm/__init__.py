@@ -1,5 +1,7 @@
-"""nanovlm: a small Chinese/English vision-language model in plain PyTorch. Start reading at
-`model/vlm.py`."""
+"""nanovlm: a small Chinese/English vision-language model in plain PyTorch.
+
+Start reading at `model/vlm.py`.
+"""
 
 from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError

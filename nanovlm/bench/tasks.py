@@ -41,8 +41,11 @@ ROWS = {
 
 
 class Bench:
-    """The tasks, on one device and in one dtype. Each returns a function that measures once and
-    returns row → figure. The caller discards the first measurement, which is the warm-up."""
+    """The tasks, on one device and in one dtype.
+
+    Each returns a function that measures once and returns row → figure. The caller discards the
+    first measurement, which is the warm-up.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, image_token_id: int) -> None:
         self.device, self.dtype, self.image_token_id = device, dtype, image_token_id

@@ -53,8 +53,10 @@ class BatchOptions:
 
 
 class Encoder(Protocol):
-    """What `Batches` needs to know of a kind of records: `RecordEncoder` for supervised training,
-    `PairEncoder` for preferences."""
+    """What `Batches` needs to know of a kind of records.
+
+    `RecordEncoder` is for supervised training, `PairEncoder` for preferences.
+    """
 
     @property
     def image(self) -> ImageConfig: ...
@@ -107,8 +109,10 @@ class RecordEncoder:
         return batch
 
     def _image_tokens(self, path: Path) -> ImageTokens:
-        """The placeholders of an image. Where it is cut into tiles, they depend on its size, which
-        is read from the file's header."""
+        """The placeholders of an image.
+
+        Where it is cut into tiles, they depend on its size, which is read from the file's header.
+        """
         if self.image.fit != "tiles":
             return ImageTokens(self.image_length)
         return ImageTokens(self.image_length, *tile_grid(*image_size(path), self.image))
@@ -200,8 +204,7 @@ class Batches(Dataset):
     def loader(
         self, first: int, last: int, workers: int, pin_memory: bool = False
     ) -> Iterator[LoadedBatch]:
-        """Batches `first` to `last` - 1 in order, prepared by `workers` processes
-        (`prepare_ahead`)."""
+        """Batches `first` to `last` - 1 in order, by `workers` processes (`prepare_ahead`)."""
         return prepare_ahead(self, first, last, workers, pin_memory)
 
     def _lay_out(self, number: int) -> _Bucket:
@@ -224,8 +227,10 @@ class Batches(Dataset):
         return _Bucket(number, batches, skipped, cut)
 
     def _encode(self, first: int, count: int) -> tuple[list[TokenSequence], list[str], list[str]]:
-        """Encode `count` records from position `first` on: sequences, a line for each record that
-        is skipped, and the names of those that were cut."""
+        """Encode `count` records from position `first` on.
+
+        Returns sequences, a line for each record that is skipped, and the names of those cut.
+        """
         sequences, skipped, cut = [], [], []
         last = first + count
         if not self.options.shuffle:  # read once, for the validation loss, and not over and over
@@ -249,8 +254,10 @@ class Batches(Dataset):
     def _load(
         self, rows: Sequence[PackedSequence], skipped: Sequence[str], cut: Sequence[str]
     ) -> LoadedBatch:
-        """Decode the images of `rows` and make the batch. Sequences whose images cannot be read are
-        left out and named."""
+        """Decode the images of `rows` and make the batch.
+
+        Sequences whose images cannot be read are left out and named.
+        """
         skipped = list(skipped)
         images: dict[Path, Tensor] = {}
         sequences = []

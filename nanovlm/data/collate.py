@@ -21,8 +21,7 @@ def prepare(
     *,
     add_generation_prompt: bool = False,
 ) -> Batch:
-    """A batch of conversations, on the CPU: encoded, with the placeholders of their images counted,
-    and the images as pixels.
+    """A batch of conversations, on the CPU: their ids, and their images as pixels.
 
     `images[i]` are the RGB images (`open_image`) of conversation i, in the order of its `IMAGE`s.
     Only those of one conversation are held at a time, if they come from a generator. With

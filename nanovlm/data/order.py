@@ -9,9 +9,11 @@ from nanovlm.data.sequences import chunks
 
 
 class Order:
-    """The index of the record at each position of a run, epoch after epoch. Each epoch has every
-    record once: shuffled, with records of the same images next to each other in groups of up to
-    `share`; or without `shuffle` in the order of the files."""
+    """The index of the record at each position of a run, epoch after epoch.
+
+    Each epoch has every record once: shuffled, with records of the same images next to each other
+    in groups of up to `share`; or without `shuffle` in the order of the files.
+    """
 
     def __init__(self, records: Sequence[Record], share: int, seed: int, shuffle: bool) -> None:
         self.length, self.share, self.seed, self.shuffle = len(records), share, seed, shuffle

@@ -12,11 +12,10 @@ PackedSequence = list[TokenSequence]  # that will be one row of a batch; of one,
 
 
 def first_fit_decreasing(sequences: Sequence[TokenSequence], length: int) -> list[PackedSequence]:
-    """Pack all `sequences` into rows of at most `length` tokens: the longest first, each into the
-    first row with room for it. None may be longer than `length`.
+    """Pack all `sequences` into rows of at most `length` tokens; none may be longer than that.
 
-    Takes at most 11/9 of the fewest rows possible, and two thirds of one more (Johnson 1973; Dósa
-    2007).
+    The longest comes first, and each goes into the first row with room for it. Takes at most 11/9
+    of the fewest rows possible, and two thirds of one more (Johnson 1973; Dósa 2007).
     """
     rows: list[PackedSequence] = []
     room: list[int] = []
@@ -31,8 +30,7 @@ def first_fit_decreasing(sequences: Sequence[TokenSequence], length: int) -> lis
 
 
 def join(packed: PackedSequence) -> TokenSequence:
-    """A packed sequence as one, in which tokens attend within their own part only
-    (`causal_mask`)."""
+    """A packed sequence as one, in which tokens attend to their own part only (`causal_mask`)."""
     if len(packed) == 1:
         return packed[0]
     return TokenSequence(

@@ -32,10 +32,10 @@ ANSWERS = ("chosen", "rejected")
 def read_pairs(
     data: str | Path, images: str | Path | None = None
 ) -> tuple[list[Record], list[str]]:
-    """All usable pairs of the files that `data` names, and a line for each one skipped; otherwise
-    as `read_records`.
+    """All usable pairs of the files that `data` names, and a line for each one skipped.
 
-    The record of a pair ends with the chosen answer and holds the rejected one as `rejected`.
+    It works as `read_records` does. The record of a pair ends with the chosen answer and holds the
+    rejected one as `rejected`.
     """
     return read_records(data, images, parse_pair)
 
@@ -81,8 +81,10 @@ def _with_markers(entry: dict[str, Any]) -> Any:
 
 @dataclass
 class PairBatch(Batch):
-    """A batch of P pairs. Its targets are those of each pair's chosen answer, then of its rejected
-    one, pair by pair."""
+    """A batch of P pairs.
+
+    Its targets are those of each pair's chosen answer, then of its rejected one, pair by pair.
+    """
 
     # (2P,) number of targets of each answer
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -100,11 +102,11 @@ class PairBatch(Batch):
 
 @dataclass
 class PairEncoder:
-    """Records for preference training: prompt and images once, then both answers as branches that
-    do not attend to each other.
+    """Records for preference training: prompt and images once, then both answers as branches.
 
-    So the log-probability of an answer is what it is in a sequence by itself. Only the two answers
-    are labelled, not those of earlier turns, which a pair has in common.
+    The branches do not attend to each other, so the log-probability of an answer is what it is in a
+    sequence by itself. Only the two answers are labelled, not those of earlier turns, which a pair
+    has in common.
     """
 
     single: RecordEncoder  # for the prompt with one of the answers

@@ -1,5 +1,6 @@
-"""Read records for training and evaluation, in LLaVA's form or as messages, and name those that
-cannot be used.
+"""Read records for training and evaluation, and name those that cannot be used.
+
+They are in LLaVA's form or messages:
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"},
                                          {"from": "gpt", "value": "…"}]}
@@ -72,8 +73,7 @@ def read_records(
 
 
 def record_files(data: str | Path) -> list[Path]:
-    """The files that `data` names, sorted: one, several with commas, or those that a pattern
-    (`*.jsonl`) matches."""
+    """The files that `data` names, sorted: one, several with commas, or a pattern (`*.jsonl`)."""
     if Path(data).exists():
         return [Path(data)]
     files: set[Path] = set()
@@ -156,8 +156,7 @@ def _messages(entry: dict[str, Any]) -> Iterator[Message]:
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """The place of each record and its parsed JSON; of a broken line its text, to be counted and
-    named."""
+    """The place of each record and its parsed JSON; of a broken line its text, to be reported."""
     lines = _lines(path)
     if path.suffix == ".jsonl":
         for number, line in enumerate(lines, start=1):
@@ -175,8 +174,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, one at a time, so that the text of a million records is never held
-    whole."""
+    """The lines of a text file, one at a time: that of a million records is never held whole."""
     start = 0
     try:
         with open(path, "rb") as file:

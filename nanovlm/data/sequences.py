@@ -10,8 +10,10 @@ from nanovlm.inputs.chat import IGNORED, Sample
 
 @dataclass
 class TokenSequence:
-    """What one row of a batch holds: token ids, labels and the attention mask's numbers, all of one
-    length (the numbers: `causal_mask`), with the images in order and the names of the records."""
+    """What one row of a batch holds, with the images in order and the names of the records.
+
+    Token ids, labels and the attention mask's numbers (`causal_mask`) have one length.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -38,8 +40,7 @@ def chunks(items: list, size: int) -> list[list]:
 
 
 def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> list[TokenSequence]:
-    """Join samples of the same images into one sequence: their common prefix once, then one branch
-    for each.
+    """Join samples of the same images: their common prefix once, then one branch for each.
 
     Tokens of a branch attend to the prefix and to their own branch, so every logit is what it is in
     a sequence of one sample, for a fraction of the work. The sequences are returned as they are
@@ -75,8 +76,11 @@ def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> lis
 def share_prefixes(
     sequences: Sequence[TokenSequence], image_token_id: int, at_most: int, longest: int = 0
 ) -> list[TokenSequence]:
-    """`share_prefix` for neighbours with the same images, up to `at_most` at a time; fewer where
-    the result would have more than `longest` tokens (0: any length). The order stays."""
+    """`share_prefix` for neighbours with the same images, up to `at_most` at a time.
+
+    Fewer at a time where the result would have more than `longest` tokens (0: any length). The
+    order stays.
+    """
     shared = []
     for _, group in groupby(sequences, key=lambda sequence: sequence.images):
         for chunk in chunks(list(group), at_most):

@@ -1,5 +1,4 @@
-"""Batches prepared by worker processes ahead of the step, with care for signals and for a worker
-that dies."""
+"""Batches prepared by worker processes ahead of the step; signals, and workers that die."""
 
 import atexit
 import multiprocessing
@@ -18,10 +17,10 @@ from nanovlm.utils.console import first_line
 def prepare_ahead(
     dataset: Dataset, first: int, last: int, workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Items `first` to `last` - 1 in order, prepared by `workers` processes, two items ahead each;
-    with 0 workers, in this process when they are asked for.
+    """Items `first` to `last` - 1 in order, prepared by `workers` processes, two ahead each.
 
-    The processes start at once. If one of them dies, asking for the next item raises NanoVLMError.
+    With 0 workers, this process prepares an item when it is asked for. The processes start at once.
+    If one of them dies, asking for the next item raises NanoVLMError.
     """
     child_died = getattr(signal, "SIGCHLD", None)  # missing on Windows
     handler = signal.getsignal(child_died) if child_died else None
@@ -66,8 +65,10 @@ def _watched(loader: Iterator[Any]) -> Iterator[Any]:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job. The parent still
-    needs batches to finish its last step, and ends its workers itself; if it is gone, they end by
-    themselves."""
+    """Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job.
+
+    The parent still needs batches to finish its last step, and ends its workers itself; if it is
+    gone, they end by themselves.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -23,8 +23,9 @@ def answer_records(
     control: str = "none",
     sampling: Sampling = Sampling(),
 ) -> Iterator[str]:
-    """Answer each record's last question, in order. A closing assistant turn is left out of the
-    prompt.
+    """Answer each record's last question, in order.
+
+    A closing assistant turn is left out of the prompt.
 
     `control="blind"` replaces every image by its mean colour; `"shuffled"` gives each question
     another image of the same file. What a model still gets right then does not come from the image.

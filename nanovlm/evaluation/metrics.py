@@ -1,5 +1,7 @@
-"""Scores of answers: exact match, CIDEr-D, BLEU and wrong objects. Given the same tokens, CIDEr-D
-and BLEU equal those of `pycocoevalcap`."""
+"""Scores of answers: exact match, CIDEr-D, BLEU and wrong objects.
+
+Given the same tokens, CIDEr-D and BLEU equal those of `pycocoevalcap`.
+"""
 
 import math
 import re

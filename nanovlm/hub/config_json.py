@@ -1,5 +1,8 @@
-"""A published `config.json`, read strictly: omitted settings take their documented defaults, and
-one that would change the result and is not implemented is refused."""
+"""A published `config.json`, read strictly.
+
+Omitted settings take their documented defaults. One that would change the result and is not
+implemented is refused.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

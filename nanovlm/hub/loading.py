@@ -261,8 +261,10 @@ def _check_filled(
 
 
 def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
-    """The tensor that all of `sources` store: the file's own, or a copy, after which the memory of
-    the file's is freed."""
+    """The tensor that all of `sources` store: the file's own, or a copy.
+
+    After a copy, the memory of the file's own is freed.
+    """
     stored = sources[0].checkpoint.tensor(sources[0].stored)
     tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():

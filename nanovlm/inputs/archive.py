@@ -26,8 +26,7 @@ def is_member(path: str | Path) -> bool:
 
 
 def check(path: str | Path) -> None:
-    """Raise NanoVLMError, with the bare reason, unless `path` is a file, or a plain file in a
-    complete tar file."""
+    """Raise NanoVLMError, with the bare reason, unless `path` is a file, in a tar file or not."""
     if is_member(path):
         _find(path)
     elif not os.path.isfile(path):  # takes a path of any length, unlike pathlib's
@@ -74,8 +73,10 @@ def _find(path: str | Path) -> tuple[str, tuple[int, int]]:
 
 @cache
 def _index(archive: str, size: int, changed: int) -> dict[str, Place] | str:
-    """Each member's place, or what is wrong with the archive. Both are kept, since a million
-    records may name it."""
+    """Each member's place, or what is wrong with the archive.
+
+    Both are kept, since a million records may name it.
+    """
     try:
         return dict(_members(archive, size))
     except OSError as error:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """The tensors of one forward pass. Positions are flat indices into (B, T), computed where the
-    batch is made, so that nothing has to be counted on the accelerator."""
+    """The tensors of one forward pass.
+
+    Positions are flat indices into (B, T), computed where the batch is made, so that nothing has to
+    be counted on the accelerator.
+    """
 
     input_ids: Tensor  # (B, T); at `image_positions` the placeholder, whose embedding is not used
     attention_mask: Tensor | None  # (B, T): 0 padding, 1 a token, more for branches; None: all 1

@@ -1,5 +1,7 @@
-"""A conversation → token ids and labels. Special tokens come from the template and the images'
-places alone, never from what a user typed."""
+"""A conversation → token ids and labels.
+
+Special tokens come from the template and the images' places alone, never from what a user typed.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +85,10 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around the turns of each role. In `first` and `before`, the spelling of one of
-    `special` is that token; the rest is text."""
+    """What stands around the turns of each role.
+
+    In `first` and `before`, the spelling of one of `special` is that token; the rest is text.
+    """
 
     special: frozenset[str]  # tokens that a tokenizer has to have
     before: dict[str, str]
@@ -138,8 +142,10 @@ EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 @dataclass
 class Sample:
-    """An encoded conversation: token ids and, for each, its label, which is the token itself where
-    the model is trained to predict it, and otherwise IGNORED."""
+    """An encoded conversation: token ids, and a label for each.
+
+    A label is the token itself where the model is trained to predict it, and otherwise IGNORED.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -182,8 +188,7 @@ class Chat:
         *,
         add_generation_prompt: bool = False,
     ) -> Sample:
-        """Ids and labels of a conversation whose i-th image takes the placeholder tokens
-        `images[i]`.
+        """Ids and labels of a conversation whose i-th image takes the placeholders `images[i]`.
 
         The text of every assistant turn and its end-of-turn token have labels. With
         `add_generation_prompt` the ids end with the opening of an assistant turn, for the model to
@@ -218,8 +223,11 @@ class Chat:
         images: Iterator[ImageTokens],
         think: bool,
     ) -> str:
-        """Append a turn to `sample`. `text` is the end of the turn before it, not yet tokenized,
-        because it is tokenized together with what follows; returns the end of this turn."""
+        """Append a turn to `sample`.
+
+        `text` is the end of the turn before it, not yet tokenized, because it is tokenized together
+        with what follows; returns the end of this turn.
+        """
         if message.role not in ROLES:
             raise NanoVLMError(
                 f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
@@ -247,8 +255,11 @@ class Chat:
         return text + self.template.after[message.role]
 
     def _image_ids(self, image: ImageTokens) -> list[int]:
-        """An image's placeholders. If it is cut, each tile has its row and column before it, as
-        Idefics3's processor writes them: special tokens if the tokenizer has them, else text."""
+        """An image's placeholders.
+
+        If it is cut, each tile has its row and column before it, as Idefics3's processor writes
+        them: special tokens if the tokenizer has them, else text.
+        """
         if not image.rows:
             return [self.image_token_id] * image.length
         before, after = self._tile_frame
@@ -261,9 +272,11 @@ class Chat:
         return self.tokenizer.encode_with_special(f"{text}\n{before}<global-img>{tile}{after}")
 
     def _open(self, sample: Sample, text: str, frame: str) -> str:
-        """Append `text` and `frame` up to the last special token in `frame`; returns the rest, not
-        yet tokenized. Special tokens are looked for in `frame` only, which comes from the
-        template."""
+        """Append `text` and `frame` up to the last special token in `frame`; returns the rest.
+
+        The rest is not yet tokenized. Special tokens are looked for in `frame` only, which comes
+        from the template.
+        """
         start = 0
         for match in self._spellings.finditer(frame):
             sample.extend(self.tokenizer.encode(text + frame[start : match.start()]))

@@ -1,5 +1,7 @@
-"""An image file → the pixels that the vision encoder takes: open safely, turn upright, resize, crop
-or cut into tiles, normalise."""
+"""An image file → the pixels that the vision encoder takes.
+
+Open safely, turn upright, resize, crop or cut into tiles, normalise.
+"""
 
 import io
 import math
@@ -39,8 +41,10 @@ _SIDEWAYS = [_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)]
 
 
 def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
-    """Open an image as RGB: turned upright as its EXIF says, transparency on white, the first frame
-    of an animation, grey of 16 or 32 bits scaled to 8.
+    """Open an image as RGB, turned upright as its EXIF says.
+
+    Transparency is put on white, of an animation the first frame is taken, and grey of 16 or 32
+    bits is scaled to 8.
 
     `source` is a path, also one into a tar file (`images.tar::a.jpg`), a file's bytes, or a
     seekable binary stream, read from its start.
@@ -52,8 +56,10 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
 
 
 def image_size(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
-    """(width, height) of what `open_image` gives, read from the file's header alone. The rest of
-    the file may still be damaged."""
+    """(width, height) of what `open_image` gives, read from the file's header alone.
+
+    The rest of the file may still be damaged.
+    """
     return _read(source, _upright_size)
 
 
@@ -137,8 +143,7 @@ def _has_metadata_after_pixels(file: BinaryIO) -> bool:
 
 
 def _transpose(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
-    """What turns an image upright; None if it is, or if its EXIF is damaged, as in image
-    viewers."""
+    """What turns an image upright; None if it is, or if its EXIF is damaged (as viewers do)."""
     try:
         return _TRANSPOSES.get(getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
@@ -177,8 +182,7 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def tile_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
-    """(rows, columns) of the tiles that an image of this size is cut into; (0, 0) where it is not
-    cut."""
+    """(rows, columns) of the tiles of an image of this size; (0, 0) where it is not cut."""
     if config.max_tiles is None:
         return 0, 0
     width, height = _longest(width, height, config.max_tiles * config.width)
@@ -206,9 +210,10 @@ def image_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
 
 
 def _longest(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The size at which the longer side is `longest` pixels and the shorter one an even number of
-    them. In floating point and in this order, as in the reference: another could be 2 pixels
-    off."""
+    """The size at which the longer side is `longest` pixels and the shorter one an even number.
+
+    In floating point and in this order, as in the reference: another could be 2 pixels off.
+    """
     if width >= height:
         shorter = int(longest / (width / height))
         return longest, max(1, shorter + shorter % 2)
@@ -217,8 +222,10 @@ def _longest(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
-    """Resize, crop and normalise one RGB image or tile: float32 (3, height, width), each value
-    (value / 255 − mean) / std."""
+    """Resize, crop and normalise one RGB image or tile: float32 (3, height, width).
+
+    A value from 0 to 255 becomes (value / 255 − mean) / std.
+    """
     if config.shortest_edge is not None:
         resized = _resize_and_crop(image, config, config.shortest_edge)
     else:

@@ -93,8 +93,10 @@ def _names(asked: str, flags: list[str]) -> list[str]:
 
 
 def _settings(name: str, flags: list[str]) -> Settings:
-    """The settings of a stage. If its --init does not exist yet, with the shapes that stage 1 is
-    going to leave there."""
+    """The settings of a stage.
+
+    If its --init does not exist yet, with the shapes that stage 1 is going to leave there.
+    """
     settings = load_settings("stage2", [*flags, "--stage", name])
     # Other parts than those of a model that may be there already.
     other_parts = settings.vision_encoder or settings.language_model

@@ -25,7 +25,9 @@ def advice(
     config: VLMConfig, settings: Settings, tokens: int, prediction: Prediction, gigabytes: float
 ) -> str:
     """Whether the step fits and, if not, what to change, each flag on top of those before it.
-    `tokens`: see `batch_shape`."""
+
+    `tokens`: see `batch_shape`.
+    """
     if prediction.peak <= gigabytes * 1e9:
         return f"fits {gigabytes:g} GB"
     peak, fits = prediction.peak, False

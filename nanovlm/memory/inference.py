@@ -6,8 +6,11 @@ from nanovlm.model.vlm import VisionLanguageModel
 
 
 def encoding_memory(model: VisionLanguageModel, images: int, computing: Computing) -> float:
-    """Of a frozen vision encoder. In one of its blocks: the stream, the normed stream, and either
-    attention or the MLP. In its resampler: two vectors per patch, and the keys and values."""
+    """Of a frozen vision encoder.
+
+    In one of its blocks: the stream, the normed stream, and either attention or the MLP. In its
+    resampler: two vectors per patch, and the keys and values.
+    """
     config, image = model.config.vision_encoder, model.config.image
     tokens = config.num_tokens(image.height, image.width)
     stream = images * tokens * config.hidden_size

@@ -26,8 +26,10 @@ TEXT_TOKENS = 64  # of a sample, unless --tokens is given
 
 
 def batch_shape(config: VLMConfig, settings: Settings, tokens: int | None = None) -> BatchShape:
-    """The batch of `settings`: rows of `tokens` tokens, images included. Without `tokens`, samples
-    of an image and TEXT_TOKENS of text, which share or pack rows as the settings say.
+    """The batch of `settings`: rows of `tokens` tokens, images included.
+
+    Without `tokens`, samples of an image and TEXT_TOKENS of text, which share or pack rows as the
+    settings say.
 
     Half of the text is labelled; of a pair of answers two thirds: both answers share a row with
     their image and prompt, and with no other pair. An image cut into tiles is a square one, which
@@ -113,8 +115,10 @@ def model_config(settings: Settings) -> VLMConfig:
 
 
 def skeleton(config: VLMConfig) -> VisionLanguageModel:
-    """The model on the meta device: shapes without weights. The tokenizer has no vocabulary, since
-    no shape depends on it."""
+    """The model on the meta device: shapes without weights.
+
+    The tokenizer has no vocabulary, since no shape depends on it.
+    """
     special = {token for template in TEMPLATES.values() for token in template.special}
     tokenizer: Any = SimpleNamespace(
         vocab_size=0, special_tokens=dict.fromkeys((config.chat.image_token, *special), 0)

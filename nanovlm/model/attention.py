@@ -133,14 +133,15 @@ class AttentionConfig:
 
     @classmethod
     def multi_head(cls, hidden_size: int, num_heads: int) -> "AttentionConfig":
-        """Heads of equal width that share the hidden size, with all biases, as vision transformers
-        have them."""
+        """Heads that divide the hidden size, with all biases, as in vision transformers."""
         return cls(hidden_size, num_heads, num_heads, hidden_size // num_heads, True, True)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017), grouped-query where `num_kv_heads` < `num_heads`
-    (Ainslie et al. 2023)."""
+    """Multi-head attention (Vaswani et al. 2017).
+
+    It is grouped-query attention (Ainslie et al. 2023) where `num_kv_heads` < `num_heads`.
+    """
 
     def __init__(self, config: AttentionConfig, layer: int = 0) -> None:
         """`layer` is the number of the block it belongs to: its place in the cache."""

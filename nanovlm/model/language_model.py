@@ -171,8 +171,11 @@ class DecoderBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer as LLaMA (Touvron et al. 2023) and Qwen (Bai et al. 2023; Yang et al.
-    2024, 2025) have it, or one made from scratch like GPT-2 (Radford et al. 2019)."""
+    """A causal transformer, with the parts that its config names.
+
+    LLaMA's (Touvron et al. 2023), Qwen's (Bai et al. 2023; Yang et al. 2024, 2025), or one made
+    from scratch like GPT-2 (Radford et al. 2019).
+    """
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()

@@ -21,12 +21,11 @@ class Router(nn.Linear):
 
 
 class MixtureOfExperts(nn.Module):
-    """For each token a router chooses `per_token` of `count` MLPs (Shazeer et al. 2017); `shared`
-    more serve all tokens (Dai et al. 2024: DeepSeekMoE).
+    """For each token a router chooses `per_token` of `count` MLPs (Shazeer et al. 2017).
 
-    The output is Σ w_i · expert_i(x) over the chosen experts, plus the outputs of the shared ones.
-    The weights w_i are the router's probabilities, divided by their sum over the chosen. `build`
-    makes one MLP, (N, C) → (N, C).
+    `shared` more serve all tokens (Dai et al. 2024: DeepSeekMoE). The output is Σ w_i · expert_i(x)
+    over the chosen experts, plus the outputs of the shared ones. The weights w_i are the router's
+    probabilities, divided by their sum over the chosen. `build` makes one MLP, (N, C) → (N, C).
 
     In training, `balance_loss` holds the load-balance loss of the last forward pass, a scalar,
     where the router is trainable; where it is frozen, the loss would only bend what lies below. It

@@ -58,8 +58,7 @@ class LinearProjector(Projector):
 
 
 class MLPProjector(Projector):
-    """Two matrices with a GELU or another activation between, one token a patch (LLaVA-1.5: Liu et
-    al. 2024)."""
+    """Two matrices with an activation between, one token a patch (LLaVA-1.5: Liu et al. 2024)."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)
@@ -73,8 +72,10 @@ class MLPProjector(Projector):
 
 
 class PixelShuffleProjector(Projector):
-    """Each square of scale × scale patches becomes one long vector, then one matrix (Shi et al.
-    2016; Idefics3)."""
+    """Each square of scale × scale patches becomes one long vector; then one matrix.
+
+    Pixel shuffle is by Shi et al. 2016; Idefics3 joins its parts so.
+    """
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)
@@ -96,8 +97,7 @@ class PixelShuffleProjector(Projector):
 
 
 class BilinearProjector(MLPProjector):
-    """The grid of patches is averaged down to grid × grid, then the two-layer MLP: fewer tokens at
-    no parameters."""
+    """The patches are averaged down to grid × grid, then the MLP: fewer tokens at no parameters."""
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)
@@ -123,9 +123,11 @@ class BilinearProjector(MLPProjector):
 
 
 class ResamplerProjector(Projector):
-    """Learned queries attend to all patches and become `num_queries` visual tokens (Perceiver:
-    Jaegle et al. 2021; BLIP-2: Li et al. 2023). A residual MLP of four times the width follows,
-    then a two-layer head to the language model's width."""
+    """Learned queries attend to all patches and become `num_queries` visual tokens.
+
+    Perceiver: Jaegle et al. 2021; BLIP-2: Li et al. 2023. A residual MLP of four times the width
+    follows, then a two-layer head to the language model's width.
+    """
 
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)

@@ -109,8 +109,7 @@ class VisionEncoderConfig:
 
 
 class VisionMLP(nn.Module):
-    """Linear, activation, linear; or SwiGLU (Shazeer 2020), with gate and value in one matrix as
-    published."""
+    """Linear, activation, linear; or SwiGLU (Shazeer 2020), with gate and value in one matrix."""
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
@@ -129,8 +128,10 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP. With `layer_scale`, each residual branch is scaled per channel
-    (Touvron et al. 2021)."""
+    """Pre-norm attention and MLP.
+
+    With `layer_scale`, each residual branch is scaled per channel (Touvron et al. 2021).
+    """
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
@@ -154,9 +155,11 @@ def _scaled(hidden_states: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class VisionEncoder(nn.Module):
-    """A vision transformer (Dosovitskiy et al. 2020) as DINOv2 (Oquab et al. 2023; registers:
-    Darcet et al. 2023), SigLIP (Zhai et al. 2023), CLIP (Radford et al. 2021) or Qwen-VL (Bai et
-    al. 2023) has it."""
+    """A vision transformer (Dosovitskiy et al. 2020), with the parts that its config names.
+
+    DINOv2's (Oquab et al. 2023; registers: Darcet et al. 2023), SigLIP's (Zhai et al. 2023), CLIP's
+    (Radford et al. 2021) or Qwen-VL's (Bai et al. 2023).
+    """
 
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()

@@ -25,10 +25,10 @@ Forward = Callable[..., Tensor]
 
 
 def checkpoint_blocks(model: VisionLanguageModel, dropout: bool = False) -> None:
-    """Keep only the input of each block and compute its activations again in the backward pass
-    (Chen et al. 2016).
+    """Keep only the input of each block; the backward pass computes its activations again.
 
-    With `dropout` inside the blocks the random state is kept too. Call it after `compile_blocks`.
+    Chen et al. 2016. With `dropout` inside the blocks the random state is kept too. Call it after
+    `compile_blocks`.
     """
     for block in _blocks(model):
         checkpointed = functools.partial(_checkpointed, block, block.forward, dropout)
@@ -36,8 +36,10 @@ def checkpoint_blocks(model: VisionLanguageModel, dropout: bool = False) -> None
 
 
 def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
-    """Compile each block with torch.compile, for batches of any shape. One line of error where no
-    compiler works."""
+    """Compile each block with torch.compile, for batches of any shape.
+
+    One line of error where no compiler works.
+    """
     try:  # here, and not in the first step
         torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown device
@@ -89,8 +91,7 @@ def _checkpointed(
 
 @contextlib.contextmanager
 def _forget_balance_loss(block: nn.Module) -> Iterator[None]:
-    """Around the second forward pass of a block: nobody reads its balance loss, which would keep
-    its graph alive."""
+    """Drop the balance loss of a block's second forward pass, which keeps its graph alive."""
     try:
         yield
     finally:

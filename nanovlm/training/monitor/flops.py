@@ -73,8 +73,10 @@ def _peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 class Utilisation:
-    """The share of a GPU's peak that a run reaches: model FLOPs utilisation (MFU, Chowdhery et al.
-    2022). Gradients that frozen layers do not need are not counted."""
+    """The share of a GPU's peak that a run reaches: model FLOPs utilisation (MFU).
+
+    Chowdhery et al. 2022. Gradients that frozen layers do not need are not counted.
+    """
 
     def __init__(
         self, model: VisionLanguageModel, device: torch.device, dtype: torch.dtype
@@ -83,24 +85,27 @@ class Utilisation:
         self._shapes: list[BatchShape] = []
 
     def add(self, batches: Iterable[Batch | None]) -> None:
-        """Note the shapes of the batches that this process computes, if the peak is known. The
-        FLOPs are counted in `read`: walking through the model takes milliseconds, for which the
-        GPU would have to wait here."""
+        """Note the shapes of the batches that this process computes, if the peak is known.
+
+        The FLOPs are counted in `read`: walking through the model takes milliseconds, for which the
+        GPU would have to wait here.
+        """
         if self._peak:
             length = self._model.image_length
             self._shapes += [BatchShape.of(batch, length) for batch in batches if batch is not None]
 
     def read(self, seconds: float) -> dict[str, float]:
-        """`{"mfu": share}` of the batches noted since the last call, which took `seconds`; {} if
-        the peak is not known."""
+        """`{"mfu": share}` of the batches noted since the last call, which took `seconds`.
+
+        {} if the peak is not known.
+        """
         shapes, self._shapes = self._shapes, []
         flops = sum(step_flops(self._model, shape) for shape in shapes)
         return {"mfu": round(flops / seconds / self._peak, 4)} if self._peak else {}
 
 
 def step_flops(model: VisionLanguageModel, batch: BatchShape) -> float:
-    """FLOPs of the forward and backward pass of one batch; with gradient accumulation, add up those
-    of a step's batches."""
+    """FLOPs of the forward and backward pass of one batch; a step may take several."""
     layers = list(walk(model, batch))
     head = model.language_model.head_weight
     gradients = layers[-1].backward + head.requires_grad
@@ -154,8 +159,10 @@ def _mlp_flops(mlp: nn.Module, vectors: float, gradient: bool) -> float:
 
 
 def _resampler_flops(resampler: Resampler, layer: Layer) -> float:
-    """Of its matrices, the scores and the weighted sum of values. It is taken to be trainable as a
-    whole or not at all."""
+    """Of its matrices, the scores and the weighted sum of values.
+
+    It is taken to be trainable as a whole or not at all.
+    """
     trainable, inside = is_trainable(resampler), layer.backward
     flops = _matrix_flops(resampler.kv_proj, layer.vectors, layer.input_gradient)
     flops += _cross_attention_flops(resampler.attention, layer, trainable, inside)
@@ -174,8 +181,10 @@ def _resampler_projector_flops(projector: ResamplerProjector, layer: Layer) -> f
 def _cross_attention_flops(
     attention: CrossAttention, layer: Layer, queries: bool, patches: bool
 ) -> float:
-    """Of queries, the same for all images, that attend to the patches of each image. `queries` and
-    `patches` say whether their gradients are needed."""
+    """Of queries, the same for all images, that attend to the patches of each image.
+
+    `queries` and `patches` say whether their gradients are needed.
+    """
     inside = queries or patches or is_trainable(attention)
     width = attention.num_heads * attention.head_dim
     return (
@@ -197,8 +206,10 @@ def _chain_flops(matrices: Iterable[nn.Module], vectors: int, gradient: bool) ->
 
 
 def _matrix_flops(matrix: nn.Module, vectors: float, gradient: bool) -> float:
-    """Of `vectors` multiplied by a matrix, or with a LoRA adapter by three. `gradient` says whether
-    the gradient of its input is needed."""
+    """Of `vectors` multiplied by a matrix, or with a LoRA adapter by three.
+
+    `gradient` says whether the gradient of its input is needed.
+    """
     if isinstance(matrix, LoRALinear):
         down, up = matrix.lora_A.numel(), matrix.lora_B.numel()
         adapter = 2 * vectors * (down * (2 + gradient) + up * 3)

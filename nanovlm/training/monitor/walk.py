@@ -1,5 +1,8 @@
-"""The layers that a training step runs through, in order: how many vectors pass each of them, and
-which of them the backward pass reaches. `flops.py` and `nanovlm.memory` count with it."""
+"""The layers that a training step runs through, in order.
+
+How many vectors pass each of them, and which of them the backward pass reaches: `flops.py` and
+`nanovlm.memory` count with it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +17,14 @@ from nanovlm.training.freezing import is_trainable
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch without its contents: `rows` of `length` tokens, of which `targets` in all are
-    labelled, and `images` in all; an image cut into tiles counts once for each tile and once for
-    the whole image. In preference training, the answers form `pairs`. With `cached_features` the
-    patch vectors come with the batch and the vision encoder does not run."""
+    """A batch without its contents."""
 
     rows: int
-    length: int
-    images: int
-    targets: int
-    pairs: int = 0
-    cached_features: bool = False
+    length: int  # tokens of a row
+    images: int  # in all rows; one cut into tiles counts once a tile, the whole image included
+    targets: int  # labelled tokens in all rows
+    pairs: int = 0  # of answers, in preference training
+    cached_features: bool = False  # the batch brings patch vectors: the vision encoder does not run
 
     @classmethod
     def of(cls, batch: Batch, image_length: int) -> "BatchShape":
@@ -40,15 +40,13 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the forward pass: `rows` of `length` vectors enter it; `outputs` vectors in all
-    leave it (a block: pass its MLP). `input_gradient` says whether the backward pass needs the
-    gradient of its input."""
+    """A layer of the forward pass."""
 
     module: nn.Module
     rows: int
-    length: int
-    outputs: int
-    input_gradient: bool
+    length: int  # vectors of a row that enter it
+    outputs: int  # vectors that leave it, in all; of a block those that pass its MLP
+    input_gradient: bool  # whether the backward pass needs the gradient of its input
 
     @property
     def vectors(self) -> int:
@@ -61,8 +59,11 @@ class Layer:
 
 
 def walk(model: VisionLanguageModel, batch: BatchShape) -> Iterator[Layer]:
-    """The layers from the pixels to the final norm. A gradient flows through everything behind the
-    first trainable layer. The output head (`loss.py`) is not among them."""
+    """The layers from the pixels to the final norm.
+
+    A gradient flows through everything behind the first trainable layer. The output head
+    (`loss.py`) is not among them.
+    """
     gradient = False
     for module, rows, length, outputs in _in_order(model, batch):
         layer = Layer(module, rows, length, outputs, gradient)
