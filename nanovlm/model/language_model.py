@@ -250,7 +250,7 @@ class LanguageModel(nn.Module):
             theta = self._rotary_base(position_ids, prompt_lengths, cache)
             rotary, scale = self._rotary(position_ids, theta, hidden_states.dtype)
             inputs = inputs._replace(rotary=rotary, query_scale=scale)
-        if self.config.num_experts:
+        if self.config.num_experts and self.training:
             count_tokens(self, attention_mask, embeddings.shape[1], positions)
 
         hidden_states = self.dropout(hidden_states)

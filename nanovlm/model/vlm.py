@@ -100,7 +100,7 @@ class VisionLanguageModel(nn.Module):
         # The placeholder's id may lie outside the embedding table: id 0 is looked up instead.
         words = batch.input_ids.flatten().index_fill(0, batch.image_positions, 0)
         embeddings = self.language_model.embed_tokens(words)  # (B · T, C_t)
-        if torch.is_autocast_enabled(embeddings.device.type):  # so is the whole residual stream
+        if torch.is_autocast_enabled(embeddings.device.type):  # for the whole residual stream
             embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
         if visual_tokens is not None:
             visual_tokens = visual_tokens.flatten(0, 1).to(embeddings.dtype)  # (N · K, C_t)

@@ -164,7 +164,8 @@ class Monitor:
     def count(self, loaded: Sequence[LoadedBatch]) -> int:
         """Count what all processes have loaded for a step, and name the records that they skipped.
 
-        Returns the number of its targets: labelled tokens, or pairs.
+        Its FLOPs are counted when a line is logged. Returns the number of its targets: labelled
+        tokens, or pairs.
         """
         objective, progress = self.run.objective, self.progress
         targets, samples, tokens, images, slots, skipped = total(

@@ -87,7 +87,7 @@ def run_stage(settings: Settings) -> Path:
 
 
 @torch.no_grad()
-def encode_images(
+def compute_features(
     model: VisionLanguageModel, paths: Iterable[Path], precision: Precision
 ) -> dict[Path, Tensor]:
     """The patch vectors of each image's tiles, computed once.
@@ -141,7 +141,7 @@ def _cached_features(
         )
     precision.place(model.vision_encoder)
     paths = (path for record in records for path in record.images)
-    return encode_images(model, paths, precision)
+    return compute_features(model, paths, precision)
 
 
 def _place(

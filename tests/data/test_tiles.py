@@ -24,7 +24,7 @@ from nanovlm.inputs.image import image_pixels, open_image
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.precision import Precision
-from nanovlm.training.run import encode_images
+from nanovlm.training.run import compute_features
 from tests.inputs.test_image import random_image
 from tests.reference.models import tiny_vlm
 
@@ -130,7 +130,8 @@ def test_the_evaluation_asks_with_them_too(model, images, monkeypatch):
 @torch.inference_mode()
 def test_kept_features_give_the_same_loss(model, images, tmp_path):
     records = [record(number, path) for number, path in enumerate(images.values())]
-    features = encode_images(model, images.values(), Precision(torch.float32, torch.device("cpu")))
+    precision = Precision(torch.float32, torch.device("cpu"))
+    features = compute_features(model, images.values(), precision)
     assert {name: len(features[path]) for name, path in images.items()} == {
         name: rows * columns + 1 for name, (rows, columns) in GRIDS.items()
     }
