@@ -91,6 +91,7 @@ class RecordEncoder:
         return self.chat.image_token_id
 
     def encode(self, record: Record, options: BatchOptions) -> tuple[TokenSequence, bool]:
+        """The conversation, cut at the end where it is too long; its images are never cut."""
         images = [self._image_tokens(path) for path in record.images]
         sample = self.chat.encode(record.messages, images)
         limit, flag = options.sample_limit
@@ -132,6 +133,7 @@ class LoadedBatch:
 
     @property
     def samples(self) -> int:
+        """Records in the batch."""
         return len(self.records)
 
     def pin_memory(self) -> "LoadedBatch":

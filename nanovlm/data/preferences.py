@@ -122,6 +122,7 @@ class PairEncoder:
         return self.single.image_token_id
 
     def encode(self, record: Record, options: BatchOptions) -> tuple[TokenSequence, bool]:
+        """The pair as one sequence of two branches, the chosen answer first."""
         rejected = (*record.messages[:-1], Message.parse("assistant", record.rejected))
         chosen, chosen_is_cut = self._encode_answer(record, options)
         other, other_is_cut = self._encode_answer(

@@ -31,6 +31,7 @@ class TokenSequence:
 
     @property
     def has_branches(self) -> bool:
+        """Whether it is more than one sample by itself."""
         return max(self.attention_mask) > 1
 
 

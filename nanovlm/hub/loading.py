@@ -51,9 +51,11 @@ class Checkpoint:
         return self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor `name`."""
         return self._file(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the tensor `name` is stored."""
         return self._file(name).dtype(name)
 
     def tensor(self, name: str) -> Tensor:

@@ -104,9 +104,11 @@ class SafetensorsFile:
         return self._entries.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor `name`."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the tensor `name` is stored."""
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> Tensor:

@@ -44,6 +44,7 @@ class ImageTokens:
 
     @property
     def num_tiles(self) -> int:
+        """Tiles of the image, the whole image included."""
         return self.rows * self.columns + 1
 
 
@@ -67,6 +68,7 @@ class Message:
 
     @property
     def num_images(self) -> int:
+        """Images in the turn."""
         return sum(part is IMAGE for part in self.content)
 
 
@@ -151,6 +153,7 @@ class Sample:
     labels: list[int] = field(default_factory=list)
 
     def extend(self, ids: Iterable[int], labelled: bool = False) -> None:
+        """Append tokens, with themselves as labels or without labels."""
         ids = list(ids)
         self.input_ids += ids
         self.labels += ids if labelled else [IGNORED] * len(ids)

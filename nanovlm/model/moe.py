@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Linear):
-    """The probability of each expert for each token: (N, C) → (N, experts) in fp32.
+    """The probability of each expert for each token.
 
     A class of its own, so that quantisation, which replaces plain linear layers, leaves this small
     and sensitive one.
@@ -17,6 +17,7 @@ class Router(nn.Linear):
         super().__init__(width, count, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """(N, C) → (N, experts) in fp32."""
         return super().forward(tokens).softmax(dim=-1, dtype=torch.float32)
 
 

@@ -54,6 +54,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.settings.out)
 
     @property

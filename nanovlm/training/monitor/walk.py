@@ -35,6 +35,7 @@ class BatchShape:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows."""
         return self.rows * self.length
 
 
@@ -50,6 +51,7 @@ class Layer:
 
     @property
     def vectors(self) -> int:
+        """Vectors that enter the layer, in all."""
         return self.rows * self.length
 
     @property
