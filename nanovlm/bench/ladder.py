@@ -77,9 +77,12 @@ def climb(
 
 
 def measure(name: str, weights: Path, device: torch.device, rounds: int) -> dict[str, float]:
-    """Of one rung: samples and tokens per second, padding not counted (the median of `rounds` steps
-    after one as warm-up), the share of positions that hold a token, peak memory in GB, and the loss
-    of the first and the last step."""
+    """The figures of one rung.
+
+    Samples and tokens per second without padding (the median of `rounds` steps, after one as
+    warm-up), the share of positions that hold a token, peak memory in GB, and the loss of the first
+    and the last step.
+    """
     rung, settings = RUNGS[name], Settings(train="projector,language_model", lr=1e-5, beta2=0.95)
     precision = Precision(rung.dtype, device)
     model = _build(rung, settings, precision, weights)
@@ -135,8 +138,10 @@ def _build(
 
 
 def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
-    """SAMPLES random samples of random length with an image each, padded or packed; and the number
-    of their tokens."""
+    """SAMPLES random samples of random length with an image each; and the number of tokens.
+
+    They are padded or packed.
+    """
     lengths, generator = random.Random(0), torch.Generator().manual_seed(0)
     image = model.chat.image_token_id
     rows, tokens = [], 0
@@ -157,8 +162,10 @@ def make_batch(model: VisionLanguageModel, packed: bool) -> tuple[Batch, int]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """A line per rung; speed and memory also as ratios to the first rung, losses as differences
-    from its losses."""
+    """A line per rung.
+
+    Speed and memory are also ratios to the first rung's, losses differences from its losses.
+    """
     first, base = next(iter(figures.items()))
     speed = f"{'samples/s':>10}{'':>8}{'tokens/s':>10}"
     lines = [f"{'':18}{speed}{'filled':>8}{'GB':>8}{'':>8}{'Δ loss, first step':>20}{'last':>10}"]

@@ -59,8 +59,10 @@ class BenchModel(Protocol):
         ...
 
     def generate(self, prepared: Any, new_tokens: int, on_token: Callable[[], None]) -> list[int]:
-        """Decode exactly `new_tokens` tokens greedily, for a batch of one; `on_token` is called
-        after each token."""
+        """Decode exactly `new_tokens` tokens greedily, for a batch of one.
+
+        `on_token` is called after each token.
+        """
         ...
 
 

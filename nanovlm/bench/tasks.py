@@ -51,8 +51,10 @@ class Bench:
         self.device, self.dtype, self.image_token_id = device, dtype, image_token_id
 
     def inputs(self, batch: int, text_length: int, labelled: int) -> Inputs:
-        """Random pixels and text, the same on every call; the last `labelled` tokens of each row
-        have labels."""
+        """Random pixels and text, the same on every call.
+
+        The last `labelled` tokens of each row have labels.
+        """
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         # All ids lie below the placeholder's.

@@ -38,8 +38,11 @@ def tokenize(text: str) -> list[str]:
 
 
 def exact_match(answer: str, references: list[str]) -> bool:
-    """Whether `answer` equals one of `references`, up to case, full and half width, runs of
-    whitespace, whitespace before punctuation, and punctuation at the end."""
+    """Whether `answer` equals one of `references`.
+
+    Case, full and half width, runs of whitespace, whitespace before punctuation, and punctuation at
+    the end make no difference.
+    """
     return _normalize(answer) in {_normalize(reference) for reference in references}
 
 
@@ -53,8 +56,7 @@ def same_items(answer: str, references: list[str]) -> bool:
 
 
 def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Objects that descriptions name and the image does not show, as CHAIR counts them (Rohrbach et
-    al. 2018).
+    """Objects that descriptions name and the image does not show (CHAIR: Rohrbach et al. 2018).
 
     `chair_i` is the share of named objects that are wrong, `chair_s` the share of descriptions with
     a wrong one. An object is an item listed after the colon, as in `same_items`: with another
@@ -72,8 +74,7 @@ def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, 
 
 
 def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> float:
-    """Corpus CIDEr-D (Vedantam et al., 2015, arXiv:1411.5726) of tokenised answers, as
-    `pycocoevalcap.cider` gives it.
+    """Corpus CIDEr-D (Vedantam et al. 2015) of tokenised answers, as `pycocoevalcap` gives it.
 
     `answers[i]` is one answer's tokens, `references[i]` the tokens of each of its references.
     Document frequencies come from these references, so figures over different sets of questions are
@@ -113,12 +114,11 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
 
 
 def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4) -> float:
-    """Corpus BLEU-`n` (Papineni et al., 2002) of tokenised answers, as `pycocoevalcap.bleu` gives
-    it; 0 to 1.
+    """Corpus BLEU-`n` (Papineni et al. 2002) of tokenised answers, as `pycocoevalcap` gives it.
 
-    Arguments as in `cider_d`. The brevity penalty compares each answer with the reference closest
-    in length (the shorter of two equally close). There is no smoothing: without one matching n-gram
-    the score is nearly 0.
+    The range is 0 to 1. Arguments as in `cider_d`. The brevity penalty compares each answer with
+    the reference closest in length (the shorter of two equally close). There is no smoothing:
+    without one matching n-gram the score is nearly 0.
     """
     _check(answers, references)
     small, tiny = 1e-9, 1e-15  # the reference scorer's guards against 0 / 0
@@ -184,8 +184,10 @@ def _clipped_cosine(
     reference_weights: dict[NGram, float],
     reference_norms: list[float],
 ) -> float:
-    """The cosine for each n-gram order, averaged, in which an n-gram counts for at most its weight
-    in the reference."""
+    """The cosine for each n-gram order, averaged.
+
+    An n-gram counts for at most its weight in the reference.
+    """
     products = [0.0] * MAX_ORDER
     for ngram, weight in weights.items():
         if reference_weight := reference_weights.get(ngram):

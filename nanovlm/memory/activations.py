@@ -1,10 +1,10 @@
-"""Bytes that the layers of a forward pass keep for the backward pass, and that the backward pass of
-a block needs besides, computed from shapes.
+"""Bytes that the layers of a forward pass keep for the backward pass, computed from shapes.
 
-The rules follow the code (`attention.py`, `language_model.py`, `vision_encoder.py`). A trainable
-matrix keeps its input and, if it is held in fp32, a copy of itself in the compute dtype; a frozen
-one keeps neither. A norm keeps its input and one or two numbers per vector. A GELU keeps its input,
-a gated product both factors, and dropout its mask.
+Of a block, also what its backward pass needs besides. The rules follow the code (`attention.py`,
+`language_model.py`, `vision_encoder.py`). A trainable matrix keeps its input and, if it is held in
+fp32, a copy of itself in the compute dtype; a frozen one keeps neither. A norm keeps its input and
+one or two numbers per vector. A GELU keeps its input, a gated product both factors, and dropout its
+mask.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,10 @@ class Computing:
         return self.dtype.itemsize
 
     def writes_out(self, queries: int, keys: int) -> bool:
-        """Whether `attend` computes attention step by step, which keeps every score; a fused kernel
-        keeps one number per query."""
+        """Whether `attend` computes attention step by step.
+
+        That keeps every score; a fused kernel keeps one number per query.
+        """
         on_cpu = self.device == "cpu" and self.dtype != torch.float32
         return on_cpu and queries * keys <= WRITTEN_OUT_LIMIT
 
@@ -53,13 +55,12 @@ class Computing:
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """Bytes of one block: its `input`, its `activations` (input included) and the `casts` of its
-    weights are kept until its backward pass, which needs `working` bytes more."""
+    """Bytes of one block; all but `working` are kept until its backward pass."""
 
     input: float = 0
-    activations: float = 0
-    casts: float = 0
-    working: float = 0
+    activations: float = 0  # the input included
+    casts: float = 0  # of its weights
+    working: float = 0  # what the backward pass needs besides
 
 
 def block_memory(layer: Layer, model: VisionLanguageModel, computing: Computing) -> BlockMemory:
@@ -121,8 +122,7 @@ def _mlp(mlp: nn.Module, config: LanguageModelConfig, vectors: float, size: int)
 
 
 def _inner(mlp: nn.Module, config: LanguageModelConfig, vectors: float, size: int) -> float:
-    """What an MLP keeps besides its input: the output of its first matrices and the input of its
-    last one."""
+    """What an MLP keeps besides its input: its first matrices' output and its last one's input."""
     inner = vectors * config.intermediate_size * size
     return inner * (len(input_matrices(mlp)) + is_trainable(mlp.get_submodule("down_proj")))
 
@@ -142,8 +142,7 @@ def _experts(
 
 
 def _adapter(layer: LoRALinear, vectors: int, size: int) -> float:
-    """What an adapter keeps besides its input: the vectors of its rank; the result and the mask of
-    dropout."""
+    """What an adapter keeps besides its input: the vectors of its rank, and dropout's tensors."""
     rank, width = layer.lora_A.shape
     return vectors * (rank * size + width * (size + 1) * (layer.dropout > 0))
 
@@ -170,8 +169,10 @@ def _vision_block(
 
 
 def inner_tensors(config: VisionEncoderConfig) -> int:
-    """How many tensors of the MLP's width a vision block keeps: the activation's input, its result,
-    and what else its formula needs."""
+    """How many tensors of the MLP's width a vision block keeps.
+
+    The activation's input, its result, and what else its formula needs.
+    """
     return 4 if config.swiglu else 3 if config.hidden_act == "quick_gelu" else 2
 
 
@@ -257,8 +258,10 @@ def cast_bytes(module: nn.Module, computing: Computing) -> int:
 
 
 def largest_matrix(module: nn.Module, size: int) -> int:
-    """The largest matrix once more: the gradient of its cast copy or, of a quantised one, itself
-    decoded, part by part in fp32."""
+    """The largest matrix once more: the gradient of its cast copy.
+
+    Of a quantised one it is the matrix decoded, part by part in fp32.
+    """
     gradients = [
         parameter.numel() * size for parameter in module.parameters() if parameter.requires_grad
     ]

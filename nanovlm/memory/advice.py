@@ -50,8 +50,10 @@ def advice(
 
 
 def _changes(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
-    """Flags and the settings they stand for, first those that cost little time, last those that
-    change the result. Empty settings: nothing to change."""
+    """Flags and the settings they stand for; empty settings: nothing to change.
+
+    First come those that cost little time, last those that change the result.
+    """
     trains_text = "language_model" in settings.trained_parts
     accumulate = settings.accumulate * settings.batch_size
     bfloat16 = {"dtype": "bfloat16"} if settings.dtype == "float32" else {}

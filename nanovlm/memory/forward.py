@@ -44,8 +44,11 @@ def forward_report(config: VLMConfig, settings: Settings, precision: Precision) 
 
 
 def predict_forward(model: VisionLanguageModel, precision: Precision, program: float) -> float:
-    """The peak in bytes: the program, the weights, the pixels, and what either the vision encoder
-    or the language model needs to read an image and a question."""
+    """The peak in bytes.
+
+    The program, the weights, the pixels, and what either the vision encoder or the language model
+    needs to read an image and a question.
+    """
     image, shape = model.config.image, _shape(model)
     computing = Computing(precision.dtype, precision.device.type)
     pixels = shape.images * 3 * image.height * image.width
@@ -70,8 +73,10 @@ def take_forward(config: VLMConfig, settings: Settings, precision: Precision) ->
 
 
 def _model(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
-    """The model without memory, in the form that answers questions: all in one dtype, or the
-    matrices of the language model quantised."""
+    """The model on the meta device, in the form that answers questions.
+
+    All of it is in one dtype, or the matrices of the language model are quantised.
+    """
     model, meta = skeleton(config).requires_grad_(False), torch.device("meta")
     if settings.quantize:
         quantize_(model.language_model.blocks, settings.quantize, meta)

@@ -41,9 +41,11 @@ def random_model(
 
 @torch.no_grad()
 def filled(model: VisionLanguageModel, device: torch.device) -> VisionLanguageModel:
-    """Give `model`, which is on the meta device, random weights on `device`: the same million
-    numbers over and over, since a billion would take minutes. All memory is written to, so that
-    all of it is resident."""
+    """Give `model`, which is on the meta device, random weights on `device`.
+
+    They are the same million numbers over and over, since a billion would take minutes. All memory
+    is written to, so that all of it is resident.
+    """
     model.to_empty(device=device)
     pattern = torch.randn(PATTERN) * 0.02
     for parameter in model.parameters():
@@ -80,8 +82,10 @@ def take_steps(
 
 
 def program_bytes(precision: Precision) -> int:
-    """What a process holds without a model: Python, PyTorch, and the code of a step's kernels, all
-    of which a step of a tiny model loads. On CUDA the allocator holds none of it."""
+    """What a process holds without a model: Python, PyTorch, and the code of a step's kernels.
+
+    A step of a tiny model loads all of it. On CUDA the allocator holds none of it.
+    """
     if precision.device.type == "cuda":
         return 0
     settings = Settings(train="projector,language_model,vision_encoder")

@@ -123,13 +123,12 @@ def _update(trainable: Sequence[nn.Parameter], settings: Settings) -> float:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Bytes of all layers below the output head: the `activations` and `casts` that the forward
-    pass keeps, the `working` set of the backward pass, and the block that needs most in it."""
+    """Bytes of all layers below the output head."""
 
-    activations: float
-    casts: float
-    working: float
-    largest: BlockMemory
+    activations: float  # that the forward pass keeps
+    casts: float  # of weights, that it keeps
+    working: float  # what the backward pass needs besides
+    largest: BlockMemory  # the block that needs most in the backward pass
 
 
 def _layers(
@@ -157,15 +156,13 @@ def _layers(
 
 @dataclass(frozen=True)
 class _Head:
-    """Bytes of the output head (`loss.py`): in the forward pass, of its gradient, and what its
-    backward pass needs for a moment. At the end of the whole backward pass: of its gradient,
-    `waiting` to be added to another one, and of the embedding table's gradient."""
+    """Bytes of the output head (`loss.py`)."""
 
-    forward: float
+    forward: float  # in its forward pass
     gradient: float
-    backward: float
-    waiting: float
-    embedding_gradient: float
+    backward: float  # in its backward pass, for a moment
+    waiting: float  # its gradient at the end of the whole backward pass, to be added to another
+    embedding_gradient: float  # of the embedding table, at that moment
 
 
 def _head(

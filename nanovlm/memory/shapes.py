@@ -1,5 +1,4 @@
-"""The shapes that memory depends on: of a model, from its `config.json` files alone, and of a
-step's batch."""
+"""The shapes that memory depends on: of a step's batch, and of a model, from its configs alone."""
 
 import dataclasses
 import math
@@ -67,8 +66,11 @@ def batch_shape(config: VLMConfig, settings: Settings, tokens: int | None = None
 def random_batch(
     model: VisionLanguageModel, shape: BatchShape, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """Random tokens and pixels of this shape on the CPU, or cached features of `dtype` in place of
-    pixels. In each row the images come first and the labels last."""
+    """Random tokens and pixels of this shape on the CPU.
+
+    In place of pixels there may be cached features, of `dtype`. In each row the images come first
+    and the labels last.
+    """
     config, (rows, length) = model.config, (shape.rows, shape.length)
     ids = torch.randint(config.language_model.vocab_size, (rows, length))
     positions = torch.arange(shape.tokens).view(rows, length)
@@ -99,8 +101,10 @@ def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
 
 
 def model_config(settings: Settings) -> VLMConfig:
-    """The model that `settings` start from: --init, or --vision-encoder and --language-model, which
-    are folders or names of published shapes."""
+    """The model that `settings` start from.
+
+    --init, or --vision-encoder and --language-model: folders or names of published shapes.
+    """
     parts = settings.vision_encoder or settings.language_model
     if settings.init and not parts and Path(settings.init, "config.json").exists():
         return parse_model_config(read_json(Path(settings.init, "config.json")))
@@ -128,8 +132,10 @@ def skeleton(config: VLMConfig) -> VisionLanguageModel:
 
 
 def prepared(config: VLMConfig, settings: Settings, precision: Precision) -> VisionLanguageModel:
-    """The skeleton as a run sets it up: quantised, with adapters and frozen as `settings` say, each
-    tensor in the dtype that the run holds it in."""
+    """The skeleton as a run sets it up: quantised, with adapters and frozen as `settings` say.
+
+    Each tensor has the dtype that the run holds it in.
+    """
     model, meta = skeleton(config), torch.device("meta")
     set_up(model, settings, meta)
     Precision(precision.dtype, meta, settings.stochastic_rounding).place(model)

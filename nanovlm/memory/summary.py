@@ -30,8 +30,10 @@ class Stage:
 
 
 def summary(stages: list[Stage]) -> str:
-    """Parameters of each part, how many of them are trainable in each stage, and the stage's peak;
-    the visual tokens of an image."""
+    """A table of each part's parameters, those trainable in each stage, and the stages' peaks.
+
+    Then the visual tokens of an image.
+    """
     settings, model = stages[0].settings, skeleton(stages[0].config)
     language_model = Path(settings.language_model_shape or settings.language_model).name
     titles = {
@@ -55,8 +57,7 @@ def summary(stages: list[Stage]) -> str:
 
 
 def visual_tokens(model: VisionLanguageModel) -> str:
-    """A line: the visual tokens of an image; if images are cut into tiles, those of the largest
-    image and of a photo."""
+    """A line: the visual tokens of an image, or, if it is cut, of the largest one and a photo."""
     image, each = model.config.image, model.image_length
     if image.max_tiles_per_image == 1:
         return f"an image of {image.height}×{image.width} takes {each} visual tokens"
