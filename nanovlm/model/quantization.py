@@ -152,7 +152,8 @@ def hide_from_compiler(module: nn.Module) -> None:
     """Exclude quantised layers from torch.compile, which keeps decoded matrices between passes."""
     for layer in module.modules():
         if isinstance(layer, QuantizedLinear):
-            layer.forward = torch.compiler.disable(layer.forward)  # pyright: ignore[reportAttributeAccessIssue]
+            hidden = torch.compiler.disable(layer.forward)
+            layer.forward = hidden  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def quantize_(module: nn.Module, kind: str, device: torch.device | None = None) -> None:

@@ -50,7 +50,8 @@ def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
     hide_from_compiler(model)
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):  # its shapes depend on what the router chooses
-            module.mix = torch.compiler.disable(module.mix)  # pyright: ignore[reportAttributeAccessIssue]
+            hidden = torch.compiler.disable(module.mix)
+            module.mix = hidden  # pyright: ignore[reportAttributeAccessIssue]
     for block in _blocks(model):
         compiled = torch.compile(block.forward, dynamic=True)
         block.forward = functools.partial(_unless_cached, block.forward, compiled)
