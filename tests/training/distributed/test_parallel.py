@@ -15,9 +15,11 @@ from torch import nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
+from nanovlm.hub.shapes import LANGUAGE_MODELS
 from nanovlm.training.distributed import parallel
 from nanovlm.training.distributed.parallel import Parallel, build_parallel
 from nanovlm.training.distributed.shares import gather, local, scatter, total
+from nanovlm.training.presets import load_settings
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from tests.runs import metrics
@@ -109,6 +111,32 @@ def world(tiny, mixed, tmp_path_factory):
             )
 
         @staticmethod
+        def experts(kind: str) -> dict:
+            """A mixture of experts from scratch, with a load-balance loss that weighs a lot."""
+            shape = folder / "shape"
+            shape.mkdir(exist_ok=True)
+            config = {**LANGUAGE_MODELS["svlm"].config, "balance_loss": 10.0}
+            (shape / "config.json").write_text(json.dumps(config))
+            preset = load_settings("stage1", ["--preset", "svlm", "--tiny"])
+            changes = {
+                "language_model_shape": str(shape),
+                "data": str(tiny.data / "train.jsonl"),
+                "val": "",
+                "val_fraction": 0.0,
+                "train": "projector,language_model",
+                "language_model_layers": 0,
+                "batch_size": 2,
+                "accumulate": 1,
+                "max_steps": 3,
+                "log_every": 1,
+                "device": "cpu",
+                "dtype": "float32",
+                "parallel": kind,
+                "out": str(folder / f"experts-{kind}2"),
+            }
+            return dataclasses.asdict(dataclasses.replace(preset, **changes))
+
+        @staticmethod
         def torchrun(processes: int, *runs: dict, **harm) -> subprocess.CompletedProcess:
             script = Path(__file__).parent / "torchrun_runs.py"
             return subprocess.run(
@@ -154,6 +182,7 @@ def by_two(world):
         for data in ("plain", "mixed")
         for kind in KINDS
     ]
+    runs += [world.experts(kind) for kind in KINDS]
     done = world.torchrun(2, *runs)
     assert done.returncode == 0, done.stderr
     return done
@@ -199,6 +228,21 @@ def test_a_step_without_an_image_leaves_the_vision_encoder_unchanged(world, by_t
     )
 
 
+def test_experts_and_their_balance_loss_are_the_same_sharded_and_replicated(world, by_two):
+    """The balance loss leaves a block beside its output, and a router's gradient depends on it."""
+    ddp, fsdp = (world.folder / f"experts-{kind}2" for kind in KINDS)
+    for ours, theirs in zip(metrics(fsdp), metrics(ddp), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
+    file = "checkpoints/step_3/model.safetensors"
+    expected = tensors(ddp / file)
+    routers = [name for name in expected if ".router." in name]
+    assert len(routers) == 4
+    for name in routers:
+        torch.testing.assert_close(tensors(fsdp / file)[name], expected[name], atol=1e-6, rtol=0)
+
+
 def test_one_process_talks(by_two):
     assert by_two.stdout == ""
     for said in (
@@ -206,7 +250,7 @@ def test_one_process_talks(by_two):
         "device cpu, float32, 2 processes, fsdp",
         "the model is in",
     ):
-        assert by_two.stderr.count(said) == (2 if "fsdp" in said else 4)
+        assert by_two.stderr.count(said) == (3 if "fsdp" in said else 6)
     assert "(rank 1)" not in by_two.stderr
 
 
