@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from nanovlm.model.attention import WRITTEN_OUT_LIMIT
-from nanovlm.model.language_model import DecoderBlock, LanguageModelConfig, Reducer
-from nanovlm.model.layers import LayerNorm, RMSNorm
+from nanovlm.model.language_model import DecoderBlock, LanguageModelConfig
+from nanovlm.model.layers import LayerNorm, Reducer, RMSNorm
 from nanovlm.model.lora import LoRALinear
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.projector import ResamplerProjector

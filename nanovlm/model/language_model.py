@@ -23,7 +23,7 @@ from nanovlm.model.attention import (
     bidirectional_mask,
     causal_mask,
 )
-from nanovlm.model.layers import MLPS, NORMS, LayerNorm
+from nanovlm.model.layers import MLPS, NORMS, Reducer
 from nanovlm.model.moe import MixtureOfExperts, count_tokens
 from nanovlm.model.rotary import (
     llama3_frequencies,
@@ -131,20 +131,6 @@ class LanguageModelConfig:
         )
 
 
-class Reducer(nn.Module):
-    """Wide embeddings of words and visual tokens → the model's width, through a narrow middle."""
-
-    def __init__(self, config: LanguageModelConfig) -> None:
-        super().__init__()
-        self.down = nn.Linear(config.embedding_size, config.reducer_size)
-        self.up = nn.Linear(config.reducer_size, config.hidden_size)
-        self.norm = LayerNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(B, T, C_embedding) → (B, T, C)."""
-        return self.norm(self.up(F.gelu(self.down(embeddings))))
-
-
 class DecoderBlock(nn.Module):
     """Pre-norm causal attention, then an MLP or a mixture of experts."""
 
@@ -181,7 +167,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size)
-        self.reducer = Reducer(config) if config.embedding_size else nn.Identity()
+        self.reducer = nn.Identity()
+        if config.embedding_size:
+            sizes = config.embedding_size, config.reducer_size, config.hidden_size
+            self.reducer = Reducer(*sizes, config.rms_norm_eps)
         if config.positions == "learned":
             table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
             self.position_embedding = table

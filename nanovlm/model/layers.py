@@ -124,6 +124,20 @@ class PlainMLP(nn.Module):
 MLPS: dict[str, Callable[[int, int, bool], nn.Module]] = {"gated": GatedMLP, "gelu": PlainMLP}
 
 
+class Reducer(nn.Module):
+    """Wide embeddings → the model's width through a narrow middle, for words and visual tokens."""
+
+    def __init__(self, wide: int, narrow: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(wide, narrow)
+        self.up = nn.Linear(narrow, width)
+        self.norm = LayerNorm(width, eps)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, T, C_embedding) → (B, T, C)."""
+        return self.norm(self.up(F.gelu(self.down(embeddings))))
+
+
 def resize_positions(
     table: Tensor, side: int, rows: int, columns: int, mode: str = "bicubic"
 ) -> Tensor:
