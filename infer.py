@@ -22,7 +22,7 @@ from nanovlm.inputs.image import open_image
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.device import add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
@@ -194,39 +194,36 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--verbose", action="store_true", help="time to first token and speed, on stderr"
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
+    _add_sampling_flags(parser.add_argument_group("sampling"))
+    add_machine_flags(parser.add_argument_group("machine"))
+    return parser
+
+
+def _add_sampling_flags(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)"
     )
-    sampling.add_argument(
+    group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
     )
-    sampling.add_argument(
+    group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
         help="keep the likeliest tokens that together have this probability",
     )
-    sampling.add_argument(
+    group.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens"
     )
-    sampling.add_argument(
+    group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
         help="above 1, tokens already there become less likely",
     )
-    sampling.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed for sampling"
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    machine.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
-    )
-    return parser
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling")
 
 
 if __name__ == "__main__":

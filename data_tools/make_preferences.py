@@ -42,7 +42,7 @@ from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE_MARKER
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import choose_device
+from nanovlm.utils.device import add_device_flag, choose_device
 from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
@@ -248,7 +248,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--spoiled", 0.25, "SHARE", spoiled)
     add("--others", 0.05, "SHARE", "share of the other questions about the scenes")
     add("--seed", 0, "N", "the same seed gives the same pairs")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add_device_flag(parser)
     arguments = parser.parse_args()
     arguments.out = Path(arguments.out)
     shares = arguments.spoiled, arguments.others

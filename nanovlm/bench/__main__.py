@@ -28,7 +28,7 @@ from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, Nan
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.device import DTYPES, add_device_flag, choose_device, choose_dtype
 from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import CommandParser
 
@@ -159,12 +159,9 @@ def _parser() -> CommandParser:
         metavar="DIR",
         help=f"holds {VISION_ENCODER} and {LANGUAGE_MODEL}",
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add_device_flag(parser)
     parser.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=["bfloat16", "float16", "float32"],
-        help="of weights and products",
+        "--dtype", default="bfloat16", choices=list(DTYPES), help="of weights and products"
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="measurements of each library, in turn (default 3)"

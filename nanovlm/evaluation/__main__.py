@@ -27,7 +27,7 @@ from nanovlm.evaluation.metrics import (
 )
 from nanovlm.hub.models import load_model
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import choose_device, choose_dtype
+from nanovlm.utils.device import add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
@@ -152,10 +152,7 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="also write every answer here, one JSON object a line",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
-    )
+    add_machine_flags(parser)
     return parser
 
 

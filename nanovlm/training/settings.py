@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.config import RENAMED_VALUES
+from nanovlm.utils.device import DEVICES, DTYPES
 from nanovlm.utils.parser import flag
 
 PARTS = ("projector", "language_model", "vision_encoder")  # of VisionLanguageModel
@@ -164,8 +165,8 @@ class ObjectiveSettings:
 class MachineSettings:
     """The hardware a run computes on, and how it saves memory there."""
 
-    device: str = choice("device to train on", "auto", "cpu", "cuda", "mps")
-    dtype: str = choice("compute dtype", "auto", "bfloat16", "float16", "float32")
+    device: str = choice("device to train on", "auto", *DEVICES)
+    dtype: str = choice("compute dtype", "auto", *DTYPES)
     compile: bool = setting(False, "compile the blocks with torch.compile")
     checkpointing: bool = setting(False, "recompute activations in the backward pass")
     quantize: str = choice("matrices of the frozen language model in few bits", "", "nf4", "int8")

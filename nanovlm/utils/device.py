@@ -1,5 +1,6 @@
 """The device, the compute dtype that is fast on it, and the memory it takes."""
 
+import argparse
 import ctypes
 import sys
 from pathlib import Path
@@ -8,9 +9,21 @@ import torch
 
 from nanovlm.errors import NanoVLMError
 
+DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # x86's and Arm's, as PyTorch names them
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def add_device_flag(parser: argparse._ActionsContainer) -> None:
+    """Give a parser, or a group of its flags, the flag `--device`, for `choose_device`."""
+    parser.add_argument("--device", choices=("auto", *DEVICES), default="auto")
+
+
+def add_machine_flags(parser: argparse._ActionsContainer) -> None:
+    """Give a parser, or a group of its flags, `--device` and `--dtype`, for `choose_dtype`."""
+    add_device_flag(parser)
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
 
 def choose_device(name: str = "auto") -> torch.device:
