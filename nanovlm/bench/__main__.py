@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from nanovlm.utils.console import run_command, say
 from nanovlm.utils.device import DTYPES, add_device_flag, choose_device, choose_dtype
 from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.processes import output_of
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
 Figures = dict[str, dict[str, float]]  # row → library → figure
@@ -106,14 +106,8 @@ def _time(bench: Bench, task: str, models: list[BenchModel], rounds: int) -> Fig
 
 def _peak_memory(name: str) -> float:
     """In GB, measured by running this command again for one library alone."""
-    command = [sys.executable, "-m", "nanovlm.bench", *sys.argv[1:], "--peak-memory-of", name]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode:
-        raise NanoVLMError(
-            f"the process that measures the memory of {name} ended with code {child.returncode}; "
-            "see above"
-        )
-    return float(child.stdout)
+    flags = [*sys.argv[1:], "--peak-memory-of", name]
+    return output_of("nanovlm.bench", flags, f"measures the memory of {name}")
 
 
 def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> BenchModel:

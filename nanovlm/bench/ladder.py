@@ -4,10 +4,7 @@ Each rung trains the whole language model and the projector (stage 2) with the c
 on the same samples from the same weights, in a process of its own, so that memory is its own.
 """
 
-import json
 import random
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,6 @@ from nanovlm.bench.models import IMAGE_SIZE, LANGUAGE_MODEL, VISION_ENCODER
 from nanovlm.data.collate import collate
 from nanovlm.data.packing import first_fit_decreasing, join
 from nanovlm.data.sequences import TokenSequence
-from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import join_parts
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, Sample
@@ -32,6 +28,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.device import give_back_freed_memory, peak_memory
+from nanovlm.utils.processes import output_of
 
 SAMPLES = 8  # per step
 TEXT_LENGTHS = (16, 224)  # tokens after a sample's 64 visual ones: the fewest and the most
@@ -65,14 +62,9 @@ def climb(
     figures: dict[str, dict[str, float]] = {}
     for name in names:
         say(f"{name} …")
-        command = [sys.executable, "-m", "nanovlm.bench", "--weights", str(weights)]
-        command += ["--device", device.type, "--rounds", str(rounds), "--rung", name]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if child.returncode:
-            raise NanoVLMError(
-                f"the process that measures {name!r} ended with code {child.returncode}; see above"
-            )
-        figures[name] = json.loads(child.stdout)
+        flags = ["--weights", str(weights), "--device", device.type]
+        flags += ["--rounds", str(rounds), "--rung", name]
+        figures[name] = output_of("nanovlm.bench", flags, f"measures {name!r}")
     return figures
 
 

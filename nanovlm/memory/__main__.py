@@ -27,7 +27,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
 from nanovlm.memory.advice import advice, on_gpu
 from nanovlm.memory.forward import forward_report, take_forward
-from nanovlm.memory.measure import measured_apart, program_bytes, random_model, take_steps
+from nanovlm.memory.measure import program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
 from nanovlm.memory.shapes import batch_shape, feature_shape, model_config
 from nanovlm.memory.summary import Stage, summary
@@ -37,6 +37,7 @@ from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import run_command
 from nanovlm.utils.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.processes import output_of
 
 MODEL = [field.name for field in dataclasses.fields(ModelSettings) if field.name != "init"]
 
@@ -145,7 +146,8 @@ def _report(stage: Stage, own: argparse.Namespace) -> str:
     if own.gpu:
         lines.append(advice(config, settings, own.tokens, stage.prediction, own.gpu))
     if own.measure:
-        measured = measured_apart([*sys.argv[1:], "--take-steps", "--stage", stage.name])
+        flags = [*sys.argv[1:], "--take-steps", "--stage", stage.name]
+        measured = output_of("nanovlm.memory", flags, "measures")
         lines.append(
             f"predicted {peak / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: "
             f"{peak / measured - 1:+.1%}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nanovlm.memory.activations import FP32, Computing
 from nanovlm.memory.inference import encoding_memory, prefill_memory
-from nanovlm.memory.measure import filled, measured_apart, program_bytes
+from nanovlm.memory.measure import filled, program_bytes
 from nanovlm.memory.shapes import TEXT_TOKENS, random_batch, skeleton
 from nanovlm.memory.summary import parameters, visual_tokens
 from nanovlm.model.quantization import quantize_
@@ -18,13 +18,15 @@ from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.device import give_back_freed_memory, peak_memory
+from nanovlm.utils.processes import output_of
 
 
 def forward_report(config: VLMConfig, settings: Settings, precision: Precision) -> str:
     """Predict the memory of the pass, measure it in another process, and compare."""
     model, counted = _model(config, settings, precision), skeleton(config)
     predicted = predict_forward(model, precision, program_bytes(precision))
-    measured, seconds, building = measured_apart([*sys.argv[1:], "--take-forward"])
+    flags = [*sys.argv[1:], "--take-forward"]
+    measured, seconds, building = output_of("nanovlm.memory", flags, "measures")
     parts = {
         "vision encoder": counted.vision_encoder,
         "projector": counted.projector,

@@ -1,14 +1,8 @@
 """The memory that training steps of given shapes take, measured in a process of their own."""
 
-import json
-import subprocess
-import sys
-from typing import Any
-
 import torch
 from torch import nn
 
-from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.shapes import prepared, random_batch
@@ -100,14 +94,3 @@ def program_bytes(precision: Precision) -> int:
     plain = Precision(precision.dtype, precision.device)
     take_steps(random_model(config, settings, plain), shape, settings, plain)
     return peak_memory(precision.device)
-
-
-def measured_apart(arguments: list[str]) -> Any:
-    """The JSON that this command prints when run with `arguments` in a process of its own."""
-    command = [sys.executable, "-m", "nanovlm.memory", *arguments]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if child.returncode:
-        raise NanoVLMError(
-            f"the process that measures ended with code {child.returncode}; see above"
-        )
-    return json.loads(child.stdout)

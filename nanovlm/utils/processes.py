@@ -1,6 +1,13 @@
-"""The rank of this process and the number of processes, as torchrun sets them."""
+"""The processes of torchrun, and a command run in a process of its own."""
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nanovlm.errors import NanoVLMError
 
 
 def processes() -> tuple[int, int]:
@@ -11,3 +18,15 @@ def processes() -> tuple[int, int]:
 def is_main() -> bool:
     """Whether this is rank 0, the process that prints and writes files."""
     return processes()[0] == 0
+
+
+def output_of(module: str, arguments: Sequence[str], task: str) -> Any:
+    """The JSON that `python -m module arguments` prints, run in a process of its own.
+
+    Its stderr is this process's. Raises NanoVLMError, naming `task` ("measures …"), if it fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode:
+        raise NanoVLMError(f"the process that {task} ended with code {child.returncode}; see above")
+    return json.loads(child.stdout)
