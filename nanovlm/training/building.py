@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.config_json import read_config
 from nanovlm.hub.image_configs import parse_image_config, read_processor
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import join_parts, load_model
@@ -23,7 +24,6 @@ from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import freeze
 from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import say
-from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import flag
 
 
@@ -102,10 +102,8 @@ def planned_config(settings: ModelSettings) -> VLMConfig:
     if name in LANGUAGE_MODELS:
         language_model, chat = LANGUAGE_MODELS[name].language_model, LANGUAGE_MODELS[name].chat
     else:
-        from_shape = "--language-model-shape" if settings.language_model_shape else ""
-        language_model = _read_config(
-            parse_language_model_config, name, from_shape or "--language-model", LANGUAGE_MODELS
-        )
+        given = "--language-model-shape" if settings.language_model_shape else "--language-model"
+        language_model = _read_config(parse_language_model_config, name, given, LANGUAGE_MODELS)
         chat = ChatConfig()  # the folder's tokenizer decides, once it is read
     return VLMConfig(
         vision_encoder,
@@ -191,15 +189,12 @@ def _check_folders(settings: ModelSettings) -> None:
 def _read_config(
     parse: Callable[[dict], Any], folder: str, name: str, shapes: Mapping[str, Any]
 ) -> Any:
-    path = Path(folder) / "config.json"
-    if not path.exists():
+    if not (Path(folder) / "config.json").exists():
         known = f"one of {', '.join(shapes)}"
         raise NanoVLMError(
             f"{name} {folder}: is no folder with a config.json; give one, or {known}"
             if folder
             else f"{name} is missing; give a folder with a config.json, or {known}"
         )
-    try:
-        return parse(read_json(path))
-    except NanoVLMError as error:
-        raise NanoVLMError(f"{folder}: {error}") from None
+    _, config = read_config(Path(folder), parse)
+    return config
