@@ -39,6 +39,7 @@ class BatchOptions:
     share: int = 1  # how many samples of one image may share a prefix
     pack: int = 0  # tokens of a row into which several sequences are packed; 0: no packing
     bucket: int = 1  # batches whose records are sorted by length or packed together
+    multiple: int = 1  # what the length of a batch's rows is a multiple of
     shuffle: bool = True
     seed: int = 0
     rank: int = 0  # this process's number, of `world`
@@ -278,7 +279,13 @@ class Batches(Dataset):
             return LoadedBatch(None, skipped=skipped)
         loaded = [images[path] for sequence in sequences for path in sequence.images]
         pixels, patches = (loaded, []) if self.features is None else ([], loaded)
-        batch = collate(sequences, self.encoder.image_token_id, pixels, patches=patches)
+        batch = collate(
+            sequences,
+            self.encoder.image_token_id,
+            pixels,
+            patches=patches,
+            multiple=self.options.multiple,
+        )
         records = [record for sequence in sequences for record in sequence.records]
         return LoadedBatch(
             batch=self.encoder.finish(batch, sequences),

@@ -55,13 +55,14 @@ def collate(
     *,
     patches: Sequence[Tensor] = (),
     pad_left: bool = False,
+    multiple: int = 1,
 ) -> Batch:
     """Pad sequences to one length, and find where images go and what is to be predicted.
 
     `pixels` are the (n, 3, H, W) tiles of each image in order, or `patches` the (n, P, C_v) outputs
-    of the vision encoder for them.
+    of the vision encoder for them. The length becomes a multiple of `multiple`.
     """
-    length = max(map(len, sequences))
+    length = -(-max(map(len, sequences)) // multiple) * multiple
 
     def stack(rows: Iterable[list[int]], padding: int) -> Tensor:
         padded = torch.full((len(sequences), length), padding)
@@ -82,4 +83,5 @@ def collate(
         targets=labels[labelled],
         pixels=torch.cat(list(pixels)) if pixels else None,
         patches=torch.cat(list(patches)) if patches else None,
+        right_padded=not pad_left and not any(sequence.has_branches for sequence in sequences),
     )

@@ -24,6 +24,7 @@ class Batch:
     targets: Tensor  # (M,) the labelled tokens
     pixels: Tensor | None = None  # (N, 3, H, W): all tiles of all images
     patches: Tensor | None = None  # (N, P, C_v) in place of pixels, where features are cached
+    right_padded: bool = False  # rows of one sample each: `attention_mask` is 1 … 1 0 … 0
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on `device`."""
@@ -37,6 +38,6 @@ class Batch:
         tensors = {
             field.name: function(value)
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) is not None
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **tensors)

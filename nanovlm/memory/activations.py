@@ -98,8 +98,8 @@ def _decoder_block(
     written_out = computing.writes_out(layer.length, layer.length)
     if written_out:
         kept += scores + attended * is_trainable(attention.out_proj)
-    else:  # the kernel keeps its output, a number per query, and the mask in the scores' dtype
-        kept += attended + vectors * heads * FP32 + layer.rows * layer.length**2 * size
+    else:  # the kernel keeps its output and a number per query
+        kept += attended + vectors * heads * FP32
     kept += outputs * (config.hidden_size * size + stats)  # the second norm
     kept += _mlp(block.mlp, config, outputs, size)
     kept += computing.dropout((vectors + outputs) * config.hidden_size, config.dropout)

@@ -139,6 +139,8 @@ def _layers(
     if model.config.language_model.positions == "rotary":  # the tables of sines and cosines
         width = model.config.language_model.head_dim
         activations += 2 * batch.tokens * width * computing.size
+    if batch.pairs:  # which share their prompts; other rows need no mask
+        activations += batch.tokens * batch.length * computing.size
     for layer in walk(model, batch):
         if layer.backward and isinstance(layer.module, DecoderBlock | VisionBlock):
             blocks.append(block_memory(layer, model, computing))

@@ -81,6 +81,7 @@ def random_batch(
         "image_positions": positions[:, :visual].flatten(),
         "target_positions": positions[:, -labelled - 1 : -1].flatten(),
         "targets": torch.randint(config.language_model.vocab_size, (shape.targets,)),
+        "right_padded": not shape.pairs,
     }
     if shape.cached_features:
         tensors["patches"] = torch.randn(feature_shape(config, shape.images), dtype=dtype)

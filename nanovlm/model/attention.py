@@ -44,7 +44,7 @@ class KVCache:
 class AttentionInputs(NamedTuple):
     """What the attention of every block needs besides the hidden states, made once a pass."""
 
-    mask: Tensor | None = None  # (B, 1, T, S) bool, True where a query may attend
+    mask: Tensor | None = None  # (B, 1, T, S), added to the scores (`additive_mask`)
     is_causal: bool = False  # the plain causal mask, where `mask` is None
     rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines, (B, 1, T, D) each
     query_scale: Tensor | None = None  # (B, 1, T, 1), multiplied with the queries
@@ -86,6 +86,11 @@ def bidirectional_mask(groups: Tensor, queries: int) -> Tensor:
     return (groups[:, None, :] == query) & (query > 0)
 
 
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where `allowed`, (…) bool, is true, and -∞ elsewhere."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+
+
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -95,28 +100,48 @@ def attend(
 ) -> Tensor:
     """softmax(Q Kᵀ / √D) V: queries (B, H, T, D), keys and values (B, H_kv, S, D) → (B, H, T, D).
 
-    H is a multiple of H_kv: consecutive query heads share a key head. `mask` is (B or 1, 1, T, S)
-    bool, True where a query may attend; `is_causal` is the triangular one. PyTorch's fused kernel
-    does the work, except where the formula written out is two to four times as fast: on a CPU in
-    half precision, and for a single query.
+    H is a multiple of H_kv: consecutive query heads share a key head. `mask`, (B or 1, 1, T, S), is
+    added to the scores, or is bool, true where a query may attend; `is_causal` stands for the
+    triangular one. PyTorch's fused kernels do the work, except where the formula written out is two
+    to four times as fast: on a CPU in half precision, and for a single query.
     """
     batch, num_heads, length, head_dim = queries.shape
+    if mask is not None:
+        is_bool = mask.dtype == torch.bool
+        mask = additive_mask(mask, queries.dtype) if is_bool else mask.to(queries.dtype)
     half_on_cpu = queries.device.type == "cpu" and queries.dtype != torch.float32
     if (length > 1 and not half_on_cpu) or length * keys.shape[2] > WRITTEN_OUT_LIMIT:
-        shared = num_heads != keys.shape[1]
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=shared
-        )
+        return _attend_fused(queries, keys, values, mask, is_causal)
     # Query heads that share a key head are stacked along T, so that one product serves them all.
     queries = queries * head_dim**-0.5
     queries = queries.reshape(batch, keys.shape[1], -1, head_dim)  # (B, H_kv, H/H_kv · T, D)
     scores = (queries @ keys.transpose(-1, -2)).view(batch, num_heads, length, -1)
     if is_causal:
-        mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        mask = torch.full_like(scores[0, 0], -torch.inf).triu(1)
     if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     weights = scores.softmax(dim=-1).view(batch, keys.shape[1], -1, keys.shape[2])
     return (weights @ values).view(batch, num_heads, length, head_dim)
+
+
+def _attend_fused(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """`attend` by one of PyTorch's kernels that never hold all scores."""
+    shared = queries.shape[1] // keys.shape[1]
+    flash = mask is None and queries.dtype != torch.float32
+    if shared > 1 and queries.device.type == "cuda" and not flash:
+        # Of CUDA's kernels only flash attention shares key heads below Hopper, and it takes neither
+        # masks nor fp32. PyTorch would write the formula out, in fp32, and keep all scores.
+        keys, values = (heads.repeat_interleave(shared, dim=1) for heads in (keys, values))
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
 
 
 @dataclass(frozen=True)

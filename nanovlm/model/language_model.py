@@ -20,6 +20,7 @@ from nanovlm.model.attention import (
     AttentionConfig,
     AttentionInputs,
     KVCache,
+    additive_mask,
     bidirectional_mask,
     causal_mask,
 )
@@ -209,7 +210,7 @@ class LanguageModel(nn.Module):
         """(…, C) → (…, V)."""
         return F.linear(hidden_states, self.head_weight)
 
-    def hidden_states(
+    def hidden_states(  # noqa: PLR0913 (two tensors in most passes; the others are of some only)
         self,
         embeddings: Tensor,
         attention_mask: Tensor | None = None,
@@ -218,6 +219,7 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         groups: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
+        right_padded: bool = False,
     ) -> Tensor:
         """(B, T, C_input) embeddings → (B, T, C) after the final norm, or (M, C) at `positions`.
 
@@ -227,9 +229,14 @@ class LanguageModel(nn.Module):
         groups: (B, S) numbers of tokens that attend to each other both ways (`bidirectional_mask`).
         prompt_lengths: (B,) for dynamic NTK alone: the rows' lengths when generation began, where
             neither this pass nor the first pass of the cache tells.
+        right_padded: `attention_mask` says no more than which tokens at the end of a row are
+            padding. Causal attention keeps the others from these without any mask.
         """
         start = cache.length if cache is not None else 0
-        mask, position_ids = self._mask_and_positions(embeddings, attention_mask, start, groups)
+        if right_padded and attention_mask is not None and groups is None and start == 0:
+            mask, position_ids = None, attention_mask.cumsum(dim=1) - 1
+        else:
+            mask, position_ids = self._mask_and_positions(embeddings, attention_mask, start, groups)
         hidden_states = self.reducer(embeddings)
         inputs = AttentionInputs(mask, mask is None and embeddings.shape[1] > 1, cache=cache)
         if self.config.positions == "learned":
@@ -253,7 +260,7 @@ class LanguageModel(nn.Module):
     def _mask_and_positions(
         self, embeddings: Tensor, attention_mask: Tensor | None, start: int, groups: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """The mask, (B, 1, T, S) or None for the plain causal one, and positions, (B, T).
+        """The additive mask, (B, 1, T, S) or None for the causal one, and positions, (B, T).
 
         A token's position is the number of tokens it attends to before it. That is right for
         padding on either side, branches and packed samples alike; groups do not change it.
@@ -268,7 +275,7 @@ class LanguageModel(nn.Module):
         position_ids = mask.sum(dim=-1) - 1  # (B, T)
         if groups is not None:
             mask = mask | bidirectional_mask(groups, length)
-        return mask[:, None], position_ids
+        return additive_mask(mask[:, None], embeddings.dtype), position_ids
 
     def _learned_positions(self, position_ids: Tensor, row_length: int) -> Tensor:
         """(B, T) positions → (B, T, C).

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.attention import Attention, AttentionConfig
-from nanovlm.model.layers import ACTIVATIONS, resize_positions
+from nanovlm.model.layers import ACTIVATIONS, LayerNorm, resize_positions
 from nanovlm.model.resampler import Resampler
 from nanovlm.utils.config import check_choices, check_divides, check_numbers
 
@@ -136,10 +136,10 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention_norm = LayerNorm(width, eps=eps)
         self.attention = Attention(AttentionConfig.multi_head(width, config.num_attention_heads))
         self.attention_scale = nn.Parameter(torch.ones(width)) if config.layer_scale else None
-        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp_norm = LayerNorm(width, eps=eps)
         self.mlp = VisionMLP(config)
         self.mlp_scale = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
@@ -175,11 +175,9 @@ class VisionEncoder(nn.Module):
             self.register_tokens = nn.Parameter(registers)
         table = torch.randn(1, config.class_token + side**2, width) * 0.02  # class token first
         self.position_embedding = nn.Parameter(table)
-        self.embedding_norm = (
-            nn.LayerNorm(width, eps=eps) if config.embedding_norm else nn.Identity()
-        )
+        self.embedding_norm = LayerNorm(width, eps=eps) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
+        self.norm = LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
         if config.num_queries:
             self.resampler = Resampler(width, config.num_queries, config.output_size, eps)
 

@@ -78,6 +78,7 @@ class VisionLanguageModel(nn.Module):
             batch.attention_mask,
             positions=batch.target_positions,
             groups=self.image_groups(batch),
+            right_padded=batch.right_padded,
         )  # (M, C)
         head = self.language_model.head_weight
         loss = (loss_function or chunked_cross_entropy)(hidden_states, head, batch.targets)

@@ -36,6 +36,7 @@ from nanovlm.utils.device import DTYPES, choose_device, choose_dtype, give_back_
 from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
+CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
 ENCODED_AT_ONCE = 8  # tiles, when features are cached: few enough for the cache of a CPU
 
 
@@ -193,6 +194,7 @@ def _make_batches(
         share=settings.share,
         pack=settings.pack,
         bucket=settings.bucket,
+        multiple=CUDA_LENGTHS if parallel.device.type == "cuda" else 1,
         seed=settings.seed,
         rank=parallel.rank,
         world=parallel.world,
@@ -201,6 +203,7 @@ def _make_batches(
         batch_size=options.batch_size,
         max_length=options.max_length,
         share=options.share,
+        multiple=options.multiple,
         shuffle=False,
     )
     batches = Batches(records, encoder, options, features)

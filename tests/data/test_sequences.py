@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.collate import collate
+from nanovlm.data.packing import join
 from nanovlm.data.sequences import TokenSequence, share_prefix
 from nanovlm.inputs.chat import IGNORED, ImageTokens, Message, Sample
 from nanovlm.model.vlm import VisionLanguageModel
@@ -193,6 +194,24 @@ def test_rows_of_one_length_and_a_single_row():
     batch = collate([row([1, 2], [IGNORED, 2])], image_token_id=9)
     assert batch.input_ids.tolist() == [[1, 2]] and batch.attention_mask.tolist() == [[1, 1]]
     assert batch.image_positions.tolist() == [] and batch.pixels is None
+
+
+def test_collate_tells_rows_that_need_no_mask():
+    plain = [row([0, 5], [IGNORED, 5]), row([5], [IGNORED])]
+    branched = TokenSequence([1, 2, 3], [IGNORED, 2, 3], [1, 2, 3], ())
+    assert collate(plain, 9).right_padded
+    assert not collate(plain, 9, pad_left=True).right_padded
+    assert not collate([*plain, branched], 9).right_padded
+    assert not collate([join([plain[0], plain[1]])], 9).right_padded
+
+
+def test_collate_pads_to_a_multiple():
+    rows = [row([1, 2, 3], [IGNORED, 2, 3]), row([5, 6], [IGNORED, 6])]
+    batch = collate(rows, 9, multiple=4)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0], [5, 6, 0, 0]]
+    assert batch.attention_mask is not None and batch.attention_mask.sum(dim=1).tolist() == [3, 2]
+    assert batch.targets.tolist() == [2, 3, 6] and batch.target_positions.tolist() == [0, 1, 4]
+    assert collate(rows, 9, multiple=3).input_ids.shape == (2, 3)
 
 
 def test_a_branch_starts_before_its_first_label():

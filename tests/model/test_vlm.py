@@ -17,8 +17,8 @@ from nanovlm.hub.models import join_parts, load_model, parse_model_config, save_
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, Message
 from nanovlm.inputs.image_config import ImageConfig
-from nanovlm.model import vlm
-from nanovlm.model.attention import SEGMENT
+from nanovlm.model import attention, vlm
+from nanovlm.model.attention import SEGMENT, attend
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import load_tokenizer
@@ -55,6 +55,32 @@ def make_batch(model: VisionLanguageModel) -> tuple[Batch, Tensor]:
     targets = labels.flatten()[positions]
     pixels = torch.randn(3, 3, 28, 28, generator=generator)
     return Batch(ids, mask, image_positions, positions - 1, targets, pixels), labels
+
+
+@pytest.mark.parametrize("text", ["qwen", "scratch"])
+def test_rows_padded_on_the_right_need_no_mask(text, model, scratch, monkeypatch):
+    chosen = model if text == "qwen" else scratch
+    batch, _ = make_batch(chosen)
+    losses, gradients, masks = [], [], []
+
+    def seen(*inputs):
+        masks.append(inputs[3])
+        return attend(*inputs)
+
+    monkeypatch.setattr(attention, "attend", seen)
+    parameters = list(chosen.parameters())
+    for right_padded in (False, True):
+        loss = chosen(dataclasses.replace(batch, right_padded=right_padded))
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    in_language_model = masks[len(chosen.vision_encoder.blocks) :]
+    count = chosen.config.language_model.num_hidden_layers
+    if text == "qwen":  # from scratch, images need the mask for attention in both directions
+        assert in_language_model[-count:] == [None] * count
+    assert in_language_model[0] is in_language_model[count - 1] is not None  # made once a pass
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for masked, plain in zip(*gradients):
+        torch.testing.assert_close(plain, masked, rtol=1e-4, atol=1e-5)
 
 
 def naive_loss(model: VisionLanguageModel, batch: Batch, labels: Tensor) -> Tensor:
