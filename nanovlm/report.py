@@ -22,7 +22,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.training.monitor.log import series
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.figures import chinese_fonts, plt, save_figure
+from nanovlm.utils.figures import plt, save_figure
 from nanovlm.utils.parser import CommandParser
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
@@ -132,8 +132,7 @@ def draw(runs: list[Run], path: Path) -> None:
     colours = plt.get_cmap("tab10")(range(10))
     if len(runs) > len(colours):
         colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(runs)))
-    fonts = [*chinese_fonts(), "DejaVu Sans"]
-    with plt.rc_context({"font.family": fonts, "text.parse_math": False}):
+    with plt.rc_context({"text.parse_math": False}):
         figure, grid = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
         for axes, (key, title) in zip(grid.flat, PANELS):
             for run, colour in zip(runs, colours):

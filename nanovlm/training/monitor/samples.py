@@ -1,13 +1,12 @@
 """A few held-out questions, answered at every validation to show what the model has learned.
 
 samples.jsonl   one line per answer: step, where, prompt, answer, reference
-samples.png     one row per question about an image, one column per validation: the first and the
-                last five
+samples.png     one row per question about an image, one column per validation (the first and the
+                last five), and the reference
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.monitor.log import append_lines, keep_lines
 from nanovlm.training.precision import Precision
 from nanovlm.utils.console import say
-from nanovlm.utils.figures import chinese_fonts, plt, save_figure
+from nanovlm.utils.figures import plt, save_figure
 from nanovlm.utils.files import read_jsonl, to_jsonl
 
 WATCHED = 6  # questions
@@ -32,12 +31,14 @@ LAST_SHOWN = 5  # validations in the figure, besides the first
 MAX_NEW_TOKENS = 64
 # Chinese, Japanese and Korean characters, which take two columns.
 WIDE = "\u2e80-\U0010ffff"
-HEADER, ROW = 0.3, 1.3  # heights in the figure, in inches
-IMAGE, ANSWER = 1.24, 2.2  # side of an image and width of an answer, in inches
-QUESTION_AT, ANSWERS_AT = 1.4, 4.3  # inches from the left
+CLOSING = "、。，．：；！？）》」』】〉〕"  # marks that no line begins with
+# The figure, in inches: the side of an image, the width of an answer with its margin, the heights
+# of the header and of a line of text.
+IMAGE, ANSWER, HEADER, LINE, MARGIN = 0.9, 1.56, 0.4, 0.17, 0.1
 PIXELS = 160  # longer side of an image in the figure
-QUESTION_CELL, ANSWER_CELL, TITLE = (38, 4), (28, 8), (99, 1)  # columns and lines of text
-RIGHT, OTHER = "#1a7f37", "#24292f"  # colours of an answer equal to its reference, and others
+ANSWER_CELL = (20, 11)  # columns and lines of text
+QUESTION_LINES = 3
+RIGHT, OTHER, FAINT = "#1a7f37", "#24292f", "#6e7781"  # an answer equal to its reference; others
 
 
 class Samples:
@@ -80,13 +81,27 @@ class Samples:
 
     def draw(self) -> None:
         """Draw `samples.png` from all answers so far, if any question is about an image."""
-        rows = []
-        for record in self.watched:
-            lines = [line for line in self.lines if line["where"] == record.where]
-            if record.images and lines:
-                rows.append((open_image(record.images[0]), lines))
-        if rows:
-            draw_answers(self.run / "samples.png", rows)
+        steps = sorted({line["step"] for line in self.lines})
+        columns = {
+            f"after step {step:,}": answers_at(self.lines, step)
+            for step in steps[:1] + steps[1:][-LAST_SHOWN:]
+        }
+        asked = {line["where"] for line in self.lines}
+        images = {
+            record.where: open_image(record.images[0])
+            for record in self.watched
+            if record.images and record.where in asked
+        }
+        if images:
+            draw_answers(self.run / "samples.png", images, columns)
+
+
+Answers = dict[str, dict[str, Any]]  # lines of samples.jsonl by their `where`
+
+
+def answers_at(lines: list[dict[str, Any]], step: int) -> Answers:
+    """The answers that were given after `step`."""
+    return {line["where"]: line for line in lines if line["step"] == step}
 
 
 def last_answers(run: Path) -> str:
@@ -98,72 +113,82 @@ def last_answers(run: Path) -> str:
     return to_jsonl(shown).rstrip()
 
 
-def draw_answers(path: Path, rows: list[tuple[Image.Image, list[dict[str, Any]]]]) -> None:
-    """Draw one row for each image and the lines of `samples.jsonl` about it.
+def draw_answers(
+    path: Path, images: Mapping[str, Image.Image], columns: Mapping[str, Answers], dpi: int = 110
+) -> None:
+    """Draw one row for each image and one column for the answers under each title.
 
-    An answer equal to its reference is green. Where the system has no font with Chinese characters,
-    a cell that needs one points to samples.jsonl.
+    `images` has the same keys as the answers, which are lines of `samples.jsonl`. An answer equal
+    to its reference is green.
     """
-    steps = sorted({line["step"] for _, lines in rows for line in lines})
-    shown = steps[:1] + steps[1:][-LAST_SHOWN:]
-    columns = {step: ANSWERS_AT + number * ANSWER for number, step in enumerate(shown)}
-    width, height = ANSWERS_AT + ANSWER * len(columns), HEADER + ROW * len(rows)
-    chinese = chinese_fonts()
-    fonts = [*chinese, "DejaVu Sans"]
-    with plt.rc_context({"font.family": fonts, "font.size": 9, "text.parse_math": False}):
-        figure = plt.figure(figsize=(width, height))
-        page = _Page(figure.add_axes((0, 0, 1, 1)), bool(chinese))
-        page.write(QUESTION_AT, HEADER / 2, "question and reference", TITLE, weight="bold")
-        for step, x in columns.items():
-            page.write(x, HEADER / 2, f"after step {step:,}", TITLE, weight="bold")
-        for number, (image, lines) in enumerate(rows):
-            page.draw_row(HEADER + ROW * (number + 0.5), image, lines, columns)
-        page.axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-        page.axes.axis("off")
-        save_figure(figure, path)
+    width = IMAGE + 3 * MARGIN + ANSWER * max(len(columns) + 1, 3)
+    figure = plt.figure(figsize=(width, 1), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    with plt.rc_context({"font.size": 9, "text.parse_math": False}):
+        page = _Page(axes, width)
+        for number, title in enumerate([*columns, "reference"]):
+            page.write(number, HEADER - MARGIN / 2, title, va="bottom", weight="bold")
+        for where, image in images.items():
+            page.draw_row(image, [answers.get(where) for answers in columns.values()])
+        axes.set(xlim=(0, width), ylim=(page.y, 0), aspect="auto")
+        axes.axis("off")
+        figure.set_size_inches(width, page.y)
+        save_figure(figure, path, dpi)
 
 
-@dataclass
 class _Page:
-    """The whole figure, measured in inches from its upper left corner."""
+    """The whole figure, measured in inches from its upper left corner; `y` is where it ends."""
 
-    axes: Axes
-    has_chinese_font: bool
+    def __init__(self, axes: Axes, width: float) -> None:
+        self.axes, self.width, self.y = axes, width, HEADER
 
-    def draw_row(
-        self, y: float, image: Image.Image, lines: list[dict[str, Any]], columns: dict[int, float]
-    ) -> None:
-        """One image, its question, and the answers of the steps in `columns` (step → x)."""
+    def draw_row(self, image: Image.Image, lines: Sequence[dict[str, Any] | None]) -> None:
+        """One image, its question, and below that the answer in each column and the reference.
+
+        A column without a line for this image stays empty.
+        """
+        known = next(line for line in lines if line)
+        room = int(ANSWER_CELL[0] * (self.width - IMAGE) / ANSWER)
+        question = wrap(known["prompt"], room, QUESTION_LINES)
+        answers = [
+            wrap(line["answer"] or "(nothing)", *ANSWER_CELL) if line else "" for line in lines
+        ]
+        reference = wrap(known["reference"], *ANSWER_CELL)
+        below = self.y + MARGIN + LINE * (question.count("\n") + 1) + MARGIN / 2
+        longest = max(text.count("\n") + 1 for text in (*answers, reference))
+        end = max(self.y + IMAGE, below + LINE * longest) + MARGIN
+        self.axes.plot((0, self.width), (self.y, self.y), color=FAINT, linewidth=0.4)
+        self._draw_image(image, self.y + (end - self.y) / 2)
+        self.write(0, self.y + MARGIN, question)
+        for number, (line, answer) in enumerate(zip(lines, answers)):
+            is_right = line and exact_match(line["answer"], [line["reference"]])
+            self.write(number, below, answer, color=RIGHT if is_right else OTHER)
+        self.write(len(lines), below, reference, color=FAINT)
+        self.y = end
+
+    def write(self, column: int, y: float, text: str, **style: Any) -> None:
+        """A text whose top is at `y`, in a column of answers."""
+        x = IMAGE + 2 * MARGIN + ANSWER * column
+        self.axes.text(x, y, text, **{"va": "top", "color": OTHER, **style})
+
+    def _draw_image(self, image: Image.Image, y: float) -> None:
         shrunk = ImageOps.contain(image, (PIXELS, PIXELS))
-        right, down = (IMAGE / 2 * side / PIXELS for side in shrunk.size)  # from its centre
-        extent = (ROW / 2 - right, ROW / 2 + right, y + down, y - down)
-        self.axes.imshow(np.asarray(shrunk), extent=extent)
-        question, reference = lines[-1]["prompt"], f"= {lines[-1]['reference']}"
-        self.write(QUESTION_AT, y - 0.05, question, QUESTION_CELL, va="bottom")
-        self.write(QUESTION_AT, y + 0.05, reference, QUESTION_CELL, va="top", color=RIGHT)
-        for line in lines:
-            if line["step"] in columns:
-                colour = RIGHT if exact_match(line["answer"], [line["reference"]]) else OTHER
-                answer = line["answer"] or "(nothing)"
-                self.write(columns[line["step"]], y, answer, ANSWER_CELL, color=colour)
-
-    def write(self, x: float, y: float, text: str, cell: tuple[int, int], **style: str) -> None:
-        """A text of at most `cell` columns and lines."""
-        if not self.has_chinese_font and re.search(f"[{WIDE}]", text):
-            text, style["style"] = "(see samples.jsonl: no Chinese font here)", "italic"
-        options: dict[str, Any] = {"va": "center", **style}
-        self.axes.text(x, y, wrap(text, *cell), **options)
+        right, down = ((IMAGE - MARGIN) / 2 * side / PIXELS for side in shrunk.size)
+        x = MARGIN + IMAGE / 2  # of its centre
+        self.axes.imshow(np.asarray(shrunk), extent=(x - right, x + right, y + down, y - down))
 
 
 def wrap(text: str, width: int, most: int) -> str:
     """Break a text into at most `most` lines of `width` columns; a longer one ends in an ellipsis.
 
-    Lines break between words, or after any Chinese character.
+    Lines break between words, or after any Chinese character; a closing mark may stand one place
+    beyond the width.
     """
     lines, columns = [""], 0
     for piece in re.findall(rf" |[{WIDE}]|[^ {WIDE}]{{1,{width}}}", " ".join(text.split())):
         size = 2 if re.match(f"[{WIDE}]", piece) else len(piece)
-        if columns + size > width:
+        hangs = piece in CLOSING and columns <= width
+        if columns + size > width and not hangs:
             lines, columns = [*lines, ""], 0
         if columns or piece != " ":  # no line begins with the space it was broken at
             lines[-1] += piece

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -119,50 +120,64 @@ def test_an_image_that_is_gone_does_not_stop_the_training(
 
 
 def test_the_figure_shows_the_first_and_the_last_validations_and_what_is_right(
-    tmp_path, monkeypatch
+    tmp_path, records, monkeypatch
 ):
-    drawn = []
-    monkeypatch.setattr(samples, "wrap", lambda text, *_: drawn.append(text) or text)
-    lines = [
+    columns, texts, write = {}, [], samples._Page.write
+
+    def draw(path, images, drawn):
+        columns.update(drawn)
+        draw_answers(path, images, drawn)
+
+    monkeypatch.setattr(samples, "draw_answers", draw)
+    monkeypatch.setattr(
+        samples._Page,
+        "write",
+        lambda *given, **style: texts.append(given[3]) or write(*given, **style),
+    )
+    watched = Samples(tmp_path, records[:1], 0)
+    watched.lines = [
         {
             "step": step,
+            "where": records[0].where,
             "prompt": "Colour?",
             "answer": "Red." if step > 60 else f"no {step}",
             "reference": "red",
         }
         for step in range(10, 90, 10)
     ]
-    draw_answers(tmp_path / "samples.png", [(Image.new("RGB", (20, 30), "blue"), lines)])
-    headers = [text for text in drawn if text.startswith("after step")]
-    assert headers == [f"after step {step}" for step in (10, 40, 50, 60, 70, 80)]
-    assert [text for text in drawn if text[:2] in ("no", "Re")] == [
-        "no 10",
-        "no 40",
-        "no 50",
-        "no 60",
-        "Red.",
-        "Red.",
-    ]
-    assert {(0, 0, 255), (0x1A, 0x7F, 0x37)} <= colours(tmp_path / "samples.png")
+    watched.draw()
+    titles = [f"after step {step}" for step in (10, 40, 50, 60, 70, 80)]
+    assert list(columns) == titles
+    answers = ["no 10", "no 40", "no 50", "no 60", "Red.", "Red."]
+    assert texts == [*titles, "reference", "Colour?", *answers, "red"]
+    with Image.open(tmp_path / "samples.png") as figure:
+        pixels = np.asarray(figure.convert("RGB"))
+    green = (pixels == (0x1A, 0x7F, 0x37)).all(-1).any(0).nonzero()[0]  # in which columns of pixels
+    left, column = 1.1 * 110, 1.56 * 110  # where the first answer starts, and how wide each is
+    assert left + 4 * column <= green.min() and green.max() < left + 6 * column
 
 
-def test_the_figure_can_draw_any_characters_and_a_question_without_an_answer(tmp_path):
-    rows = [
-        (
-            Image.new("RGB", (200, 30), "red"),
-            [
-                {
-                    "step": step,
-                    "prompt": "这是什么？" * 30,
-                    "answer": answer,
-                    "reference": "$红$ \\frac{",
-                }
-            ],
-        )
-        for step, answer in ((1, "a $b$ \\frac{ _ 😀 $"), (2, ""), (2, "word " * 64))
-    ]
-    draw_answers(tmp_path / "samples.png", rows)
+def test_the_figure_can_draw_any_characters_and_a_question_without_an_answer(tmp_path, capsys):
+    images = {name: Image.new("RGB", (200, 30), "red") for name in ("a", "b", "c")}
+    question = {"prompt": "这是什么？" * 30, "reference": "$红$ \\frac{"}
+    first = {"a": {"answer": "a $b$ \\frac{ _ 😀 $", **question}}
+    second = {"b": {"answer": "", **question}, "c": {"answer": "word " * 64, **question}}
+    draw_answers(
+        tmp_path / "samples.png", images, {"$after$ step 1": first, "after step 2": second}
+    )
     assert (255, 0, 0) in colours(tmp_path / "samples.png")
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_are_as_high_as_their_longest_answer(tmp_path):
+    heights = []
+    for answer in ("red", "红色的圆形" * 20):
+        line = {"prompt": "?", "answer": answer, "reference": "red"}
+        image = Image.new("RGB", (8, 8))
+        draw_answers(tmp_path / "samples.png", {"a": image}, {"after step 1": {"a": line}})
+        with Image.open(tmp_path / "samples.png") as figure:
+            heights.append(figure.height)
+    assert heights[1] > heights[0] + 80
 
 
 @pytest.mark.parametrize(
@@ -170,6 +185,8 @@ def test_the_figure_can_draw_any_characters_and_a_question_without_an_answer(tmp
     [
         ("a big red circle", 9, "a big red\ncircle"),
         ("红色圆形", 5, "红色\n圆形"),
+        ("红色、圆形。", 4, "红色、\n圆形。"),
+        ("红色）、圆形", 4, "红色）\n、圆\n形"),
         ("incomprehensible", 8, "incompre\nhensible"),
         ("a  b\nc", 20, "a b c"),
         ("", 5, ""),
