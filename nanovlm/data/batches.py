@@ -21,7 +21,7 @@ from nanovlm.data.order import Order
 from nanovlm.data.packing import PackedSequence, cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record
 from nanovlm.data.sequences import TokenSequence, share_prefixes
-from nanovlm.data.workers import prepare_ahead
+from nanovlm.data.workers import IN_THIS_PROCESS, Loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, Chat, ImageTokens
@@ -205,10 +205,10 @@ class Batches(Dataset):
         return self._load(rows, self._bucket.skipped if is_first else [], self._bucket.cut)
 
     def loader(
-        self, first: int, last: int, workers: int, pin_memory: bool = False
+        self, first: int, last: int, loading: Loading = IN_THIS_PROCESS
     ) -> Iterator[LoadedBatch]:
-        """Batches `first` to `last` - 1 in order, by `workers` processes (`prepare_ahead`)."""
-        return prepare_ahead(self, first, last, workers, pin_memory)
+        """Batches `first` to `last` - 1 in order, each when asked for or in advance (`loading`)."""
+        return prepare_ahead(self, first, last, loading)
 
     def _lay_out(self, number: int) -> _Bucket:
         """Encode the records of a bucket and divide them among its batches."""

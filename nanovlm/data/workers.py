@@ -2,22 +2,64 @@
 
 import atexit
 import multiprocessing
+import os
+import shutil
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import first_line
+from nanovlm.utils.processes import processes_here
+
+MOST_WORKERS = 8  # that are started without being asked for
+SHARED_MEMORY = "/dev/shm"  # through which they hand over tensors; a container may have 64 MB of it
+LEAST_SHARED_MEMORY = 2**30
+
+
+class Loading(NamedTuple):
+    """How batches are loaded: by how many worker processes, and whether they go on to a GPU."""
+
+    workers: int = 0
+    pin_memory: bool = False
+
+
+IN_THIS_PROCESS = Loading()
+
+
+def choose_loading(workers: int | str, device: torch.device) -> tuple[Loading, str]:
+    """The loading for a device, and what to say about it ("": nothing).
+
+    `workers` may be "auto": where a GPU waits for batches, a process per core, 8 at most, shared by
+    the processes of torchrun on this machine; elsewhere none.
+    """
+    pin_memory = device.type == "cuda"
+    if not isinstance(workers, str):
+        return Loading(workers, pin_memory), ""
+    if not pin_memory:
+        return IN_THIS_PROCESS, ""
+    none = "no processes prepare batches in advance: "
+    if sys.platform != "linux":
+        why = "on this system each would load PyTorch anew; --workers 2 starts two"
+        return Loading(0, pin_memory), none + why
+    if (free := shutil.disk_usage(SHARED_MEMORY).free) < LEAST_SHARED_MEMORY:
+        why = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free; docker run --shm-size 8g gives more"
+        return Loading(0, pin_memory), none + why
+    cores = len(os.sched_getaffinity(0)) // processes_here()
+    workers = max(1, min(MOST_WORKERS, cores))
+    return Loading(workers, pin_memory), f"{workers} processes prepare batches in advance"
 
 
 def prepare_ahead(
-    dataset: Dataset, first: int, last: int, workers: int, pin_memory: bool = False
+    dataset: Dataset, first: int, last: int, loading: Loading = IN_THIS_PROCESS
 ) -> Iterator[Any]:
-    """Items `first` to `last` - 1 in order, prepared by `workers` processes, two ahead each.
+    """Items `first` to `last` - 1 in order, prepared by worker processes, two ahead each.
 
     With 0 workers, this process prepares an item when it is asked for. The processes start at once.
     If one of them dies, asking for the next item raises NanoVLMError.
@@ -32,8 +74,8 @@ def prepare_ahead(
             dataset,
             batch_size=None,
             sampler=range(first, last),
-            num_workers=workers,
-            pin_memory=pin_memory,
+            num_workers=min(loading.workers, max(last - first, 0)),
+            pin_memory=loading.pin_memory,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
@@ -41,25 +83,27 @@ def prepare_ahead(
     if child_died and threading.current_thread() is threading.main_thread():
         # The loader's own handler would raise in the middle of whatever runs when a worker dies.
         signal.signal(child_died, handler)
-    for process in multiprocessing.active_children():
-        if process not in others:
-            # If the run exits early, Python would send SIGTERM, which workers ignore, and wait.
-            atexit.register(process.kill)
-    return _watched(loader)
+    started = [process for process in multiprocessing.active_children() if process not in others]
+    for process in started:
+        # If the run exits early, Python would send SIGTERM, which workers ignore, and wait.
+        atexit.register(process.kill)
+    return _watched(loader, started)
 
 
-def _watched(loader: Iterator[Any]) -> Iterator[Any]:
+def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[Any]:
     while True:
         try:
             item = next(loader)
         except StopIteration:
+            for process in started:
+                atexit.unregister(process.kill)
             return
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise NanoVLMError(
                 f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
-                "lower --workers; if not, --workers 0 shows what happened"
+                f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened"
             ) from None
         yield item
 

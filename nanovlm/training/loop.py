@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanovlm.data.batches import Batches, LoadedBatch
+from nanovlm.data.workers import Loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import (
@@ -51,6 +52,7 @@ class Run:
     precision: Precision
     parallel: Parallel
     tracker: Tracker
+    loading: Loading
 
     @property
     def folder(self) -> Path:
@@ -104,7 +106,7 @@ def train(run: Run) -> None:
     progress = resume(run, optimizer) if settings.resume else Progress()
     monitor = Monitor(run, optimizer, progress)
     first, last = (step * settings.accumulate for step in (progress.step, run.total_steps))
-    loader = run.batches.loader(first, last, settings.workers, precision.device.type == "cuda")
+    loader = run.batches.loader(first, last, run.loading)
     model.train()
     with monitor.bar, closing(run.tracker), Interruption() as interruption:
         while progress.step < run.total_steps:
@@ -311,15 +313,13 @@ class Monitor:
 def validate(run: Run, batches: Batches) -> dict[str, float | None]:
     """The mean loss per target over all of `batches`, and the objective's metrics.
 
-    Of cross entropy, which has none, the perplexity. Several processes take the batches in turn.
+    Of cross entropy, which has none, the perplexity. Each process takes its part of the records.
     """
     model, objective, parallel = run.model, run.objective, run.parallel
     model.eval()
     sums, count = [0.0] * (1 + len(objective.metric_names)), 0
-    for first in range(0, len(batches), parallel.world):
-        number = first + parallel.rank
-        batch = parallel.complete(batches[number].batch if number < len(batches) else None)
-        if batch is not None:
+    for loaded in batches.loader(0, len(batches), run.loading):
+        if (batch := parallel.complete(loaded.batch)) is not None:
             with run.precision.autocast():
                 loss, metrics = objective(model, batch.to(run.precision.device))
             new = torch.cat((loss[None], metrics)).tolist()

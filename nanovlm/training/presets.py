@@ -143,6 +143,10 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
     }
 
 
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def _parser(stage: str) -> CommandParser:
     parser = CommandParser(
         prog=f"train_{stage}.py",
@@ -169,5 +173,7 @@ def _parser(stage: str) -> CommandParser:
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.type, type):
                 options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+            elif field.type == int | str:
+                options |= {"type": _number_or_word, "metavar": "auto|INT"}
             shown.add_argument(flag(field.name), **options)
     return parser

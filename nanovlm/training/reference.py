@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nanovlm.data.batches import Batches, BatchOptions
 from nanovlm.data.preferences import PairBatch
 from nanovlm.data.records import record_files
+from nanovlm.data.workers import Loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import list_checkpoints
@@ -44,6 +45,7 @@ def reference_of(
     settings: Settings,
     precision: Precision,
     parallel: Parallel,
+    loading: Loading,
 ) -> Reference:
     """The log-probabilities of all pairs of `parts` under `model`, which is not trained yet.
 
@@ -55,7 +57,7 @@ def reference_of(
         return _read(path, made_from)
     reference: Reference = {}
     for batches in parts:
-        reference |= compute(model, batches, settings, precision, parallel)
+        reference |= compute(model, batches, precision, parallel, loading)
     if is_main():
         lines = [
             {"where": where, "chosen": chosen, "rejected": rejected}
@@ -69,9 +71,9 @@ def reference_of(
 def compute(
     model: VisionLanguageModel,
     batches: Batches,
-    settings: Settings,
     precision: Precision,
     parallel: Parallel,
+    loading: Loading,
 ) -> Reference:
     """The log-probabilities of the pairs of `batches`, which several processes share out."""
     place = {record.where: number for number, record in enumerate(batches.records)}
@@ -86,11 +88,8 @@ def compute(
     )
     in_order = Batches(batches.records, batches.encoder, options, batches.features)
     model.eval()
-    loader = in_order.loader(
-        0, len(in_order), settings.workers, pin_memory=precision.device.type == "cuda"
-    )
     for loaded in tqdm(
-        loader,
+        in_order.loader(0, len(in_order), loading),
         total=len(in_order),
         desc="reference",
         unit="batch",

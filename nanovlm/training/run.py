@@ -1,6 +1,7 @@
 """From settings to a finished run folder: model, data, training, and what is saved at the end."""
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nanovlm.data.batches import Batches, BatchOptions, Encoder, RecordEncoder
+from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.data.records import Record, read_records
+from nanovlm.data.workers import IN_THIS_PROCESS, Loading, choose_loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
 from nanovlm.hub.models import save_model
 from nanovlm.inputs.image import image_pixels, open_image
+from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, lora_config, set_up
@@ -37,7 +41,9 @@ from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
 CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
-ENCODED_AT_ONCE = 8  # tiles, when features are cached: few enough for the cache of a CPU
+# Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
+# fit its cache; a GPU is kept busy by more.
+ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
 
 
 def run_stage(settings: Settings) -> Path:
@@ -50,6 +56,9 @@ def run_stage(settings: Settings) -> Path:
     parallel = build_parallel(settings, choose_device(settings.device))
     settings = _with_dtype(settings, parallel)
     precision = Precision(DTYPES[settings.dtype], parallel.device, settings.stochastic_rounding)
+    loading, how = choose_loading(settings.workers, parallel.device)
+    if how:
+        say(how)
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     records, held_out = _read_data(settings)
@@ -57,10 +66,12 @@ def run_stage(settings: Settings) -> Path:
     say(f"{len(records)} records to train on, {len(held_out)} held out")
     features = None
     if settings.cache_features:
-        features = _cached_features(model, [*records, *held_out], precision)
+        features = _cached_features(model, [*records, *held_out], precision, loading)
     _place(model, settings, precision, parallel)
     say(describe(model, settings))
     batches, validation = _make_batches(model, records, held_out, settings, parallel, features)
+    if validation is not None:
+        validation = _usable(validation, loading)
     per_step = settings.batch_size * settings.accumulate * parallel.world
     total_steps = settings.max_steps or math.ceil(settings.epochs * len(records) / per_step)
     parallel.check_same("records", len(records))
@@ -70,7 +81,8 @@ def run_stage(settings: Settings) -> Path:
     _write_settings(settings)
     if isinstance(batches.encoder, PairEncoder):
         parts = [part for part in (batches, validation) if part is not None]
-        batches.encoder.reference = reference_of(model, parts, settings, precision, parallel)
+        reference = reference_of(model, parts, settings, precision, parallel, loading)
+        batches.encoder.reference = reference
     run = Run(
         settings=settings,
         model=model,
@@ -81,15 +93,32 @@ def run_stage(settings: Settings) -> Path:
         precision=precision,
         parallel=parallel,
         tracker=tracker,
+        loading=loading,
     )
     train(run)
     _save_results(run)
     return folder / "model"
 
 
+class _Images(Dataset):
+    """The pixels of each image's tiles (n, 3, H, W); None for an image that cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], config: ImageConfig) -> None:
+        self.paths, self.config = paths, config
+
+    def __getitem__(self, number: int) -> Tensor | None:
+        try:
+            return image_pixels(open_image(self.paths[number]), self.config)
+        except NanoVLMError:
+            return None
+
+
 @torch.no_grad()
 def compute_features(
-    model: VisionLanguageModel, paths: Iterable[Path], precision: Precision
+    model: VisionLanguageModel,
+    paths: Iterable[Path],
+    precision: Precision,
+    loading: Loading = IN_THIS_PROCESS,
 ) -> dict[Path, Tensor]:
     """The patch vectors of each image's tiles, computed once.
 
@@ -97,25 +126,28 @@ def compute_features(
     missing, and their records will be skipped by name.
     """
     unique = sorted(set(paths))
+    at_once = ENCODED_AT_ONCE[precision.device.type]
     features: dict[Path, Tensor] = {}
-    for start in tqdm(
-        range(0, len(unique), ENCODED_AT_ONCE),
+    images = prepare_ahead(_Images(unique, model.config.image), 0, len(unique), loading)
+    progress = tqdm(
+        zip(images, unique),
+        total=len(unique),
         desc="encoding images",
-        unit="batch",
+        unit="image",
         dynamic_ncols=True,
         disable=not is_main(),
-    ):
-        pixels = {}
-        for path in unique[start : start + ENCODED_AT_ONCE]:
-            try:
-                pixels[path] = image_pixels(open_image(path), model.config.image)
-            except NanoVLMError:
-                continue
+    )
+    remaining = iter(progress)
+    while group := list(itertools.islice(remaining, at_once)):
+        pixels = {path: tiles for tiles, path in group if tiles is not None}
         if pixels:
-            parts = torch.cat(list(pixels.values())).split(ENCODED_AT_ONCE)
-            on_device = (part.to(precision.device) for part in parts)
-            patches = torch.cat([model.vision_features(part).cpu() for part in on_device])
-            features |= zip(pixels, patches.split([len(tiles) for tiles in pixels.values()]))
+            on_device = [
+                tiles.to(precision.device, non_blocking=loading.pin_memory)
+                for tiles in pixels.values()
+            ]
+            parts = torch.cat(on_device).split(at_once)
+            patches = torch.cat([model.vision_features(part) for part in parts]).cpu()
+            features |= zip(pixels, patches.split([len(tiles) for tiles in on_device]))
     return features
 
 
@@ -133,7 +165,7 @@ def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
 
 
 def _cached_features(
-    model: VisionLanguageModel, records: Sequence[Record], precision: Precision
+    model: VisionLanguageModel, records: Sequence[Record], precision: Precision, loading: Loading
 ) -> dict[Path, Tensor]:
     if is_trainable(model.vision_encoder):
         raise NanoVLMError(
@@ -142,7 +174,7 @@ def _cached_features(
         )
     precision.place(model.vision_encoder)
     paths = (path for record in records for path in record.images)
-    return compute_features(model, paths, precision)
+    return compute_features(model, paths, precision, loading)
 
 
 def _place(
@@ -184,7 +216,10 @@ def _make_batches(
     parallel: Parallel,
     features: dict[Path, Tensor] | None,
 ) -> tuple[Batches, Batches | None]:
-    """The batches to train on, and those to validate with; both encode records alike."""
+    """The batches to train on, and those to validate with; both encode records alike.
+
+    Of the latter, all processes together take `world` · `batch_size` records in order.
+    """
     encoder = RecordEncoder.of(model)
     if settings.objective == "dpo":
         encoder = PairEncoder(encoder)
@@ -205,10 +240,11 @@ def _make_batches(
         share=options.share,
         multiple=options.multiple,
         shuffle=False,
+        rank=options.rank,
+        world=options.world,
     )
     batches = Batches(records, encoder, options, features)
-    usable = _usable(held_out, encoder, in_order, features)
-    return batches, Batches(usable, encoder, in_order, features) if usable else None
+    return batches, Batches(held_out, encoder, in_order, features) if held_out else None
 
 
 def _write_settings(settings: Settings) -> None:
@@ -279,20 +315,17 @@ def _split(
     )
 
 
-def _usable(
-    records: Sequence[Record],
-    encoder: Encoder,
-    options: BatchOptions,
-    features: dict[Path, Tensor] | None,
-) -> list[Record]:
-    """The held-out records that can be used; the others are named here, not at each validation."""
+def _usable(validation: Batches, loading: Loading) -> Batches | None:
+    """Without the records that cannot be used; they are named here, not at each validation."""
+    records, options = validation.records, validation.options
+    one_by_one = dataclasses.replace(options, batch_size=1, rank=0, world=1)
     usable = []
-    for record in records:
-        skipped = Batches([record], encoder, options, features)[0].skipped
-        usable += [] if skipped else [record]
-        for reason in skipped:
+    singles = Batches(records, validation.encoder, one_by_one, validation.features)
+    for loaded, record in zip(singles.loader(0, len(singles), loading), records):
+        usable += [] if loaded.skipped else [record]
+        for reason in loaded.skipped:
             say(f"skipped: {reason}")
-    return usable
+    return Batches(usable, validation.encoder, options, validation.features) if usable else None
 
 
 def _save_results(run: Run) -> None:

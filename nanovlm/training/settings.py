@@ -31,6 +31,10 @@ FROM_0 = Limit(lambda value: 0 <= value < math.inf, "it has to be 0 or more")
 FROM_0_TO_1 = Limit(lambda value: 0 <= value <= 1, "it has to be between 0 and 1")
 BELOW_1 = Limit(lambda value: 0 <= value < 1, "it has to be 0 or more and below 1")
 BELOW_HALF = Limit(lambda value: 0 <= value < 0.5, "it has to be 0 or more and below 0.5")
+AUTO_OR_FROM_0 = Limit(
+    lambda value: value == "auto" if isinstance(value, str) else type(value) is int and value >= 0,
+    "it has to be auto, or a whole number from 0 on",
+)
 INT64 = Limit(
     lambda value: 0 <= value < 2**63, "it has to be 0 or more and below 2 to the power of 63"
 )
@@ -59,7 +63,11 @@ class DataSettings:
     val_samples: int = setting(256, "validation records used at most", ABOVE_0)
     share: int = setting(8, "samples of one image in a sequence, which encodes it once", ABOVE_0)
     max_length: int = setting(2048, "tokens of a sample; longer text is cut at the end", ABOVE_0)
-    workers: int = setting(0, "processes that prepare batches in advance (0: none)", FROM_0)
+    workers: int | str = setting(
+        "auto",
+        "processes that prepare batches in advance (0: none; auto: on CUDA up to 8, else none)",
+        AUTO_OR_FROM_0,
+    )
     cache_features: bool = setting(False, "encode each image once (frozen vision encoder only)")
     pack: int = setting(0, "tokens of a packed sequence of several samples (0: no packing)", FROM_0)
     bucket: int = setting(1, "batches that are sorted by length, or packed, together", ABOVE_0)

@@ -15,6 +15,11 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """How many of torchrun's processes are on this machine; without torchrun, 1."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the process that prints and writes files."""
     return processes()[0] == 0

@@ -12,6 +12,7 @@ from PIL import Image
 
 from nanovlm.data.batches import Batches, BatchOptions, LoadedBatch, RecordEncoder
 from nanovlm.data.records import Record
+from nanovlm.data.workers import Loading
 from nanovlm.inputs.chat import Chat, ChatConfig, ImageTokens, Message
 from nanovlm.inputs.image import open_image, preprocess
 from nanovlm.inputs.image_config import ImageConfig
@@ -110,7 +111,7 @@ def test_any_number_of_workers_prepares_the_same(chat, records):
     batches = make(records, chat)
     expected = [batches[number] for number in range(2, 7)]
     for workers in (0, 2):
-        prepared = list(batches.loader(2, 7, workers))
+        prepared = list(batches.loader(2, 7, Loading(workers)))
         assert len(prepared) == 5
         for ours, theirs in zip(prepared, expected):
             assert_same(ours, theirs)

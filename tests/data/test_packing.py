@@ -14,6 +14,7 @@ from nanovlm.data.batches import Batches, BatchOptions, LoadedBatch, RecordEncod
 from nanovlm.data.packing import cut_by_length, deal, first_fit_decreasing, join
 from nanovlm.data.records import Record, read_records
 from nanovlm.data.sequences import TokenSequence
+from nanovlm.data.workers import Loading
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IGNORED, Message
 from nanovlm.model.vlm import VisionLanguageModel
@@ -256,7 +257,7 @@ def test_any_number_of_workers_prepares_the_same(model, records, mode):
     batches = make(model, records, **mode)
     expected = [batches[number] for number in range(2, 8)]
     for workers in (0, 1, 3):
-        prepared = list(make(model, records, **mode).loader(2, 8, workers))
+        prepared = list(make(model, records, **mode).loader(2, 8, Loading(workers)))
         assert len(prepared) == 6
         for ours, theirs in zip(prepared, expected):
             assert_same(ours, theirs)

@@ -11,6 +11,7 @@ import torch
 from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.preferences import PairBatch, PairEncoder, read_pairs
 from nanovlm.data.records import read_records
+from nanovlm.data.workers import Loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE, Message
@@ -229,7 +230,7 @@ def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, 
     batches.encoder.reference = {
         record.where: (-float(number), -number - 0.5) for number, record in enumerate(pairs)
     }
-    (loaded,) = list(batches.loader(1, 2, workers=1))
+    (loaded,) = list(batches.loader(1, 2, Loading(workers=1)))
     copy = pickle.loads(pickle.dumps(batches))[1]  # for a worker that is spawned
     assert copy.records == loaded.records
     assert torch.equal(copy.batch.reference, loaded.batch.reference)

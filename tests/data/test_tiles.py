@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.collate import prepare
 from nanovlm.data.records import Record
+from nanovlm.data.workers import Loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
@@ -23,6 +24,7 @@ from nanovlm.inputs.chat import IMAGE, ImageTokens, Message
 from nanovlm.inputs.image import image_pixels, open_image
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training import run
 from nanovlm.training.precision import Precision
 from nanovlm.training.run import compute_features
 from tests.inputs.test_image import random_image
@@ -138,6 +140,36 @@ def test_kept_features_give_the_same_loss(model, images, tmp_path):
     kept, seen = make(model, records, features=features)[0].batch, make(model, records)[0].batch
     assert kept.pixels is None and kept.patches.shape == (len(seen.pixels), 16, 24)
     assert float(model(kept)) == pytest.approx(float(model(seen)), rel=1e-6)
+
+
+@torch.inference_mode()
+def test_features_are_the_same_bits_by_any_number_of_workers(model, images, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    precision = Precision(torch.float32, torch.device("cpu"))
+    paths = [*images.values(), broken]
+    here, there = (
+        compute_features(model, paths, precision, Loading(workers)) for workers in (0, 2)
+    )
+    assert broken not in here and here.keys() == there.keys() == set(images.values())
+    assert all(torch.equal(here[path], there[path]) for path in here)
+
+
+@torch.inference_mode()
+def test_a_gpu_encodes_64_tiles_at_once_and_a_cpu_8(model, images, monkeypatch):
+    sizes, encode = [], model.vision_features
+    monkeypatch.setattr(
+        model, "vision_features", lambda pixels: (sizes.append(len(pixels)), encode(pixels))[1]
+    )
+    precision, features = Precision(torch.float32, torch.device("cpu")), []
+    for device in ("cpu", "cuda"):  # a CPU that encodes as many as a GPU
+        monkeypatch.setitem(run.ENCODED_AT_ONCE, "cpu", run.ENCODED_AT_ONCE[device])
+        features.append(compute_features(model, images.values(), precision))
+    tiles = sum(rows * columns + 1 for rows, columns in GRIDS.values())
+    assert sizes == [8] * (tiles // 8) + [tiles % 8] + [tiles]
+    few, many = features
+    for path in few:
+        torch.testing.assert_close(few[path], many[path], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
 """Worker processes: what they leave to their parent, and what is said when one dies."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.data import Dataset
 
-from nanovlm.data.workers import prepare_ahead
+from nanovlm.data.workers import Loading, choose_loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
 )  # on a machine with fewer cores
+CUDA = torch.device("cuda")
 
 
 class Processes(Dataset):
@@ -30,7 +34,7 @@ class Processes(Dataset):
 
 
 def test_signals_are_left_to_the_parent():
-    items = prepare_ahead(Processes(), 0, 30, workers=1)
+    items = prepare_ahead(Processes(), 0, 30, Loading(workers=1))
     worker = next(items)
     assert worker != os.getpid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -42,7 +46,7 @@ def test_signals_are_left_to_the_parent():
 def test_a_worker_that_dies_is_said_in_one_line_where_its_item_is_asked_for(monkeypatch, capfd):
     # Seconds that it waits for the other workers to end.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-    items = prepare_ahead(Processes(deadly=8), 0, 20, workers=2)
+    items = prepare_ahead(Processes(deadly=8), 0, 20, Loading(workers=2))
     next(items)
     with pytest.raises(NanoVLMError) as caught:
         for _ in range(8):
@@ -62,20 +66,20 @@ def test_an_error_of_the_dataset_is_no_death():
 
     for workers in (0, 1):
         with pytest.raises(RuntimeError, match="a mistake of ours"):
-            next(prepare_ahead(Broken(), 0, 2, workers))
+            next(prepare_ahead(Broken(), 0, 2, Loading(workers)))
 
 
 def test_without_workers_items_are_made_here():
-    assert list(prepare_ahead(Processes(), 2, 5, workers=0)) == [os.getpid()] * 3
+    assert list(prepare_ahead(Processes(), 2, 5, Loading(workers=0))) == [os.getpid()] * 3
 
 
 def test_workers_end_with_their_parent_though_they_heed_no_signal(tmp_path):
     """Also where something, such as a traceback, keeps the loader alive until Python exits."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom nanovlm.data.workers import prepare_ahead\n"
+        "import os, sys\nfrom nanovlm.data.workers import Loading, prepare_ahead\n"
         "from tests.data.test_workers import Processes\n"
-        "items = prepare_ahead(Processes(), 0, 100, workers=1)\n"
+        "items = prepare_ahead(Processes(), 0, 100, Loading(workers=1))\n"
         "next(items)\nsys.exit(3)\n"
     )
     # Waits until the worker, too, has closed its end of the pipes.
@@ -88,3 +92,63 @@ def test_workers_end_with_their_parent_though_they_heed_no_signal(tmp_path):
         check=False,
     )
     assert done.returncode == 3 and done.stderr == ""
+
+
+@pytest.fixture
+def many_cores(monkeypatch):
+    """A Linux machine with 12 cores and plenty of shared memory."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**33))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 8), (6, 1, 6), (12, 5, 2)])
+def test_a_gpu_has_a_worker_per_core_and_eight_at_most(
+    monkeypatch, many_cores, cores, processes, workers
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    loading, how = choose_loading("auto", CUDA)
+    assert loading == Loading(workers, pin_memory=True)
+    assert how == f"{workers} processes prepare batches in advance"
+
+
+def test_elsewhere_there_is_none_and_a_given_number_wins(many_cores):
+    for device in map(torch.device, ("cpu", "mps")):
+        assert choose_loading("auto", device) == (Loading(0, pin_memory=False), "")
+        assert choose_loading(3, device) == (Loading(3, pin_memory=False), "")
+    for number in (0, 20):
+        assert choose_loading(number, CUDA) == (Loading(number, pin_memory=True), "")
+
+
+def test_where_workers_would_fail_there_is_none_and_the_reason_is_said(monkeypatch, many_cores):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64e6))
+    loading, how = choose_loading("auto", CUDA)
+    assert loading == Loading(0, pin_memory=True)
+    assert "/dev/shm has 64 MB free" in how and "--shm-size" in how
+    monkeypatch.setattr(sys, "platform", "win32")
+    loading, how = choose_loading("auto", CUDA)
+    assert loading == Loading(0, pin_memory=True) and "--workers" in how
+
+
+def test_a_loader_that_is_done_leaves_nothing_to_do_at_exit(monkeypatch):
+    """A run starts one at every validation."""
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    monkeypatch.setattr("atexit.unregister", at_exit.remove)
+    assert len(set(prepare_ahead(Processes(), 0, 6, Loading(workers=2)))) == 2
+    assert not at_exit
+    next(prepare_ahead(Processes(), 0, 6, Loading(workers=2)))
+    assert len(at_exit) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_come_in_pinned_memory():
+    class Tensors(Dataset):
+        def __getitem__(self, number: int) -> torch.Tensor:
+            return torch.full((2, 3), number)
+
+    for number, item in enumerate(prepare_ahead(Tensors(), 0, 6, choose_loading("auto", CUDA)[0])):
+        assert item.is_pinned() and torch.equal(item.cuda().cpu(), torch.full((2, 3), number))

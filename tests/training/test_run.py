@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.data.records import read_records
+from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.training.building import build_model, projector_and_image
@@ -106,6 +107,24 @@ def test_kept_features_give_the_same_losses(tiny, finished, tmp_path):
             assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5)
     with pytest.raises(NanoVLMError, match="frozen vision encoder"):
         tiny.train(tmp_path / "impossible", cache_features=True, train="vision_encoder")
+
+
+def test_one_loader_brings_images_to_encode_batches_to_train_on_and_to_validate(
+    tiny, finished, tmp_path, monkeypatch
+):
+    started = []
+
+    def spied(dataset, first, last, loading):
+        started.append((type(dataset).__name__, loading.workers))
+        return prepare_ahead(dataset, first, last, loading)
+
+    for module in ("nanovlm.data.batches", "nanovlm.training.run"):
+        monkeypatch.setattr(f"{module}.prepare_ahead", spied)
+    run = tiny.train(tmp_path / "run", workers=1, cache_features=True, val_every=2)
+    usable, training, two_validations = [("Batches", 1)], [("Batches", 1)], [("Batches", 1)] * 2
+    assert started == [("_Images", 1), *usable, *training, *two_validations]
+    for line, expected in zip(metrics(run), metrics(finished), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
 TILES = {

@@ -84,6 +84,18 @@ def test_resolved_settings_come_back_from_their_file(tmp_path):
     )
 
 
+@pytest.mark.parametrize("workers", ["auto", 0, 3])
+def test_workers_are_auto_or_a_number_in_flags_and_files(tmp_path, workers):
+    assert Settings().workers == "auto"
+    assert load_settings("stage1", ["--workers", str(workers)]).workers == workers
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(Settings(workers=workers)))
+    assert load_settings("stage1", ["--config", str(path)]).workers == workers
+    for wrong in ("2.5", "true", '"3"'):
+        path.write_text(f"workers = {wrong}\n")
+        assert "--workers is" in refusal("--config", str(path))
+
+
 def test_a_resumed_run_has_its_own_settings(tmp_path):
     (tmp_path / "settings.toml").write_text(to_toml(Settings(batch_size=7, out=str(tmp_path))))
     settings = load_settings("stage1", ["--resume", "--out", str(tmp_path)])
@@ -126,6 +138,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         ("--epochs inf", "--epochs is inf"),
         ("--log-every 0", "--log-every"),
         ("--workers -1", "--workers is -1"),
+        ("--workers many", "--workers is 'many'; it has to be auto"),
         ("--val-fraction 1", "below 1"),
         ("--beta2 1", "below 1"),
         ("--warmup 2", "between 0 and 1"),
