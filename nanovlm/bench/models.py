@@ -89,8 +89,7 @@ class NanoVLMModel:
         self.projector: nn.Module = self.model.projector
         self.language_model: nn.Module = self.model.language_model
         # LLaVA uses the last block's output before the final norm.
-        last = config.vision_encoder.num_hidden_layers
-        self.model.config = dataclasses.replace(config, vision_layer=last)
+        self.model.config = dataclasses.replace(config, vision_norm=False)
         self.image_token_id = image_token_id
 
     def compile(self) -> None:

@@ -108,6 +108,7 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
     image: ImageConfig,
     vision_layer: int = -1,
     *,
+    vision_norm: bool = True,
     bidirectional_images: bool = False,
     language_config: LanguageModelConfig | None = None,
     system: str | None = None,
@@ -115,7 +116,7 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
     """Join a published vision encoder and a published language model with a new projector.
 
     vision_encoder, language_model: their folders.
-    projector, image, vision_layer, bidirectional_images: as in `VLMConfig`.
+    projector, image, vision_layer, vision_norm, bidirectional_images: as in `VLMConfig`.
     language_config: the shape of a new language model; the folder then gives the tokenizer alone.
     system: the system prompt of conversations without one, in place of the published default,
         which introduces a model without a vision encoder.
@@ -129,22 +130,33 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
         rows = max(language_config.vocab_size, tokenizer.vocab_size)
         language = LanguageModel(dataclasses.replace(language_config, vocab_size=rows))
     config = VLMConfig(
-        encoder.config, language.config, projector, image, chat, vision_layer, bidirectional_images
+        vision_encoder=encoder.config,
+        language_model=language.config,
+        projector=projector,
+        image=image,
+        chat=chat,
+        vision_layer=vision_layer,
+        vision_norm=vision_norm,
+        bidirectional_images=bidirectional_images,
     )
     with torch.device("meta"):
         model = VisionLanguageModel(config, tokenizer)
-    feature_size = encoder.config.feature_size(vision_layer)
+    _, vision_width = config.feature_shape
     model.vision_encoder, model.language_model = encoder, language
-    model.projector = build_projector(projector, feature_size, language.config.input_size)
+    model.projector = build_projector(projector, vision_width, language.config.input_size)
     return model
 
 
 def parse_model_config(config: dict[str, Any]) -> VLMConfig:
-    """Parse the `config.json` that `save_model` wrote; an unknown or missing key is an error."""
+    """Parse the `config.json` that `save_model` wrote; an unknown or missing key is an error.
+
+    An older file has no `vision_norm`: layer -1 was then after the final norm, any other before it.
+    """
     if config.get("model_type") != "nanovlm":
         raise NanoVLMError(
             f"config.json: model_type is {config.get('model_type')!r}, expected 'nanovlm'; "
             "give the folder of a trained model, such as runs/stage2/model"
         )
     settings = {name: value for name, value in config.items() if name != "model_type"}
+    settings.setdefault("vision_norm", settings.get("vision_layer", -1) == -1)
     return from_dict(VLMConfig, settings, where="config.json")

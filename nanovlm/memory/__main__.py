@@ -29,7 +29,7 @@ from nanovlm.memory.advice import advice, on_gpu
 from nanovlm.memory.forward import forward_report, take_forward
 from nanovlm.memory.measure import program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
-from nanovlm.memory.shapes import batch_shape, feature_shape, model_config
+from nanovlm.memory.shapes import batch_shape, model_config
 from nanovlm.memory.summary import Stage, summary
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings, stage_names
@@ -138,7 +138,7 @@ def _report(stage: Stage, own: argparse.Namespace) -> str:
     )
     lines = [title, _table(stage.prediction)]
     if settings.cache_features:
-        features = math.prod(feature_shape(config, images=1000 * image.max_tiles_per_image))
+        features = 1000 * image.max_tiles_per_image * math.prod(config.feature_shape)
         lines.append(
             f"also, on the CPU, {features * precision.dtype.itemsize / 1e9:.2f} GB of features for "
             "each 1000 images (--cache-features)"

@@ -84,7 +84,7 @@ def random_batch(
         "right_padded": not shape.pairs,
     }
     if shape.cached_features:
-        tensors["patches"] = torch.randn(feature_shape(config, shape.images), dtype=dtype)
+        tensors["patches"] = torch.randn(shape.images, *config.feature_shape, dtype=dtype)
     elif shape.images:
         image = config.image
         tensors["pixels"] = torch.randn(shape.images, 3, image.height, image.width)
@@ -92,13 +92,6 @@ def random_batch(
         return Batch(**tensors)
     lengths = torch.full((2 * shape.pairs,), shape.targets // shape.pairs // 2)
     return PairBatch(**tensors, lengths=lengths, reference=torch.zeros(shape.pairs, 2))
-
-
-def feature_shape(config: VLMConfig, images: int) -> tuple[int, int, int]:
-    """(N, P, C_v) of the patch vectors that the vision encoder gives."""
-    encoder, image, layer = config.vision_encoder, config.image, config.vision_layer
-    features = encoder.num_features(image.height, image.width, layer)
-    return images, features, encoder.feature_size(layer)
 
 
 def model_config(settings: Settings) -> VLMConfig:

@@ -84,15 +84,22 @@ class VisionEncoderConfig:
         """Tokens that pass the blocks for such an image: class token, registers and patches."""
         return self.num_prefix_tokens + self.num_patches(height, width)
 
-    def num_features(self, height: int, width: int, layer: int = -1) -> int:
-        """Vectors that `VisionEncoder.patches` gives for an image of height × width pixels."""
-        self.blocks_below(layer)
+    def feature_shape(
+        self, height: int, width: int, layer: int = -1, norm: bool = True
+    ) -> tuple[int, int]:
+        """(P, C) of what `VisionEncoder.patches` gives for an image of height × width pixels."""
+        self.check_norm(layer, norm)
         patches = self.num_patches(height, width)
-        return self.num_queries if self._resampled(layer) else patches
+        is_resampled = norm and self.num_queries > 0
+        return (self.num_queries, self.output_size) if is_resampled else (patches, self.hidden_size)
 
-    def feature_size(self, layer: int = -1) -> int:
-        """The width of the vectors that `VisionEncoder.patches` gives."""
-        return self.output_size if self._resampled(layer) else self.hidden_size
+    def check_norm(self, layer: int, norm: bool) -> None:
+        """Refuse the final norm for any layer but the last, which alone it follows."""
+        if norm and self.blocks_below(layer) < self.num_hidden_layers:
+            raise NanoVLMError(
+                f"the final norm follows layer -1, not layer {layer}; "
+                "set vision_norm = false (--no-vision-norm)"
+            )
 
     def blocks_below(self, layer: int) -> int:
         """Blocks that `VisionEncoder.patches` runs for `layer`: all for -1, one fewer for -2."""
@@ -103,9 +110,6 @@ class VisionEncoderConfig:
                 f"take one from {-depth - 1} to {depth}"
             )
         return layer % (depth + 1)
-
-    def _resampled(self, layer: int) -> bool:
-        return bool(self.num_queries) and layer == -1
 
 
 class VisionMLP(nn.Module):
@@ -192,19 +196,18 @@ class VisionEncoder(nn.Module):
             return tokens
         return self.resampler(tokens, *self.config.grid(*pixels.shape[-2:]))
 
-    def patches(self, pixels: Tensor, layer: int = -1) -> Tensor:
+    def patches(self, pixels: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
         """(N, 3, H, W) → the patch vectors alone, (N, P, C), row by row from the top left.
 
-        `layer=-1` is after the final norm, and after the resampler where there is one. Any other
-        index counts as the reference's `hidden_states` do (0 is before the first block, -2 before
-        the last one) and is not normalised.
+        `layer` counts as the reference's `hidden_states` and LLaVA's `vision_feature_layer` do: 0
+        is before the first block, -1 after the last one, -2 before it. With `norm`, which layer -1
+        alone may have, the final norm follows, and then the resampler where there is one.
         """
-        if layer == -1 and self.config.num_queries:
+        self.config.check_norm(layer, norm)
+        if norm and self.config.num_queries:
             return self(pixels)
-        if layer == -1:
-            tokens = self(pixels)
-        else:
-            tokens = self._hidden_states(pixels, self.config.blocks_below(layer))
+        blocks = self.config.blocks_below(layer)
+        tokens = self(pixels) if norm else self._hidden_states(pixels, blocks)
         return tokens[:, self.config.num_prefix_tokens :]
 
     def _hidden_states(self, pixels: Tensor, count: int) -> Tensor:

@@ -40,7 +40,14 @@ class VLMConfig:
     image: ImageConfig
     chat: ChatConfig
     vision_layer: int = -1  # whose patch vectors the projector gets (`VisionEncoder.patches`)
+    vision_norm: bool = True  # whether they pass the vision encoder's final norm; layer -1 alone
     bidirectional_images: bool = False  # visual tokens of one image attend to each other both ways
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """(P, C_v) of a tile's patch vectors that the projector gets."""
+        size = self.image.height, self.image.width
+        return self.vision_encoder.feature_shape(*size, self.vision_layer, self.vision_norm)
 
 
 class VisionLanguageModel(nn.Module):
@@ -49,13 +56,12 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer, self.chat = config, tokenizer, Chat(config.chat, tokenizer)
-        vision, language, image = config.vision_encoder, config.language_model, config.image
+        language, image = config.language_model, config.image
         self._check_vocabulary()
-        self.vision_encoder = VisionEncoder(vision)
-        patch_size = vision.feature_size(config.vision_layer)
-        self.projector = build_projector(config.projector, patch_size, language.input_size)
+        self.vision_encoder = VisionEncoder(config.vision_encoder)
+        num_patches, vision_width = config.feature_shape
+        self.projector = build_projector(config.projector, vision_width, language.input_size)
         self.language_model = LanguageModel(language)
-        num_patches = vision.num_features(image.height, image.width, config.vision_layer)
         self.image_length = self.projector.num_tokens(num_patches)  # K, visual tokens of a tile
         self.max_image_length = self.image_length * image.max_tiles_per_image  # of a whole image
         if self.max_image_length >= language.max_position_embeddings:
@@ -115,11 +121,11 @@ class VisionLanguageModel(nn.Module):
     def vision_features(self, pixels: Tensor) -> Tensor:
         """The patch vectors that the projector gets: (N, 3, H, W) → (N, P, C_v)."""
         pixels = pixels.to(self.vision_encoder.patch_embedding.weight.dtype)
-        layer = self.config.vision_layer
+        which = self.config.vision_layer, self.config.vision_norm
         if not torch.is_inference_mode_enabled() or len(pixels) <= TILES_AT_ONCE:
-            return self.vision_encoder.patches(pixels, layer)
+            return self.vision_encoder.patches(pixels, *which)
         parts = pixels.split(TILES_AT_ONCE)
-        return torch.cat([self.vision_encoder.patches(part, layer) for part in parts])
+        return torch.cat([self.vision_encoder.patches(part, *which) for part in parts])
 
     def image_groups(self, batch: Batch) -> Tensor | None:
         """Which tokens attend to each other both ways, (B, T); None where none do.

@@ -57,6 +57,7 @@ def build_model(settings: Settings) -> VisionLanguageModel:
         config.projector,
         config.image,
         config.vision_layer,
+        vision_norm=config.vision_norm,
         language_config=config.language_model if settings.language_model_shape else None,
         system=settings.system or None,
         bidirectional_images=config.bidirectional_images,
@@ -111,6 +112,7 @@ def planned_config(settings: ModelSettings) -> VLMConfig:
         *projector_and_image(settings),
         chat,
         settings.vision_layer,
+        settings.vision_norm,
         settings.bidirectional_images,
     )
 

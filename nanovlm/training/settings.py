@@ -95,7 +95,8 @@ class ModelSettings:
     tiles: int = setting(
         0, "most tiles along a side of an image (0: the encoder's, 1: not cut)", FROM_0
     )
-    vision_layer: int = setting(-1, "encoder layer to use; -1 is after the final norm")
+    vision_layer: int = setting(-1, "encoder layer to use: -1 is the last, -2 the one before it")
+    vision_norm: bool = setting(True, "encoder's final norm after that layer (-1 only)")
     bidirectional_images: bool = setting(
         False, "visual tokens of an image attend to each other in both directions"
     )

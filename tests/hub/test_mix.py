@@ -63,6 +63,7 @@ class Hub:
             "grid": 3,
             "num_queries": 5,
             "vision_layer": -2 if vision == "clip" else -1,
+            "vision_norm": vision != "clip",
         }
         if language == "scratch":
             settings["language_model_shape"] = str(self.root / "shape")
@@ -174,6 +175,10 @@ def refusal(settings: Settings) -> str:
         (
             {"image_size": 30},
             "an image of 30×30 pixels is not made of 7-pixel patches; resize it to multiples of 7",
+        ),
+        (
+            {"vision_layer": -2},
+            r"the final norm follows layer -1, not layer -2; set vision_norm = false \(--no-vis",
         ),
         (
             {"vision_layer": -5},

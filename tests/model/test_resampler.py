@@ -55,7 +55,7 @@ def test_qwen_vl_equals_the_published_implementation(vision_encoder, fixture):
         for ours in (vision_encoder(pixels), vision_encoder.patches(pixels)):
             # The standard deviation of the outputs is 1.3.
             torch.testing.assert_close(ours, pooled, atol=2e-5, rtol=0)
-    patches = vision_encoder.patches(fixture["fixture.pixels"], layer=3)
+    patches = vision_encoder.patches(fixture["fixture.pixels"], norm=False)
     torch.testing.assert_close(patches, fixture["fixture.hidden"], atol=1e-5, rtol=0)
 
 
@@ -74,12 +74,11 @@ def test_number_and_width_of_the_feature_vectors_of_an_image(vision_encoder):
     config = vision_encoder.config
     for size in ((56, 56), (112, 112), (28, 84)):
         pixels = torch.randn(1, 3, *size)
-        for layer in (-1, -2, 0, 3):
-            features = vision_encoder.patches(pixels, layer)
-            shape = (config.num_features(*size, layer), config.feature_size(layer))
-            assert features.shape[1:] == shape
-    assert (config.num_features(112, 112), config.feature_size()) == (16, 256)
-    assert (config.num_features(112, 112, -2), config.feature_size(-2)) == (64, 104)
+        for layer, norm in ((-1, True), (-1, False), (3, True), (-2, False), (0, False)):
+            features = vision_encoder.patches(pixels, layer, norm)
+            assert features.shape[1:] == config.feature_shape(*size, layer, norm)
+    assert config.feature_shape(112, 112) == (16, 256)
+    assert config.feature_shape(112, 112, norm=False) == (64, 104)
 
 
 def test_the_published_config_has_256_positions_and_256_queries():
@@ -96,8 +95,8 @@ def test_the_published_config_has_256_positions_and_256_queries():
             "width": 1664,
         }
     )
-    shape = (config.image_size, config.intermediate_size, config.num_features(448, 448))
-    assert shape == (224, 8192, 256)
+    shape = (config.image_size, config.intermediate_size, config.feature_shape(448, 448))
+    assert shape == (224, 8192, (256, 4096))
     with torch.device("meta"):
         model = VisionEncoder(config)
     assert model.position_embedding.shape == (1, 256, 1664)

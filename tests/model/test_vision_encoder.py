@@ -58,9 +58,10 @@ def test_equals_the_reference(pair, size):
     torch.testing.assert_close(
         ours.patches(pixels), expected.last_hidden_state[:, first_patch:], atol=1e-5, rtol=0
     )
-    for layer in (-4, -3, -2, 0, 1, 2, 3):  # -1, after the norm, is compared above
+    for layer in range(-4, 4):  # before the norm; after it is compared above
+        patches = ours.patches(pixels, layer, norm=False)
         expected_patches = expected.hidden_states[layer][:, first_patch:]
-        torch.testing.assert_close(ours.patches(pixels, layer), expected_patches, atol=1e-5, rtol=0)
+        torch.testing.assert_close(patches, expected_patches, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -85,7 +86,9 @@ def test_a_patch_embedding_depends_on_the_pixels_of_its_patch_alone(plain):
     pixels = images(35, 49)
     changed = pixels.clone()
     changed[:, :, 7:14, 21:28] += 1  # row 1, column 3 of 5 × 7
-    differs = (plain.patches(changed, layer=0) != plain.patches(pixels, layer=0)).any(dim=-1)
+    differs = (plain.patches(changed, 0, norm=False) != plain.patches(pixels, 0, norm=False)).any(
+        -1
+    )
     assert differs.nonzero()[:, 1].tolist() == [1 * 7 + 3] * 2
 
 
@@ -94,6 +97,10 @@ def test_size_and_layer_are_checked(plain):
         plain(images(30, 28))
     for layer in (4, -5):
         message = f"layer {layer} of .* with 3 blocks; take one from -4 to 3"
+        with pytest.raises(NanoVLMError, match=message):
+            plain.patches(images(28, 28), layer, norm=False)
+    for layer in (-2, 0):
+        message = f"the final norm follows layer -1, not layer {layer}; set vision_norm = false"
         with pytest.raises(NanoVLMError, match=message):
             plain.patches(images(28, 28), layer)
 
@@ -133,12 +140,10 @@ def test_every_family_equals_its_reference(loaded, size):
     first_patch = ours.config.num_prefix_tokens
     torch.testing.assert_close(ours(pixels), last, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.patches(pixels), last[:, first_patch:], atol=1e-5, rtol=0)
-    for layer in (-2, -3, -4, 0, 2, 3):
-        torch.testing.assert_close(
-            ours.patches(pixels, layer), states[layer][:, first_patch:], atol=1e-5, rtol=0
-        )
-        shape = ours.config.num_features(*size, layer), ours.config.feature_size(layer)
-        assert ours.patches(pixels, layer).shape[1:] == shape
+    for layer in range(-4, 4):
+        patches = ours.patches(pixels, layer, norm=False)
+        torch.testing.assert_close(patches, states[layer][:, first_patch:], atol=1e-5, rtol=0)
+        assert patches.shape[1:] == ours.config.feature_shape(*size, layer, norm=False)
     assert ours(pixels).shape[1] == ours.config.num_tokens(*size)
 
 
@@ -243,7 +248,7 @@ def test_smolvlm2_256m():
             },
         }
     )
-    shape = (config.num_hidden_layers, config.intermediate_size, config.num_features(512, 512))
+    shape = (config.num_hidden_layers, config.intermediate_size, config.num_patches(512, 512))
     assert shape == (12, 3072, 1024)
     details = (config.hidden_act, config.layer_norm_eps, config.class_token)
     assert details == ("gelu_pytorch_tanh", 1e-6, False)
@@ -295,6 +300,7 @@ def test_equals_the_reference_on_real_weights():
         pixels = images(*size)[:1]
         expected = reference(pixels, output_hidden_states=True)
         torch.testing.assert_close(ours(pixels), expected.last_hidden_state, atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            ours.patches(pixels, -2), expected.hidden_states[-2][:, 1:], atol=1e-4, rtol=0
-        )
+        for layer in (-1, -2):
+            patches = ours.patches(pixels, layer, norm=False)
+            states = expected.hidden_states[layer][:, 1:]
+            torch.testing.assert_close(patches, states, atol=1e-4, rtol=0)

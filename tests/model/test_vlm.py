@@ -184,18 +184,34 @@ def test_the_placeholder_may_be_a_token_without_a_row_in_the_embedding_table(mod
 
 @torch.inference_mode()
 def test_vision_layer_selects_the_layer_of_the_patch_features(tmp_path):
-    model = tiny_vlm(tmp_path)
-    deeper = join_parts(
-        tmp_path / "vision_encoder",
-        tmp_path / "language_model",
-        ProjectorConfig("linear"),
-        ImageConfig(28, 28),
-        vision_layer=-2,
-    )
-    pixels = torch.randn(1, 3, 28, 28)
-    assert torch.equal(deeper.vision_features(pixels), model.vision_encoder.patches(pixels, -2))
-    assert not torch.equal(deeper.vision_features(pixels), model.vision_features(pixels))
-    assert deeper.image_length == 16
+    model, pixels = tiny_vlm(tmp_path), torch.randn(1, 3, 28, 28)
+    for layer in (-1, -2):
+        other = join_parts(
+            tmp_path / "vision_encoder",
+            tmp_path / "language_model",
+            ProjectorConfig("linear"),
+            ImageConfig(28, 28),
+            vision_layer=layer,
+            vision_norm=False,
+        )
+        expected = model.vision_encoder.patches(pixels, layer, norm=False)
+        assert torch.equal(other.vision_features(pixels), expected)
+        assert not torch.equal(other.vision_features(pixels), model.vision_features(pixels))
+        assert other.image_length == 16
+
+
+@pytest.mark.parametrize(("layer", "norm"), [(None, True), (-1, True), (-2, False), (3, False)])
+@torch.inference_mode()
+def test_a_folder_without_vision_norm_keeps_its_meaning(tmp_path, layer, norm):
+    """Folders were written so before the setting existed; 3 blocks make 3 the last layer."""
+    model, pixels = tiny_vlm(tmp_path), torch.randn(1, 3, 28, 28)
+    save_model(model, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["vision_norm"], config["vision_layer"]
+    config |= {} if layer is None else {"vision_layer": layer}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    expected = model.vision_encoder.patches(pixels, -1 if layer is None else layer, norm)
+    assert torch.equal(load_model(tmp_path / "old").vision_features(pixels), expected)
 
 
 @pytest.mark.parametrize(

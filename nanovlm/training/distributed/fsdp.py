@@ -136,12 +136,10 @@ def _blank_image(
     model: VisionLanguageModel, dtype: torch.dtype, features: bool
 ) -> dict[str, Tensor]:
     """A black image as a batch holds it: pixels, (1, 3, H, W), or features, (1, P, C_v)."""
-    config, layer = model.config.vision_encoder, model.config.vision_layer
-    height, width = model.config.image.height, model.config.image.width
-    if not features:
-        return {"pixels": torch.zeros(1, 3, height, width)}
-    shape = (1, config.num_features(height, width, layer), config.feature_size(layer))
-    return {"patches": torch.zeros(shape, dtype=dtype)}
+    if features:
+        return {"patches": torch.zeros(1, *model.config.feature_shape, dtype=dtype)}
+    image = model.config.image
+    return {"pixels": torch.zeros(1, 3, image.height, image.width)}
 
 
 def _without_weights(model: VisionLanguageModel) -> VisionLanguageModel:

@@ -80,8 +80,7 @@ def _in_order(
     if batch.images:
         if not batch.cached_features:
             yield from _vision_encoder(model, batch.images)
-        image, layer = model.config.image, model.config.vision_layer
-        features = model.vision_encoder.config.num_features(image.height, image.width, layer)
+        features, _ = model.config.feature_shape
         yield model.projector, batch.images, features, batch.images * model.image_length
     language_model, tokens = model.language_model, (batch.rows, batch.length, batch.tokens)
     yield language_model.embed_tokens, *tokens
@@ -101,16 +100,16 @@ def _vision_encoder(
 ) -> Iterator[tuple[nn.Module, int, int, int]]:
     """Up to the layer whose patch vectors are used."""
     encoder: VisionEncoder = model.vision_encoder
-    size, layer = (model.config.image.height, model.config.image.width), model.config.vision_layer
+    size = model.config.image.height, model.config.image.width
     patches, tokens = encoder.config.num_patches(*size), encoder.config.num_tokens(*size)
     everything = images, tokens, images * tokens
     yield encoder.patch_embedding, images, patches, images * patches
     # The class token, the registers and the position table, which are the encoder's own.
     yield nn.ParameterList(encoder.parameters(recurse=False)), *everything
     yield encoder.embedding_norm, *everything
-    for block in encoder.blocks[: encoder.config.blocks_below(layer)]:
+    for block in encoder.blocks[: encoder.config.blocks_below(model.config.vision_layer)]:
         yield block, *everything
-    if layer == -1:
+    if model.config.vision_norm:
         yield encoder.norm, *everything
         if encoder.config.num_queries:
             yield encoder.resampler, images, patches, images * encoder.config.num_queries

@@ -27,7 +27,8 @@ PLAIN = VLMConfig(
 )
 CONFIGS = {
     "plain": PLAIN,
-    "a lower layer": replace(PLAIN, vision_layer=-2),
+    "a lower layer": replace(PLAIN, vision_layer=-2, vision_norm=False),
+    "before the final norm": replace(PLAIN, vision_norm=False),
     "merged patches": replace(PLAIN, projector=ProjectorConfig("pixel_shuffle", scale=2)),
     "resamplers": replace(
         PLAIN,
