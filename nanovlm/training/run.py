@@ -180,10 +180,9 @@ def _cached_features(
 def _place(
     model: VisionLanguageModel, settings: Settings, precision: Precision, parallel: Parallel
 ) -> None:
-    """Bring the model to its device; compile and checkpoint its blocks if asked to."""
+    """Bring the model to its device; compile and checkpoint its blocks where wanted."""
     parallel.place(model, precision, features=settings.cache_features)
-    if settings.compile:
-        compile_blocks(model, parallel.device)
+    compile_blocks(model, parallel.device, settings.compile)
     if settings.checkpointing:
         dropout = settings.lora_dropout > 0 or model.config.language_model.dropout > 0
         checkpoint_blocks(model, dropout=dropout)

@@ -96,6 +96,28 @@ def test_workers_are_auto_or_a_number_in_flags_and_files(tmp_path, workers):
         assert "--workers is" in refusal("--config", str(path))
 
 
+@pytest.mark.parametrize(
+    ("flags", "compile"), [([], "auto"), (["--compile"], True), (["--no-compile"], False)]
+)
+def test_compile_is_auto_on_or_off_in_flags_and_files(tmp_path, flags, compile):
+    assert load_settings("stage1", flags).compile == compile
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(Settings(compile=compile, out=str(tmp_path))))
+    assert load_settings("stage1", ["--config", str(path)]).compile == compile
+    for wrong in ("1.5", '"on"'):
+        path.write_text(f"compile = {wrong}\n")
+        assert "--compile is" in refusal("--config", str(path))
+
+
+def test_a_run_goes_on_with_other_compilation(tmp_path):
+    """Runs of version 0.1 say false where they did not compile."""
+    for before in ("false", "true", '"auto"'):
+        (tmp_path / "settings.toml").write_text(f"compile = {before}\n")
+        for flag, after in (("--compile", True), ("--no-compile", False)):
+            settings = load_settings("stage1", ["--resume", "--out", str(tmp_path), flag])
+            assert settings.compile is after
+
+
 def test_a_resumed_run_has_its_own_settings(tmp_path):
     (tmp_path / "settings.toml").write_text(to_toml(Settings(batch_size=7, out=str(tmp_path))))
     settings = load_settings("stage1", ["--resume", "--out", str(tmp_path)])
