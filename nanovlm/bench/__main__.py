@@ -164,7 +164,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the blocks of both models with torch.compile; nanovlm's in training alone",
+        help="compile the blocks of both models, and on CUDA nanovlm's decoding",
     )
     parser.add_argument(
         "--ladder",

@@ -26,6 +26,15 @@ def add_machine_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
 
+def add_compile_flag(parser: argparse._ActionsContainer) -> None:
+    """Give a parser, or a group of its flags, `--compile`, for `generate.compile_decoding`."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step that writes a token: for thousands of tokens on a GPU",
+    )
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """The device asked for, or the best one available: CUDA, Apple's MPS, CPU."""
     available = ["cpu"]
