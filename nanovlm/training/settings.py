@@ -182,6 +182,9 @@ class MachineSettings:
     compile: bool | str = setting(
         "auto", "compile the blocks with torch.compile (default: on CUDA if it works)", AUTO_OR_BOOL
     )
+    deterministic: bool = setting(
+        False, "take only operations that give the same bits in every run, on CUDA as well"
+    )
     checkpointing: bool = setting(False, "recompute activations in the backward pass")
     quantize: str = choice("matrices of the frozen language model in few bits", "", "nf4", "int8")
     parallel: str = choice("how the processes of torchrun share the work", "ddp", "fsdp")
