@@ -180,7 +180,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _make(out: Path, *flags: str) -> subprocess.Popen:
-    steps = ["--vision-encoder-steps=2", "--language-model-steps=2", "--drill-steps=2"]
+    kinds = ("vision-encoder", "language-model", "drill", "mixed")
+    steps = [f"--{kind}-steps=2" for kind in kinds]
     return subprocess.Popen(
         [sys.executable, SCRIPT, "--out", out, *steps, "--scenes=64", "--texts=600", *flags],
         stdout=subprocess.PIPE,
