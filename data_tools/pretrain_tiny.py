@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     out = Path("nanovlm/assets")
     parser.add_argument("--out", type=Path, default=out, help="folder to write to (%(default)s)")
     parser.add_argument("--replace", action="store_true", help="replace parts that exist")
-    for flag, default, text in (
+    for name, default, text in (
         ("--seed", 0, "seed of the data and of the initial weights"),
         ("--vision-encoder-steps", 3600, "optimizer steps of the vision encoder"),
         ("--scenes", 24000, "labelled scenes for the vision encoder"),
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--mixed-steps", 3000, "optimizer steps on both in turn, at last"),
         ("--texts", 30000, "texts for the language model"),
     ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+        parser.add_argument(name, type=int, default=default, help=f"{text} (%(default)s)")
     options = parser.parse_args()
     for name, value in vars(options).items():
         if type(value) is int and name != "seed" and value < 1:
