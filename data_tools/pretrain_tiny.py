@@ -1,6 +1,6 @@
 """Pretrain the tiny vision encoder and the tiny language model that ship in nanovlm/assets.
 
-    python data_tools/pretrain_tiny.py --out pretrained  # both, 73 minutes on one busy core
+    python data_tools/pretrain_tiny.py --out pretrained  # both, 85 minutes on one busy core
     python data_tools/pretrain_tiny.py --part language_model --out pretrained
 
 The vision encoder is trained on object labels, without any text (pretrain_vision_encoder.py), the
