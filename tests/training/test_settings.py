@@ -22,7 +22,7 @@ def test_without_flags_the_tiny_preset_and_its_assets():
     assert (
         settings.data == "data/scenes/train.jsonl"
         and settings.train == "projector"
-        and settings.cache_features
+        and not settings.vision_norm
     )
     assert settings.vision_encoder == str(ASSETS / "tiny-vision-encoder")
     assert load_settings("stage2", []).init == "runs/stage1/model"
@@ -31,10 +31,10 @@ def test_without_flags_the_tiny_preset_and_its_assets():
 def test_flags_come_before_the_preset_and_the_preset_before_the_defaults():
     preset, changed = (
         load_settings("stage1", []),
-        load_settings("stage1", ["--batch-size", "3", "--no-cache-features"]),
+        load_settings("stage1", ["--batch-size", "3", "--vision-norm"]),
     )
-    assert (changed.batch_size, changed.cache_features) == (3, False)
-    assert dataclasses.replace(changed, batch_size=preset.batch_size, cache_features=True) == preset
+    assert (changed.batch_size, changed.vision_norm) == (3, True)
+    assert dataclasses.replace(changed, batch_size=preset.batch_size, vision_norm=False) == preset
     assert preset.batch_size != Settings.batch_size and preset.clip == Settings.clip
 
 
