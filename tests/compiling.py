@@ -39,18 +39,17 @@ class Graphs:
         return make_boxed_func(run)
 
 
-def everywhere(monkeypatch, *modules) -> None:
-    """Let these modules compile on a CPU, too, each function anew."""
+def everywhere(monkeypatch) -> None:
+    """Compile on a CPU, too, what is compiled on CUDA, and each function anew."""
     torch._dynamo.reset()
-    compiler.compiled.cache_clear()
-    for module in modules:
-        monkeypatch.setattr(module, "compiles_on", lambda device: True)
+    compiler._compiled.cache_clear()
+    monkeypatch.setattr(compiler, "_compiles_on", lambda device: True)
 
 
-def count_graphs(monkeypatch, *modules) -> Graphs:
-    """Let these modules compile everywhere, by `Graphs` in place of the compiler."""
+def count_graphs(monkeypatch) -> Graphs:
+    """The same by `Graphs` in place of the compiler."""
     graphs, compile = Graphs(), torch.compile
-    everywhere(monkeypatch, *modules)
+    everywhere(monkeypatch)
 
     def captured(function, **options):
         return compile(function, backend=graphs.backend, **options)
@@ -63,4 +62,4 @@ def count_graphs(monkeypatch, *modules) -> Graphs:
 def forget_compiled():
     """What a test compiled is not for the next one."""
     yield
-    compiler.compiled.cache_clear()
+    compiler._compiled.cache_clear()

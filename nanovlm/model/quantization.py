@@ -7,13 +7,13 @@ change.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.utils.compiler import compiled, compiles_on, dynamic
+from nanovlm.utils.compiler import compiled_on_cuda, dynamic
 
 BLOCK = 64  # weights of NF4 that share a scale
 SCALE_BLOCK = 256  # scales of NF4 that share a scale of their own
@@ -71,8 +71,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out_features, in_features): computed in fp32, rounded to `dtype` once."""
-        compiles = compiles_on(self.codes.device.type)
-        rows = self._decode_at_once(dtype) if compiles else self._decode_in_parts(dtype)
+        compiled = compiled_on_cuda(_decode, self.codes.device, "decoding quantized weights")
+        rows = self._decode_at_once(compiled, dtype) if compiled else self._decode_in_parts(dtype)
         shape = self.out_features, self.in_features
         return rows.view(-1)[: shape[0] * shape[1]].view(shape)
 
@@ -85,14 +85,14 @@ class QuantizedLinear(nn.Module):
             rows[part] = self.decode(self.codes[part], scales[part], *tables)
         return rows
 
-    def _decode_at_once(self, dtype: torch.dtype) -> Tensor:
+    def _decode_at_once(self, compiled: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
         # Outside these modes, each of which would ask for a compilation of its own.
         autocast = torch.autocast(self.codes.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), autocast:
             stored, tables = self.operands()
             stored = [dynamic(tensor, 0) for tensor in stored]
             codes = dynamic(self.codes, *self.varying)
-            return compiled(_decode)(type(self), codes, stored, tables, dtype)
+            return compiled(type(self), codes, stored, tables, dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""

@@ -1,5 +1,6 @@
 """torch.compile: whether it works here, and functions that go on uncompiled where it fails."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,3 +82,39 @@ def _failure(error: Exception) -> str:
     return first_line(
         getattr(error, "inner_exception", error)
     )  # the backend's own, where it failed
+
+
+def compiled_on_cuda(
+    function: Callable[..., Any], device: torch.device, name: str
+) -> Callable[..., Any] | None:
+    """`function`, compiled for all sizes of `dynamic` dimensions; None where it runs as written.
+
+    That is on other devices, and where the compiler does not work or has failed. `name` is what the
+    log calls it.
+    """
+    if not _compiles_on(device.type):
+        return None
+    compiled = _compiled(function, name)
+    return None if compiled.compiler.failed else compiled
+
+
+def dynamic(tensor: Tensor, *dimensions: int) -> Tensor:
+    """An alias of `tensor`, of which these dimensions may change without another compilation."""
+    alias = tensor.data  # and not a view, whose base's shape would be compiled in
+    torch._dynamo.maybe_mark_dynamic(alias, dimensions)
+    return alias
+
+
+@functools.cache
+def _compiles_on(device: str) -> bool:
+    if device != "cuda":
+        return False
+    switched_off = "TORCH_COMPILE_DISABLE is set" if torch._dynamo.config.disable else ""
+    if problem := switched_off or compiler_problem(torch.device(device)):
+        say(f"8-bit moments, stochastic rounding and quantized weights run uncompiled: {problem}")
+    return not problem
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], name: str) -> _Compiled:
+    return _Compiled(Compiler(name, dynamic=False), function)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from nanovlm.model import quantization
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.quantization import (
     KINDS,
@@ -235,7 +234,7 @@ def decoded(kind: str, device: str = "cpu") -> list[torch.Tensor]:
 def test_a_captured_matrix_is_the_same_to_the_bit(monkeypatch, kind, graphs_of_a_dtype):
     """One graph for all sizes, and for NF4 two for what is less than a block, or 256 of them."""
     plain = decoded(kind)
-    graphs = count_graphs(monkeypatch, quantization)
+    graphs = count_graphs(monkeypatch)
     assert all(map(torch.equal, decoded(kind), plain))
     assert graphs.captured == 2 * graphs_of_a_dtype
 
@@ -243,7 +242,7 @@ def test_a_captured_matrix_is_the_same_to_the_bit(monkeypatch, kind, graphs_of_a
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_generation_and_merging_share_a_graph(monkeypatch, kind):
     layer = KINDS[kind](linear(300, 128))
-    graphs = count_graphs(monkeypatch, quantization)
+    graphs = count_graphs(monkeypatch)
     layer.dequantize(torch.float32)
     for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")):
         with mode():
@@ -254,7 +253,7 @@ def test_training_generation_and_merging_share_a_graph(monkeypatch, kind):
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.13), ("int8", 8.0)])
 def test_decoding_moves_the_codes_and_the_matrix_and_little_else(monkeypatch, kind, bits):
     layer = KINDS[kind](linear(1024, 1024))
-    graphs = count_graphs(monkeypatch, quantization)
+    graphs = count_graphs(monkeypatch)
     layer.dequantize(torch.bfloat16)
     assert graphs.bytes == pytest.approx(1024 * 1024 * (bits / 8 + 2), rel=0.01)
 
@@ -264,7 +263,7 @@ def test_decoding_moves_the_codes_and_the_matrix_and_little_else(monkeypatch, ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_matrix_is_the_same_to_the_bit_and_one_kernel(monkeypatch, kind):
     plain = decoded(kind)
-    everywhere(monkeypatch, quantization)
+    everywhere(monkeypatch)
     assert all(map(torch.equal, decoded(kind), plain))
     torch._dynamo.reset()
     torch._inductor.metrics.reset()
@@ -301,7 +300,7 @@ def test_a_compiled_matrix_serves_both_passes_in_blocks_that_are_compiled_or_com
     with monkeypatch.context() as plain:
         count_graphs(plain)
         expected, saved_by_plain = passes()
-    graphs = count_graphs(monkeypatch, quantization)
+    graphs = count_graphs(monkeypatch)
     ours, saved = passes()
     assert all(map(torch.equal, ours, expected))
     assert saved == saved_by_plain and (33, 100) not in saved

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.training.optim.eight_bit import BLOCK, Tables, dequantize, quantize, tables
-from nanovlm.utils.compiler import compiled, compiles_on, dynamic
+from nanovlm.utils.compiler import compiled_on_cuda, dynamic
 
 SLICE = 2**20  # elements that are updated at once, uncompiled; a multiple of BLOCK
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,7 +49,8 @@ class LeanAdamW(torch.optim.Optimizer):
             device, taken = states[0]["step"].device, torch.ones_like(states[0]["step"])
             if self.found_inf is not None:
                 taken = 1 - self.found_inf.to(device)
-            torch._foreach_add_([state["step"] for state in states], [taken] * len(states))
+            for state in states:
+                state["step"] += taken
             lr = taken * group["lr"]
             decay = lr * group["weight_decay"]
             coding = {}
@@ -145,12 +146,12 @@ def _update(
     assert parameter.grad is not None
     tensors = {"weights": parameter.detach(), "gradient": parameter.grad, **state}
     block = BLOCK if "exp_avg_scale" in state else 1
-    compiles, count = compiles_on(parameter.device.type), parameter.numel()
-    for part in _parts(count, count if compiles else SLICE, block):
+    count = parameter.numel()
+    compiled = compiled_on_cuda(adamw_, parameter.device, "the optimizer's step")
+    for part in _parts(count, count if compiled else SLICE, block):
         cut = _cut(tensors, part, block)
-        if compiles and (part.stop - part.start) % block == 0:
-            cut = {name: dynamic(tensor, 0) for name, tensor in cut.items()}
-            compiled(adamw_)(cut, rates, constants)
+        if compiled and (part.stop - part.start) % block == 0:
+            compiled({name: dynamic(cut[name], 0) for name in cut}, rates, constants)
         else:
             adamw_(cut, rates, constants)
 

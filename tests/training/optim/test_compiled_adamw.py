@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nanovlm.training.optim import adamw
 from nanovlm.training.optim.adamw import LeanAdamW
 from tests.compiling import count_graphs, everywhere, forget_compiled, needs_cpp, needs_gpu  # noqa: F401
 
@@ -72,14 +71,14 @@ def assert_close(compiled: Steps, plain: Steps) -> None:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_captured_step_computes_the_same_in_one_graph_for_each_kind_of_state(monkeypatch, choice):
     plain = steps_of(choice)
-    graphs = count_graphs(monkeypatch, adamw)
+    graphs = count_graphs(monkeypatch)
     assert_close(steps_of(choice), plain)
     # Codes; moments in fp32; and those of a single number, whose size no compiler leaves open.
     assert graphs.captured == 2 + choice["eight_bit"]
 
 
 def test_more_shapes_and_other_rates_need_no_other_graph(monkeypatch):
-    graphs = count_graphs(monkeypatch, adamw)
+    graphs = count_graphs(monkeypatch)
     steps_of(CHOICES[0], shapes=[(64, 256), (32, 64), (7,)])
     assert graphs.captured == 2
     for width in range(1, 6):
@@ -89,7 +88,7 @@ def test_more_shapes_and_other_rates_need_no_other_graph(monkeypatch):
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_step_moves_what_has_to_be_read_and_written_and_little_else(monkeypatch, choice):
-    graphs = count_graphs(monkeypatch, adamw)
+    graphs = count_graphs(monkeypatch)
     dtype = torch.bfloat16 if choice["stochastic_rounding"] else torch.float32
     weights = nn.Parameter(torch.zeros(2048, 2048, dtype=dtype))
     weights.grad = torch.ones_like(weights)
@@ -105,7 +104,7 @@ def test_a_step_moves_what_has_to_be_read_and_written_and_little_else(monkeypatc
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_compiled_step_computes_the_same(monkeypatch, choice):
     plain = steps_of(choice)
-    everywhere(monkeypatch, adamw)
+    everywhere(monkeypatch)
     with torch._inductor.config.patch(fallback_random=True):
         assert_close(steps_of(choice), plain)
 
@@ -113,7 +112,7 @@ def test_a_compiled_step_computes_the_same(monkeypatch, choice):
 @needs_cpp
 @pytest.mark.slow
 def test_without_codes_a_compiled_step_is_one_kernel(monkeypatch):
-    everywhere(monkeypatch, adamw)
+    everywhere(monkeypatch)
     torch._inductor.metrics.reset()
     steps_of(dict(eight_bit=True, stochastic_rounding=False), shapes=[(32, 64)])
     assert torch._inductor.metrics.generated_kernel_count == 1
