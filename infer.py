@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, TextStreamer, generate
+from nanovlm.generate import Sampling, TextStreamer, compile_decoding, generate
 from nanovlm.hub.adapters import load_adapter
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.batch import Batch
@@ -22,7 +22,7 @@ from nanovlm.inputs.image import open_image
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import add_machine_flags, choose_device, choose_dtype
+from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
@@ -153,6 +153,8 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
         load_adapter(model, arguments.adapter)
         merge_adapters(model)
     model.to(device)
+    if arguments.compile:
+        compile_decoding(model.language_model)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     say(f"model: {shown}" + (f" ({why})" if why else ""))
     if arguments.adapter:
@@ -195,7 +197,9 @@ def _parser() -> CommandParser:
         "--verbose", action="store_true", help="time to first token and speed, on stderr"
     )
     _add_sampling_flags(parser.add_argument_group("sampling"))
-    add_machine_flags(parser.add_argument_group("machine"))
+    machine = parser.add_argument_group("machine")
+    add_machine_flags(machine)
+    add_compile_flag(machine)
     return parser
 
 

@@ -1,8 +1,8 @@
 """Draw the README's samples, nanovlm/assets/samples.png: the same questions at several steps.
 
     python train_stage1.py --val-every 25
-    python train_stage2.py --val-every 25
-    python data_tools/draw_samples.py runs/stage1:25,100,837 runs/stage2:1674
+    python train_stage2.py
+    python data_tools/draw_samples.py runs/stage1:25,100,335 runs/stage2:1339 --questions 1,2,4,6
 
 A column is drawn for each step of each run; without steps, the last one of the run. The questions
 are those that every column answers, and `--questions 1,3` picks some of them. Run it in the folder

@@ -234,13 +234,14 @@ def exact_answers(model: LanguageModel, corpus: Corpus) -> float:
 
 
 def pretrain_language_model(
-    folder: Path, seed: int, steps: int, drill_steps: int, texts: int, batch_size: int = 40
+    folder: Path, seed: int, steps: tuple[int, int, int], texts: int, batch_size: int = 40
 ) -> dict[str, dict[str, float]]:
     """Train tokenizer and language model and write them in Qwen3's hub layout.
 
-    Training on all kinds of questions is followed by drills. In the full mixture, answers to the
-    hardest comparisons stay at chance; once most of the data is comparisons, they are learned
-    within about 2,000 steps. Returns the shares of exact answers.
+    `steps` are those of the three phases: all kinds of questions, drills, and both in turn. In the
+    full mixture, answers to the hardest comparisons stay at chance; once most of the data is
+    comparisons, they are learned within about 2,000 steps. Meanwhile the other kinds become worse,
+    which the last phase repairs. Returns the shares of exact answers.
     """
     name = f"pretrain/{seed}"
     make_text = partial(_seeded_text, TRAIN_PAIRS, name)
@@ -256,19 +257,21 @@ def pretrain_language_model(
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=HUB_CONFIG["hidden_size"] ** -0.5)
 
-    def train(corpus: Corpus, steps: int, peak_lr: float, title: str) -> None:
-        stream = corpus.batches(batch_size, Random(seed))
+    def train(corpora: list[Corpus], steps: int, peak_lr: float, title: str) -> None:
+        streams = [corpus.batches(batch_size, Random(seed)) for corpus in corpora]
 
         def loss_of_step(step: int) -> Tensor:
-            batch, notes = next(stream)
+            batch, notes = next(streams[step % len(streams)])
             with torch.autocast("cpu", torch.bfloat16):
                 logits = target_logits(model, batch, notes)
             return F.cross_entropy(logits.float(), batch.targets)
 
         fit(list(model.parameters()), loss_of_step, steps, peak_lr, title)
 
-    train(Corpus(made, chat), steps, 3e-3, "language model")
-    train(Corpus(drills, chat), drill_steps, 2e-3, "language model, drills")
+    mixture, comparisons = Corpus(made, chat), Corpus(drills, chat)
+    train([mixture], steps[0], 3e-3, "language model")
+    train([comparisons], steps[1], 2e-3, "language model, drills")
+    train([mixture, comparisons], steps[2], 1.5e-3, "language model, both in turn")
     model.eval().bfloat16().float()  # measured as it will be stored
     result = {}
     for split, pairs in (("seen pairs", TRAIN_PAIRS), ("held-out pairs", HELD_OUT_PAIRS)):

@@ -1,6 +1,6 @@
 """Pretrain the tiny vision encoder and the tiny language model that ship in nanovlm/assets.
 
-    python data_tools/pretrain_tiny.py --out pretrained  # both, 73 minutes on one busy core
+    python data_tools/pretrain_tiny.py --out pretrained  # both, 85 minutes on one busy core
     python data_tools/pretrain_tiny.py --part language_model --out pretrained
 
 The vision encoder is trained on object labels, without any text (pretrain_vision_encoder.py), the
@@ -23,7 +23,7 @@ from data_tools.pretrain_language_model import pretrain_language_model
 from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.parser import CommandParser, flag
 
 FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-language-model"}
 
@@ -57,22 +57,20 @@ def parse_arguments() -> argparse.Namespace:
     out = Path("nanovlm/assets")
     parser.add_argument("--out", type=Path, default=out, help="folder to write to (%(default)s)")
     parser.add_argument("--replace", action="store_true", help="replace parts that exist")
-    for flag, default, text in (
+    for name, default, text in (
         ("--seed", 0, "seed of the data and of the initial weights"),
         ("--vision-encoder-steps", 3600, "optimizer steps of the vision encoder"),
         ("--scenes", 24000, "labelled scenes for the vision encoder"),
         ("--language-model-steps", 6000, "optimizer steps of the language model"),
         ("--drill-steps", 3000, "optimizer steps on drills that follow"),
+        ("--mixed-steps", 3000, "optimizer steps on both in turn, at last"),
         ("--texts", 30000, "texts for the language model"),
     ):
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+        parser.add_argument(name, type=int, default=default, help=f"{text} (%(default)s)")
     options = parser.parse_args()
-    steps = options.vision_encoder_steps, options.language_model_steps, options.drill_steps
-    if min(*steps, options.scenes, options.texts) < 1:
-        raise NanoVLMError(
-            "--vision-encoder-steps, --language-model-steps, --drill-steps, --scenes and --texts "
-            "start at 1"
-        )
+    for name, value in vars(options).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise NanoVLMError(f"{flag(name)} is {value}; it starts at 1")
     return options
 
 
@@ -89,8 +87,7 @@ def main() -> None:
         "language_model": partial(
             pretrain_language_model,
             seed=options.seed,
-            steps=options.language_model_steps,
-            drill_steps=options.drill_steps,
+            steps=(options.language_model_steps, options.drill_steps, options.mixed_steps),
             texts=options.texts,
         ),
     }

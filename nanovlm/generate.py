@@ -6,13 +6,18 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
+from nanovlm.model.attention import KVCache, StaticCache
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.utils.compiler import Compiler, require_compiler
+
+SMALLEST_CACHE = 256  # places of a compiled step's cache
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class Prompt:
         return torch.where(known, self.input_ids, last)
 
 
+def compile_decoding(model: LanguageModel) -> None:
+    """Let `decode` take compiled steps with `model` from now on; an error without a compiler.
+
+    Compiling takes tens of seconds, as much as thousands of tokens save. So it is for those who
+    write many answers, and only they ask for it.
+    """
+    require_compiler(model.embed_tokens.weight.device)
+    model.compiled_steps = CompiledSteps(model)  # pyright: ignore[reportArgumentType]
+
+
 def generate(
     model: VisionLanguageModel,
     batch: Batch,
@@ -119,32 +134,111 @@ def decode(
             f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language "
             f"model's {limit} positions; shorten the prompt or lower --max-new-tokens"
         )
-    cache = model.new_cache(batch, length + max_new_tokens) if use_cache else None
     generator = torch.Generator(device).manual_seed(sampling.seed)
     stops = torch.tensor(sorted(stop_ids), device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    seen, lengths = prompt.known_ids(model.config.vocab_size), prompt.lengths()
-    inputs, mask, groups = prompt.embeddings, prompt.attention_mask, prompt.groups
-    last, row_starts = prompt.last_tokens(), torch.arange(batch, device=device)
-    for _ in range(max_new_tokens):
-        positions = row_starts * inputs.shape[1] + last  # flat, of each row's last token
-        with _fast_products(inputs):
-            hidden_states = model.hidden_states(
-                inputs, mask, cache, positions=positions, groups=groups, prompt_lengths=lengths
-            )
-            logits = model.logits(hidden_states).float()  # (B, V)
+    seen = prompt.known_ids(model.config.vocab_size)
+    compiled = getattr(model, "compiled_steps", None) if use_cache else None
+    steps = compiled or Steps(model, use_cache)
+    logits = steps.begin(prompt, length + max_new_tokens)  # (B, V)
+    for written in range(1, max_new_tokens + 1):
         token = sample(logits, seen, sampling, generator)  # (B,)
         ended |= torch.isin(token, stops)
-        tokens = torch.where(ended, -1, token).tolist()
+        tokens = torch.where(ended, -1, token).tolist()  # the only wait for the device
         yield tokens
-        if max(tokens) < 0:
+        if max(tokens) < 0 or written == max_new_tokens:
             return
         seen = torch.cat((seen, token[:, None]), dim=1)
-        mask = None if mask is None else torch.cat((mask, mask.new_ones(batch, 1)), dim=1)
-        groups = None if groups is None else torch.cat((groups, groups.new_zeros(batch, 1)), dim=1)
-        new = model.embed_tokens(token[:, None])  # (B, 1, C)
-        inputs = new if use_cache else torch.cat((inputs, new), dim=1)
-        last = torch.full_like(last, inputs.shape[1] - 1)
+        logits = steps.add(token)
+
+
+class Steps:
+    """The logits after a prompt, and after each token that is added to it.
+
+    `use_cache=False` reads the whole text again for every token; it is the reference that the cache
+    is tested against.
+    """
+
+    def __init__(self, model: LanguageModel, use_cache: bool = True) -> None:
+        self.model, self.use_cache = model, use_cache
+        self.cache: KVCache | None = None
+
+    def begin(self, prompt: Prompt, max_length: int) -> Tensor:
+        """Read `prompt`, of a text of at most `max_length` tokens → logits (B, V) in fp32."""
+        self.inputs, self.mask, self.groups = (
+            prompt.embeddings,
+            prompt.attention_mask,
+            prompt.groups,
+        )
+        self.lengths, batch = prompt.lengths(), len(prompt.input_ids)
+        self.row_starts = torch.arange(batch, device=prompt.input_ids.device)
+        self.cache = self.model.new_cache(batch, max_length) if self.use_cache else None
+        return self._logits(prompt.last_tokens())
+
+    def add(self, tokens: Tensor) -> Tensor:
+        """The next token of each row, (B,) → logits (B, V) in fp32."""
+        mask, groups, batch = self.mask, self.groups, len(tokens)
+        self.mask = None if mask is None else torch.cat((mask, mask.new_ones(batch, 1)), dim=1)
+        if groups is not None:
+            self.groups = torch.cat((groups, groups.new_zeros(batch, 1)), dim=1)
+        new = self.model.embed_tokens(tokens[:, None])  # (B, 1, C)
+        self.inputs = new if self.use_cache else torch.cat((self.inputs, new), dim=1)
+        return self._logits(torch.full_like(self.row_starts, self.inputs.shape[1] - 1))
+
+    def _logits(self, last: Tensor) -> Tensor:
+        with _fast_products(self.inputs):
+            hidden_states = self.model.hidden_states(
+                self.inputs,
+                self.mask,
+                self.cache,
+                positions=self.row_starts * self.inputs.shape[1] + last,  # flat
+                groups=self.groups,
+                prompt_lengths=self.lengths,
+            )
+            return self.model.logits(hidden_states).float()
+
+
+class CompiledSteps:
+    """The same, by a step that is compiled once; on CUDA it is replayed as one CUDA graph.
+
+    A graph is for fixed sizes. So the cache has places for a power of two of tokens, and is kept
+    for later prompts that need no more; where they have fewer rows, these are filled up.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.rows = model, 0
+        self.cache: StaticCache | None = None
+        compiler = Compiler("decoding", mode="reduce-overhead", fullgraph=True, dynamic=False)
+        self._next_logits = compiler.compile(next_logits)
+
+    def begin(self, prompt: Prompt, max_length: int) -> Tensor:
+        """As `Steps.begin`, which reads the prompt."""
+        plain = Steps(self.model)
+        logits = plain.begin(prompt, prompt.input_ids.shape[1])
+        assert plain.cache is not None
+        layers, self.rows, heads, _, width = plain.cache.keys.shape
+        if self.cache is None or not self.cache.has_room(self.rows, max_length):
+            rows, places = self.rows, max(max_length, SMALLEST_CACHE)
+            if self.cache is not None:
+                rows, places = max(rows, self.cache.batch), max(places, self.cache.max_length)
+                self.cache = None  # freed before the larger one is made
+            shape = layers, rows, heads, 2 ** (places - 1).bit_length(), width
+            self.cache = StaticCache(shape, plain.cache.keys.dtype, plain.cache.keys.device)
+        self.cache.load(plain.cache, prompt.attention_mask, prompt.lengths())
+        return logits
+
+    def add(self, tokens: Tensor) -> Tensor:
+        """As `Steps.add`."""
+        assert self.cache is not None, "begin has to be called first"
+        tokens = F.pad(tokens, (0, self.cache.batch - self.rows))
+        torch.compiler.cudagraph_mark_step_begin()  # the last logits may be overwritten
+        return self._next_logits(self.model, tokens, self.cache)[: self.rows]
+
+
+def next_logits(model: LanguageModel, tokens: Tensor, cache: StaticCache) -> Tensor:
+    """One token a row, (B,), behind what `cache` holds → the logits of the next, (B, V) in fp32."""
+    hidden_states = model.hidden_states(model.embed_tokens(tokens[:, None]), cache=cache)
+    return model.logits(hidden_states[:, 0]).float()
 
 
 @contextlib.contextmanager
@@ -173,8 +267,13 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
         logits[:, sampling.top_k :] = -torch.inf
     probabilities = logits.softmax(dim=-1)
     # A token goes when those before it already reach top_p, so the most likely one always stays.
-    probabilities[probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p] = 0
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
+    probabilities = probabilities.masked_fill(left_out, 0)
+    # Of events with rates p_i, waiting E_i / p_i where E_i ~ Exp(1), the first is i with the
+    # probability p_i. `torch.multinomial` does the same after a check that waits for the device.
+    waiting_times = torch.empty_like(probabilities).exponential_(generator=generator)
+    chosen = (probabilities / waiting_times).argmax(dim=-1, keepdim=True)
+    return order.gather(1, chosen)[:, 0]
 
 
 class TextStreamer:

@@ -110,6 +110,16 @@ def tiny(tmp_path_factory) -> TinyWorld:
 
 
 @pytest.fixture
+def any_algorithms(monkeypatch):
+    """Undoes, after a test, what `--deterministic` sets."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def call(monkeypatch, capsys):
     """Run a command's `main` in this process, which is faster: `call(main, *arguments)`."""
 

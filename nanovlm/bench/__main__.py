@@ -4,7 +4,8 @@
         [--only encode,stage1] [--compile] [--json]
 
 DIR holds `dinov2-small` and `qwen2.5-0.5b` in the hub's format. The table on stdout gives medians
-over the rounds and their ratio, above 1 where nanovlm is better. Without transformers, it gives
+over the rounds and their ratio, above 1 where nanovlm is better, then the share it reaches of what
+one large product, or one large read, allows on this device. Without transformers, it gives
 nanovlm's figures alone.
 
     python -m nanovlm.bench --weights DIR --ladder
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanovlm.bench import ladder
+from nanovlm.bench.limits import Limits
 from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.errors import NanoVLMError
@@ -33,7 +35,8 @@ from nanovlm.utils.parser import CommandParser
 from nanovlm.utils.processes import output_of
 
 TASKS = list(dict.fromkeys(row.task for row in ROWS.values()))
-Figures = dict[str, dict[str, float]]  # row → library → figure
+LIMIT = "limit"
+Figures = dict[str, dict[str, float]]  # row → library, or LIMIT → figure
 
 
 def main() -> None:
@@ -83,14 +86,21 @@ def _measure(
         models = [_build(name, bench, arguments) for name in names]
         if len(models) == 2:
             say(compare(bench, *models))
+        limits = Limits(bench)
         for task in timed:
-            figures |= _time(bench, task, models, arguments.rounds)
+            figures |= _time(bench, task, models, limits, arguments.rounds)
+        flops, read = map(statistics.median, zip(*limits.speeds))
+        say(f"limits: products {flops / 1e9:,.0f} GFLOP/s, reads {read / 1e9:.1f} GB/s")
     return {name: figures[name] for name in ROWS if name in figures}
 
 
-def _time(bench: Bench, task: str, models: list[BenchModel], rounds: int) -> Figures:
-    """Medians of measurements in turn, after one of each model as warm-up."""
+def _time(
+    bench: Bench, task: str, models: list[BenchModel], limits: Limits, rounds: int
+) -> Figures:
+    """Medians of measurements in turn, after one of each model, and of the limit, as warm-up."""
     measure = {model.name: getattr(bench, task)(model) for model in models}
+    assert isinstance(models[0], NanoVLMModel)
+    measure[LIMIT] = limits.task(task, models[0])
     for warm_up in measure.values():
         warm_up()
     measured = [
@@ -124,14 +134,17 @@ def _build(name: str, bench: Bench, arguments: argparse.Namespace) -> BenchModel
 
 
 def _table(figures: Figures) -> str:
-    """A line per row: one figure, or two and their ratio."""
-    lines = [f"{'':44} {'unit':>10} {'nanovlm':>10} {'transformers':>13} {'ratio':>6}"]
+    """A line per row: one figure, or two and their ratio; and the share of the limit."""
+    libraries = f"{'nanovlm':>10} {'transformers':>13} {'ratio':>6}"
+    lines = [f"{'':44} {'unit':>10} {libraries} {'of limit':>9}"]
     for name, figure in figures.items():
         row, nanovlm, transformers = ROWS[name], figure["nanovlm"], figure.get("transformers")
-        other = f"{'—':>13} {'—':>6}"
+        other, share = f"{'—':>13} {'—':>6}", "—"
         if transformers:
             other = f"{transformers:13.3g} {row.ratio(nanovlm, transformers):5.2f}×"
-        lines.append(f"{row.title:44} {row.unit:>10} {nanovlm:10.3g} {other}")
+        if LIMIT in figure:
+            share = f"{row.ratio(nanovlm, figure[LIMIT]):.0%}"
+        lines.append(f"{row.title:44} {row.unit:>10} {nanovlm:10.3g} {other} {share:>9}")
     return "\n".join(lines)
 
 
@@ -164,7 +177,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the blocks of both models with torch.compile; nanovlm's in training alone",
+        help="compile the blocks of both models, and on CUDA nanovlm's decoding",
     )
     parser.add_argument(
         "--ladder",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanovlm.generate import Prompt, decode
+from nanovlm.generate import Prompt, compile_decoding, decode
 from nanovlm.hub.models import join_parts
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED
@@ -93,8 +93,11 @@ class NanoVLMModel:
         self.image_token_id = image_token_id
 
     def compile(self) -> None:
-        """As a run does: generation, which uses a cache, is not compiled."""
-        compile_blocks(self.model, self.model.vision_encoder.position_embedding.device)
+        """The blocks as in a run; on CUDA, where it is worth it, decoding too."""
+        device = self.model.vision_encoder.position_embedding.device
+        compile_blocks(self.model, device)
+        if device.type == "cuda":
+            compile_decoding(self.model.language_model)
 
     def prepare(self, inputs: Inputs) -> Batch:
         targets = inputs.labels.flatten()

@@ -14,6 +14,13 @@ from nanovlm.utils.device import peak_memory
 
 VISUAL_TOKENS = 256
 NEW_TOKENS = 64  # decoded after the first one
+# Of each task: rows, tokens of text behind the visual ones, and how many of them are labelled.
+SHAPES = {
+    "encode": (32, 32, 16),
+    "stage1": (8, 32, 16),
+    "stage2": (4, 64, 32),
+    "generate": (1, 24, 1),
+}
 MIN_SECONDS = 0.5  # behind each figure; faster work is repeated
 
 
@@ -25,9 +32,9 @@ class Row:
     title: str
     unit: str
 
-    def ratio(self, nanovlm: float, transformers: float) -> float:
-        """Above 1 where nanovlm is better."""
-        return nanovlm / transformers if self.unit.endswith("/s") else transformers / nanovlm
+    def ratio(self, figure: float, other: float) -> float:
+        """Above 1 where `figure` is better than `other`."""
+        return figure / other if self.unit.endswith("/s") else other / figure
 
 
 ROWS = {
@@ -67,7 +74,7 @@ class Bench:
         return Inputs(pixels.to(device, self.dtype), input_ids.to(device), labels.to(device))
 
     def encode(self, model: BenchModel) -> Callable[[], dict[str, float]]:
-        pixels = self.inputs(32, 32, 16).pixels
+        pixels = self.inputs(*SHAPES["encode"]).pixels
 
         @torch.inference_mode()
         def run() -> Tensor:
@@ -76,12 +83,14 @@ class Bench:
         return lambda: {"encode": len(pixels) / self.seconds(run)}
 
     def stage1(self, model: BenchModel) -> Callable[[], dict[str, float]]:
-        step = self.training_step(model, self.inputs(8, 32, 16), ("projector",))
-        return lambda: {"stage1": 8 / self.seconds(step)}
+        inputs = self.inputs(*SHAPES["stage1"])
+        step = self.training_step(model, inputs, ("projector",))
+        return lambda: {"stage1": len(inputs.pixels) / self.seconds(step)}
 
     def stage2(self, model: BenchModel) -> Callable[[], dict[str, float]]:
-        step = self.training_step(model, self.inputs(4, 64, 32), ("projector", "language_model"))
-        return lambda: {"stage2": 4 / self.seconds(step)}
+        inputs = self.inputs(*SHAPES["stage2"])
+        step = self.training_step(model, inputs, ("projector", "language_model"))
+        return lambda: {"stage2": len(inputs.pixels) / self.seconds(step)}
 
     def training_step(
         self, model: BenchModel, inputs: Inputs, trainable: tuple[str, ...]
@@ -103,7 +112,7 @@ class Bench:
         return step
 
     def generate(self, model: BenchModel) -> Callable[[], dict[str, float]]:
-        prepared = model.prepare(self.inputs(1, 24, 1))
+        prepared = model.prepare(self.inputs(*SHAPES["generate"]))
 
         def measure() -> dict[str, float]:
             times = []
@@ -135,7 +144,8 @@ class Bench:
 
     def peak_memory(self, model: BenchModel) -> float:
         """The peak of the process (CUDA: of the device) in GB, after two steps of stage 2."""
-        step = self.training_step(model, self.inputs(4, 64, 32), ("projector", "language_model"))
+        inputs = self.inputs(*SHAPES["stage2"])
+        step = self.training_step(model, inputs, ("projector", "language_model"))
         step()
         step()
         self.wait()

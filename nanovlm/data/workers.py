@@ -67,6 +67,9 @@ def prepare_ahead(
     child_died = getattr(signal, "SIGCHLD", None)  # missing on Windows
     handler = signal.getsignal(child_died) if child_died else None
     others = multiprocessing.active_children()
+    workers = min(loading.workers, max(last - first, 0))
+    # Python 3.14 would start interpreters that each load PyTorch anew, which takes seconds.
+    context = "fork" if workers and sys.platform == "linux" else None
     # A random generator of its own, because a loader draws a number when it starts, and a resumed
     # run starts one loader more.
     loader = iter(
@@ -74,7 +77,8 @@ def prepare_ahead(
             dataset,
             batch_size=None,
             sampler=range(first, last),
-            num_workers=min(loading.workers, max(last - first, 0)),
+            num_workers=workers,
+            multiprocessing_context=context,
             pin_memory=loading.pin_memory,
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),

@@ -25,9 +25,10 @@ from nanovlm.evaluation.metrics import (
     tokenize,
     wrong_objects,
 )
+from nanovlm.generate import compile_decoding
 from nanovlm.hub.models import load_model
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import add_machine_flags, choose_device, choose_dtype
+from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
@@ -49,6 +50,8 @@ def main() -> None:
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = load_model(arguments.model, dtype).to(device)
+    if arguments.compile:
+        compile_decoding(model.language_model)
     say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
     stream = answer_records(
         model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
@@ -153,6 +156,7 @@ def _parser() -> CommandParser:
         help="also write every answer here, one JSON object a line",
     )
     add_machine_flags(parser)
+    add_compile_flag(parser)
     return parser
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from nanovlm.memory.activations import (
@@ -15,7 +16,7 @@ from nanovlm.memory.activations import (
 from nanovlm.memory.inference import encoding_memory
 from nanovlm.memory.shapes import prepared
 from nanovlm.model.language_model import DecoderBlock
-from nanovlm.model.loss import CHUNK
+from nanovlm.model.loss import CPU_SLICE, GPU_SLICE, chunk_rows
 from nanovlm.model.vision_encoder import VisionBlock
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import is_trainable
@@ -172,18 +173,21 @@ def _head(
 ) -> _Head:
     weight, embedding = model.language_model.head_weight, model.language_model.embed_tokens.weight
     size, trainable, tied = computing.size, weight.requires_grad, embedding is weight
-    logits = min(CHUNK, batch.targets) * len(weight)
+    rows = chunk_rows(len(weight), computing.dtype, torch.device(computing.device))
+    logits = min(rows, batch.targets) * len(weight) * (FP32 + (0 if size == FP32 else size))
     hidden = batch.targets * weight.shape[1] * size
     cast = weight.numel() * size if weight.dtype != computing.dtype else 0
-    gradient = trainable * weight.numel() * size  # in the compute dtype
-    if batch.pairs:
-        # The backward pass computes the logits again, in two copies beside the softmax, and the
-        # gradient with them.
-        forward = logits * (2 * FP32 + size) + 2 * hidden + cast
-        backward = logits * (2 * FP32 + size) + cast + (gradient if cast else 0)
+    gradient = trainable * weight.numel() * FP32
+    if size != FP32:  # a slice of it in the compute dtype, to be added
+        slice_size = CPU_SLICE if computing.device == "cpu" else GPU_SLICE
+        gradient += trainable * min(slice_size, weight.numel()) * size
+    rounded = gradient if weight.dtype != torch.float32 else 0  # beside the gradient it gets
+    if batch.pairs:  # the backward pass computes the logits again, and the gradient with them
+        forward = logits + 2 * hidden + cast
+        backward = logits + hidden + cast + rounded
     else:  # the gradient is computed with the logits
-        forward = logits * (FP32 + (0 if size == FP32 else size)) + 2 * hidden + cast + gradient
-        backward = trainable * cast
+        forward = logits + 2 * hidden + cast + gradient
+        backward = rounded
     return _Head(
         forward,
         hidden + trainable * weight.nbytes,

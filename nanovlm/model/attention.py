@@ -40,6 +40,67 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def advance(self, count: int) -> None:
+        """Count the `count` tokens that every layer has stored."""
+        self.length += count
+
+
+class StaticCache:
+    """Keys and values in tensors that stay the same, for compiled steps of one token a row.
+
+    Where `KVCache` gives views that grow, attention goes over all `max_length` places here, and the
+    mask leaves out those that are not written yet. Even the place of the next token is on the
+    device, so that all steps run the same code on the same addresses: CUDA can record one and
+    replay it (as in meta-pytorch/gpt-fast).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`shape` is (layers, B, H_kv, max_length, D)."""
+        layers, self.batch, _, self.max_length, _ = shape
+        # Zeros, since what the mask leaves out still has the weight 0, and 0 · NaN is NaN.
+        self.keys = [torch.zeros(shape[1:], dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        mask_shape = self.batch, self.max_length
+        self.attention_mask = torch.ones(mask_shape, dtype=torch.int64, device=device)
+        self.prompt_lengths = torch.ones(self.batch, dtype=torch.int64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        own = self.attention_mask, self.prompt_lengths, self.place
+        for tensor in (*self.keys, *self.values, *own):
+            torch._dynamo.mark_static_address(tensor)
+
+    def has_room(self, rows: int, length: int) -> bool:
+        """Whether it can hold so many rows of so many tokens."""
+        return rows <= self.batch and length <= self.max_length
+
+    def load(self, prompt: KVCache, attention_mask: Tensor | None, prompt_lengths: Tensor) -> None:
+        """Take over a prompt of at most as many rows, with its attention mask (B, T)."""
+        rows, length = prompt.keys.shape[1], prompt.length
+        for ours, theirs in ((self.keys, prompt.keys), (self.values, prompt.values)):
+            for layer, tensor in enumerate(ours):
+                tensor.zero_()[:rows, :, :length] = theirs[layer, :, :, :length]
+        self.attention_mask.fill_(1)
+        if attention_mask is not None:
+            self.attention_mask[:rows, :length] = attention_mask
+        self.prompt_lengths[:rows] = prompt_lengths
+        self.place.fill_(length)
+
+    def mask_and_positions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of the next token: its additive mask, (B, 1, 1, max_length), and position, (B, 1)."""
+        mask = causal_mask(self.attention_mask, self.place)  # (B, 1, max_length)
+        return additive_mask(mask[:, None], dtype), mask.sum(dim=-1) - 1
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H_kv, 1, D) in the next place; returns all places, (B, H_kv, max_length, D)."""
+        self.keys[layer].index_copy_(2, self.place, keys)
+        self.values[layer].index_copy_(2, self.place, values)
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, count: int) -> None:
+        """Move on by the `count` tokens that every layer has stored."""
+        self.place += count
+
 
 class AttentionInputs(NamedTuple):
     """What the attention of every block needs besides the hidden states, made once a pass."""
@@ -48,16 +109,17 @@ class AttentionInputs(NamedTuple):
     is_causal: bool = False  # the plain causal mask, where `mask` is None
     rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines, (B, 1, T, D) each
     query_scale: Tensor | None = None  # (B, 1, T, 1), multiplied with the queries
-    cache: KVCache | None = None
+    cache: KVCache | StaticCache | None = None
 
 
 NO_INPUTS = AttentionInputs()  # every token attends to every other, without positions
 
 
-def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """The causal mask of rows with padding, branches and packed samples: (B, queries, S) bool.
+def causal_mask(attention_mask: Tensor, queries: int | Tensor) -> Tensor:
+    """The causal mask of rows with padding, branches and packed samples: (B, T, S) bool.
 
-    It is True where one of the last `queries` tokens of a row may attend to one of its S tokens.
+    It is True where one of T tokens of a row may attend to one of its S tokens. `queries` says
+    which T these are: the last so many, or those at the indices (T,), the same in each row.
     `attention_mask` is 0 for padding and 1 for a token, as everywhere else. Tokens numbered 2, 3, …
     form branches: a token attends to earlier tokens of its own number and to those numbered 1, so a
     row [1 1 1 2 2 3 3] is one prefix with two independent continuations. Where several samples are
@@ -68,10 +130,13 @@ def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
     The result takes a byte a pair, 4 MiB for a row of 2,048 tokens.
     """
     length = attention_mask.shape[1]
-    keys, query = attention_mask[:, None, :], attention_mask[:, -queries:, None]
-    index = torch.arange(length, device=attention_mask.device)
-    earlier = index <= index[-queries:, None]  # (queries, S)
-    same = index == index[-queries:, None]
+    keys, index = attention_mask[:, None, :], torch.arange(length, device=attention_mask.device)
+    if isinstance(queries, int):
+        query, query_index = attention_mask[:, -queries:, None], index[-queries:, None]
+    else:
+        query, query_index = attention_mask.index_select(1, queries)[..., None], queries[:, None]
+    earlier = index <= query_index  # (T, S)
+    same = index == query_index
     prefix = query // SEGMENT * SEGMENT + 1  # the number that all branches of a segment share
     return (earlier & (query > 0) & ((keys == query) | (keys == prefix))) | same
 
@@ -114,13 +179,15 @@ def attend(
         return _attend_fused(queries, keys, values, mask, is_causal)
     # Query heads that share a key head are stacked along T, so that one product serves them all.
     queries = queries * head_dim**-0.5
-    queries = queries.reshape(batch, keys.shape[1], -1, head_dim)  # (B, H_kv, H/H_kv · T, D)
-    scores = (queries @ keys.transpose(-1, -2)).view(batch, num_heads, length, -1)
+    stacked = num_heads // keys.shape[1] * length
+    queries = queries.reshape(batch, keys.shape[1], stacked, head_dim)  # (B, H_kv, H/H_kv · T, D)
+    scores = queries @ keys.transpose(-1, -2)
+    scores = scores.view(batch, num_heads, length, keys.shape[2])  # (B, H, T, S)
     if is_causal:
         mask = torch.full_like(scores[0, 0], -torch.inf).triu(1)
     if mask is not None:
         scores = scores + mask
-    weights = scores.softmax(dim=-1).view(batch, keys.shape[1], -1, keys.shape[2])
+    weights = scores.softmax(dim=-1).view(batch, keys.shape[1], stacked, keys.shape[2])
     return (weights @ values).view(batch, num_heads, length, head_dim)
 
 

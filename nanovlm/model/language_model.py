@@ -20,6 +20,7 @@ from nanovlm.model.attention import (
     AttentionConfig,
     AttentionInputs,
     KVCache,
+    StaticCache,
     additive_mask,
     bidirectional_mask,
     causal_mask,
@@ -214,7 +215,7 @@ class LanguageModel(nn.Module):
         self,
         embeddings: Tensor,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
         *,
         positions: Tensor | None = None,
         groups: Tensor | None = None,
@@ -223,6 +224,8 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """(B, T, C_input) embeddings → (B, T, C) after the final norm, or (M, C) at `positions`.
 
+        cache: of the tokens before these. A `StaticCache` takes one token a row and has its own
+            attention mask and prompt lengths.
         attention_mask: (B, S) over all tokens, those in the cache first: 0 padding, 1 a token, more
             for branches and packed samples (`causal_mask`). None: every row is a full sequence.
         positions: (M,) flat indices into (B, T), the only ones that are needed.
@@ -232,8 +235,11 @@ class LanguageModel(nn.Module):
         right_padded: `attention_mask` says no more than which tokens at the end of a row are
             padding. Causal attention keeps the others from these without any mask.
         """
-        start = cache.length if cache is not None else 0
-        if right_padded and attention_mask is not None and groups is None and start == 0:
+        start = cache.length if isinstance(cache, KVCache) else 0
+        if isinstance(cache, StaticCache):
+            mask, position_ids = cache.mask_and_positions(embeddings.dtype)
+            prompt_lengths = cache.prompt_lengths
+        elif right_padded and attention_mask is not None and groups is None and start == 0:
             mask, position_ids = None, attention_mask.cumsum(dim=1) - 1
         else:
             mask, position_ids = self._mask_and_positions(embeddings, attention_mask, start, groups)
@@ -254,7 +260,7 @@ class LanguageModel(nn.Module):
             hidden_states = block(hidden_states, inputs)
         hidden_states = self.blocks[-1](hidden_states, inputs, positions)
         if cache is not None:
-            cache.length += embeddings.shape[1]
+            cache.advance(embeddings.shape[1])
         return self.norm(hidden_states)
 
     def _mask_and_positions(
@@ -292,7 +298,10 @@ class LanguageModel(nn.Module):
         return self.position_embedding(position_ids)
 
     def _rotary_base(
-        self, position_ids: Tensor, prompt_lengths: Tensor | None, cache: KVCache | None
+        self,
+        position_ids: Tensor,
+        prompt_lengths: Tensor | None,
+        cache: KVCache | StaticCache | None,
     ) -> float | Tensor:
         """The base of the rotary frequencies; with dynamic NTK one for each row, (B, 1, 1, 1).
 
@@ -302,11 +311,11 @@ class LanguageModel(nn.Module):
         config = self.config
         if config.rope_type != "dynamic_ntk":
             return config.rope_theta
-        if prompt_lengths is None and cache is not None and cache.length > 0:
+        if prompt_lengths is None and isinstance(cache, KVCache) and cache.length > 0:
             prompt_lengths = cache.prompt_lengths
         if prompt_lengths is None:
             prompt_lengths = position_ids.amax(dim=1) + 1
-        if cache is not None:
+        if isinstance(cache, KVCache):
             cache.prompt_lengths = prompt_lengths
         if self.training:
             return config.rope_theta

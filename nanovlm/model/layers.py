@@ -141,6 +141,60 @@ class Reducer(nn.Module):
         return self.norm(self.up(F.gelu(self.down(embeddings))))
 
 
+def _linear(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp(min=0)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """Cubic convolution (Keys 1981); `a` is its slope at distance 1."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+FILTERS: dict[str, Callable[[Tensor], Tensor]] = {  # weights by distance, with PyTorch's constants
+    "bicubic": partial(_cubic, a=-0.75),
+    "bicubic_antialias": partial(_cubic, a=-0.5),
+    "bilinear_antialias": _linear,
+}
+
+
+def interpolation_weights(
+    size: int, new_size: int, mode: str, device: torch.device | str | None = None
+) -> Tensor:
+    """What each of `size` cells in a line adds to each of `new_size`: (new_size, size) in fp32.
+
+    `mode` is a name of FILTERS. With antialiasing, the filter is widened to a new cell where cells
+    get fewer, and its weights beyond the edge are left out; without it, the cells at the edge are
+    repeated beyond it. Rows add up to 1.
+    """
+    antialias = mode.endswith("_antialias")
+    ratio, margin = size / new_size, 0 if antialias else 2
+    centres = (torch.arange(new_size, device=device) + 0.5) * ratio
+    cells = torch.arange(-margin, size + margin, device=device)
+    distance = (cells + 0.5 - centres[:, None]).abs() / (max(ratio, 1) if antialias else 1)
+    weights = FILTERS[mode](distance)  # (new_size, size + 2 · margin)
+    if antialias:
+        return weights / weights.sum(dim=1, keepdim=True)
+    weights[:, margin] += weights[:, :margin].sum(dim=1)
+    weights[:, -margin - 1] += weights[:, -margin:].sum(dim=1)
+    return weights[:, margin:-margin]
+
+
+def resize_grid(grid: Tensor, rows: int, columns: int, mode: str) -> Tensor:
+    """(N, old rows, old columns, C) → (N, rows · columns, C) in fp32; `mode` a name of FILTERS.
+
+    The same numbers as those of `F.interpolate`, as two matrix products: their gradients exist on
+    every device and are the same in every run, which `F.interpolate` does not promise.
+    """
+    _, old_rows, old_columns, width = grid.shape
+    for_rows = interpolation_weights(old_rows, rows, mode, grid.device)
+    for_columns = interpolation_weights(old_columns, columns, mode, grid.device)
+    with torch.autocast(grid.device.type, enabled=False):
+        grid = for_columns @ grid.float()  # (N, old rows, columns, C)
+        return (for_rows @ grid.flatten(2)).reshape(-1, rows * columns, width)
+
+
 def resize_positions(
     table: Tensor, side: int, rows: int, columns: int, mode: str = "bicubic"
 ) -> Tensor:
@@ -155,10 +209,8 @@ def resize_positions(
     if mode == "nearest":  # whole numbers: with fractions, rounding would choose between two places
         row, column = (torch.arange(n, device=table.device) * side // n for n in (rows, columns))
         return grid[:, row[:, None], column].flatten(1, 2)
-    grid = grid.permute(0, 3, 1, 2).float()  # bicubic in half precision shifts the table
-    antialias = mode == "bicubic_antialias"
-    grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=antialias)
-    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+    # In fp32: bicubic in half precision shifts the table.
+    return resize_grid(grid, rows, columns, mode).to(table.dtype)
 
 
 def sine_cosine_positions(

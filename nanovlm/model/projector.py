@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.attention import AttentionConfig
-from nanovlm.model.layers import ACTIVATIONS
+from nanovlm.model.layers import ACTIVATIONS, resize_grid
 from nanovlm.model.resampler import CrossAttention
 from nanovlm.utils.config import check_choices, check_numbers
 
@@ -116,10 +115,10 @@ class BilinearProjector(MLPProjector):
 
         The antialiased filter weighs every patch, also at uneven ratios.
         """
-        side, size = square_side(patches.shape[1]), (self.grid, self.grid)
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (N, C_vision, side, side)
-        grid = F.interpolate(grid.float(), size, mode="bilinear", antialias=True)
-        return super().forward(grid.flatten(2).transpose(1, 2).to(patches.dtype))
+        side = square_side(patches.shape[1])
+        grid = patches.unflatten(1, (side, side))  # (N, side, side, C_vision)
+        grid = resize_grid(grid, self.grid, self.grid, "bilinear_antialias")
+        return super().forward(grid.to(patches.dtype))
 
 
 class ResamplerProjector(Projector):

@@ -17,7 +17,8 @@ class CrossAttention(Attention):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries (B or 1, T, C), keys and values (B, S, C) → (B, T, C)."""
         queries = self.q_norm(self.heads(self.q_proj(queries)))  # (B or 1, H, T, D)
-        queries = queries.expand(len(keys), -1, -1, -1)
+        if len(queries) < len(keys):  # copied: fused kernels take no batch stride of 0
+            queries = queries.repeat(len(keys), 1, 1, 1)
         keys = self.k_norm(self.heads(self.k_proj(keys)))  # (B, H_kv, S, D)
         values = self.heads(self.v_proj(values))
         return self.out_proj(attend(queries, keys, values).transpose(1, 2).flatten(2))

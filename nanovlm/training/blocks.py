@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.model.attention import AttentionInputs
+from nanovlm.model.attention import NO_INPUTS, AttentionInputs
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.model.quantization import hide_from_compiler
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.freezing import is_trainable
-from nanovlm.utils.console import first_line
+from nanovlm.utils.compiler import Compiler, compiler_problem, require_compiler
+from nanovlm.utils.console import say
 
 Forward = Callable[..., Tensor]
 
@@ -35,25 +35,31 @@ def checkpoint_blocks(model: VisionLanguageModel, dropout: bool = False) -> None
         block.forward = functools.partial(_unless_cached, block.forward, checkpointed)
 
 
-def compile_blocks(model: VisionLanguageModel, device: torch.device) -> None:
-    """Compile each block with torch.compile, for batches of any shape.
+def compile_blocks(
+    model: VisionLanguageModel, device: torch.device, wanted: bool | str = True
+) -> None:
+    """Compile each block with torch.compile, for batches of any number of rows and any length.
 
-    One line of error where no compiler works.
+    `wanted` may be "auto": on CUDA, where a compiler is found. What was decided there goes to the
+    log. If it is True and no compiler works, that is an error of one line.
     """
-    try:  # here, and not in the first step
-        torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown device
-        raise NanoVLMError(
-            f"--compile: torch.compile does not work on {device} here ({first_line(error)}); "
-            "install a C++ compiler, on CUDA also Triton, or leave --compile out"
-        ) from None
+    if not wanted or (wanted == "auto" and device.type != "cuda"):
+        return
+    if wanted == "auto":
+        if problem := compiler_problem(device):
+            say(f"blocks are not compiled: {problem}, or give --no-compile")
+            return
+    else:
+        require_compiler(device)  # here, and not in the first step
+    say("blocks are compiled with torch.compile when they first run; --no-compile switches it off")
     hide_from_compiler(model)
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):  # its shapes depend on what the router chooses
             hidden = torch.compiler.disable(module.mix)
             module.mix = hidden  # pyright: ignore[reportAttributeAccessIssue]
+    compiler = Compiler("blocks", dynamic=True)
     for block in _blocks(model):
-        compiled = torch.compile(block.forward, dynamic=True)
+        compiled = functools.partial(_of_any_size, compiler.compile(block.forward))
         block.forward = functools.partial(_unless_cached, block.forward, compiled)
 
 
@@ -71,6 +77,35 @@ def _unless_cached(
     """Run `replacement`, or, in generation with a cache, the block as it is written."""
     cached = any(isinstance(it, AttentionInputs) and it.cache is not None for it in rest)
     return (forward if cached else replacement)(hidden_states, *rest)
+
+
+def _of_any_size(
+    compiled: Forward,
+    hidden_states: Tensor,
+    inputs: AttentionInputs = NO_INPUTS,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Run a compiled block, telling the compiler which sizes vary and which do not.
+
+    Even with dynamic=True it takes a size of 1 for a constant, and would compile once more for
+    batches of one row; an unbacked size is one that it knows nothing about. And it takes sizes that
+    are equal at first for the same one, so it has to know that a width is no length.
+    """
+    mark_unbacked = torch._dynamo.decorators.mark_unbacked
+    if hidden_states._is_view():  # the first block's, whose base has a size of its own: B · T
+        hidden_states = hidden_states.clone()
+    batch, tables = len(hidden_states), inputs.rotary or ()
+    for tensor in (hidden_states, inputs.mask, *tables, inputs.query_scale):
+        if tensor is not None and len(tensor) == batch:
+            mark_unbacked(tensor, 0, shape_id="batch")
+    for tensor in (hidden_states, *tables):
+        torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+    if inputs is NO_INPUTS:
+        return compiled(hidden_states)
+    if positions is not None:
+        positions = positions.clone()  # the compiler also looks at where a view begins
+        mark_unbacked(positions, 0)
+    return compiled(hidden_states, inputs, positions)
 
 
 def _checkpointed(

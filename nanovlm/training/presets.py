@@ -169,7 +169,7 @@ def _parser(stage: str) -> CommandParser:
         shown = parser.add_argument_group(title)
         for field in dataclasses.fields(group):
             options: dict[str, Any] = {"default": None, "help": field.metadata["help"]}
-            if field.type is bool:
+            if field.type in (bool, bool | str):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(field.type, type):
                 options |= {"type": field.type, "metavar": field.type.__name__.upper()}

@@ -36,7 +36,14 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.reference import reference_of
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.utils.console import say
-from nanovlm.utils.device import DTYPES, choose_device, choose_dtype, give_back_freed_memory
+from nanovlm.utils.device import (
+    DTYPES,
+    allow_tf32,
+    choose_device,
+    choose_dtype,
+    give_back_freed_memory,
+    make_deterministic,
+)
 from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
@@ -48,6 +55,8 @@ ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
 
 def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
+    if settings.deterministic:
+        make_deterministic()
     folder = Path(settings.out)
     if is_main():  # the only process that writes there
         _check_run_folder(folder, settings.resume)
@@ -159,6 +168,8 @@ def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
     say(
         f"device {parallel.device}, {name}"
         + (f" ({why})" if why else "")
+        + (" with products in TF32" if allow_tf32(dtype, parallel.device) else "")
+        + (", deterministic" if settings.deterministic else "")
         + (f", {processes}" if parallel.world > 1 else "")
     )
     return dataclasses.replace(settings, dtype=name)
@@ -180,10 +191,9 @@ def _cached_features(
 def _place(
     model: VisionLanguageModel, settings: Settings, precision: Precision, parallel: Parallel
 ) -> None:
-    """Bring the model to its device; compile and checkpoint its blocks if asked to."""
+    """Bring the model to its device; compile and checkpoint its blocks where wanted."""
     parallel.place(model, precision, features=settings.cache_features)
-    if settings.compile:
-        compile_blocks(model, parallel.device)
+    compile_blocks(model, parallel.device, settings.compile)
     if settings.checkpointing:
         dropout = settings.lora_dropout > 0 or model.config.language_model.dropout > 0
         checkpoint_blocks(model, dropout=dropout)

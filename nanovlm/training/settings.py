@@ -35,6 +35,9 @@ AUTO_OR_FROM_0 = Limit(
     lambda value: value == "auto" if isinstance(value, str) else type(value) is int and value >= 0,
     "it has to be auto, or a whole number from 0 on",
 )
+AUTO_OR_BOOL = Limit(
+    lambda value: value == "auto" or isinstance(value, bool), "take true, false or auto"
+)
 INT64 = Limit(
     lambda value: 0 <= value < 2**63, "it has to be 0 or more and below 2 to the power of 63"
 )
@@ -176,7 +179,12 @@ class MachineSettings:
 
     device: str = choice("device to train on", "auto", *DEVICES)
     dtype: str = choice("compute dtype", "auto", *DTYPES)
-    compile: bool = setting(False, "compile the blocks with torch.compile")
+    compile: bool | str = setting(
+        "auto", "compile the blocks with torch.compile (default: on CUDA if it works)", AUTO_OR_BOOL
+    )
+    deterministic: bool = setting(
+        False, "take only operations that give the same bits in every run, on CUDA as well"
+    )
     checkpointing: bool = setting(False, "recompute activations in the backward pass")
     quantize: str = choice("matrices of the frozen language model in few bits", "", "nf4", "int8")
     parallel: str = choice("how the processes of torchrun share the work", "ddp", "fsdp")

@@ -68,6 +68,12 @@ def _message_of(error: Exception) -> str | None:
             f"out of memory ({first_line(error)}); "
             "`python -m nanovlm.memory --gpu GB` with the same flags says what fits"
         )
+    operation, lacks, _ = first_line(error).partition(" does not have a deterministic impl")
+    if lacks:
+        return (
+            f"--deterministic: {operation} has no version here that gives the same bits in every "
+            "run; take --no-deterministic, or another --device"
+        )
     _, world_size = processes()
     from_backend = type(error).__module__ == "torch.distributed" or "gloo" in str(error)
     if world_size > 1 and from_backend:

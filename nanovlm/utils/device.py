@@ -2,16 +2,23 @@
 
 import argparse
 import ctypes
+import functools
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+import torch.utils.deterministic
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.console import say
 
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # x86's and Arm's, as PyTorch names them
+CUDA_BUILDS = "https://download.pytorch.org/whl/cu130"  # of PyTorch
+CUDA_BUILDS_IN_CHINA = "https://mirror.sjtu.edu.cn/pytorch-wheels/cu130"
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -26,14 +33,28 @@ def add_machine_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
 
 
+def add_compile_flag(parser: argparse._ActionsContainer) -> None:
+    """Give a parser, or a group of its flags, `--compile`, for `generate.compile_decoding`."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step that writes a token: for thousands of tokens on a GPU",
+    )
+
+
 def choose_device(name: str = "auto") -> torch.device:
-    """The device asked for, or the best one available: CUDA, Apple's MPS, CPU."""
+    """The device asked for, or the best one available: CUDA, Apple's MPS, CPU.
+
+    Says once how to install PyTorch with CUDA where there is a GPU that this build cannot use.
+    """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
     if name == "auto":
+        if available == ["cpu"]:
+            _say_if_torch_lacks_cuda()
         return torch.device(available[0])
     if name not in available:
         raise NanoVLMError(
@@ -46,10 +67,12 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype and, where it is not the one asked for, a sentence that says why.
 
     bf16 is taken where the hardware multiplies in it; elsewhere it is emulated, which is slower
-    than fp32 and no more exact.
+    than fp32 and no more exact. On MPS, where nothing has been measured, only if it is asked for.
     """
     if name in ("float16", "float32"):
         return DTYPES[name], ""
+    if name == "auto" and device.type == "mps":
+        return torch.float32, "bf16 is not measured on mps, --dtype bfloat16 takes it"
     if _has_fast_bf16(device):
         return torch.bfloat16, ""
     other = "float16" if device.type == "cuda" else "float32"
@@ -62,7 +85,58 @@ def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(feature) for feature in CPU_BF16_FEATURES)
-    return False  # MPS has bf16, but not in every operation used here
+    return _multiplies_in_bf16(device)
+
+
+def _multiplies_in_bf16(device: torch.device) -> bool:
+    """Found out by a product: MPS has bf16 from macOS 14 on."""
+    try:
+        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        return (ones @ ones).tolist() == [[2, 2], [2, 2]]
+    except (RuntimeError, TypeError):
+        return False
+
+
+@functools.cache
+def _say_if_torch_lacks_cuda() -> None:
+    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        return
+    version = torch.__version__.partition("+")[0]
+    say(
+        "nvidia-smi is installed, but this PyTorch is built for CPUs, so no GPU is used; install "
+        f"the build for GPUs: python -m pip install --force-reinstall torch=={version} "
+        f"--index-url {CUDA_BUILDS} (in China {CUDA_BUILDS_IN_CHINA})"
+    )
+
+
+def allow_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Let products of fp32 take TF32 where the device has it (NVIDIA, from Ampere on).
+
+    True where they do. They read 10 bits of each factor's mantissa, as many as fp16 has, add up in
+    fp32, and are several times as fast. Convolutions take TF32 by PyTorch's default.
+    """
+    if dtype != torch.float32 or device.type != "cuda":
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True
+
+
+def make_deterministic() -> None:
+    """Take only operations that give the same bits in every run; others are an error.
+
+    To be called before CUDA starts, when cuBLAS reads its setting. It concerns CUDA: the operations
+    of a CPU that are used here are deterministic anyway.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    # It would also fill every new tensor, which takes time and changes nothing: none is read before
+    # it is written.
+    deterministic = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def peak_memory(device: torch.device) -> int:

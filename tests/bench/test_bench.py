@@ -1,13 +1,16 @@
 """The bench on tiny random weights: both libraries do the same work, and the table is complete."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.bench import __main__ as bench_command
+from nanovlm.bench import limits
 from nanovlm.bench.models import LANGUAGE_MODEL, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench
 from nanovlm.bench.transformers_model import TransformersModel
@@ -61,6 +64,8 @@ def run_command(monkeypatch: pytest.MonkeyPatch, weights: Path, *flags: str) -> 
     common = ["--weights", str(weights), "--device", "cpu", "--dtype", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", *common, *flags])
     monkeypatch.setattr("nanovlm.bench.tasks.MIN_SECONDS", 0)
+    monkeypatch.setattr(limits, "PRODUCT", 64)
+    monkeypatch.setattr(limits, "READ", 2**20)
     bench_command.main()
 
 
@@ -72,10 +77,10 @@ def test_every_row_has_both_figures(
     captured = capsys.readouterr()
     figures = json.loads(captured.out)
     assert list(figures) == list(ROWS)
-    assert all(
-        set(figure) == {"nanovlm", "transformers"} and min(figure.values()) > 0
-        for figure in figures.values()
-    )
+    for row, figure in figures.items():
+        expected = {"nanovlm", "transformers"} | ({"limit"} if row != "memory" else set())
+        assert set(figure) == expected and min(figure.values()) > 0
+    assert "limits: products " in captured.err and " GB/s" in captured.err
     assert "the first 65 of 65 greedy tokens are equal" in captured.err
 
 
@@ -87,7 +92,42 @@ def test_without_transformers_there_are_nanovlms_figures_alone(
     captured = capsys.readouterr()
     assert "transformers is not installed" in captured.err
     _, line = captured.out.rstrip("\n").splitlines()
-    assert "image encoding" in line and line.endswith("—")
+    assert re.search(r"image encoding.* — +— +[\d,]+%$", line)
+
+
+def test_a_share_is_what_the_work_would_take_at_the_speed_of_its_limit(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rates and of times alike; against PyTorch's count of FLOPs, which bf16 shows whole."""
+    vocabulary = json.loads((weights / LANGUAGE_MODEL / "config.json").read_text())["vocab_size"]
+    bench = Bench(CPU, torch.bfloat16, image_token_id=vocabulary - 1)
+    model = NanoVLMModel(weights, CPU, torch.bfloat16, bench.image_token_id)
+    monkeypatch.setattr(limits, "PRODUCT", 64)
+    monkeypatch.setattr(limits, "READ", 2**20)
+    known = limits.Limits(bench)
+    monkeypatch.setattr(known, "_measure", lambda: (1e9, 2e9))  # FLOP/s, bytes/s
+
+    inputs = bench.inputs(8, 32, 16)
+    bench.training_step(model, inputs, ("projector",))  # which freezes the other parts
+    with FlopCounterMode(display=False) as counter:
+        model.loss(model.prepare(inputs)).backward()
+    samples = known.task("stage1", model)()["stage1"]
+    assert samples == pytest.approx(8 * 1e9 / counter.get_total_flops(), rel=0.02)
+
+    images = bench.inputs(32, 32, 16).pixels
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.encode(images)
+    rate = known.task("encode", model)()["encode"]
+    assert rate == pytest.approx(32 * 1e9 / counter.get_total_flops(), rel=0.02)
+
+    figures = known.task("generate", model)()
+    prompt = model.prepare(bench.inputs(1, 24, 1))
+    with FlopCounterMode(display=False) as counter:
+        model.generate(prompt, 1, lambda: None)
+    assert figures["first_token"] == pytest.approx(counter.get_total_flops() / 1e9, rel=0.02)
+    language_model = model.model.language_model
+    read = sum(weight.nbytes for weight in language_model.parameters())  # the head is tied
+    assert figures["decode"] == pytest.approx(2e9 / read)
 
 
 def test_ratios_are_above_one_where_nanovlm_is_better() -> None:

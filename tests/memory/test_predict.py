@@ -10,6 +10,7 @@ from torch import Tensor
 from nanovlm.hub.toy import toy_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
+from nanovlm.memory.activations import FP32
 from nanovlm.memory.measure import random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
 from nanovlm.memory.shapes import batch_shape, prepared, random_batch
@@ -109,9 +110,8 @@ def predicted_bytes(
         predicted += backward["images"]
     head = prepared(model, settings, precision).language_model.head_weight
     if head.requires_grad:
-        # Up to the backward pass its gradient is in the compute dtype; of pairs there is none yet.
-        uncast = head.numel() * (head.dtype.itemsize - precision.dtype.itemsize)
-        predicted -= head.nbytes if shape.pairs else uncast
+        # Up to the backward pass its gradient is in fp32; of pairs there is none yet.
+        predicted -= head.nbytes if shape.pairs else head.nbytes - head.numel() * FP32
     return predicted
 
 

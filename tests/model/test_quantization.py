@@ -7,6 +7,8 @@ import struct
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.quantization import (
@@ -18,6 +20,7 @@ from nanovlm.model.quantization import (
     quantize_,
 )
 from nanovlm.training.precision import Precision
+from tests.compiling import count_graphs, everywhere, forget_compiled, needs_cpp, needs_gpu  # noqa: F401
 
 # Appendix E of Dettmers et al. 2023
 PUBLISHED = [
@@ -216,3 +219,104 @@ def test_precision_moves_the_quantised_weights_to_its_device():
     layer = NF4Linear(linear(33, 100))
     Precision(torch.float32, torch.device("meta")).place(layer)
     assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+
+
+def decoded(kind: str, device: str = "cpu") -> list[torch.Tensor]:
+    """Matrices of several shapes, the last one of zeros, in the dtypes that are computed in."""
+    layers = [linear(*shape) for shape in [*SHAPES, (300, 896), (40, 64)]]
+    nn.init.zeros_(layers[-1].weight)
+    coded = [KINDS[kind](layer).to(device) for layer in layers]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [layer.dequantize(dtype).cpu() for dtype in dtypes for layer in coded]
+
+
+@pytest.mark.parametrize(("kind", "graphs_of_a_dtype"), [("nf4", 3), ("int8", 1)])
+def test_a_captured_matrix_is_the_same_to_the_bit(monkeypatch, kind, graphs_of_a_dtype):
+    """One graph for all sizes, and for NF4 two for what is less than a block, or 256 of them."""
+    plain = decoded(kind)
+    graphs = count_graphs(monkeypatch)
+    assert all(map(torch.equal, decoded(kind), plain))
+    assert graphs.captured == 2 * graphs_of_a_dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_generation_and_merging_share_a_graph(monkeypatch, kind):
+    layer = KINDS[kind](linear(300, 128))
+    graphs = count_graphs(monkeypatch)
+    layer.dequantize(torch.float32)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")):
+        with mode():
+            layer.dequantize(torch.float32)
+    assert graphs.captured == 1
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.13), ("int8", 8.0)])
+def test_decoding_moves_the_codes_and_the_matrix_and_little_else(monkeypatch, kind, bits):
+    layer = KINDS[kind](linear(1024, 1024))
+    graphs = count_graphs(monkeypatch)
+    layer.dequantize(torch.bfloat16)
+    assert graphs.bytes == pytest.approx(1024 * 1024 * (bits / 8 + 2), rel=0.01)
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_matrix_is_the_same_to_the_bit_and_one_kernel(monkeypatch, kind):
+    plain = decoded(kind)
+    everywhere(monkeypatch)
+    assert all(map(torch.equal, decoded(kind), plain))
+    torch._dynamo.reset()
+    torch._inductor.metrics.reset()
+    KINDS[kind](linear(300, 512)).dequantize(torch.bfloat16)
+    assert torch._inductor.metrics.generated_kernel_count == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_compiled_matrix_serves_both_passes_in_blocks_that_are_compiled_or_computed_again(
+    monkeypatch, compiled, checkpointed
+):
+    def passes() -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
+        module = nn.Sequential(nn.SiLU(), NF4Linear(linear(33, 100)), nn.SiLU())
+        if compiled:
+            hide_from_compiler(module)
+            module = torch.compile(module)
+        saved, inputs = [], torch.linspace(-1, 1, 200).view(2, 100).requires_grad_()
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+            ),
+        ):
+            run = (
+                module
+                if not checkpointed
+                else lambda it: checkpoint(module, it, use_reentrant=False)
+            )
+            output = run(inputs)
+        output.float().square().sum().backward()
+        return [output.detach(), inputs.grad], saved
+
+    with monkeypatch.context() as plain:
+        count_graphs(plain)
+        expected, saved_by_plain = passes()
+    graphs = count_graphs(monkeypatch)
+    ours, saved = passes()
+    assert all(map(torch.equal, ours, expected))
+    assert saved == saved_by_plain and (33, 100) not in saved
+    assert graphs.captured >= 1
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_a_matrix_is_that_of_a_cpu_and_one_kernel(kind):
+    for ours, expected in zip(decoded(kind, "cuda"), decoded(kind), strict=True):
+        precision = 2**-7 if ours.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(ours, expected, rtol=precision, atol=1e-9)
+    layer = KINDS[kind](linear(300, 896)).to("cuda")
+    layer.dequantize(torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        layer.dequantize(torch.bfloat16)
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profiled.key_averages()) <= 3

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from nanovlm.inputs.batch import Batch
 from nanovlm.model.attention import AttentionInputs
 from nanovlm.model.language_model import DecoderBlock, LanguageModelConfig
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.training import blocks
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.freezing import freeze
 from nanovlm.training.settings import Settings
 from tests.reference.scratch import scratch_vlm
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -76,8 +78,11 @@ def capturing_compiler(monkeypatch) -> CompileCounter:
     """Replaces the backend of torch.compile by one that counts the captured graphs and runs them as
     they are, which needs no C++ compiler and gives the same bits."""
     compiler, compile = CompileCounter(), torch.compile
+    torch.compiler.reset()
 
     def capture(function, **options):
+        if hasattr(compiler, "limit"):
+            options["recompile_limit"] = compiler.limit
         return compile(function, backend=compiler, **options)
 
     monkeypatch.setattr(torch, "compile", capture)
@@ -220,6 +225,99 @@ def test_equal_blocks_share_compiled_code_and_saved_files_stay_the_same(
     for name in ("config.json", "model.safetensors"):
         plain, compiled = (tmp_path / folder / name for folder in ("plain", "compiled"))
         assert plain.read_bytes() == compiled.read_bytes()
+
+
+def rows_and_lengths(model: VisionLanguageModel) -> Iterator[Batch]:
+    """Batches of one row and of several, of three lengths, with padding on the right or without."""
+    length = model.image_length
+    for rows, words in ((1, 12), (2, 20), (3, 32), (1, 44)):
+        ids = torch.randint(6, 300, (rows, length + words))
+        ids[:, :length] = model.chat.image_token_id
+        mask = torch.ones_like(ids)
+        mask[:, length + words - rows + 1 :] = 0
+        image_positions = (ids == model.chat.image_token_id).flatten().nonzero()[:, 0]
+        positions = torch.arange(rows) * (length + words) + length + 2
+        targets = ids.flatten()[positions + 1]
+        yield Batch(ids, mask, image_positions, positions, targets, torch.randn(rows, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "checkpointing", "kinds"),
+    [
+        (dict(train="projector"), False, 3),
+        (dict(train="projector,language_model"), True, 3),
+        (dict(train="projector,language_model", language_model_layers=1), False, 4),
+    ],
+    ids=str,
+)
+def test_other_rows_and_lengths_cause_no_recompilation(
+    load, capturing_compiler, trainable, checkpointing, kinds
+):
+    """In training, and in validation after its first batch."""
+    model = load(**trainable)
+    compile_blocks(model, CPU)
+    if checkpointing:
+        checkpoint_blocks(model)
+    capturing_compiler.frame_count = 0  # without the trial
+    counts = []
+    for batch in rows_and_lengths(model):
+        model(batch).backward()
+        counts.append(capturing_compiler.frame_count)
+    model.eval()
+    with torch.no_grad():
+        for batch in rows_and_lengths(model):
+            model(batch)
+            counts.append(capturing_compiler.frame_count)
+    assert len(set(counts[:4])) == len(set(counts[4:])) == 1
+    assert counts[0] <= kinds and counts[4] <= 2 * kinds
+
+
+def test_too_many_kinds_of_calls_are_said_and_run_uncompiled(load, capturing_compiler, capsys):
+    model = load("projector,language_model")
+    expected = loss_and_gradients(model)
+    capturing_compiler.limit = 1
+    compile_blocks(model, CPU)
+    capsys.readouterr()
+    assert_same(loss_and_gradients(model), expected)
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if line.startswith("blocks: not compiled from here")]) == 1
+
+
+def test_by_default_blocks_are_compiled_on_cuda_alone_and_where_a_compiler_works(
+    load, capturing_compiler, capsys, monkeypatch
+):
+    model = load()
+    compile_blocks(model, CPU, "auto")
+    compile_blocks(model, CUDA, False)
+    assert capturing_compiler.frame_count == 0 and not capsys.readouterr().err
+    monkeypatch.setattr(blocks, "compiler_problem", lambda device: f"no compiler for {device}")
+    compile_blocks(model, CUDA, "auto")
+    assert (
+        "blocks are not compiled: no compiler for cuda, or give --no-compile\n"
+        in capsys.readouterr().err
+    )
+    assert all("forward" not in vars(block) for block in model.language_model.blocks)
+    monkeypatch.setattr(blocks, "compiler_problem", lambda device: "")
+    compile_blocks(model, CUDA, "auto")
+    assert "blocks are compiled with torch.compile" in capsys.readouterr().err
+    assert all("forward" in vars(block) for block in model.language_model.blocks)
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_give_the_gradients_of_the_cpu_on_a_gpu(load, capsys):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    model, on_gpu = load("projector,language_model"), load("projector,language_model").cuda()
+    compile_blocks(on_gpu, CUDA)
+    for batch in rows_and_lengths(model):
+        model.zero_grad()
+        on_gpu.zero_grad()
+        model(batch).backward()
+        on_gpu(batch.to(CUDA)).backward()
+        for name, gradient in gradients(model).items():
+            ours = gradients(on_gpu)[name].cpu()
+            torch.testing.assert_close(ours, gradient, atol=1e-3, rtol=1e-3)
+    assert "not compiled" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from nanovlm.data.records import read_records
@@ -368,3 +369,40 @@ def test_what_a_killed_process_left_half_written_is_no_run(tiny, tmp_path):
 def test_the_settings_of_a_run_name_the_number_format_it_chose(tiny, tmp_path):
     run = tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=1, dtype="auto")
     assert tomllib.loads((run / "settings.toml").read_text())["dtype"] in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    "dtype, device",
+    [
+        ("float32", "cpu"),
+        ("bfloat16", "cpu"),
+        pytest.param("bfloat16", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_deterministic_run_is_resumed_as_one_and_gives_the_same_bits(
+    any_algorithms, tiny, tmp_path, capsys, dtype, device
+):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    settings = {
+        "train": "projector,language_model,vision_encoder",
+        "deterministic": True,
+        "dtype": dtype,
+        "device": device,
+        "save_every": 2,
+    }
+    run = tiny.train(tmp_path / "run", **settings)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert f"device {device}" in (said := capsys.readouterr().err) and ", deterministic" in said
+    assert tomllib.loads((run / "settings.toml").read_text())["deterministic"] is True
+    again = tiny.train(tmp_path / "again", **settings)
+    assert contents(run / "model") == contents(again / "model")
+    # Stopped after two steps, it goes on with the settings of the run.
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "step_4")
+    torch.use_deterministic_algorithms(False)
+    run_stage(load_settings("stage1", ["--resume", "--out", str(again)]))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert contents(run / "model") == contents(again / "model")
+    with pytest.raises(NanoVLMError, match="--deterministic False .was True.*--allow-changes"):
+        load_settings("stage1", ["--resume", "--out", str(again), "--no-deterministic"])

@@ -22,7 +22,7 @@ def test_without_flags_the_tiny_preset_and_its_assets():
     assert (
         settings.data == "data/scenes/train.jsonl"
         and settings.train == "projector"
-        and settings.cache_features
+        and not settings.vision_norm
     )
     assert settings.vision_encoder == str(ASSETS / "tiny-vision-encoder")
     assert load_settings("stage2", []).init == "runs/stage1/model"
@@ -31,10 +31,10 @@ def test_without_flags_the_tiny_preset_and_its_assets():
 def test_flags_come_before_the_preset_and_the_preset_before_the_defaults():
     preset, changed = (
         load_settings("stage1", []),
-        load_settings("stage1", ["--batch-size", "3", "--no-cache-features"]),
+        load_settings("stage1", ["--batch-size", "3", "--vision-norm"]),
     )
-    assert (changed.batch_size, changed.cache_features) == (3, False)
-    assert dataclasses.replace(changed, batch_size=preset.batch_size, cache_features=True) == preset
+    assert (changed.batch_size, changed.vision_norm) == (3, True)
+    assert dataclasses.replace(changed, batch_size=preset.batch_size, vision_norm=False) == preset
     assert preset.batch_size != Settings.batch_size and preset.clip == Settings.clip
 
 
@@ -94,6 +94,28 @@ def test_workers_are_auto_or_a_number_in_flags_and_files(tmp_path, workers):
     for wrong in ("2.5", "true", '"3"'):
         path.write_text(f"workers = {wrong}\n")
         assert "--workers is" in refusal("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "compile"), [([], "auto"), (["--compile"], True), (["--no-compile"], False)]
+)
+def test_compile_is_auto_on_or_off_in_flags_and_files(tmp_path, flags, compile):
+    assert load_settings("stage1", flags).compile == compile
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(Settings(compile=compile, out=str(tmp_path))))
+    assert load_settings("stage1", ["--config", str(path)]).compile == compile
+    for wrong in ("1.5", '"on"'):
+        path.write_text(f"compile = {wrong}\n")
+        assert "--compile is" in refusal("--config", str(path))
+
+
+def test_a_run_goes_on_with_other_compilation(tmp_path):
+    """Runs of version 0.1 say false where they did not compile."""
+    for before in ("false", "true", '"auto"'):
+        (tmp_path / "settings.toml").write_text(f"compile = {before}\n")
+        for flag, after in (("--compile", True), ("--no-compile", False)):
+            settings = load_settings("stage1", ["--resume", "--out", str(tmp_path), flag])
+            assert settings.compile is after
 
 
 def test_a_resumed_run_has_its_own_settings(tmp_path):

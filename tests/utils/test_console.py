@@ -50,6 +50,17 @@ def test_status_of_main(capsys):
                 "with the same flags says what fits\n"
             ),
         ),
+        (
+            RuntimeError(
+                "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
+                "'torch.use_deterministic_algorithms(True)'. You can turn off …"
+            ),
+            2,
+            (
+                "error: --deterministic: cumsum_cuda_kernel has no version here that gives the "
+                "same bits in every run; take --no-deterministic, or another --device\n"
+            ),
+        ),
         (SystemExit(143), 143, ""),
     ],
 )

@@ -4,6 +4,7 @@ Block-wise dynamic quantisation (Dettmers et al. 2022).
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,7 @@ from torch import Tensor
 BLOCK = 256  # numbers that share a scale, so that an outlier costs only these their precision
 
 
-@functools.cache
-def dynamic_table(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+def dynamic_table(signed: bool) -> Tensor:
     """The values that the codes stand for, ascending, in fp32.
 
     Signed: 256 values in [-1, 1]; unsigned: 255 values in (0, 1].
@@ -33,46 +33,55 @@ def dynamic_table(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     values = [*positive, 1.0]
     if signed:
         values = [*(-value for value in reversed(positive)), 0.0, *values]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(values, dtype=torch.float32)
 
 
-def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(n,) in fp32 → codes, (n,) in uint8, and the largest magnitudes, (⌈n / BLOCK⌉,) in fp32.
+class Tables(NamedTuple):
+    """What encoding and decoding look up, for signed or for unsigned numbers."""
 
-    The code of a number is the one nearest to its ratio to the largest magnitude of its block.
+    values: Tensor  # of each code: `dynamic_table`
+    borders: Tensor  # between a code and the next one, in fp32; after the last one infinity
+    codes: Tensor  # by a number's upper 16 bits: the code of the smallest number that has them
+
+
+@functools.cache
+def tables(signed: bool, device: torch.device | str = "cpu") -> Tables:
+    """The tables of signed or unsigned numbers, made once for a device."""
+    values = dynamic_table(signed)
+    borders = (values[1:] + values[:-1]) / 2
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    lower = torch.where(upper < 0, 2**16 - 1, 0)  # below zero, lower bits of ones are the smallest
+    smallest = ((upper << 16) + lower).to(torch.int32)
+    codes = torch.bucketize(smallest.view(torch.float32), borders, out_int32=True)
+    borders = F.pad(borders, (0, 1), value=torch.inf)
+    return Tables(values.to(device), borders.to(device), codes.to(device))
+
+
+def quantize(blocks: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+    """(b, n) in fp32 → codes, (b, n) in uint8, and each block's largest magnitude, (b,) in fp32.
+
+    n is BLOCK, or less for the last block of a parameter. The code of a number is the one nearest
+    to its ratio to the largest magnitude.
     """
-    blocks = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
     scale = largest.clamp(min=torch.finfo(torch.float32).tiny)  # a block of zeros stays one
-    ratios = (blocks / scale[:, None]).view(-1)[: len(values)]
-    return _nearest(ratios, signed), largest
+    return _nearest(blocks / scale[:, None], tables), largest
 
 
-def dequantize(codes: Tensor, largest: Tensor, signed: bool) -> Tensor:
-    """The numbers that `quantize` encoded, nearly: (n,) in fp32."""
-    ratios = dynamic_table(signed, codes.device).index_select(0, codes.int())
-    return ratios.mul_(largest.repeat_interleave(BLOCK)[: len(codes)])
+def dequantize(codes: Tensor, largest: Tensor, tables: Tables) -> Tensor:
+    """The numbers that `quantize` encoded, nearly: (b, n) in fp32."""
+    ratios = tables.values.index_select(0, codes.reshape(-1).int())
+    return ratios.view(codes.shape).mul_(largest[:, None])
 
 
-def _nearest(ratios: Tensor, signed: bool) -> Tensor:
+def _nearest(ratios: Tensor, tables: Tables) -> Tensor:
     """The code nearest to each ratio, as `torch.bucketize` would find it, in a quarter of its time.
 
     Between numbers that agree in their upper 16 bits there is at most one border between codes. So
     a table gives the code of the smallest number with these bits, and one comparison the rest.
     """
-    borders, codes_of_upper_bits = _search_tables(signed, ratios.device)
+    ratios, shape = ratios.view(-1), ratios.shape
     upper = (ratios.view(torch.int32) >> 16).add_(2**15)
-    codes = codes_of_upper_bits.index_select(0, upper)
-    return codes.add_(ratios > borders.index_select(0, codes)).to(torch.uint8)
-
-
-@functools.cache
-def _search_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The border above each code, and the code of the smallest number with given upper 16 bits."""
-    table = dynamic_table(signed, device)
-    borders = (table[1:] + table[:-1]) / 2
-    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device)
-    lower = torch.where(upper < 0, 2**16 - 1, 0)  # below zero, lower bits of ones are the smallest
-    smallest = ((upper << 16) + lower).to(torch.int32)
-    codes = torch.bucketize(smallest.view(torch.float32), borders, out_int32=True)
-    return F.pad(borders, (0, 1), value=torch.inf), codes
+    codes = tables.codes.index_select(0, upper)
+    codes = codes.add_(ratios > tables.borders.index_select(0, codes))
+    return codes.to(torch.uint8).view(shape)

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm.training.optim.eight_bit import BLOCK, dequantize, dynamic_table, quantize
+from nanovlm.training.optim.eight_bit import BLOCK, dequantize, dynamic_table, quantize, tables
+
+
+def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """(n,) → codes, (n,), and scales, block by block; the last one may be shorter."""
+    parts = [quantize(block[None], tables(signed)) for block in values.split(BLOCK)]
+    return torch.cat([codes[0] for codes, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    blocks = zip(codes.split(BLOCK), scales.split(1))
+    return torch.cat([dequantize(codes[None], scale, tables(signed))[0] for codes, scale in blocks])
 
 
 def written_out(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -45,11 +56,20 @@ def test_each_number_gets_the_nearest_code(signed, count):
         -8, 3, generator=generator
     )
     values = values if signed else values.square()
-    codes, scales = quantize(values, signed)
+    codes, scales = encode(values, signed)
     assert codes.dtype == torch.uint8 and len(scales) == -(-count // BLOCK)
     decoded, expected_scales = written_out(values, signed)
     assert torch.equal(scales, expected_scales)
-    torch.testing.assert_close(dequantize(codes, scales, signed), decoded, rtol=1e-6, atol=0)
+    torch.testing.assert_close(decode(codes, scales, signed), decoded, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_blocks_are_encoded_together_as_one_by_one(signed):
+    values = torch.randn(5 * BLOCK, generator=torch.Generator().manual_seed(0)).abs()
+    codes, scales = quantize(values.view(-1, BLOCK), tables(signed))
+    assert torch.equal(codes.view(-1), encode(values, signed)[0])
+    together = dequantize(codes, scales, tables(signed)).view(-1)
+    assert torch.equal(together, decode(codes.view(-1), scales, signed))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -67,7 +87,7 @@ def test_the_search_is_exact_at_every_border(signed):
     values = torch.cat(
         [torch.cat([torch.ones(1), part]) for part in shares.split(BLOCK - 1)]
     )  # 1 is each block's largest
-    assert torch.equal(quantize(values, signed)[0].long(), torch.bucketize(values, borders))
+    assert torch.equal(encode(values, signed)[0].long(), torch.bucketize(values, borders))
 
 
 def test_the_round_trip_error_is_what_the_table_promises():
@@ -75,8 +95,8 @@ def test_the_round_trip_error_is_what_the_table_promises():
     values = torch.randn(64 * BLOCK, generator=torch.Generator().manual_seed(0))
     for signed, worst in ((True, 0.9 / 64 / 2), (False, 0.9 / 128 / 2)):
         exact = values if signed else values.square()
-        codes, scales = quantize(exact, signed)
-        error = (dequantize(codes, scales, signed) - exact).abs().view(-1, BLOCK)
+        codes, scales = encode(exact, signed)
+        error = (decode(codes, scales, signed) - exact).abs().view(-1, BLOCK)
         assert worst / 2 < (error / scales[:, None]).max() < worst * 1.001
         exact = exact.view(-1, BLOCK).abs()
         small = (
@@ -87,7 +107,7 @@ def test_the_round_trip_error_is_what_the_table_promises():
 
 def test_zeros_stay_zeros_and_a_second_moment_never_becomes_one():
     for signed in (True, False):
-        codes, scales = quantize(torch.zeros(BLOCK + 3), signed)
-        assert not dequantize(codes, scales, signed).any()
-    codes, scales = quantize(torch.tensor([1.0, 1e-12]), signed=False)
-    assert dequantize(codes, scales, signed=False)[1] == pytest.approx(0.325e-6)
+        codes, scales = encode(torch.zeros(BLOCK + 3), signed)
+        assert not decode(codes, scales, signed).any()
+    codes, scales = encode(torch.tensor([1.0, 1e-12]), signed=False)
+    assert decode(codes, scales, signed=False)[1] == pytest.approx(0.325e-6)
