@@ -153,8 +153,8 @@ def test_steps_are_one_graph_for_all_tokens_and_for_prompts_that_fit(counter):
 
 
 @pytest.mark.slow
-def test_a_step_of_24_blocks_is_less_than_half_as_many_kernels(monkeypatch):
-    """For a CPU, and counted at 2 and 4 blocks. As it is written it is 823 kernels on CUDA."""
+def test_a_step_of_24_blocks_is_about_half_as_many_kernels(monkeypatch):
+    """For a CPU, and counted at 2 and 4 blocks. As it is written it is 754 kernels on CUDA."""
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("no C++ compiler here")
 

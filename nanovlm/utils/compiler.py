@@ -79,9 +79,8 @@ def _failure(error: Exception) -> str:
         return f"there are more than {KINDS_OF_CALLS} kinds of calls"
     if not isinstance(error, TorchDynamoException):
         return ""
-    return first_line(
-        getattr(error, "inner_exception", error)
-    )  # the backend's own, where it failed
+    cause = getattr(error, "inner_exception", error)  # the backend's own, where it failed
+    return first_line(cause)
 
 
 def compiled_on_cuda(
