@@ -1,3 +1,4 @@
+# %% [markdown]
 # Solutions of lesson 02: one cell for each exercise, in order.
 
 # %%

@@ -554,7 +554,7 @@ check("02.3", attend(queries, keys, values), F.scaled_dot_product_attention(quer
 # ## 到库里看看
 #
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`Attention` 与 `attend`：本课的全部内容，再加上掩码、KV 缓存，以及何时用融合算子、何时把公式写开。
-# - 同一文件的 `causal_mask`：一行里有填充、分支和多个样本时，谁能看谁。
+# - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`causal_mask`：一行里有填充、分支和多个样本时，谁能看谁。
 #
 # 论文：Vaswani 等，2017，*Attention Is All You Need*，[arXiv:1706.03762](https://arxiv.org/abs/1706.03762)；Ainslie 等，2023，*GQA*，[arXiv:2305.13245](https://arxiv.org/abs/2305.13245)。
 
@@ -568,6 +568,6 @@ check("02.3", attend(queries, keys, values), F.scaled_dot_product_attention(quer
 # ## Look in the package
 #
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py), `Attention` and `attend`: all of this lesson, with masks, the KV cache, and when the fused kernel or the written-out formula is faster.
-# - `causal_mask` in the same file: who may look at whom when a row holds padding, branches or several samples.
+# - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py), `causal_mask`: who may look at whom when a row holds padding, branches or several samples.
 #
 # The papers: Vaswani et al. 2017, *Attention Is All You Need*, [arXiv:1706.03762](https://arxiv.org/abs/1706.03762); Ainslie et al. 2023, *GQA*, [arXiv:2305.13245](https://arxiv.org/abs/2305.13245).
