@@ -243,12 +243,12 @@ print("after the final norm: equal")
 # %% [markdown] tags=["zh"]
 # ## 六、故意弄坏
 #
-# 八种写错的编码器，每一种输出的形状都对。对 12 张图各问一次「描述图片」，数说对了多少物体，同时看输出和正确的相差多少。先看表，再解释。
+# 八种写错的编码器，每一种输出的形状都对。（最后的归一化用不用，由模型的 `vision_norm` 决定；第八种错误是选反了。）对 12 张图各问一次「描述图片」，数说对了多少物体，同时看输出和正确的相差多少。先看表，再解释。
 
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose
 #
-# Eight encoders with a mistake, each with the right shape at the end. Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
+# Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`; the eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
 
 # %%
 def wrong_block(mistake, states, part):
@@ -275,7 +275,8 @@ def wrong_encoder(mistake, pixels):
         states[:, 1:] += swapped - table
     for part in vision.blocks:
         states = wrong_block(mistake, states, part)
-    states = states if mistake == "no final norm" else vision.norm(states)
+    other = mistake == "other choice of final norm"
+    states = vision.norm(states) if model.config.vision_norm != other else states
     return states[:, :-1] if mistake == "class token kept" else states[:, 1:]
 
 # %%
@@ -296,11 +297,12 @@ def named(images, scenes, encoder):
 scenes = [random_scene(Random(seed)) for seed in range(400)]
 images = [draw_scene(scene) for scene in scenes]
 mistakes = ["none", "no residual", "no norm", "norm after the sum", "rows and columns swapped",
-            "class token kept", "no LayerScale", "ReLU for GELU", "no final norm"]  # fmt: skip
+            "class token kept", "no LayerScale", "ReLU for GELU", "other choice of final norm"]  # fmt: skip
+right = vision.patches(pixels, model.config.vision_layer, model.config.vision_norm)
 for mistake in mistakes:
-    off = (wrong_encoder(mistake, pixels) - features).abs().max()
+    off = (wrong_encoder(mistake, pixels) - right).abs().max()
     share = named(images[:12], scenes[:12], partial(wrong_encoder, mistake))
-    print(f"{mistake:25} objects named {share:4.0%}   largest difference {off:.0e}")
+    print(f"{mistake:27} objects named {share:4.0%}   largest difference {off:.0e}")
 
 # %% [markdown] tags=["zh"]
 # 右边一列除了第一行处处不小，中间一列却分成两类。
@@ -546,7 +548,7 @@ print("wanted:", 976 // 16, " from the ratio:", math.floor(14 * ratio), " becaus
 # ## 到库里看看
 #
 # - [`nanovlm/model/vision_encoder.py`](../../nanovlm/model/vision_encoder.py)，`VisionEncoder` 与 `VisionBlock`：本课的全部，再加上寄存器、SwiGLU 以及 SigLIP、CLIP 等家族的差别；`patches` 的 `layer` 参数就是 LLaVA 的 `vision_feature_layer`。
-# - [`nanovlm/model/layers.py`](../../nanovlm/model/layers.py)，`LayerNorm` 与 `resize_positions`。
+# - [`nanovlm/model/layers.py`](../../nanovlm/model/layers.py)，`LayerNorm` 与 `resize_positions`：库里用两次矩阵乘法做插值，数值和 `F.interpolate` 相同。
 #
 # 论文：Dosovitskiy 等，2020，*An Image is Worth 16x16 Words*，[arXiv:2010.11929](https://arxiv.org/abs/2010.11929)；Oquab 等，2023，*DINOv2*，[arXiv:2304.07193](https://arxiv.org/abs/2304.07193)；LayerScale：Touvron 等，2021，[arXiv:2103.17239](https://arxiv.org/abs/2103.17239)。
 
@@ -556,6 +558,6 @@ print("wanted:", 976 // 16, " from the ratio:", math.floor(14 * ratio), " becaus
 # ## Look in the package
 #
 # - [`nanovlm/model/vision_encoder.py`](../../nanovlm/model/vision_encoder.py), `VisionEncoder` and `VisionBlock`: all of this lesson, with registers, SwiGLU, and what differs in SigLIP, CLIP and others. The `layer` of `patches` is LLaVA's `vision_feature_layer`.
-# - [`nanovlm/model/layers.py`](../../nanovlm/model/layers.py), `LayerNorm` and `resize_positions`.
+# - [`nanovlm/model/layers.py`](../../nanovlm/model/layers.py), `LayerNorm` and `resize_positions`: the package interpolates by two products of matrices, with the same numbers as `F.interpolate`.
 #
 # The papers: Dosovitskiy et al. 2020, *An Image is Worth 16x16 Words*, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929); Oquab et al. 2023, *DINOv2*, [arXiv:2304.07193](https://arxiv.org/abs/2304.07193); LayerScale: Touvron et al. 2021, [arXiv:2103.17239](https://arxiv.org/abs/2103.17239).

@@ -197,7 +197,7 @@ for line in (text, "Describe the picture.", "图中有一只猫", "🙂"):
 
 # %%
 made, axes = draw.figure(1, rows=5, height=4.4)
-for axis, limit in zip(axes, (0, 16, 64, 100, 384)):
+for axis, limit in zip(axes, (0, 32, 64, 200, 384)):
     shown = [readable(token) for token in encode(text, limit)]
     parts = ["word" if re.fullmatch("[0-9a-f ]+", one) else "right" for one in shown]
     draw.tokens(axis, shown, parts)
@@ -396,14 +396,14 @@ draw.show(made, "A character's bytes may lie in different tokens")
 #
 # ## 七、同样的文字，不同的编号
 #
-# 回到最后一个问题。下面把问题 `描述图片` 换四种切法喂给模型，解码出来都是同样四个字；对 16 张图各问一次，数说对的物体。
+# 回到最后一个问题。下面把问题 `描述图片` 换四种切法喂给模型，解码出来都是同样四个字；对 16 张图各问一次，数一数用中文说对的物体。
 
 # %% [markdown] tags=["en"]
 # 只 and 猫 take three tokens each, and none of them is valid UTF-8 alone, so each becomes the replacement character U+FFFD (�). The model is right; the moment of decoding is wrong. Collect **bytes**, and write out whole characters.
 #
 # ## 7. The same text, other ids
 #
-# Back to the last question. The question `描述图片` is given to the model in four ways that all decode to the same four characters. Ask about 16 images each, and count the objects that are named.
+# Back to the last question. The question `描述图片` is given to the model in four ways that all decode to the same four characters. Ask about 16 images each, and count the objects that are named in Chinese.
 
 # %%
 def ask(images, question):
@@ -439,16 +439,16 @@ for name, question in ways.items():
 
 # %%
 made, axis = draw.figure(1, height=2.8)
-draw.bars(axis, share, "", "% of objects named", ["right", "word", "word", "wrong"])
+draw.bars(axis, share, "", "% of objects named in Chinese", ["right", "word", "word", "wrong"])
 draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 
 # %% [markdown] tags=["zh"]
-# 文字一模一样，回答却变了。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个、甚至从没见过的问题。
+# 文字一模一样，回答却变了：比一比上面打印的四行，连语言都不一定相同。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个问题，甚至是从没见过的东西。
 #
 # 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字。
 
 # %% [markdown] tags=["en"]
-# The text is the same, and the answers change. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
+# The text is the same, and the answers change: compare the four lines above; not even the language need be the same. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
 #
 # So a changed tokenizer, a new version of its library, or one more space around a prompt may make a model worse, without any error. Compare **ids**, not texts.
 
