@@ -162,22 +162,24 @@ draw.show(made, "One row of attention: a query against all keys")
 queries = tokens @ theirs.q_proj.weight[:D].T + theirs.q_proj.bias[:D]  # (T, D)
 keys = tokens @ theirs.k_proj.weight[:D].T + theirs.k_proj.bias[:D]  # (T, D)
 values = tokens @ theirs.v_proj.weight[:D].T + theirs.v_proj.bias[:D]  # (T, D)
-table = (queries @ keys.T / math.sqrt(D)).softmax(dim=-1)  # (T, T)
+scores = queries @ keys.T / math.sqrt(D)  # (T, T)
+table = scores.softmax(dim=-1)  # (T, T)
 one_head = table @ values  # (T, D)
 print("weights:", tuple(table.shape), " result:", tuple(one_head.shape))
 torch.testing.assert_close(one_head[STAR], attended, rtol=1e-4, atol=1e-5)
 print("row", STAR, "= the loop")
 
 # %%
-made, axis = draw.figure(1, height=3.6)
-shown = draw.heat(axis, table, colours="Purples", limits=(0, 0.4))
-axis.set(xlabel="looked at: token 0 to 64", ylabel="who looks: token 0 to 64", aspect="equal")
-axis.add_patch(Rectangle((-0.5, STAR - 0.5), T, 1, fill=False, edgecolor=draw.WRONG))
-made.colorbar(shown, label="weight")
+made, axes = draw.figure(2, height=3.7)
+for axis, values, title in zip(axes, (scores, table.clamp(max=0.4)), ("scores", "weights")):
+    shown = draw.heat(axis, values, f"{title} (65×65)")
+    axis.set(xlabel="looked at", ylabel="who looks", aspect="equal")
+    axis.add_patch(Rectangle((-0.5, STAR - 0.5), T, 1, fill=False, edgecolor=draw.WRONG))
+    made.colorbar(shown, ax=axis, shrink=0.8)
 draw.show(made, "All of attention in one table; framed, the row of patch 21")
 
 # %% [markdown] tags=["zh"]
-# 深色的竖条是许多图块都在看的图块；每一行加起来都是 1。写成公式，Q、K、V 就是代码里的 `queries`、`keys`、`values`：
+# 深色的斜线，是每个 token 都在看与自己相隔固定距离的位置：主对角线是自己，往左平移 8 格是正上方的图块。深色的竖条则是许多 token 都在看的那个图块。右表每一行加起来都是 1。写成公式，Q、K、V 就是代码里的 `queries`、`keys`、`values`：
 #
 # > **softmax(Q Kᵀ / √D) · V**
 #
@@ -188,7 +190,7 @@ draw.show(made, "All of attention in one table; framed, the row of patch 21")
 # 代码里头是一个维度：`(1, T, 192)` 先拆成 `(1, T, 4, 48)`，再把头挪到前面。
 
 # %% [markdown] tags=["en"]
-# A dark vertical bar is a patch that many others look at. Each row sums to 1. As a formula, where Q, K and V are `queries`, `keys` and `values`:
+# A dark diagonal means that every token looks at a fixed distance: the main diagonal is the token itself, and 8 columns to the left lies the patch above. A dark vertical bar would be one patch that many look at. Each row of the right table sums to 1. As a formula, where Q, K and V are `queries`, `keys` and `values`:
 #
 # > **softmax(Q Kᵀ / √D) · V**
 #

@@ -282,11 +282,11 @@ def wrong_encoder(mistake, pixels):
 # %%
 def named(images, scenes, encoder):
     """What share of the objects the model names, with another vision encoder."""
-    vision.patches = lambda pixels, *which: encoder(pixels)  # in place of the package's
+    vision.patches = lambda pixels, *which: encoder(pixels)
     questions = [[Message("user", [IMAGE, "描述图片"])] for _ in images]
     batch = prepare(model, questions, [[one] for one in images], add_generation_prompt=True)
     said = [model.tokenizer.decode(ids) for ids in generate(model, batch, 70)]
-    del vision.patches  # the package's again
+    del vision.patches  # the package's method is back
     hits = [
         COLOURS[one.colour] + SHAPES[one.shape] in text
         for text, scene in zip(said, scenes) for one in scene.objects
@@ -296,8 +296,8 @@ def named(images, scenes, encoder):
 # %%
 scenes = [random_scene(Random(seed)) for seed in range(400)]
 images = [draw_scene(scene) for scene in scenes]
-mistakes = ["none", "no residual", "no norm", "norm after the sum", "rows and columns swapped",
-            "class token kept", "no LayerScale", "ReLU for GELU", "other choice of final norm"]  # fmt: skip
+mistakes = ["none", "no residual", "no norm", "norm after the sum", "rows and columns swapped"]
+mistakes += ["class token kept", "no LayerScale", "ReLU for GELU", "other choice of final norm"]
 right = vision.patches(pixels, model.config.vision_layer, model.config.vision_norm)
 for mistake in mistakes:
     off = (wrong_encoder(mistake, pixels) - right).abs().max()

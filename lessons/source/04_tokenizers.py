@@ -196,12 +196,12 @@ for line in (text, "Describe the picture.", "图中有一只猫", "🙂"):
           " | ".join(map(readable, encode(line))))  # fmt: skip
 
 # %%
-made, axes = draw.figure(1, rows=5, height=4.4)
-for axis, limit in zip(axes, (0, 32, 64, 200, 384)):
+made, axes = draw.figure(1, rows=5, height=4.0)
+for axis, limit in zip(axes, (0, 32, 200, 300, 384)):
     shown = [readable(token) for token in encode(text, limit)]
     parts = ["word" if re.fullmatch("[0-9a-f ]+", one) else "right" for one in shown]
     draw.tokens(axis, shown, parts)
-    axis.set_title(f"{limit} merges: {len(shown)} tokens", fontsize=9, loc="left")
+    axis.set_title(f"after {limit} merges: {len(shown)}", fontsize=9, loc="left")
 draw.show(made, "The same four characters after more and more merges")
 
 # %% [markdown] tags=["zh"]
@@ -439,7 +439,7 @@ for name, question in ways.items():
 
 # %%
 made, axis = draw.figure(1, height=2.8)
-draw.bars(axis, share, "", "% of objects named in Chinese", ["right", "word", "word", "wrong"])
+draw.bars(axis, share, "", "% named in Chinese", ["right", "word", "word", "wrong"])
 draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 
 # %% [markdown] tags=["zh"]
