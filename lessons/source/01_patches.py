@@ -1,0 +1,363 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["zh"]
+# # 01 · 一张图片变成图块
+#
+# 模型读的是向量，不是图片。这一课走完最前面的一段路：一个 PNG 文件怎样变成 64 个图块（patch），图块又怎样变成 64 个向量。
+#
+# **进来的**：一个文件，64×64 像素，每个像素 3 个字节。**出去的**：形状为 `(1, 64, 192)` 的 `float32` 张量，即 64 个图块、每个 192 维。
+
+# %% [markdown] tags=["en"]
+# # 01 · An image becomes patches
+#
+# The model reads vectors, not images. This lesson walks the first part of the way: how a PNG file becomes 64 patches, and how the patches become 64 vectors.
+#
+# **In**: a file of 64×64 pixels, 3 bytes each. **Out**: a `float32` tensor of shape `(1, 64, 192)`: 64 patches, 192 numbers for each.
+
+# %% tags=["setup"]
+import sys
+
+sys.path.insert(0, "../..")  # the repository: nanovlm and the drawing helpers
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from lessons import draw
+from lessons.check import check
+from nanovlm import load_model, open_image, preprocess
+
+ASSETS = "../../nanovlm/assets"
+torch.manual_seed(0)
+draw.strip("image", "patches", "patch vectors")
+
+# %% [markdown] tags=["zh"]
+# ## 先猜一猜
+#
+# 模型自带的图上有一个红色圆环、一颗蓝色五角星和一个橙色三角形。我们把它切成 64 个图块，**打乱顺序**，再拼回去，然后要求模型「描述图片」。
+#
+# 三个物体里，它还能说对几个？先把数字写下来，最后一节揭晓。
+
+# %% [markdown] tags=["en"]
+# ## Predict
+#
+# The scene that ships with the model shows a red ring, a blue star and an orange triangle. We will cut it into 64 patches, **shuffle** them, put them together again, and ask the model to describe the image.
+#
+# Of the three objects, how many will it still name correctly? Write the number down now. The last section tells.
+
+# %% [markdown] tags=["zh"]
+# ## 一、从文件到数字
+#
+# 图片解码之后就是一张数字表：每个像素三个 0 到 255 的整数，依次是红、绿、蓝。
+
+# %% [markdown] tags=["en"]
+# ## 1. From a file to numbers
+#
+# Once decoded, an image is a table of numbers: three whole numbers from 0 to 255 for each pixel, in the order red, green, blue.
+
+# %%
+image = Image.open(f"{ASSETS}/scene.png").convert("RGB")
+values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+values = values.view(image.height, image.width, 3)  # (H, W, 3): row, column, colour
+print(values.shape, values.dtype)
+print("the pixel in row 18, column 44:", values[18, 44].tolist())
+
+# %%
+made, axes = draw.figure(4, height=2.3)
+draw.picture(axes[0], image, "the image")
+for number, name in enumerate(("red", "green", "blue")):
+    draw.heat(axes[number + 1], values[..., number], f"{name}, 0…255", colours="Greys_r", limits=(0, 255))
+    axes[number + 1].set_aspect("equal")
+draw.show(made, "An image is three tables of numbers")
+
+# %% [markdown] tags=["zh"]
+# 第 18 行第 44 列在蓝色五角星里：红很小，蓝很大。
+#
+# 整数不适合做输入。网络在训练时习惯了「大致以 0 为中心、幅度约为 1」的数，所以先除以 255，再减去均值、除以标准差。均值和标准差是模型文件的一部分：本模型的三个通道都是 0.5 和 0.5，DINOv2 用的则是 ImageNet 的统计值。**用错这两组数不会报错**，只会让答案变差。
+
+# %% [markdown] tags=["en"]
+# Row 18, column 44 lies inside the blue star: little red, much blue.
+#
+# Whole numbers make poor inputs. A network is used to numbers around 0 and of about size 1, so each value is divided by 255, then a mean is subtracted and the result divided by a standard deviation. Both belong to the model's files. Here they are 0.5 and 0.5 for all three channels; DINOv2 uses the statistics of ImageNet. **The wrong pair raises no error**; the answers get worse, that is all.
+
+# %%
+mean, std = 0.5, 0.5
+pixels = values.permute(2, 0, 1).float()  # (3, H, W): networks want the colours first
+pixels = (pixels / 255 - mean) / std
+pixels = pixels[None]  # (1, 3, H, W): a batch of one
+print(pixels.shape, f"from {pixels.min():.2f} to {pixels.max():.2f}, mean {pixels.mean():.2f}")
+
+# %% [markdown] tags=["zh"]
+# ## 二、切成图块
+#
+# Transformer 处理的是向量序列，所以要把二维的图变成一维的序列。ViT 的办法很直接：切成 8×8 像素的小方块，从左到右、从上到下排成一列。
+#
+# 先用最笨的两重循环：
+
+# %% [markdown] tags=["en"]
+# ## 2. Cutting into patches
+#
+# A transformer takes a sequence of vectors, so the grid of pixels has to become a row. The vision transformer does it in the plainest way: it cuts squares of 8×8 pixels and lines them up, left to right and top to bottom.
+#
+# First with two loops:
+
+# %%
+SIZE = 8  # pixels on a side of a patch
+rows, columns = pixels.shape[2] // SIZE, pixels.shape[3] // SIZE
+patches = []
+for row in range(rows):
+    for column in range(columns):
+        top, left = row * SIZE, column * SIZE
+        patches.append(pixels[:, :, top : top + SIZE, left : left + SIZE])
+patches = torch.stack(patches, dim=1)  # (1, P, 3, SIZE, SIZE)
+print(patches.shape, "→ a patch is", patches[0, 0].numel(), "numbers")
+
+# %%
+made, axes = draw.figure(8, rows=8, height=5.2)
+for number, patch in enumerate(patches[0]):
+    draw.picture(axes.flat[number], patch * std + mean)
+    axes.flat[number].set_title(str(number), fontsize=6, pad=1, color=draw.FAINT)
+draw.show(made, "64 patches, in the order in which the model reads them")
+
+# %% [markdown] tags=["zh"]
+# 图块 5、6、13、14 附近是五角星；图块的编号就是它在序列里的位置，**位置信息此刻只存在于顺序之中**。
+#
+# 循环可以换成一次 reshape：把高拆成「8 行 × 8 像素」，宽拆成「8 列 × 8 像素」，再把两个像素维挪到最后。
+
+# %% [markdown] tags=["en"]
+# The star lies around patches 5, 6, 13 and 14. A patch's number is its place in the sequence, and for now **order is the only thing that tells where a patch was**.
+#
+# The loops can be replaced by one reshape: split the height into 8 rows of 8 pixels and the width into 8 columns of 8 pixels, then move the two pixel dimensions to the end.
+
+# %%
+grid = pixels.view(1, 3, rows, SIZE, columns, SIZE)
+reshaped = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (1, P, 3, SIZE, SIZE)
+torch.testing.assert_close(reshaped, patches, rtol=0, atol=0)
+print("loop = reshape, to the last bit")
+
+# %% [markdown] tags=["zh"]
+# ## 三、图块变成向量
+#
+# 一个图块是 3×8×8 = 192 个数。把它拉平，乘一个矩阵，加一个偏置，就得到它的向量。矩阵是学出来的，所有图块共用同一个。
+
+# %% [markdown] tags=["en"]
+# ## 3. From patches to vectors
+#
+# A patch is 3×8×8 = 192 numbers. Flattened, multiplied by a matrix and shifted by a bias, it becomes its vector. The matrix is learned, and all patches share it.
+
+# %%
+model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
+embedding = model.vision_encoder.patch_embedding
+weight, bias = embedding.weight.detach(), embedding.bias.detach()
+print("the weights in the file:", tuple(weight.shape))
+matrix = weight.flatten(1)  # (C, 3 · SIZE · SIZE)
+vectors = patches.flatten(2) @ matrix.T + bias  # (1, P, C)
+print("64 vectors:", tuple(vectors.shape), " first numbers:", vectors[0, 0, :3])
+
+# %% [markdown] tags=["zh"]
+# 文件里的权重是四维的 `(192, 3, 8, 8)`，因为各家实现都把这一步写成**步长等于核大小的卷积**：卷积核每次跳 8 个像素，正好每个图块只看一次，和「切开再乘矩阵」是同一个运算。
+
+# %% [markdown] tags=["en"]
+# In the file the weights have four dimensions, `(192, 3, 8, 8)`, because everyone writes this step as a **convolution whose stride equals its kernel size**. The kernel jumps by 8 pixels, sees each patch once, and so does the same as cutting and multiplying.
+
+# %%
+convolved = F.conv2d(pixels, weight, bias, stride=SIZE)  # (1, C, rows, columns)
+convolved = convolved.flatten(2).transpose(1, 2)  # (1, P, C)
+print("largest difference, convolution against matrix:", f"{(convolved - vectors).abs().max():.1e}")
+torch.testing.assert_close(convolved, vectors, rtol=1e-4, atol=1e-5)
+
+# %%
+filters = weight[weight.flatten(1).norm(dim=1).argsort(descending=True)[:24]]
+low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
+made, axes = draw.figure(12, rows=2, height=1.7)
+for axis, kernel in zip(axes.flat, (filters - low) / (high - low)):
+    draw.picture(axis, kernel)
+draw.show(made, "What the matrix looks for: its 24 largest rows as 8×8 images")
+
+# %% [markdown] tags=["zh"]
+# 矩阵的每一行都可以看成一个 8×8 的小图案：与图块越像，那一维的数就越大。可以看到整块的颜色，也可以看到朝不同方向的明暗边界。
+#
+# ## 四、故意弄坏
+#
+# 最容易犯、又最难发现的错：直接 `reshape`，忘了 `permute`。形状完全正确，不报任何错。
+
+# %% [markdown] tags=["en"]
+# Each row of the matrix is a small pattern of 8×8 pixels: the more a patch looks like it, the larger that number of its vector. There are plain colours, and edges in several directions.
+#
+# ## 4. Broken on purpose
+#
+# The easiest mistake and the hardest to notice: a bare `reshape`, without the `permute`. The shape is right, and nothing complains.
+
+# %%
+wrong = pixels.reshape(1, rows * columns, 3, SIZE, SIZE)
+print("shape of the wrong patches:", tuple(wrong.shape), "— the same as the right ones")
+made, axes = draw.figure(16, rows=2, height=1.5)
+for number in range(16):
+    draw.picture(axes[0, number], patches[0, number + 16] * std + mean)
+    draw.picture(axes[1, number], wrong[0, number + 16] * std + mean)
+draw.show(made, "Patches 16 to 31: right (above), a bare reshape (below)")
+
+# %% [markdown] tags=["zh"]
+# 下面一行的「图块」其实是 3×64 个相邻的红色值：`reshape` 只是按顺序切段，而顺序是先放完一整个颜色通道。训练照样能跑，损失也会下降，只是模型永远看不清东西。
+#
+# ## 五、与库代码核对
+#
+# `nanovlm` 里做同一件事的是 `preprocess` 和视觉编码器的 `patch_embedding`。两边用同样的文件、同样的权重。容差取 1e-5：卷积与矩阵乘法的求和顺序不同，`float32` 在最后几位会有差别。
+
+# %% [markdown] tags=["en"]
+# The lower "patches" are runs of neighbouring red values: `reshape` cuts the numbers in their order, and there one whole colour comes before the next. Training would run, and the loss would fall. The model would never see well.
+#
+# ## 5. Proven equal
+#
+# In the package, `preprocess` and the vision encoder's `patch_embedding` do this. Both sides get the same file and the same weights. The tolerance is 1e-5, because a convolution and a product of matrices add up in different orders, which changes the last digits of `float32`.
+
+# %%
+theirs = preprocess(open_image(f"{ASSETS}/scene.png"), model.config.image)[None]
+torch.testing.assert_close(pixels, theirs, rtol=0, atol=1e-6)
+with torch.no_grad():
+    expected = embedding(theirs).flatten(2).transpose(1, 2)
+torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-5)
+print("pixels and patch vectors equal those of the package")
+
+# %% [markdown] tags=["zh"]
+# ## 六、打乱图块
+#
+# 现在回到开头的问题。先写一个函数：把图块放回原位（第二步的逆运算），再让模型回答。
+
+# %% [markdown] tags=["en"]
+# ## 6. Shuffle the patches
+#
+# Back to the question at the top. First a function that puts patches back into an image (the reverse of step 2), then the model's answers.
+
+# %%
+from nanovlm import IMAGE, Message, generate, prepare
+
+
+def assemble(patches):
+    """(1, P, 3, SIZE, SIZE) → (1, 3, H, W)."""
+    grid = patches.unflatten(1, (rows, columns))
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def describe(pixels):
+    question = [Message("user", [IMAGE, "描述图片"])]
+    batch = prepare(model, [question], [[image]], add_generation_prompt=True)
+    batch.pixels = pixels
+    return model.tokenizer.decode(generate(model, batch, 60)[0])
+
+
+assert torch.equal(assemble(patches), pixels)
+order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+shuffled = assemble(patches[:, order])
+print("whole:   ", describe(pixels))
+print("shuffled:", describe(shuffled))
+
+# %% [markdown] tags=["zh"]
+# 图块一个不少，颜色一个不差，只是位置变了。一次打乱可能是运气，所以换五个随机种子再看。另外再试一种破坏：图不动，把**位置表**清零——那是每个位置各自的一个向量，加在图块向量上，是编码器唯一知道「在哪里」的途径。
+
+# %% [markdown] tags=["en"]
+# Every patch is still there, every colour too; only the places changed. One shuffle may be luck, so here are five seeds. And one more way to break it: leave the image alone and set the **position table** to zero. The table holds one vector for each place, which is added to the patch's vector; it is all that tells the encoder where a patch lies.
+
+# %%
+answers = {"whole image": describe(pixels)}
+for seed in range(1, 6):
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+    answers[f"shuffled, seed {seed}"] = describe(assemble(patches[:, order]))
+table = model.vision_encoder.position_embedding
+kept = table.detach().clone()
+with torch.no_grad():
+    table.zero_()
+answers["no position table"] = describe(pixels)
+with torch.no_grad():
+    table.copy_(kept)
+objects = ("红色圆环", "蓝色五角星", "橙色三角形")
+named = {name: sum(thing in answer for thing in objects) for name, answer in answers.items()}
+for name, answer in answers.items():
+    print(f"{named[name]} of 3  {name:18} {answer}")
+
+# %%
+made, axes = draw.figure(3, height=2.9, width_ratios=(1, 1, 2.4))
+draw.picture(axes[0], pixels[0] * std + mean, "whole")
+draw.picture(axes[1], shuffled[0] * std + mean, "shuffled, seed 1")
+parts = ["right", *["wrong"] * 5, "wrong"]
+short = {name.replace("shuffled, ", "").replace(" ", "\n"): count for name, count in named.items()}
+draw.bars(axes[2], short, "objects named correctly", "of 3", parts)
+draw.show(made, "The same patches in another order are another image")
+
+# %% [markdown] tags=["zh"]
+# 答案如上：打乱之后，三个物体里能说对的寥寥无几。形状是图块之间的**关系**，颜色在单个图块里就能看到，所以打乱以后颜色常常还在、形状却变了。没有位置表时像素一个没动，编码器却分不清图块各在哪里，结果同样很糟。
+#
+# ## 练习
+#
+# 每格最后一行的 `check` 会告诉你差多少：`exact`（完全一致）、`close`（接近）或 `not yet`（还没有）。它从不中断运行。
+
+# %% [markdown] tags=["en"]
+# That is the answer: once shuffled, hardly any of the three is named. A shape is a **relation** between patches, while a colour can be seen within one. So after shuffling, colours often survive and shapes do not. Without the position table not one pixel changed, yet the encoder cannot tell where each patch lies, and the answer is as bad.
+#
+# ## Exercises
+#
+# The `check` at the end of each cell says how far off an answer is: `exact`, `close` or `not yet`. It never stops the notebook.
+
+# %% [markdown] tags=["zh"]
+# **01.1 补一行。** DINOv2 用 14×14 的图块。边长 224 像素的图会变成多少个图块？用 `side` 和 `patch` 写成一个式子。
+
+# %% [markdown] tags=["en"]
+# **01.1 Fill in a line.** DINOv2 takes patches of 14×14. How many patches does an image of 224×224 become? Write it as an expression of `side` and `patch`.
+
+# %% tags=["exercise"]
+side, patch = 224, 14
+count = ...
+check("01.1", count, 256)
+
+# %% [markdown] tags=["zh"]
+# **01.2 换一种写法。** `F.unfold` 可以一次取出所有滑动窗口，返回 `(1, 3·8·8, P)`。用它得到 `vectors`。
+
+# %% [markdown] tags=["en"]
+# **01.2 Another way.** `F.unfold` takes out all sliding windows at once and returns `(1, 3·8·8, P)`. Compute `vectors` with it.
+
+# %% tags=["exercise"]
+by_unfold = ...
+check("01.2", by_unfold, vectors, tolerance=1e-4)
+
+# %% [markdown] tags=["zh"]
+# **01.3 找错。** 下面的函数想把归一化还原成 0 到 255 的整数，但结果偏暗。改好它。
+
+# %% [markdown] tags=["en"]
+# **01.3 Find the bug.** This function is to undo the normalisation and give whole numbers from 0 to 255, but its images are too dark. Mend it.
+
+# %% tags=["exercise"]
+def to_bytes(pixels):
+    return (pixels * std * 255 + mean).round().to(torch.uint8)
+
+
+check("01.3", to_bytes(pixels)[0].permute(1, 2, 0), values)
+
+# %% [markdown] tags=["zh"]
+# ## 别人在这里摔过跤
+#
+# [haotian-liu/LLaVA#591](https://github.com/haotian-liu/LLaVA/issues/591)：有人问 LLaVA-1.5 把裁剪换成补边以后，推理时是不是也必须补边。作者的回答是：训练和评测都补边，免得裁掉有用的信息；代价是整张图被缩得更小，那是另一种信息损失。怎么发现这种不一致？把训练和推理各自送进编码器的 `pixels` 存下来画一画，或者直接比较：同一张图，两条路，应当处处相等，就像第五节那样。
+#
+# ## 到库里看看
+#
+# - [`nanovlm/inputs/image.py`](../../nanovlm/inputs/image.py)，`open_image` 与 `preprocess`：本课略去了损坏的文件、透明度、EXIF 方向和缩放。
+# - [`nanovlm/model/vision_encoder.py`](../../nanovlm/model/vision_encoder.py)，`VisionEncoder`：位置表加在哪里、图片大小变了怎么办（第 03 课）。
+#
+# 论文：Dosovitskiy 等，2020，*An Image is Worth 16x16 Words*，[arXiv:2010.11929](https://arxiv.org/abs/2010.11929)。
+
+# %% [markdown] tags=["en"]
+# ## In the wild
+#
+# [haotian-liu/LLaVA#591](https://github.com/haotian-liu/LLaVA/issues/591): LLaVA-1.5 had changed from cropping images to padding them, and someone asked whether inference has to pad too. The author's answer: both training and evaluation pad, so that nothing useful is cut off; the price is an image scaled down further, another loss of information. How would you notice that the two sides differ? Save the `pixels` that each sends to the encoder and compare them, as section 5 does: one image, two ways, equal everywhere.
+#
+# ## Look in the package
+#
+# - [`nanovlm/inputs/image.py`](../../nanovlm/inputs/image.py), `open_image` and `preprocess`: this lesson left out damaged files, transparency, EXIF orientation and resizing.
+# - [`nanovlm/model/vision_encoder.py`](../../nanovlm/model/vision_encoder.py), `VisionEncoder`: where the position table is added, and what happens when the image has another size (lesson 03).
+#
+# The paper: Dosovitskiy et al. 2020, *An Image is Worth 16x16 Words*, [arXiv:2010.11929](https://arxiv.org/abs/2010.11929).
