@@ -126,6 +126,7 @@ print("sum of the weights:", round(sum(weights), 4), " result:", tuple(attended.
 best = sorted(range(T), key=lambda number: -weights[number])[:4]
 print("looks most at patches", [number - 1 for number in best])
 
+
 # %%
 def mark(axis, patch, scale=8):
     """A frame around a patch of an image, or of a map of patches (scale 1)."""
@@ -200,6 +201,7 @@ draw.show(made, "All of attention in one table; framed, the row of patch 21")
 #
 # In code, heads are a dimension: `(1, T, 192)` is split into `(1, T, 4, 48)`, and the heads are moved to the front.
 
+
 # %%
 class MyAttention(nn.Module):
     def __init__(self, theirs, scale):
@@ -219,6 +221,7 @@ class MyAttention(nn.Module):
     def forward(self, hidden_states):
         values = self.split(self.theirs.v_proj(hidden_states))
         return self.theirs.out_proj(self.join(self.weights(hidden_states) @ values))
+
 
 # %%
 mine = MyAttention(theirs, D**-0.5)
@@ -250,6 +253,7 @@ draw.show(made, "Four heads look to different places")
 #
 # Three changes: first what they do, then why. Each time, the attention of all 4 blocks of the vision encoder is replaced, and the whole model describes the image.
 
+
 # %%
 class NoTranspose(MyAttention):
     def join(self, attended):
@@ -260,6 +264,7 @@ class OverQueries(MyAttention):
     def weights(self, hidden_states):
         queries, keys = self.theirs.q_proj(hidden_states), self.theirs.k_proj(hidden_states)
         return (self.split(queries) @ self.split(keys).mT * self.scale).softmax(dim=-2)
+
 
 # %%
 originals = [block.attention for block in blocks]
@@ -275,6 +280,7 @@ def answers(images, kind=MyAttention, scale=D**-0.5):
     for block, original in zip(blocks, originals):
         block.attention = original
     return said
+
 
 # %%
 print("by hand:               ", *answers([image]))
@@ -383,6 +389,7 @@ draw.show(made, "Four query heads, two key heads: who shares with whom")
 #
 # Back to the question at the top. Take random queries and keys whose numbers have variance 1, and see how far the weights spread. "How many, in effect" is measured by the entropy H = −Σ w ln w: e to the power of H is 65 when all weights are alike and 1 when a single token has them all.
 
+
 # %%
 def effective(weights):
     """e^entropy of each row: how many tokens are looked at. (…, T) → (…)."""
@@ -415,6 +422,7 @@ for width in WIDTHS:
 #
 # Why does that matter? Whoever starts by staring at one arbitrary token learns slowly. A small task: of 16 vectors, one is the query with noise added, and attention has to find it. The query and key matrices start at random and are trained for 100 steps, with 5 seeds.
 
+
 # %%
 @torch.enable_grad()
 def learn(scale, seed, width=48, steps=100):  # the weight on the right one of 16, at each step
@@ -431,6 +439,7 @@ def learn(scale, seed, width=48, steps=100):  # the weight on the right one of 1
         optimizer.step()
         found.append(weight.item())
     return found
+
 
 # %%
 learned = {}
@@ -466,9 +475,8 @@ draw.show(made, "Undivided, attention starts out staring, and learns later")
 # Trained weights are no longer random. Ask for a description of 16 new images, count the objects that are named with the right colour and shape, and multiply the scores by other factors.
 
 # %%
-from data_tools.scenes_world import COLOURS, SHAPES
+from data_tools.scenes_world import COLOURS, SHAPES, random_scene
 from data_tools.scenes_world import draw as draw_scene
-from data_tools.scenes_world import random_scene
 
 scenes = [random_scene(Random(seed)) for seed in range(16)]
 drawn = [draw_scene(scene) for scene in scenes]
@@ -536,6 +544,7 @@ check("02.2", shared, F.scaled_dot_product_attention(queries, *copied))
 
 # %% [markdown] tags=["en"]
 # **02.3 Find the bug.** This function runs and its shape is right, yet its result is not the package's. One character is wrong.
+
 
 # %% tags=["exercise"]
 def attend(queries, keys, values):  # (B, H, T, D) each

@@ -85,6 +85,7 @@ for name, weight in vision.blocks[0].named_parameters():
 #
 # The table has one more row in front, for the class token: a learned vector that belongs to no patch and stands first in the sequence. In ViT and DINOv2 it sums up the whole image.
 
+
 # %%
 def embed(pixels):
     """(N, 3, H, W) → (N, 1 + P, C): the class token, then the patches, with positions."""
@@ -96,6 +97,7 @@ def embed(pixels):
 hidden_states = embed(pixels)
 print("position table:", tuple(vision.position_embedding.shape))
 print("into the first block:", tuple(hidden_states.shape))
+
 
 # %%
 def alike(table, place):
@@ -127,6 +129,7 @@ draw.show(made, "A learned map: places that are neighbours have similar vectors"
 #
 # Every block adds to the vectors, and they grow. Before each operation, LayerNorm brings the 192 numbers of a token back to mean 0 and variance 1, then multiplies by a learned `weight` and adds a `bias`. Each token by itself; other tokens and other images play no part.
 
+
 # %%
 def layer_norm(hidden_states, norm):
     """(…, C) → (…, C)."""
@@ -150,6 +153,7 @@ print("equal to the package's LayerNorm:", tuple(mine.shape))
 # ## 3. MLP
 #
 # Attention moves information **between** tokens; the MLP works **within** each: from 192 numbers up to 384, through a GELU, and back to 192. GELU is x times the probability that a standard normal variable is below x, a rounded ReLU.
+
 
 # %%
 def gelu(values):
@@ -183,6 +187,7 @@ print("gelu(-3, -1, 0, 1, 3) =", gelu(torch.tensor([-3.0, -1, 0, 1, 3])).numpy()
 # - **Residual**: the result is **added** to the vector and does not replace it.
 # - **Pre-norm**: the norm comes before the operation. The path of the residual has no norm on it and is open from end to end.
 # - **LayerScale**: before the addition, each of the 192 numbers is multiplied by a learned factor. Deep models (DINOv2 goes to 40 blocks) start it very small, so that at first each block does almost nothing, and training is steadier.
+
 
 # %%
 def block(hidden_states, part):
@@ -250,6 +255,7 @@ print("after the final norm: equal")
 #
 # Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`; the eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
 
+
 # %%
 def wrong_block(mistake, states, part):
     first, second = part.attention_scale, part.mlp_scale
@@ -267,6 +273,7 @@ def wrong_block(mistake, states, part):
     wide = wide.relu() if mistake == "ReLU for GELU" else gelu(wide)
     return states + second * part.mlp.down_proj(wide)
 
+
 # %%
 def wrong_encoder(mistake, pixels):
     states = embed(pixels)
@@ -278,6 +285,7 @@ def wrong_encoder(mistake, pixels):
     other = mistake == "other choice of final norm"
     states = vision.norm(states) if model.config.vision_norm != other else states
     return states[:, :-1] if mistake == "class token kept" else states[:, 1:]
+
 
 # %%
 def named(images, scenes, encoder):
@@ -292,6 +300,7 @@ def named(images, scenes, encoder):
         for text, scene in zip(said, scenes) for one in scene.objects
     ]  # fmt: skip
     return sum(hits) / len(hits)
+
 
 # %%
 scenes = [random_scene(Random(seed)) for seed in range(400)]
@@ -391,6 +400,7 @@ def colours(vectors):
     values = ((values - low) / (high - low)).clamp(0, 1)
     return values.view(len(vectors), 8, 8, 3).permute(0, 3, 1, 2)
 
+
 # %%
 def show_layers(layers, title):
     made, axes = draw.figure(6, rows=2, height=3.2)
@@ -448,6 +458,7 @@ def probe(vectors, classes, is_train):
     matrix = torch.linalg.solve(given.T @ given + 30 * torch.eye(C), given.T @ targets[is_train])
     right = (inputs @ matrix).argmax(dim=-1) == classes
     return right[~is_train].float().mean()
+
 
 # %%
 C = vision.config.hidden_size
@@ -517,6 +528,7 @@ check("03.2", nearest, resize_positions(table[None], 8, 12, 12, "nearest")[0])
 
 # %% [markdown] tags=["en"]
 # **03.3 Find the bug.** This LayerNorm looks right and is off by a few parts in a thousand. A model trained with it converges; with someone else's weights the error adds up over the blocks. Mend it.
+
 
 # %% tags=["exercise"]
 def my_norm(x, weight, bias, eps):

@@ -102,6 +102,7 @@ draw.show(made, "Four characters, twelve bytes (in hexadecimal)")
 #
 # Training byte-pair encoding (BPE) is one sentence: **count which two neighbouring tokens occur most often, join them into a new token, repeat.** The corpus: questions and answers on 40 scenes of the toy world, in both languages.
 
+
 # %%
 def lines_about(seeds):
     """Questions and answers on scenes, as a list of strings."""
@@ -116,6 +117,7 @@ def lines_about(seeds):
 corpus, unseen = lines_about(range(40)), lines_about(range(1000, 1010))
 print(len(corpus), "lines,", sum(len(line.encode()) for line in corpus), "bytes, such as")
 print("  ", corpus[0], "→", corpus[1])
+
 
 # %%
 def merge(tokens, pair):
@@ -132,6 +134,7 @@ tokens = [bytes([byte]) for byte in "图片，图中".encode()]
 print(tokens)
 print(merge(tokens, (b"\xe5", b"\x9b")))
 
+
 # %%
 def learn(lines, count):
     """The `count` pairs to merge, in the order in which they were learned."""
@@ -147,6 +150,7 @@ def learn(lines, count):
         merges.append(best)
         split = {line: merge(tokens, best) for line, tokens in split.items()}
     return merges
+
 
 # %%
 def readable(token):
@@ -214,6 +218,7 @@ draw.show(made, "The same four characters after more and more merges")
 #
 # Does the order matter? Here is what looks like a cleverer way: always take the longest token of the vocabulary.
 
+
 # %%
 def encode_longest(text):
     """A plausible mistake: from the left, the longest token that fits."""
@@ -241,7 +246,11 @@ for way in (encode, encode_longest):
 # How many merges are right? Measure how many bytes a token holds on average:
 
 # %%
-elsewhere = ["窗台上趴着一只晒太阳的猫。", "春天来了，河边的柳树发了芽。", "A cat sleeps in the warm sun."]
+elsewhere = [
+    "窗台上趴着一只晒太阳的猫。",
+    "春天来了，河边的柳树发了芽。",
+    "A cat sleeps in the warm sun.",
+]
 texts = {"corpus": corpus[:60], "new questions": unseen[:60], "other text": elsewhere}
 lines = {}
 for name, some in texts.items():
@@ -293,7 +302,10 @@ from nanovlm.tokenizer.pretokenize import QWEN_PATTERN, pre_tokenize, translate_
 
 whole = [token.decode() for token in vocabulary[256:] if token not in partial]
 print("our longest:", sorted(whole, key=len)[-4:])
-print("Qwen's cuts:", pre_tokenize("描述图片。What's in it? 2025年", [translate_pattern(QWEN_PATTERN)]))
+print(
+    "Qwen's cuts:",
+    pre_tokenize("描述图片。What's in it? 2025年", [translate_pattern(QWEN_PATTERN)]),
+)
 
 # %% [markdown] tags=["zh"]
 # ## 五、SentencePiece
@@ -318,6 +330,7 @@ print("bytes:  ", pieces[BYTE_0], "…", pieces[BYTE_0 + 255])
 print("pieces: ", pieces[BYTE_0 + 256 : BYTE_0 + 276])
 ordinary = {piece: number for number, piece in enumerate(pieces) if number >= BYTE_0 + 256}
 
+
 # %%
 def encode_pieces(text):
     """Text → ids of the shipped vocabulary. A piece that was learned earlier has a lower id."""
@@ -334,6 +347,7 @@ def encode_pieces(text):
         as_bytes = [BYTE_0 + byte for byte in part.encode()]
         found += [ordinary[part]] if part in ordinary else as_bytes
     return found
+
 
 # %%
 checked = corpus + unseen + elsewhere + ["图中有一只猫", "🙂 naïve €5"]
@@ -405,6 +419,7 @@ draw.show(made, "A character's bytes may lie in different tokens")
 #
 # Back to the last question. The question `描述图片` is given to the model in four ways that all decode to the same four characters. Ask about 16 images each, and count the objects that are named in Chinese.
 
+
 # %%
 def ask(images, question):
     """Answers about images to a question that is given as ids."""
@@ -419,6 +434,7 @@ def ask(images, question):
     moved = rows * changed.shape[1] + columns
     batch = replace(batch, input_ids=changed, image_positions=moved, attention_mask=None)
     return [tokenizer.decode(answer) for answer in generate(model, batch, 70)]
+
 
 # %%
 scenes = [random_scene(Random(seed)) for seed in range(16)]
@@ -481,6 +497,7 @@ check("04.1", decoded, "图中有一只猫 🙂")
 # %% [markdown] tags=["en"]
 # **04.2 Change a behaviour.** Let no merge cross the punctuation `。？，：、`: before training, cut every line so that each such mark stands alone, into `words`. Hint: `re.findall`.
 
+
 # %% tags=["exercise"]
 def crossing(lines):
     """How many of 64 merged tokens hold punctuation and something else."""
@@ -499,6 +516,7 @@ check("04.2", done or ..., (0, True))
 
 # %% [markdown] tags=["en"]
 # **04.3 Find the bug.** Streaming: for each token that comes, give the text that it completes. Now it gives �. Mend it so that incomplete bytes wait for the next token.
+
 
 # %% tags=["exercise"]
 def stream(numbers):
