@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from torch import Tensor
 
+import nanovlm.utils.figures  # noqa: F401 (it gives matplotlib a font with Chinese characters)
+
 INK, FAINT = "#1f2933", "#667380"
 VISION, PROJECTOR, LANGUAGE = "#7d5fc7", "#d98a1f", "#4a7fc1"
 WORD, RIGHT, WRONG = "#8b97a3", "#3c8d4c", "#c8402f"
@@ -149,7 +151,8 @@ def heat(
         for row in range(grid.shape[0]):
             for column in range(grid.shape[1]):
                 value = float(grid[row, column])
-                dark = (value - low) / ((high - low) or 1) > 0.6
+                red, green, blue, _ = drawn.cmap(drawn.norm(value))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
                 axes.text(
                     column, row, format(value, numbers), ha="center", va="center",
                     fontsize=8, color="white" if dark else INK,

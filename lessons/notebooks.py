@@ -6,6 +6,7 @@ lesson's three exercises; `solutions/NN.py` holds a cell for each, in the same o
 tagged `time` prints what differs from run to run.
 """
 
+import ast
 import base64
 import io
 import os
@@ -36,7 +37,8 @@ def read_source(name: str) -> NotebookNode:
 def read_solutions(name: str) -> list[str]:
     """The code that solves each exercise of a lesson, in order."""
     cells = jupytext.read(FOLDER / "solutions" / f"{name[:2]}.py").cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    return [source for source in code if ast.parse(source).body]  # not the comment at the top
 
 
 def has_tag(cell: NotebookNode, tag: str) -> bool:
