@@ -459,22 +459,14 @@ axes.set_xticks(range(len(names)), names)
 draw.show(made, "24 scenes: how many guesses are right after each block")
 
 # %% [markdown] tags=["zh"]
-<<<<<<< HEAD
-# 先找紫线跳得最高的那一层。在那之前，颜色和形状和蒙的差不多（8 选 1 是 12.5 %）；就在那一层，注意力从视觉 token 里取来了需要的东西。灰线从第 1 层起就不低，因为骨架只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了；看一看表里的数，是不是这样。
-=======
 # 先找紫线跳得最高的那一层。在那之前，颜色和形状和蒙的差不多（8 选 1 是 12.5 %）；到那一层突然会了，多半是注意力在那里从视觉 token 取来了需要的东西。灰线从第 1 层起就不低，因为骨架只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了；看一看表里的数，是不是这样。
->>>>>>> b8e865f538f9ab4b0d714fcf52f74bf7dbb7ba7e
 #
 # 读这种图要留个心眼：中间层是透过最后的输出层去看的，那一层不是为它们训练的。「猜错」不等于「还不知道」，也可能是知道了，但写在别的方向上。
 #
 # ## 练习
 
 # %% [markdown] tags=["en"]
-<<<<<<< HEAD
-# First find the block in which the purple line jumps. Before it, colours and shapes are about as good as chance (1 in 8 is 12.5 %); in that block attention fetches what is needed from the visual tokens. The grey line is well up from block 1 on, since the frame follows from the last few tokens. We had expected the frame to be ahead everywhere, and complete before the last block; look at the numbers and see whether it is.
-=======
 # First find the block in which the purple line jumps. Before it, colours and shapes are about as good as chance (1 in 8 is 12.5 %); in that block they are suddenly known, most likely because its attention fetches from the visual tokens what is needed. The grey line is well up from block 1 on, since the frame follows from the last few tokens. We had expected the frame to be ahead everywhere, and complete before the last block; look at the numbers and see whether it is.
->>>>>>> b8e865f538f9ab4b0d714fcf52f74bf7dbb7ba7e
 #
 # Read such pictures with care. The middle is seen through a head that was not trained for it. A wrong guess need not mean "does not know yet": it may be known, and written in another direction.
 #

@@ -402,20 +402,12 @@ for by in (100, 1000):
     print(f"pressed together: {pressed[0]} right, loss {pressed[1]:.2f}")
 
 # %% [markdown] tags=["zh"]
-<<<<<<< HEAD
-# 看上面的数：不再训练，压缩帮不上忙，空隙小的时候反而更差。最大的距离回来了，**最小的距离却没了**：相邻 token 从相隔 1 变成相隔零点几，这也是没见过的。论文里压缩之后都要再训练一小段，正是为此；只压慢的对、不动快的对（LLaMA 3.1 的做法）也是为此。
-=======
 # 看上面的数：不再训练，压缩帮不上什么忙，空隙小的时候反而更差。最大的距离回来了，**最小的距离却没了**：相邻 token 从相隔 1 变成相隔零点几，这也是没见过的。论文里压缩之后都要再训练一小段，正是为此；只压慢的对、不动快的对（LLaMA 3.1 的做法）也是为此。
->>>>>>> b8e865f538f9ab4b0d714fcf52f74bf7dbb7ba7e
 #
 # ## 练习
 
 # %% [markdown] tags=["en"]
-<<<<<<< HEAD
-# Look at the numbers: without further training pressing does not help, and with the smaller gap it does harm. The largest distance is back, but **the smallest is gone**. Neighbours were 1 apart and now are a fraction, which has not been seen either. That is why the paper trains on for a little after pressing, and why LLaMA 3.1 slows down the slow pairs only.
-=======
 # Look at the numbers: without further training pressing hardly helps, and with the smaller gap it does harm. The largest distance is back, but **the smallest is gone**. Neighbours were 1 apart and now are a fraction, which has not been seen either. That is why the paper trains on for a little after pressing, and why LLaMA 3.1 slows down the slow pairs only.
->>>>>>> b8e865f538f9ab4b0d714fcf52f74bf7dbb7ba7e
 #
 # ## Exercises
 
