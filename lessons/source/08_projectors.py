@@ -75,7 +75,7 @@ draw.strip("patch vectors", "visual tokens")
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
 image = open_image(f"{ASSETS}/scene.png")
 pixels = preprocess(image, model.config.image)[None]  # (1, 3, 64, 64), lesson 01
-patches = model.vision_encoder.patches(pixels)  # (1, P, C_vision), lesson 03
+patches = model.vision_features(pixels)  # (1, P, C_vision), lesson 03
 print("patches:", tuple(patches.shape), patches.dtype, " first numbers:", patches[0, 0, :3])
 
 linear = build_projector(ProjectorConfig(kind="linear"), 192, 192)  # random weights
@@ -408,7 +408,7 @@ for name, config in kinds.items():
 
 # %%
 drawn = torch.stack([preprocess(draw_scene(scene), model.config.image) for scene in scenes])
-features = torch.cat([model.vision_encoder.patches(part) for part in drawn.split(60)])
+features = torch.cat([model.vision_features(part) for part in drawn.split(60)])
 print("features:", tuple(features.shape))
 
 
