@@ -117,6 +117,7 @@ vectors = {"patches": patches[0], "visual tokens": visual_tokens[0], "words": wo
 for name, rows in vectors.items():
     print(f"mean length of {name:14} {rows.norm(dim=-1).mean():6.2f}")
 
+
 # %%
 def as_colours(vectors):  # (64, C) → (8, 8, 3): the three main directions as red, green, blue
     centred = vectors - vectors.mean(dim=0)
@@ -153,6 +154,7 @@ draw.show(made, "A token for each patch: like colours are like vectors")
 #
 # Take it out of the trained model and look at the answer.
 
+
 # %%
 def describe(visual_tokens):
     question = [Message("user", [IMAGE, "描述图片"])]
@@ -188,6 +190,7 @@ print("without GELU:", describe(without))
 #
 # The first way is **pixel shuffle**: each square of 2×2 patches is laid end to end as one long vector, and a matrix projects it. 64 become 16. No number is lost; they move into longer vectors. First as a loop:
 
+
 # %%
 def shuffle_loop(patches, scale):
     side = int(patches.shape[1] ** 0.5)
@@ -206,6 +209,7 @@ def pixel_shuffle(patches, scale):
     squares = squares.transpose(2, 3)  # both sides of a square next to each other
     return squares.reshape(batch, count // scale**2, scale**2 * width)
 
+
 # %%
 merged = pixel_shuffle(patches, 2)
 torch.testing.assert_close(merged, shuffle_loop(patches, 2), rtol=0, atol=0)
@@ -223,6 +227,7 @@ print("merged:", tuple(merged.shape), " projected:", tuple(mine.shape), " = Pixe
 # ## 4. Broken on purpose: without the transpose
 #
 # The shapes fit already, and the line with `transpose` looks like something one could leave out. Nothing complains when it goes. To see who is merged with whom, let each patch's "vector" be its own number.
+
 
 # %%
 def no_transpose(patches, scale):
@@ -243,6 +248,7 @@ def regions(axis, merge, scale, title):  # the image with the outline of each to
         box = draw.Rectangle((x, y), *size, fill=False, edgecolor=draw.PROJECTOR, linewidth=1.4)
         axis.add_patch(box)
         axis.text(x + 1.2, y + 1, token, va="top", fontsize=7, color=draw.INK)
+
 
 # %%
 made, axes = draw.figure(4, height=2.5)
@@ -275,6 +281,7 @@ for scene, area in zip(scenes, areas):
 shown = areas.sum(1) > 0.5  # (scenes, 56): which pairs are in a scene
 print("areas:", tuple(areas.shape), " objects:", int(shown.sum()))
 
+
 # %%
 def in_tokens(merge, scale):  # (scenes, K, 56): share of each object in each token
     return merge(areas, scale).unflatten(2, (scale**2, -1)).sum(2)
@@ -298,6 +305,7 @@ for scale in (2, 4):
 # ## 5. Bilinear: averaging
 #
 # The second way is cheaper. Take the 8×8 grid of patches as a small image with 192 channels, **scale it down** to 4×4, then apply the MLP. It needs no parameters of its own. Scaling down is a weighted mean, and the weights are a triangle: the closer to the centre of the new cell, the larger. Each direction has its own 4×8 matrix.
+
 
 # %%
 def triangle(old, new):
@@ -354,6 +362,7 @@ def look(patches):
         scores = queries[:, part] @ keys[:, part].T / D**0.5  # (K, P)
         found.append(scores.softmax(dim=-1) @ values[:, part])  # (K, D)
     return attention.out_proj(torch.cat(found, dim=-1))[None]  # (1, K, C)
+
 
 # %%
 theirs = attention(resampler.queries[None], patches, patches)
@@ -420,6 +429,7 @@ def ridge(inputs, targets):  # (M, C), (M, 56) → (C, 56), by the smaller of tw
     found = torch.linalg.solve(gram, right)
     return found if small else inputs.T @ found
 
+
 # %%
 def read(tokens, targets):  # (scenes, K, C), (scenes, K, 56) → percent of objects, three splits
     results = []
@@ -434,6 +444,7 @@ def read(tokens, targets):  # (scenes, K, C), (scenes, K, 56) → percent of obj
         rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
         results.append(100 * ((rank < count) & shown[test]).sum() / count.sum())
     return torch.stack(results)
+
 
 # %%
 def average(scale):  # (scenes, 64 / scale², C): the package's bilinear step, of all scenes
@@ -515,6 +526,7 @@ check("08.1", count, 256)
 # %% [markdown] tags=["en"]
 # **08.2 Change a behaviour.** "No number is lost" should be provable: write the reverse of `pixel_shuffle`, which turns `merged` back into `patches`.
 
+
 # %% tags=["exercise"]
 def undo(merged, scale):
     return ...
@@ -527,6 +539,7 @@ check("08.2", undo(merged, 2), patches)
 
 # %% [markdown] tags=["en"]
 # **08.3 Find the bug.** Each token of this version holds the right patches, but the tokens come in the wrong **order**: the image is flipped along its diagonal. Mend it.
+
 
 # %% tags=["exercise"]
 def shuffle(patches, scale):

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 
 from data_tools.scenes_world import draw as draw_scene
 from data_tools.scenes_world import random_scene
-import nanovlm.utils.figures  # brings a font with Chinese characters
 from lessons import draw
 from lessons.check import check
 from nanovlm import IMAGE, Message, NanoVLMError, generate, load_model, open_image, prepare
@@ -112,6 +111,7 @@ draw.show(made, "68 places: 64 of them for the image")
 #
 # Embedding is looking up: id i gets row i of the table. The splice replaces the rows of the placeholders. First as a loop:
 
+
 # %%
 def splice_loop(ids, visual_tokens):  # (T,), (K, C) → (T, C)
     table, rows, used = model.language_model.embed_tokens.weight, [], 0
@@ -148,6 +148,7 @@ draw.show(made, "Before, 64 equal rows; after, the image")
 #
 # A batch has many rows and many images, and a loop is slow. The package flattens `(B, T)` into one dimension, keeps the **flat indices** of all placeholders in `image_positions`, and writes everything with one `index_copy`.
 
+
 # %%
 def splice(ids, positions, visual_tokens):  # (B, T), (N · K,), (N, K, C) → (B, T, C)
     embeddings = model.language_model.embed_tokens(ids).flatten(0, 1)  # (B · T, C)
@@ -170,6 +171,7 @@ print("loop = index_copy, to the last bit")
 #
 # The pieces of the lessons so far are complete now. The next three cells are the whole model. Its linear layers and LayerNorms are the loaded ones; there is no other help. First the attention that both transformers share (lesson 02):
 
+
 # %%
 def attend(x, part, rotary=None):  # (B, T, C) → (B, T, C); with `rotary` it is causal
     def split(projected):
@@ -184,11 +186,13 @@ def attend(x, part, rotary=None):  # (B, T, C) → (B, T, C); with `rotary` it i
         scores += torch.full(scores.shape[-2:], -torch.inf).triu(1)
     return part.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
+
 # %% [markdown] tags=["zh"]
 # 视觉编码器（第 03 课）和投影层（第 08 课）：
 
 # %% [markdown] tags=["en"]
 # The vision encoder (lesson 03) and the projector (lesson 08):
+
 
 # %%
 def see(pixels, encoder, first=1):  # (N, 3, H, W) → (N, P, C_v)
@@ -206,11 +210,13 @@ def see(pixels, encoder, first=1):  # (N, 3, H, W) → (N, P, C_v)
 def project(patches, projector):  # (N, P, C_v) → (N, K, C_t)
     return projector.down(F.gelu(projector.up(patches)))
 
+
 # %% [markdown] tags=["zh"]
 # 语言模型（第 06、07 课）。RMSNorm 和旋转位置编码各两三行：
 
 # %% [markdown] tags=["en"]
 # The language model (lessons 06 and 07). RMSNorm and the rotary positions take a few lines each:
+
 
 # %%
 def rms(x, norm):
@@ -231,6 +237,7 @@ def read(x, language):  # (B, T, C_t) → (B, T, V)
         inner, mlp = rms(x, block.mlp_norm), block.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(inner)) * mlp.up_proj(inner))
     return rms(x, language.norm) @ language.embed_tokens.weight.T
+
 
 # %% [markdown] tags=["zh"]
 # 四步连起来，与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多：我们第一次写这一课时，以为编码器最后的 LayerNorm 总要做，而这由配置 `vision_norm` 决定，差别是 5.5，对例图的描述却照样正确。看答案发现不了这种错，比数字才行。
@@ -317,6 +324,7 @@ draw.show(made, "Red: a vector of the image in the row above")
 
 # %% [markdown] tags=["en"]
 # Row 0 is off by one seat; in row 23, 23 seats hold vectors of **the image before**. What does that do to the answers? Write a function that splices in any visual tokens and generates.
+
 
 # %%
 def answers(batch, visual_tokens):  # the model's answers when these are spliced in
@@ -449,6 +457,7 @@ check("09.2", apart, expected)
 
 # %% [markdown] tags=["en"]
 # **09.3 Find the bug.** This splice is right for one row. In a batch, every row sees the same image. Mend it.
+
 
 # %% tags=["exercise"]
 def splice_rows(ids, visual_tokens):

@@ -30,7 +30,6 @@ from random import Random
 
 import torch
 
-import nanovlm.utils.figures  # brings a font with Chinese characters
 from data_tools.scenes_world import draw as draw_scene
 from data_tools.scenes_world import random_scene
 from lessons import draw
@@ -125,6 +124,7 @@ def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return part.out_proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
 
+
 # %% [markdown] tags=["zh"]
 # `tril(S − T)` 那一行是因果掩码的一般写法：T 个新 token 是全文 S 个里的最后 T 个，第一个新 token 能看到 S − T + 1 个。T = 1 时整行都是 1，什么也不用遮。
 #
@@ -134,6 +134,7 @@ def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 
 # The line with `tril(S − T)` is the causal mask in general: the T new tokens are the last T of S, so the first of them sees S − T + 1. With T = 1 its row is all ones, and nothing is hidden.
 #
 # Rotary positions have to know the place of a new token **in the text**, not in this input, so positions come from outside:
+
 
 # %%
 def rotate(heads, angles):  # lesson 07
@@ -149,6 +150,7 @@ def step(x, cache, positions, mask):  # (B, T, C), (B, T), (B, S) → logits (B,
         x = x + attend(block.attention_norm(x), block.attention, kept, angles, mask)
         x = x + block.mlp(block.mlp_norm(x))
     return language.logits(language.norm(x))
+
 
 # %% [markdown] tags=["zh"]
 # 第一次调用读完整个提示，叫**预填充**（prefill）；以后每次只读一个 token，叫**解码**（decode）。两种写法的 logits 应当相等，也应当等于库里的 `Steps`。容差 1e-3，理由同第 09 课。
@@ -251,6 +253,7 @@ single = [prepare(model, [one], [seen], add_generation_prompt=True)
           for one, seen in zip(asked, images)]  # fmt: skip
 alone = [tokenizer.decode(generate(model, one, 40)[0]) for one in single]
 
+
 # %%
 def write(x, mask, positions, next_position, count=40):  # greedy, for a batch
     cache, answers = [[] for _ in language.blocks], []
@@ -262,6 +265,7 @@ def write(x, mask, positions, next_position, count=40):  # greedy, for a batch
         positions = next_position[:, None] + written
     rows = torch.stack(answers, dim=1).tolist()
     return [tokenizer.decode(row[: row.index(END)] if END in row else row) for row in rows]
+
 
 # %%
 x, mask = model.embed(left), left.attention_mask.float()  # (B, T, C), (B, T)
@@ -445,6 +449,7 @@ check("10.1", size, 12_288_000)
 # %% [markdown] tags=["en"]
 # **10.2 Change a behaviour.** Write top-k: keep the `k` largest probabilities, set the others to zero, normalise.
 
+
 # %% tags=["exercise"]
 def top_k(chances, k):
     return ...
@@ -457,6 +462,7 @@ check("10.2", top_k(torch.tensor([0.1, 0.4, 0.2, 0.3]), 2), torch.tensor([0, 4 /
 
 # %% [markdown] tags=["en"]
 # **10.3 Find the bug.** This top-p sometimes keeps no token at all: when the largest probability alone exceeds `top_p`. Mend it.
+
 
 # %% tags=["exercise"]
 def nucleus(sorted_chances, top_p):
