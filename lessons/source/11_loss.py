@@ -152,7 +152,7 @@ axis.text(place + 0.7, losses[place] * 0.9, f"{losses[place]:.1f}", color=draw.W
 draw.show(made, "One wrong word in the reference carries nearly all of the loss")
 
 # %% [markdown] tags=["zh"]
-# 其余的词几乎不花代价，因为模型早已确信。图里的均值因此掩盖了真相：一个词全错、其余全对，和每个词都差一点，可以有相同的均值。所以看损失时，值得偶尔像这样按 token 打开看看。
+# 其余的词几乎不花代价，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看。
 #
 # ## 三、什么都不知道时：ln V
 #
@@ -221,12 +221,12 @@ draw.heat(
 draw.show(made, "Gradient of four logits at three positions: pull up (blue), push down (red)")
 
 # %% [markdown] tags=["zh"]
-# 在「绿色」的位置上，梯度要把绿色的 logit 抬高，把模型相信的蓝色压低，两者相等、相反；另外两个位置几乎没有梯度。每一行的和都是 0：概率的总量不变，只能从一个 token 挪给另一个。
+# 在「绿色」的位置上，梯度要把绿色的 logit 抬高，把模型相信的蓝色压低，两者几乎相等、方向相反；另外两个位置几乎没有梯度。每一行的和都是 0：概率的总量不变，只能从一个 token 挪给另一个。
 #
 # logits 是 `hidden_states @ head.T`，所以往后再走一步，就是两次矩阵乘法：
 
 # %% [markdown] tags=["en"]
-# At the position of 绿色, the gradient pulls the logit of green up and pushes blue, which the model believes, down by the same amount. The other two rows hold almost nothing. Each row adds up to 0: probability is only moved from one token to another.
+# At the position of 绿色, the gradient pulls the logit of green up and pushes blue, which the model believes, down by almost the same amount. The other two rows hold almost nothing. Each row adds up to 0: probability is only moved from one token to another.
 #
 # The logits are `hidden_states @ head.T`, so one step further back there are two matrix products:
 
@@ -249,6 +249,7 @@ print("for the hidden states:", tuple(grad_rows.shape), " for the head:", tuple(
 #
 # First **broken on purpose**: the forward pass in chunks, the backward pass left to autograd. `saved_tensors_hooks` counts the bytes that PyTorch keeps for the backward pass, without hidden states and head themselves.
 
+
 # %%
 def whole(hidden_states, head, targets):
     return F.cross_entropy(hidden_states @ head.T, targets, reduction="sum")
@@ -269,8 +270,10 @@ def bytes_kept(function, hidden_states, head, targets):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = function(hidden_states, head, targets)  # alive while we count
+    del loss
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (hidden_states, head)}
     return sum(size for memory, size in kept.items() if memory not in inputs)
+
 
 # %%
 random = torch.Generator().manual_seed(0)
@@ -291,6 +294,7 @@ for function in (whole, chunks_with_autograd):
 # Not one byte was saved. The graph keeps the log-softmax of every chunk for the backward pass, and 8 chunks are as large as the whole. The code looks right, and the loss is right; only measuring tells.
 #
 # The way out is section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped:
+
 
 # %%
 def loss_and_gradients(hidden_states, head, targets, size):
@@ -314,6 +318,7 @@ print("in chunks of 8:", f"{loss_and_gradients(hidden_states, head, targets, 8)[
 # %% [markdown] tags=["en"]
 # What remains is to tell autograd that this function brings its own backward pass. `forward` keeps the two gradients, and `backward` multiplies them with the `grad_loss` that comes back. That is not always 1: in training the loss is divided by the number of labels (lesson 13).
 
+
 # %%
 class ChunkedLoss(torch.autograd.Function):
     @staticmethod
@@ -326,6 +331,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_rows, grad_head = ctx.saved_tensors
         return grad_loss * grad_rows, grad_loss * grad_head, None
+
 
 # %% [markdown] tags=["zh"]
 # ## 六、与库代码核对，再量一次
@@ -428,6 +434,7 @@ check("11.2", smoothed, leaf.grad)
 
 # %% [markdown] tags=["en"]
 # **11.3 Find the bug.** This function is to return the gradient of the logits. The shape is right, yet it fails the comparison of section 4. Mend it.
+
 
 # %% tags=["exercise"]
 def gradient_of_logits(logits, targets):
