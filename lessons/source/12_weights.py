@@ -36,9 +36,17 @@ import torch.nn.functional as F
 from lessons import draw
 from lessons.check import check
 from nanovlm import (
-    IMAGE, LanguageModel, Message, VisionLanguageModel, load_language_model, load_model,
-    load_tokenizer, load_vision_encoder, open_image, prepare,
-)  # fmt: skip
+    IMAGE,
+    LanguageModel,
+    Message,
+    VisionLanguageModel,
+    load_language_model,
+    load_model,
+    load_tokenizer,
+    load_vision_encoder,
+    open_image,
+    prepare,
+)
 
 ASSETS = Path("../../nanovlm/assets")
 draw.strip("hidden states", "logits")
@@ -172,6 +180,7 @@ def text_loss(model):
         losses.append(F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none"))
     return torch.cat(losses).mean().item()
 
+
 # %%
 config = load_language_model(folder).config  # of config.json: widths, heads, layers
 torch.manual_seed(0)
@@ -249,6 +258,7 @@ for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.o_proj.weigh
 # ## 5. Strict
 #
 # Strict means three questions, each to be answered with "none". What does the model need that the file lacks? What has the file that the model has no place for? Which names agree while the shapes differ?
+
 
 # %%
 def problems(model, tensors):
@@ -337,6 +347,7 @@ for first in range(0, 48, 8):
     batches.append(batch)
 print("patch vectors of a batch:", tuple(batches[0].patches.shape))
 
+
 # %%
 def train_projector(language_model, seed):
     torch.manual_seed(seed)
@@ -409,6 +420,7 @@ def loss_without(name):
         total += vlm(batch).item() / len(batch.targets) / len(fresh)
     place.copy_(kept)
     return total
+
 
 # %%
 parts = [name.removeprefix("blocks.0.") for name in renamed if name.startswith("blocks.0.")]
@@ -484,6 +496,7 @@ check("12.2", k_proj, attention.k_proj.weight.detach())
 
 # %% [markdown] tags=["en"]
 # **12.3 Find the bug.** This function reads one tensor. Shape and type are right, the values are all wrong. Mend it.
+
 
 # %% tags=["exercise"]
 def read_one(data, name):
