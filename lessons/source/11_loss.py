@@ -152,7 +152,7 @@ axis.text(place + 0.7, losses[place] * 0.9, f"{losses[place]:.1f}", color=draw.W
 draw.show(made, "One wrong word in the reference carries nearly all of the loss")
 
 # %% [markdown] tags=["zh"]
-# 其余的词几乎不花代价，因为模型早已确信。图里的均值因此掩盖了真相：一个词全错、其余全对，和每个词都差一点，可以有相同的均值。所以看损失时，值得偶尔像这样按 token 打开看看。
+# 其余的词几乎不花代价，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看。
 #
 # ## 三、什么都不知道时：ln V
 #
