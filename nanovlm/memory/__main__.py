@@ -9,9 +9,10 @@ make it fit.
 
 All flags of train_stage1.py and train_stage2.py are accepted. --vision-encoder and --language-model
 take a folder, of which only config.json is read, or the name of a published shape. GB are 10⁹
-bytes. On a GPU, add about half a GB for its context, which lies outside the allocator; on a CPU,
-add what the tokenizer and the records take. There a run also keeps holes between its tensors, up to
-half as much again, unless --checkpointing asks it to save memory.
+bytes. With --gpu the peak is compared with the card's memory after adding 5 % for the holes between
+tensors and 0.6 GB for the CUDA context. On a CPU, add what the tokenizer and the records take. There
+a run also keeps holes between its tensors, up to half as much again, unless --checkpointing asks it
+to save memory. Blocks that are compiled keep no more than a prediction says.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.training.optim import eight_bit
@@ -140,17 +140,17 @@ class Simulated(TorchFunctionMode):
         elif name in FP32[self.rules] and kwargs.get("dtype") is None:
             dtype = torch.float32
         elif name in WIDEST[self.rules]:
-            tensors = [leaf for leaf in _leaves(args) if leaf.is_floating_point()]
-            wide = any(tensor.dtype == torch.float32 for tensor in tensors)
+            wide = any(leaf.dtype == torch.float32 for leaf in tree_leaves(args) if _is_cast(leaf))
             dtype = torch.float32 if wide else torch.get_autocast_dtype(self.device.type)
         else:
             return args, kwargs
 
         def cast(value: Any) -> Any:
-            eligible = isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
-            return value.to(dtype) if eligible else value
+            if isinstance(value, list | tuple):
+                return type(value)(map(cast, value))
+            return value.to(dtype) if _is_cast(value) else value
 
-        return tree_map(cast, args), tree_map(cast, kwargs)
+        return cast(args), {name: cast(value) for name, value in kwargs.items()}
 
     def _attention(
         self,
@@ -211,5 +211,6 @@ def _rms_norm_arguments(states, shape, weight=None, eps=None):
     return states, shape, weight, eps or 1e-6
 
 
-def _leaves(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+def _is_cast(value: Any) -> bool:
+    """Whether autocast would look at an argument."""
+    return isinstance(value, Tensor) and value.is_meta and value.is_floating_point()

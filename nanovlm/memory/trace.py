@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CUDA_ROUNDS_TO = 512  # bytes: PyTorch's allocator on CUDA gives every tensor a multiple of this
@@ -21,6 +20,12 @@ ATEN = torch.ops.aten
 GATHERS = {"embedding", "index_select", "index", "gather"}  # read as much as they write
 FLOPS = {**flop_registry, ATEN.addmm_: flop_registry[ATEN.addmm]}  # the registry lacks this one
 FOREVER = 2**62
+KNOWN: dict[tuple, Any] = {}  # an operation and its inputs → how to make its outputs
+IN_PLACE = {  # operations that return their first input; with no contents, there is nothing to do
+    *("add_", "sub_", "mul_", "div_", "addmm_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_"),
+    *("zero_", "exp_", "neg_", "clamp_", "scatter_add_", "masked_fill_", "index_add_", "index_copy_"),
+    *("silu_", "sqrt_", "random_", "bitwise_and_", "floor_", "round_"),
+}
 
 
 @dataclass
@@ -101,9 +106,9 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._sums_gradients(func, args):
             func = ATEN.add_.Tensor
-        result = func(*args, **kwargs)
-        inputs = _tensors((args, kwargs))
-        outputs = _tensors(result if isinstance(result, list | tuple) else (result,))
+        result = self._result(func, args, kwargs)
+        inputs = _tensors((*args, *kwargs.values()))
+        outputs = _tensors((result,))
         if not outputs and not func._schema.is_mutable:
             return result
         before = {tensor.untyped_storage()._cdata for tensor in inputs}
@@ -114,6 +119,25 @@ class Trace(TorchDispatchMode):
         if (new or func._schema.is_mutable) and "empty" not in name:
             self._kernel(func, args, kwargs, result, inputs, outputs)
         return result
+
+    def _result(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What `func` returns: the layers of a model ask for the same shapes again and again."""
+        if func._schema.is_mutable:
+            same = func.overloadpacket.__name__ in IN_PLACE
+            return args[0] if same else func(*args, **kwargs)
+        try:
+            key = func, _description(args), _description(tuple(kwargs.items()))
+            known = KNOWN.get(key)
+        except TypeError:  # an argument that no key can be made of
+            return func(*args, **kwargs)
+        if known is None:
+            result = func(*args, **kwargs)
+            KNOWN[key] = _new_tensors(result, (*args, *kwargs.values())) or "not these alone"
+            return result
+        if isinstance(known, str):
+            return func(*args, **kwargs)
+        made = tuple(torch.empty_strided(*it[:2], dtype=it[2], device="meta") for it in known[1])
+        return made if known[0] else made[0]
 
     def _kernel(self, func, args, kwargs, result, inputs, outputs) -> None:  # noqa: PLR0913
         packet, name = func.overloadpacket, func.overloadpacket.__name__
@@ -193,10 +217,39 @@ class Trace(TorchDispatchMode):
         return found
 
 
+def _description(value: Any) -> Any:
+    """A key that is equal for values that give equal shapes."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, list | tuple):
+        return tuple(map(_description, value))
+    hash(value)
+    return type(value), value
+
+
+def _new_tensors(result: Any, inputs: Iterable[Any]) -> tuple[bool, list[tuple]] | None:
+    """Whether `result` is a tuple, and shape, stride and dtype of its tensors, if all are new."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    old = {tensor.untyped_storage()._cdata for tensor in _tensors(inputs)}
+    for output in outputs:
+        meta = isinstance(output, Tensor) and output.is_meta
+        if not meta or output.untyped_storage()._cdata in old:
+            return None
+    return isinstance(result, tuple), [(it.shape, it.stride(), it.dtype) for it in outputs]
+
+
 def _bytes(tensor: Tensor) -> int:
     """What a kernel reads or writes of a tensor; an expanded one repeats what it holds."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_meta]
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those on the simulated device among arguments and lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
