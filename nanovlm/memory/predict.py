@@ -107,7 +107,9 @@ def trace_forward(model: VisionLanguageModel, batch: BatchShape, precision: Prec
         trace.begin("loading")
         random = random_batch(model, batch, precision.dtype).to(precision.device)
         trace.begin("forward")
-        model(random, lambda hidden_states, head, targets: nn.functional.linear(hidden_states, head))
+        model(
+            random, lambda hidden_states, head, targets: nn.functional.linear(hidden_states, head)
+        )
     return trace
 
 
@@ -121,13 +123,17 @@ def terms_at(trace: Trace, event: int) -> dict[str, float]:
     backwards = [start for start, moment in trace.moments if moment == "backward"]
     for storage in trace.living():
         if storage.born <= event < storage.died:
-            terms[_term(storage, backwards)] += storage.size
+            terms[_term(storage, event, backwards)] += storage.size
     return terms
 
 
-def _term(storage: Storage, backwards: list[int]) -> str:
+def _term(storage: Storage, event: int, backwards: list[int]) -> str:
     """`backwards`: the events at which backward passes begin."""
-    if storage.term:
+    # The head's gradient, made in the forward pass, becomes that of the weight.
+    early = storage.moment in FORWARD and not any(
+        storage.born < start <= event for start in backwards
+    )
+    if storage.term and not (storage.term == "gradients" and early):
         return storage.term
     if storage.moment == "loading":
         return "images"

@@ -13,9 +13,15 @@ import torch
 from nanovlm.errors import NanoVLMError
 
 MIB = 2**20
-# The first word of the first generation's names that multiply in bf16 is not in this list.
+# Generations before Ampere, by a word of their names; they multiply in fp16, but not in bf16.
 WITHOUT_BF16 = ("V100", "V100S", "T4", "2080")
-MAKERS = {"NVIDIA", "GEFORCE", "TESLA", "GPU", "GENERATION"}  # words that tell no model from another
+MAKERS = {
+    "NVIDIA",
+    "GEFORCE",
+    "TESLA",
+    "GPU",
+    "GENERATION",
+}  # words that tell no model from another
 FORM = re.compile(r"\d+GB|SXM\d?|PCIE|HBM\d\w?")  # of a model that is listed without them
 
 
@@ -45,7 +51,9 @@ class GPU:
         `tf32` rounds the factors of fp32 products to 10 bits, at half of the speed of bf16.
         """
         if dtype == torch.float32:
-            return 1e12 * (max(self.single, self.half / 2) if tf32 and self.has_bf16 else self.single)
+            return 1e12 * (
+                max(self.single, self.half / 2) if tf32 and self.has_bf16 else self.single
+            )
         if dtype == torch.bfloat16 and not self.has_bf16:
             return None
         return 1e12 * self.half
