@@ -8,7 +8,9 @@ device would take.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.training.optim import eight_bit
+from nanovlm.utils import compiler
 
 META = torch.device("meta")
 # Of the operations that the package uses those that autocast casts, by device
@@ -61,8 +64,22 @@ def attention_kernel(
 
 
 @contextlib.contextmanager
-def simulated(device: torch.device) -> Iterator["Simulated"]:
-    """While it is entered, tensors are made on the meta device and behave as if on `device`."""
+def simulated(
+    device: torch.device, compiled: Callable[[], AbstractContextManager] = contextlib.nullcontext
+) -> Iterator["Simulated"]:
+    """While it is entered, tensors are made on the meta device and behave as if on `device`.
+
+    What is compiled there runs as it is written, within the context `compiled`.
+    """
+
+    def compile_function(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with compiled():
+                return function(*arguments)
+
+        run.compiler = SimpleNamespace(failed=False)  # pyright: ignore[reportFunctionMemberAccess]
+        return run
+
     # PyTorch asks for hardware where it needs none, or asks below Python, where the device is seen
     # to be meta.
     answers = {
@@ -73,6 +90,9 @@ def simulated(device: torch.device) -> Iterator["Simulated"]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch(name, lambda *_, answer=answer: answer))
+        # The optimizer's step and the decoding of quantised weights are compiled.
+        stack.enter_context(patch.object(compiler, "_compiles_on", lambda kind: kind == "cuda"))
+        stack.enter_context(patch.object(compiler, "_compiled", compile_function))
         # Checkpointing compares a block's tensors with those of its second pass, device included.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(patch.dict(checks, default=lambda tensor: None))

@@ -57,6 +57,7 @@ class Kernel:
     name: str
     moment: str
     region: int
+    event: int  # the last one before it ended
     dtype: torch.dtype  # of its first input
     reads: list[tuple[int, int]] = field(default_factory=list)  # number of the storage, bytes
     writes: list[tuple[int, int]] = field(default_factory=list)
@@ -155,7 +156,8 @@ class Trace(TorchDispatchMode):
         if name in GATHERS:
             reads[0] = reads[0][0], written[0][1]
         dtype = inputs[0].dtype if inputs else torch.float32
-        kernel = Kernel(name, self.moments[-1][1], self._region, dtype, reads, written)
+        moment = self.moments[-1][1]
+        kernel = Kernel(name, moment, self._region, self.events, dtype, reads, written)
         if packet in FLOPS:
             kernel.flops = FLOPS[packet](*args, **kwargs, out_val=result)
         self.kernels.append(kernel)
