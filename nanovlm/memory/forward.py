@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovlm.memory.measure import filled, program_bytes
-from nanovlm.memory.predict import terms_at, trace_forward
+from nanovlm.memory.predict import trace_forward
 from nanovlm.memory.shapes import TEXT_TOKENS, random_batch, skeleton
 from nanovlm.memory.summary import parameters, visual_tokens
 from nanovlm.model.quantization import quantize_
@@ -47,7 +47,7 @@ def forward_report(config: VLMConfig, settings: Settings, precision: Precision) 
 def predict_forward(model: VisionLanguageModel, precision: Precision, program: float) -> float:
     """The peak in bytes: the program, and what is held when most is."""
     trace = trace_forward(model, _shape(model), precision)
-    return program + sum(terms_at(trace, trace.peaks()["forward"]).values())
+    return program + trace.bytes_at(trace.peaks()["forward"])
 
 
 @torch.inference_mode()

@@ -5,11 +5,14 @@ first use to its last (`trace.py`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovlm.memory.measure import take_step
 from nanovlm.memory.shapes import prepared, random_batch
@@ -75,11 +78,20 @@ def predict(
 
 
 def trace_step(
-    model: VisionLanguageModel, settings: Settings, batch: BatchShape, precision: Precision
+    model: VisionLanguageModel,
+    settings: Settings,
+    batch: BatchShape,
+    precision: Precision,
+    compiled: bool = False,
 ) -> Trace:
-    """The second step of a run, of two batches at most: the others are like the second one."""
+    """The second step of a run, of two batches at most: the others are like the second one.
+
+    Its blocks run as they are written, or with `compiled` each pass of a block is a region.
+    """
     settings = dataclasses.replace(settings, accumulate=min(settings.accumulate, 2))
-    with simulated(precision.device), _trace(precision) as trace:
+    with _trace(precision) as trace, simulated(precision.device, trace.compiled):
+        if compiled:
+            _mark_blocks(model, trace)
         if settings.checkpointing:
             checkpoint_blocks(model)
         trace.hold((*model.parameters(), *model.buffers()), "weights")
@@ -102,7 +114,8 @@ def trace_step(
 
 def trace_forward(model: VisionLanguageModel, batch: BatchShape, precision: Precision) -> Trace:
     """A forward pass up to the logits, without gradients."""
-    with simulated(precision.device), torch.inference_mode(), _trace(precision) as trace:
+    trace = _trace(precision)
+    with trace, simulated(precision.device, trace.compiled), torch.inference_mode():
         trace.hold((*model.parameters(), *model.buffers()), "weights")
         trace.begin("loading")
         random = random_batch(model, batch, precision.dtype).to(precision.device)
@@ -150,3 +163,18 @@ def _tell_moments(model: VisionLanguageModel, begin: Callable[[str], None]) -> N
     language_model = model.language_model
     language_model.embed_tokens.register_forward_pre_hook(lambda *_: begin("language model"))
     language_model.norm.register_forward_hook(lambda *_: begin("output head"))
+
+
+def _mark_blocks(model: VisionLanguageModel, trace: Trace) -> None:
+    """Make each forward and backward pass of a block a compiled region."""
+    for block in (*model.vision_encoder.blocks, *model.language_model.blocks):
+        block.forward = functools.partial(_within, trace.compiled, block.forward)
+        block.register_full_backward_pre_hook(lambda *_: trace.open_region())
+        block.register_full_backward_hook(lambda *_: trace.close_region())
+
+
+def _within(
+    context: Callable[[], AbstractContextManager], forward: Callable[..., Tensor], *inputs: Any
+) -> Tensor:
+    with context():
+        return forward(*inputs)

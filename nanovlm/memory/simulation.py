@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
+from nanovlm.model import quantization
 from nanovlm.model.moe import MixtureOfExperts
 from nanovlm.training.optim import eight_bit
 from nanovlm.utils import compiler
@@ -99,8 +100,8 @@ def simulated(
         stack.enter_context(patch.object(MixtureOfExperts, "loads", _even_loads))
         # The backward pass of tensors on a GPU would otherwise run in a thread without the mode.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        _forget_tables()  # real ones
-        stack.callback(_forget_tables)  # and those without contents
+        _forget_tables()
+        stack.callback(_forget_tables)
         yield stack.enter_context(Simulated(device))
 
 
@@ -217,8 +218,9 @@ GETTERS = {
 
 
 def _forget_tables() -> None:
-    for cached in (eight_bit.dynamic_table, eight_bit._search_tables):
-        cached.cache_clear()
+    """Constants that are kept for a device: real ones, or ones without contents."""
+    for kept in (eight_bit.tables, quantization._nf4_pairs):
+        kept.cache_clear()
 
 
 def _even_loads(experts: MixtureOfExperts, used: Tensor) -> list[int]:

@@ -80,7 +80,7 @@ class Trace(TorchDispatchMode):
         self.regions: dict[int, int] = {}  # compiled region → the event that ended it
         self.events = 0
         self._rounded_to = rounded_to
-        self._region = 0
+        self._region = self._depth = 0
         self._numbers: dict[int, int] = {}  # address of a living storage → its number
         self._watches: dict[int, weakref.ref] = {}
         self._weights: set[int] = set()  # numbers of storages
@@ -102,13 +102,25 @@ class Trace(TorchDispatchMode):
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """A region that is compiled into few kernels, which keep what they compute in registers."""
-        outer, self._region = self._region, self._region or len(self.regions) + 1
-        self.regions.setdefault(self._region, FOREVER)
+        self.open_region()
         try:
             yield
         finally:
+            self.close_region()
+
+    def open_region(self) -> None:
+        """What follows is compiled as a whole; a region within another one belongs to it."""
+        if not self._depth:
+            self._region = len(self.regions) + 1
+            self.regions[self._region] = FOREVER
+        self._depth += 1
+
+    def close_region(self) -> None:
+        """The end of what is compiled as a whole."""
+        self._depth -= 1
+        if not self._depth:
             self.regions[self._region] = self.events
-            self._region = outer
+            self._region = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -208,6 +220,10 @@ class Trace(TorchDispatchMode):
             for storage in self.storages
             if not (storage.region and storage.died <= self.regions[storage.region])
         ]
+
+    def bytes_at(self, event: int) -> int:
+        """Held after an event."""
+        return sum(it.size for it in self.living() if it.born <= event < it.died)
 
     def peaks(self) -> dict[str, int]:
         """By moment, the event after which most bytes are held."""
