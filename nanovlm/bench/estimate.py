@@ -11,7 +11,6 @@ each as soon as it is launched and the one before it has ended. Loading data is 
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.memory.advice import GIGABYTE, needed
+from nanovlm.memory.advice import needed
 from nanovlm.memory.predict import predict, trace_step
 from nanovlm.memory.shapes import batch_shape, model_config, prepared
 from nanovlm.memory.stages import names_of_stages, stage_settings
@@ -68,7 +67,9 @@ def report(card: str, flags: list[str]) -> str:
         f"a launch {LAUNCH * 1e6:g} µs; loading data not counted"
     )
     stages = names_of_stages(own.stage, flags)
-    return "\n\n".join([title, *(_stage(name, stage_settings(name, flags), own, gpu) for name in stages)])
+    return "\n\n".join(
+        [title, *(_stage(name, stage_settings(name, flags), own, gpu) for name in stages)]
+    )
 
 
 def works(trace: Trace) -> list[Work]:
@@ -133,12 +134,12 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
     useful = settings.accumulate * step_flops(prepared(config, settings, precision), shape)
     memory = needed(predict(config, settings, shape, precision, 0).peak)
     fits = "fits" if memory <= gpu.memory else "does not fit"
-    lines = [
+    title = (
         f"{name}: training {settings.train}; {settings.accumulate} × {shape.rows} rows of "
         f"{shape.length} tokens, {str(dtype).removeprefix('torch.')}"
-        f"{', blocks compiled' * compiled}",
-        f"{'':10}{'kernels':>9}{'GB moved':>10}{'TFLOP':>8}{'ms':>8}",
-    ]
+        f"{', blocks compiled' * compiled}"
+    )
+    lines = [title, f"{'':10}{'kernels':>9}{'GB moved':>10}{'TFLOP':>8}{'ms':>8}"]
     for part, moments in PARTS.items():
         times = 1 if part == "update" else repeated
         chosen = [kernel for kernel in kernels if kernel.moment in moments]

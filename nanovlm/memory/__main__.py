@@ -9,10 +9,10 @@ make it fit.
 
 All flags of train_stage1.py and train_stage2.py are accepted. --vision-encoder and --language-model
 take a folder, of which only config.json is read, or the name of a published shape. GB are 10⁹
-bytes. With --gpu the peak is compared with the card's memory after adding 5 % for the holes between
-tensors and 0.6 GB for the CUDA context. On a CPU, add what the tokenizer and the records take. There
-a run also keeps holes between its tensors, up to half as much again, unless --checkpointing asks it
-to save memory. Blocks that are compiled keep no more than a prediction says.
+bytes. With --gpu, the peak plus 5 % for the allocator's holes and 0.6 GB for the CUDA context is
+compared with the card's memory. On a CPU, add what the tokenizer and the records take. There a run
+also keeps holes between its tensors, up to half as much again, unless --checkpointing asks it to
+save memory.
 """
 
 import argparse
@@ -37,7 +37,6 @@ from nanovlm.utils.console import run_command
 from nanovlm.utils.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.utils.parser import CommandParser
 from nanovlm.utils.processes import output_of
-
 
 
 def main() -> None:

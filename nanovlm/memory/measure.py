@@ -69,7 +69,7 @@ def take_steps(
         take_step(model, optimizer, shape, settings, precision)
 
 
-def take_step(  # noqa: PLR0913
+def take_step(
     model: VisionLanguageModel,
     optimizer: FusedAdamW | LeanAdamW,
     shape: BatchShape,

@@ -25,7 +25,7 @@ from nanovlm.training.optim.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 
-TERMS = (
+TERMS: tuple[str, ...] = (
     "program",
     "weights",
     "gradients",
@@ -132,7 +132,7 @@ def _trace(precision: Precision) -> Trace:
 
 def terms_at(trace: Trace, event: int) -> dict[str, float]:
     """What is held after an event of a trace, by term."""
-    terms = dict.fromkeys(TERMS[1:], 0.0)
+    terms: dict[str, float] = dict.fromkeys(TERMS[1:], 0.0)
     backwards = [start for start, moment in trace.moments if moment == "backward"]
     for storage in trace.living():
         if storage.born <= event < storage.died:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
@@ -95,7 +96,7 @@ def simulated(
         stack.enter_context(patch.object(compiler, "_compiles_on", lambda kind: kind == "cuda"))
         stack.enter_context(patch.object(compiler, "_compiled", compile_function))
         # Checkpointing compares a block's tensors with those of its second pass, device included.
-        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+        checks = checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(patch.dict(checks, default=lambda tensor: None))
         stack.enter_context(patch.object(MixtureOfExperts, "loads", _even_loads))
         # The backward pass of tensors on a GPU would otherwise run in a thread without the mode.
@@ -173,7 +174,7 @@ class Simulated(TorchFunctionMode):
 
         return cast(args), {name: cast(value) for name, value in kwargs.items()}
 
-    def _attention(
+    def _attention(  # noqa: PLR0913 (PyTorch's own arguments, and the function itself)
         self,
         plain: Any,
         queries: Tensor,
@@ -209,11 +210,14 @@ class Simulated(TorchFunctionMode):
         )[0]
 
 
-# What is answered for a tensor on the meta device.
+# What is answered for a tensor on the meta device, by the method that asks.
 GETTERS = {
-    Tensor.device.__get__: lambda device: device,
-    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
-    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",
+    getattr(Tensor, name).__get__: answer
+    for name, answer in {
+        "device": lambda device: device,
+        "is_cuda": lambda device: device.type == "cuda",
+        "is_cpu": lambda device: device.type == "cpu",
+    }.items()
 }
 
 

@@ -161,7 +161,7 @@ class Trace(TorchDispatchMode):
         made = tuple(torch.empty_strided(*it[:2], dtype=it[2], device="meta") for it in known[1])
         return made if known[0] else made[0]
 
-    def _kernel(self, func, args, kwargs, result, inputs, outputs) -> None:  # noqa: PLR0913
+    def _kernel(self, func, args, kwargs, result, inputs, outputs) -> None:
         packet, name = func.overloadpacket, func.overloadpacket.__name__
         written = [(self._number(it), _bytes(it)) for it in outputs or inputs[:1]]
         reads = [(self._number(it), _bytes(it)) for it in inputs]

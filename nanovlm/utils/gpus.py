@@ -151,7 +151,7 @@ def find_gpu(name: str) -> GPU | None:
 
 
 def named_gpu(name: str) -> GPU:
-    """The GPU that a person calls `name`, such as rtx-4060; a one-line error if it is not listed."""
+    """The GPU that a person calls `name`, such as rtx-4060; an error of one line for others."""
     if gpu := find_gpu(name):
         return gpu
     known = {gpu.name.lower().replace(" ", "-"): gpu for gpu in GPUS}

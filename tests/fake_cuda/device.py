@@ -31,16 +31,16 @@ def load_hooks() -> None:
 
 load_hooks()
 
-import weakref  # noqa: E402
-from collections import Counter  # noqa: E402
-from typing import Any  # noqa: E402
+import weakref
+from collections import Counter
+from typing import Any
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanovlm.utils import compiler  # noqa: E402
+from nanovlm.utils import compiler
 
 CUDA = torch.device("cuda", 0)
 WAITS = {  # operations whose result, or its shape, the host has to wait for
@@ -58,7 +58,7 @@ def attention_order() -> list[str]:
     return [name.split("::")[-1].strip().removesuffix("_attention") for name in listed.split(",")]
 
 
-def attention(
+def attention(  # noqa: PLR0913 (PyTorch's own arguments)
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     """The first kernel in order that takes these inputs, by the conditions of sdp_utils.cpp."""

@@ -1,6 +1,6 @@
 """Training steps on the fake device, run in a process of its own; prints one JSON object a case.
 
-    python tests/fake_cuda/steps.py kinds|memory
+python tests/fake_cuda/steps.py kinds|memory
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-import device  # before torch
 import torch
 from device import CUDA, Watch, attention_kernels, on_cuda, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
