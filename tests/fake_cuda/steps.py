@@ -11,8 +11,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+from device import CUDA, Watch, attention_kernels, on_cuda, pretend  # before torch
+
+# isort: split
+
 import torch
-from device import CUDA, Watch, attention_kernels, on_cuda, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanovlm.hub.shapes import LANGUAGE_MODELS
