@@ -11,6 +11,11 @@ nanovlm's figures alone.
     python -m nanovlm.bench --weights DIR --ladder
 
 trains nanovlm alone and adds bf16, packing, compiling and checkpointing one after the other.
+
+    python -m nanovlm.bench --estimate rtx-4060 [--preset NAME] [--stage NAME] [--tokens N]
+        [--records N] [flags of train_stage1.py]
+
+runs nothing: it says what a training step asks of a GPU and how long it would take there.
 """
 
 import argparse
@@ -23,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanovlm.bench import ladder
+from nanovlm.bench import estimate, ladder
 from nanovlm.bench.limits import Limits
 from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench, compare
@@ -41,7 +46,17 @@ Figures = dict[str, dict[str, float]]  # row → library, or LIMIT → figure
 
 def main() -> None:
     """Parse the flags, measure, print."""
-    arguments = _parser().parse_args()
+    estimating = CommandParser(add_help=False)
+    estimating.add_argument(
+        "--estimate",
+        metavar="GPU",
+        help="what a step takes on a GPU such as rtx-4060, by arithmetic",
+    )
+    card, training_flags = estimating.parse_known_args()
+    if card.estimate and not {"-h", "--help"} & set(training_flags):
+        print(estimate.report(card.estimate, training_flags))
+        return
+    arguments = _parser([estimating]).parse_args()
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     tasks = arguments.only.split(",") if arguments.only else TASKS
@@ -156,9 +171,9 @@ def _vocabulary_size(weights: Path) -> int:
     return config["vocab_size"]
 
 
-def _parser() -> CommandParser:
+def _parser(parents: list[CommandParser]) -> CommandParser:
     description = (__doc__ or "").split("\n\n")[0]
-    parser = CommandParser(prog="python -m nanovlm.bench", description=description)
+    parser = CommandParser(prog="python -m nanovlm.bench", description=description, parents=parents)
     parser.add_argument(
         "--weights",
         type=Path,

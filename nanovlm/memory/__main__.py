@@ -9,17 +9,16 @@ make it fit.
 
 All flags of train_stage1.py and train_stage2.py are accepted. --vision-encoder and --language-model
 take a folder, of which only config.json is read, or the name of a published shape. GB are 10⁹
-bytes. On a GPU, add about half a GB for its context, which lies outside the allocator; on a CPU,
-add what the tokenizer and the records take. There a run also keeps holes between its tensors, up to
-half as much again, unless --checkpointing asks it to save memory.
+bytes. With --gpu, the peak plus 5 % for the allocator's holes and 0.6 GB for the CUDA context is
+compared with the card's memory. On a CPU, add what the tokenizer and the records take. There a run
+also keeps holes between its tensors, up to half as much again, unless --checkpointing asks it to
+save memory.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
-from pathlib import Path
 
 import torch
 
@@ -30,31 +29,29 @@ from nanovlm.memory.forward import forward_report, take_forward
 from nanovlm.memory.measure import program_bytes, random_model, take_steps
 from nanovlm.memory.predict import TERMS, Prediction, predict
 from nanovlm.memory.shapes import batch_shape, model_config
+from nanovlm.memory.stages import names_of_stages, stage_settings
 from nanovlm.memory.summary import Stage, summary
 from nanovlm.training.precision import Precision
-from nanovlm.training.presets import load_settings, stage_names
-from nanovlm.training.settings import ModelSettings, Settings
+from nanovlm.training.settings import Settings
 from nanovlm.utils.console import run_command
 from nanovlm.utils.device import choose_device, choose_dtype, give_back_freed_memory, peak_memory
 from nanovlm.utils.parser import CommandParser
 from nanovlm.utils.processes import output_of
-
-MODEL = [field.name for field in dataclasses.fields(ModelSettings) if field.name != "init"]
 
 
 def main() -> None:
     """Parse the flags, predict, print."""
     own, flags = _parser().parse_known_args()
     _check(own)
-    names = _names(own.stage, flags)
+    names = names_of_stages(own.stage, flags)
     if own.forward or own.take_forward:
-        settings = _settings(names[0], flags)
+        settings = stage_settings(names[0], flags)
         numbers = take_forward if own.take_forward else forward_report
         print(numbers(model_config(settings), settings, _precision(settings)))
     elif own.take_steps:
-        _take_steps(_settings(names[0], flags), own)
+        _take_steps(stage_settings(names[0], flags), own)
     else:
-        stages = [_stage(name, _settings(name, flags), own) for name in names]
+        stages = [_stage(name, stage_settings(name, flags), own) for name in names]
         print(summary(stages), end="\n\n")
         for stage in stages:
             print(_report(stage, own), end="\n\n")
@@ -81,33 +78,6 @@ def _take_steps(settings: Settings, own: argparse.Namespace) -> None:
     model = random_model(config, settings, precision)
     take_steps(model, batch_shape(config, settings, own.tokens), settings, precision)
     print(json.dumps(peak_memory(precision.device)))
-
-
-def _names(asked: str, flags: list[str]) -> list[str]:
-    """The stages that --stage asks for; "run" for a file without stages, such as the settings.toml
-    of a run."""
-    if asked == "all":
-        return stage_names(flags) or ["run"]
-    if asked == "both":
-        return ["stage1", "stage2"]
-    return [f"stage{asked}" if asked.isdigit() else asked]
-
-
-def _settings(name: str, flags: list[str]) -> Settings:
-    """The settings of a stage.
-
-    If its --init does not exist yet, with the shapes that stage 1 is going to leave there.
-    """
-    settings = load_settings("stage2", [*flags, "--stage", name])
-    # Other parts than those of a model that may be there already.
-    other_parts = settings.vision_encoder or settings.language_model
-    if settings.init and (other_parts or not Path(settings.init, "config.json").exists()):
-        first = load_settings(
-            "stage1", [*flags, "--train", "projector", "--lora-rank", "0", "--init", settings.init]
-        )
-        unset = [name for name in MODEL if getattr(settings, name) == getattr(Settings, name)]
-        settings = dataclasses.replace(settings, **{name: getattr(first, name) for name in unset})
-    return settings
 
 
 def _precision(settings: Settings, gpu: bool = False) -> Precision:

@@ -13,12 +13,29 @@ from nanovlm.training.settings import Settings
 from nanovlm.utils.device import DTYPES
 
 LOW_RANKS = (64, 16)  # of adapters, as a last resort
+GIGABYTE = 1.0732e9  # bytes of what is sold as a GB of a card's memory; the rest is its driver's
+CONTEXT = 0.6e9  # bytes of the CUDA context, with the libraries' kernels and workspaces
+FRAGMENTATION = 1.05  # what the allocator reserves for each byte that tensors take
 
 
 def on_gpu(settings: Settings) -> Precision:
     """How a run computes on a GPU, whether this machine has one or not."""
     dtype = DTYPES.get(settings.dtype, torch.bfloat16)
     return Precision(dtype, torch.device("cuda"), settings.stochastic_rounding)
+
+
+def needed(peak: float) -> float:
+    """Bytes of a card that a step with this peak needs.
+
+    5 % more than the peak, because of holes between tensors that no other tensor fits into, and
+    0.6 GB for the CUDA context, which lies outside of what PyTorch counts.
+    """
+    return FRAGMENTATION * peak + CONTEXT
+
+
+def fits(prediction: Prediction, gigabytes: float) -> bool:
+    """Whether a step fits a card that is sold with so many GB of memory."""
+    return needed(prediction.peak) <= gigabytes * GIGABYTE
 
 
 def advice(
@@ -28,23 +45,27 @@ def advice(
 
     `tokens`: see `batch_shape`.
     """
-    if prediction.peak <= gigabytes * 1e9:
-        return f"fits {gigabytes:g} GB"
-    peak, fits = prediction.peak, False
-    lines = [f"does not fit {gigabytes:g} GB; with, one after the other:"]
+    card = (
+        f"a GPU of {gigabytes:g} GB: with its context and the allocator's holes the step needs "
+        f"{needed(prediction.peak) / 1e9:.2f} of {gigabytes * GIGABYTE / 1e9:.2f} GB"
+    )
+    if fits(prediction, gigabytes):
+        return f"fits {card}"
+    peak, fit = prediction.peak, False
+    lines = [f"does not fit {card}; peak with, one after the other:"]
     for flags, changes in _changes(settings):
         if all(getattr(settings, name) == value for name, value in changes.items()):
             continue
         changed = dataclasses.replace(settings, **changes)
         shape = batch_shape(config, changed, tokens)
-        lower = predict(config, changed, shape, on_gpu(changed), 0).peak
-        if lower > 0.99 * peak:  # more batches per step also need memory for the sum of gradients
+        lower = predict(config, changed, shape, on_gpu(changed), 0)
+        if lower.peak > 0.99 * peak:  # more batches a step also need memory for the gradients' sum
             continue
-        settings, peak = changed, lower
-        mark = "  ← the first that fits" if peak <= gigabytes * 1e9 and not fits else ""
-        fits = fits or bool(mark)
+        settings, peak = changed, lower.peak
+        mark = "  ← the first that fits" if fits(lower, gigabytes) and not fit else ""
+        fit = fit or bool(mark)
         lines.append(f"  {flags:58}{peak / 1e9:8.2f} GB{mark}")
-    if not fits:
+    if not fit:
         lines.append("  nothing of this fits; take a smaller model or shorter rows")
     return "\n".join(lines)
 

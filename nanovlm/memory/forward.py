@@ -7,9 +7,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from nanovlm.memory.activations import FP32, Computing
-from nanovlm.memory.inference import encoding_memory, prefill_memory
 from nanovlm.memory.measure import filled, program_bytes
+from nanovlm.memory.predict import trace_forward
 from nanovlm.memory.shapes import TEXT_TOKENS, random_batch, skeleton
 from nanovlm.memory.summary import parameters, visual_tokens
 from nanovlm.model.quantization import quantize_
@@ -46,19 +45,9 @@ def forward_report(config: VLMConfig, settings: Settings, precision: Precision) 
 
 
 def predict_forward(model: VisionLanguageModel, precision: Precision, program: float) -> float:
-    """The peak in bytes.
-
-    The program, the weights, the pixels, and what either the vision encoder or the language model
-    needs to read an image and a question.
-    """
-    image, shape = model.config.image, _shape(model)
-    computing = Computing(precision.dtype, precision.device.type)
-    pixels = shape.images * 3 * image.height * image.width
-    encoding = encoding_memory(model, shape.images, computing)
-    encoding += pixels * computing.size * (computing.size < FP32)  # cast
-    prefill = prefill_memory(model.language_model, shape.length, computing)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return program + weights + pixels * FP32 + max(encoding, prefill)
+    """The peak in bytes: the program, and what is held when most is."""
+    trace = trace_forward(model, _shape(model), precision)
+    return program + trace.bytes_at(trace.peaks()["forward"])
 
 
 @torch.inference_mode()

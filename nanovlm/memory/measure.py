@@ -1,5 +1,7 @@
 """The memory that training steps of given shapes take, measured in a process of their own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,7 +15,8 @@ from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.blocks import checkpoint_blocks
 from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.objectives import objective_of
-from nanovlm.training.optim.optimizer import build_optimizer
+from nanovlm.training.optim.adamw import LeanAdamW
+from nanovlm.training.optim.optimizer import FusedAdamW, build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.device import peak_memory
@@ -61,18 +64,35 @@ def take_steps(
     steps: int = 2,
 ) -> None:
     """Steps as the training loop takes them, each of `settings.accumulate` batches of `shape`."""
-    objective = objective_of(settings)
     optimizer = build_optimizer(model, settings)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for _ in range(steps):
-        for _ in range(settings.accumulate):
-            batch = random_batch(model, shape, precision.dtype)
-            with precision.autocast():
-                loss, _ = objective(model, batch.to(precision.device))
-            precision.scaled(loss / objective.count_targets(batch)).backward()
-        nn.utils.clip_grad_norm_(trainable, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(model, optimizer, shape, settings, precision)
+
+
+def take_step(
+    model: VisionLanguageModel,
+    optimizer: FusedAdamW | LeanAdamW,
+    shape: BatchShape,
+    settings: Settings,
+    precision: Precision,
+    begin: Callable[[str], None] = lambda moment: None,
+) -> None:
+    """One step. `begin` is told when a moment of it begins."""
+    objective = objective_of(settings)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for _ in range(settings.accumulate):
+        begin("loading")
+        batch = random_batch(model, shape, precision.dtype).to(precision.device)
+        begin("vision encoder")
+        with precision.autocast():
+            loss, _ = objective(model, batch)
+        begin("backward")
+        precision.scaled(loss / objective.count_targets(batch)).backward()
+    begin("update")
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+    optimizer.found_inf = (~torch.isfinite(loss.detach() + norm)).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def program_bytes(precision: Precision) -> int:

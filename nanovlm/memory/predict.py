@@ -1,32 +1,31 @@
-"""The peak memory of a training step, term by term, computed from shapes alone."""
+"""The peak memory of a training step, term by term, without allocating it.
 
-from collections.abc import Sequence
+The step runs on a simulated device (`simulation.py`), and every tensor of it is counted from its
+first use to its last (`trace.py`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanovlm.memory.activations import (
-    FP32,
-    BlockMemory,
-    Computing,
-    block_memory,
-    kept_outside_blocks,
-)
-from nanovlm.memory.inference import encoding_memory
-from nanovlm.memory.shapes import prepared
-from nanovlm.model.language_model import DecoderBlock
-from nanovlm.model.loss import CPU_SLICE, GPU_SLICE, chunk_rows
-from nanovlm.model.vision_encoder import VisionBlock
+from nanovlm.memory.measure import take_step
+from nanovlm.memory.shapes import prepared, random_batch
+from nanovlm.memory.simulation import simulated
+from nanovlm.memory.trace import CUDA_ROUNDS_TO, Storage, Trace
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
-from nanovlm.training.freezing import is_trainable
-from nanovlm.training.monitor.walk import BatchShape, walk
-from nanovlm.training.optim.adamw import SLICE
-from nanovlm.training.optim.optimizer import state_bytes
+from nanovlm.training.blocks import checkpoint_blocks
+from nanovlm.training.monitor.walk import BatchShape
+from nanovlm.training.optim.optimizer import build_optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 
-TERMS = (
+TERMS: tuple[str, ...] = (
     "program",
     "weights",
     "gradients",
@@ -37,14 +36,16 @@ TERMS = (
     "output head",
     "working set",
 )
-TEMPORARIES = 10  # fp32 tensors of a slice that LeanAdamW holds at a time, at most
+FORWARD = ("vision encoder", "language model", "output head")  # moments of the forward pass
+MOMENTS = (*FORWARD, "backward", "update")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by moment of a step, then by term. The peak may be at any of these moments."""
+    """Bytes at the peak of each moment of a step, by term. The peak may be at any of these."""
 
     moments: dict[str, dict[str, float]]
+    kept: float  # by the forward pass for the backward pass
 
     @property
     def totals(self) -> dict[str, float]:
@@ -64,134 +65,116 @@ def predict(
     device. `program` is what the process holds without a model: nothing on a GPU, whose context
     lies outside the allocator.
     """
-    model = prepared(config, settings, precision)
-    computing = Computing(precision.dtype, precision.device.type)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trainable)
-    accumulates = settings.accumulate > 1
-    always = {
-        "program": program,
-        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        "gradients": gradients if accumulates else 0,  # those of the step's earlier batches
-        "optimizer": sum(state_bytes(parameter, settings) for parameter in trainable),
-        "images": _pixels(config, batch),
-    }
-    layers = _layers(model, batch, computing, settings.checkpointing)
-    head = _head(model, batch, computing, accumulates)
+    trace = trace_step(prepared(config, settings, precision), settings, batch, precision)
     moments = {
-        "vision encoder": {"working set": _frozen_encoder(model, batch, computing)},
-        "output head": {
-            "activations": layers.activations,
-            "casts": layers.casts,
-            "output head": head.forward,
-        },
-        "backward": {
-            "activations": layers.activations,
-            "casts": layers.casts or layers.largest.casts,
-            "output head": head.gradient,
-            "working set": max(layers.working, head.backward),
-        },
-        "end of backward": {
-            "gradients": gradients,
-            "output head": head.waiting,
-            "working set": max(
-                layers.largest.activations + layers.largest.working, head.embedding_gradient
-            ),
-        },
-        "update": {"gradients": gradients, "working set": _update(trainable, settings)},
+        moment: {"program": program, **terms_at(trace, event)}
+        for moment, event in trace.peaks().items()
+        if moment in MOMENTS
     }
-    return Prediction({name: {**always, **terms} for name, terms in moments.items()})
+    backward = next(event for event, moment in trace.moments if moment == "backward")
+    forward = (storage for storage in trace.living() if storage.moment in FORWARD)
+    kept = sum(storage.size for storage in forward if storage.born < backward <= storage.died)
+    return Prediction(moments, kept)
 
 
-def _pixels(config: VLMConfig, batch: BatchShape) -> int:
-    if batch.cached_features:
-        return 0
-    return batch.images * 3 * config.image.height * config.image.width * FP32
+def trace_step(
+    model: VisionLanguageModel,
+    settings: Settings,
+    batch: BatchShape,
+    precision: Precision,
+    compiled: bool = False,
+) -> Trace:
+    """The second step of a run, of two batches at most: the others are like the second one.
+
+    Its blocks run as they are written, or with `compiled` each pass of a block is a region.
+    """
+    settings = dataclasses.replace(settings, accumulate=min(settings.accumulate, 2))
+    with _trace(precision) as trace, simulated(precision.device, trace.compiled):
+        if compiled:
+            _mark_blocks(model, trace)
+        if settings.checkpointing:
+            checkpoint_blocks(model)
+        trace.hold((*model.parameters(), *model.buffers()), "weights")
+        optimizer = build_optimizer(model.train(), settings)
+        parameters = [it for group in optimizer.param_groups for it in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(
+                lambda updated: trace.hold([updated.grad], "gradients")
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state = [it for values in optimizer.state.values() for it in values.values()]
+        trace.hold(state, "optimizer")
+        trace.kernels.clear()
+        _tell_moments(model, trace.begin)
+        take_step(model, optimizer, batch, settings, precision, trace.begin)
+    return trace
 
 
-def _frozen_encoder(model: VisionLanguageModel, batch: BatchShape, computing: Computing) -> float:
-    if batch.cached_features or is_trainable(model.vision_encoder):
-        return 0
-    return encoding_memory(model, batch.images, computing)
+def trace_forward(model: VisionLanguageModel, batch: BatchShape, precision: Precision) -> Trace:
+    """A forward pass up to the logits, without gradients."""
+    trace = _trace(precision)
+    with trace, simulated(precision.device, trace.compiled), torch.inference_mode():
+        trace.hold((*model.parameters(), *model.buffers()), "weights")
+        trace.begin("loading")
+        random = random_batch(model, batch, precision.dtype).to(precision.device)
+        trace.begin("forward")
+        model(
+            random, lambda hidden_states, head, targets: nn.functional.linear(hidden_states, head)
+        )
+    return trace
 
 
-def _update(trainable: Sequence[nn.Parameter], settings: Settings) -> float:
-    """The temporaries of the optimizer's step. PyTorch's fused AdamW has none."""
-    if settings.optimizer == "adamw" and not settings.stochastic_rounding:
-        return 0
-    return TEMPORARIES * FP32 * min(SLICE, max(parameter.numel() for parameter in trainable))
+def _trace(precision: Precision) -> Trace:
+    return Trace(CUDA_ROUNDS_TO if precision.device.type == "cuda" else 1)
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """Bytes of all layers below the output head."""
+def terms_at(trace: Trace, event: int) -> dict[str, float]:
+    """What is held after an event of a trace, by term."""
+    terms: dict[str, float] = dict.fromkeys(TERMS[1:], 0.0)
+    backwards = [start for start, moment in trace.moments if moment == "backward"]
+    for storage in trace.living():
+        if storage.born <= event < storage.died:
+            terms[_term(storage, event, backwards)] += storage.size
+    return terms
 
-    activations: float  # that the forward pass keeps
-    casts: float  # of weights, that it keeps
-    working: float  # what the backward pass needs besides
-    largest: BlockMemory  # the block that needs most in the backward pass
 
-
-def _layers(
-    model: VisionLanguageModel, batch: BatchShape, computing: Computing, checkpointing: bool
-) -> _Layers:
-    """With checkpointing, blocks keep their input alone and are computed again one at a time."""
-    blocks, activations = [], 0.0
-    if model.config.language_model.positions == "rotary":  # the tables of sines and cosines
-        width = model.config.language_model.head_dim
-        activations += 2 * batch.tokens * width * computing.size
-    if batch.pairs:  # which share their prompts; other rows need no mask
-        activations += batch.tokens * batch.length * computing.size
-    for layer in walk(model, batch):
-        if layer.backward and isinstance(layer.module, DecoderBlock | VisionBlock):
-            blocks.append(block_memory(layer, model, computing))
-        elif layer.backward:
-            activations += kept_outside_blocks(layer, model, computing)
-    largest = max(
-        blocks, key=lambda block: block.activations + block.working, default=BlockMemory()
+def _term(storage: Storage, event: int, backwards: list[int]) -> str:
+    """`backwards`: the events at which backward passes begin."""
+    # The head's gradient, made in the forward pass, becomes that of the weight.
+    early = storage.moment in FORWARD and not any(
+        storage.born < start <= event for start in backwards
     )
-    if checkpointing:
-        activations += sum(block.input for block in blocks)
-        return _Layers(activations, 0, largest.activations + largest.working, largest)
-    activations += sum(block.activations for block in blocks)
-    return _Layers(activations, sum(block.casts for block in blocks), largest.working, largest)
+    if storage.term and not (storage.term == "gradients" and early):
+        return storage.term
+    if storage.moment == "loading":
+        return "images"
+    kept = any(storage.born < start <= storage.died for start in backwards)
+    if storage.moment not in FORWARD or not kept:
+        return "working set"
+    if storage.moment == "output head":
+        return "output head"
+    return "casts" if storage.cast else "activations"
 
 
-@dataclass(frozen=True)
-class _Head:
-    """Bytes of the output head (`loss.py`)."""
-
-    forward: float  # in its forward pass
-    gradient: float
-    backward: float  # in its backward pass, for a moment
-    waiting: float  # its gradient at the end of the whole backward pass, to be added to another
-    embedding_gradient: float  # of the embedding table, at that moment
+def _tell_moments(model: VisionLanguageModel, begin: Callable[[str], None]) -> None:
+    """Have the model say where its forward pass has come."""
+    language_model = model.language_model
+    language_model.embed_tokens.register_forward_pre_hook(lambda *_: begin("language model"))
+    language_model.norm.register_forward_hook(lambda *_: begin("output head"))
 
 
-def _head(
-    model: VisionLanguageModel, batch: BatchShape, computing: Computing, accumulates: bool
-) -> _Head:
-    weight, embedding = model.language_model.head_weight, model.language_model.embed_tokens.weight
-    size, trainable, tied = computing.size, weight.requires_grad, embedding is weight
-    rows = chunk_rows(len(weight), computing.dtype, torch.device(computing.device))
-    logits = min(rows, batch.targets) * len(weight) * (FP32 + (0 if size == FP32 else size))
-    hidden = batch.targets * weight.shape[1] * size
-    cast = weight.numel() * size if weight.dtype != computing.dtype else 0
-    gradient = trainable * weight.numel() * FP32
-    if size != FP32:  # a slice of it in the compute dtype, to be added
-        slice_size = CPU_SLICE if computing.device == "cpu" else GPU_SLICE
-        gradient += trainable * min(slice_size, weight.numel()) * size
-    rounded = gradient if weight.dtype != torch.float32 else 0  # beside the gradient it gets
-    if batch.pairs:  # the backward pass computes the logits again, and the gradient with them
-        forward = logits + 2 * hidden + cast
-        backward = logits + hidden + cast + rounded
-    else:  # the gradient is computed with the logits
-        forward = logits + 2 * hidden + cast + gradient
-        backward = rounded
-    return _Head(
-        forward,
-        hidden + trainable * weight.nbytes,
-        backward,
-        waiting=trainable * weight.nbytes * (tied and accumulates),
-        embedding_gradient=embedding.nbytes * embedding.requires_grad * (tied or accumulates),
-    )
+def _mark_blocks(model: VisionLanguageModel, trace: Trace) -> None:
+    """Make each forward and backward pass of a block a compiled region."""
+    for block in (*model.vision_encoder.blocks, *model.language_model.blocks):
+        block.forward = functools.partial(_within, trace.compiled, block.forward)
+        block.register_full_backward_pre_hook(lambda *_: trace.open_region())
+        block.register_full_backward_hook(lambda *_: trace.close_region())
+
+
+def _within(
+    context: Callable[[], AbstractContextManager], forward: Callable[..., Tensor], *inputs: Any
+) -> Tensor:
+    with context():
+        return forward(*inputs)

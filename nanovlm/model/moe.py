@@ -64,15 +64,21 @@ class MixtureOfExperts(nn.Module):
         """The weighted sum of the chosen experts' outputs, (N, C).
 
         The choices are sorted by expert, each expert runs on its tokens at once, and the results
-        are put back in order. The counts are read from the device once a layer; they are shapes
-        that a compiler cannot know. An expert without a token runs on none, so that its gradient is
-        zero and not missing.
+        are put back in order. An expert without a token runs on none, so that its gradient is zero
+        and not missing.
         """
         order = chosen.flatten().argsort(stable=True)  # (N · k,), grouped by expert
-        pieces = tokens.index_select(0, order // self.per_token).split(used.sum(dim=0).tolist())
+        pieces = tokens.index_select(0, order // self.per_token).split(self.loads(used))
         outputs = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces)])
         outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (N, k, C)
         return (outputs * weights.to(outputs.dtype)[..., None]).sum(dim=1)
+
+    def loads(self, used: Tensor) -> list[int]:
+        """Tokens of each expert, for `used` (N, experts) truth values.
+
+        They are read from the device once a layer: shapes that a compiler cannot know.
+        """
+        return used.sum(dim=0).tolist()
 
 
 def count_tokens(

@@ -7,6 +7,7 @@ change.
 """
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -222,9 +223,12 @@ def nf4_levels() -> Tensor:
     # A normal distribution has no largest value. The outermost quantile is the mean of two: the
     # middle of the last of 15 even shares of probability, and of the last of 16.
     outermost = 1 - (1 / (2 * 15) + 1 / (2 * 16)) / 2
-    shares = [torch.linspace(0.5, outermost, count + 1, dtype=torch.float64) for count in (8, 7)]
-    above, below = (torch.special.ndtri(share) for share in shares)  # both start with 0
-    return (torch.cat((-below.flip(0)[:-1], above)) / above[-1]).float()
+    quantile, half = statistics.NormalDist().inv_cdf, outermost - 0.5
+    below, above = (
+        [quantile(0.5 + half * step / count) for step in range(1, count + 1)] for count in (7, 8)
+    )
+    levels = [*(-level for level in reversed(below)), 0.0, *above]
+    return torch.tensor([level / above[-1] for level in levels], device="cpu")
 
 
 @functools.cache

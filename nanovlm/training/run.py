@@ -38,6 +38,7 @@ from nanovlm.training.settings import Settings, to_toml
 from nanovlm.utils.console import say
 from nanovlm.utils.device import (
     DTYPES,
+    allow_growing_segments,
     allow_tf32,
     choose_device,
     choose_dtype,
@@ -57,6 +58,7 @@ def run_stage(settings: Settings) -> Path:
     """Train as `settings` say and return the folder of the finished model."""
     if settings.deterministic:
         make_deterministic()
+    allow_growing_segments()
     folder = Path(settings.out)
     if is_main():  # the only process that writes there
         _check_run_folder(folder, settings.resume)

@@ -106,6 +106,16 @@ def test_deterministic_sets_all_that_pytorch_offers(any_algorithms, monkeypatch)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_cudas_allocator_maps_pages_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for given in ("", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment = {given: "max_split_size_mb:64"} if given else {}
+        monkeypatch.setattr(os, "environ", environment)
+        device.allow_growing_segments()
+        changed = {} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        assert os.environ == {**environment, **changed}
+
+
 def test_freed_memory_between_blocks_that_stay_is_given_back():
     code = """
 import sys

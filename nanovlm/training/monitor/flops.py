@@ -14,7 +14,6 @@ are not counted again.
 """
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -31,45 +30,15 @@ from nanovlm.model.vision_encoder import VisionBlock
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.freezing import is_trainable
 from nanovlm.training.monitor.walk import BatchShape, Layer, input_matrices, walk
-
-# Dense TFLOP/s from NVIDIA's data sheets and architecture white papers: half precision summed in
-# fp32, and fp32 without TF32. Keys are patterns for `torch.cuda.get_device_name`; the first that
-# matches counts.
-PEAKS = {
-    "NVIDIA H200*": (989, 67),
-    "NVIDIA H100 PCIe": (756, 51),
-    "NVIDIA H100 NVL": (835, 60),
-    "NVIDIA H100*": (989, 67),
-    "NVIDIA A100*": (312, 19.5),
-    "NVIDIA A10": (125, 31.2),
-    "NVIDIA L4": (121, 30.3),
-    "Tesla T4": (65, 8.1),
-    "Tesla V100-PCIE*": (112, 14),
-    "Tesla V100-SXM2*": (125, 15.7),
-    "NVIDIA GeForce RTX 3060": (25.5, 12.7),
-    "NVIDIA GeForce RTX 3090": (71, 35.6),
-    "NVIDIA GeForce RTX 4060": (30.2, 15.1),
-    "NVIDIA GeForce RTX 4070": (58.3, 29.1),
-    "NVIDIA GeForce RTX 4080": (97.5, 48.7),
-    "NVIDIA GeForce RTX 4090": (165.2, 82.6),
-}
-WITHOUT_BF16 = ("Tesla T4", "Tesla V100*")
+from nanovlm.utils.gpus import find_gpu
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The peak of `device` in `dtype`, in FLOP/s; None for every device not in PEAKS."""
+    """The peak of `device` in `dtype`, in FLOP/s; None for every device not in GPUS."""
     if device.type != "cuda":
         return None
-    return _peak(torch.cuda.get_device_name(device), dtype)
-
-
-def _peak(name: str, dtype: torch.dtype) -> float | None:
-    if dtype == torch.bfloat16 and any(fnmatchcase(name, pattern) for pattern in WITHOUT_BF16):
-        return None
-    for pattern, (half, single) in PEAKS.items():
-        if fnmatchcase(name, pattern):
-            return 1e12 * (single if dtype == torch.float32 else half)
-    return None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu and gpu.peak(dtype, tf32=torch.get_float32_matmul_precision() != "highest")
 
 
 class Utilisation:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanovlm.utils.device import peak_memory
+from nanovlm.utils.device import peak_memory, reserved_memory
 from nanovlm.utils.figures import plt, save_figure
 from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
 from nanovlm.utils.processes import is_main
@@ -56,11 +56,15 @@ class RunLog:
         """Append one line; returns the samples, tokens and images per second since the last one.
 
         Also written: the share of the batches' positions that hold a token (`fill`), the share of
-        the time spent waiting for data, and the peak of memory so far in GB.
+        the time spent waiting for data, and the peak of memory so far in GB, on CUDA also with the
+        holes that its allocator holds.
         """
         now, elapsed = time.perf_counter(), self.trained_seconds
         keys = ("samples", "tokens", "images", "slots")
         gained = {key: line[key] - self._last.get(key, 0) for key in keys}
+        reserved = {}
+        if held := reserved_memory(self.device):
+            reserved["reserved_memory_gb"] = round(held / 1e9, 3)
         speed = {key: gained[key] / elapsed for key in ("samples", "tokens", "images")}
         self.lines.append(
             {
@@ -69,6 +73,7 @@ class RunLog:
                 "fill": round(gained["tokens"] / max(gained["slots"], 1), 4),
                 "data_wait": round(self._waited / elapsed, 4),
                 "peak_memory_gb": round(peak_memory(self.device) / 1e9, 3),
+                **reserved,
                 "seconds": round(now - self._start, 3),
             }
         )

@@ -206,8 +206,17 @@ def test_without_images_or_with_cached_features_the_vision_encoder_takes_none():
         ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
         ("Tesla T4", torch.float16, 65e12),
         ("Tesla T4", torch.bfloat16, None),
-        ("NVIDIA GeForce RTX 4070 Ti", torch.float16, None),
-        ("NVIDIA GeForce RTX 4060 Laptop GPU", torch.float16, None),
+        ("Tesla V100-SXM2-32GB", torch.float16, 125e12),
+        ("NVIDIA GeForce RTX 2080 Ti", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", torch.float16, 88.2e12),
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", torch.float16, 29.1e12),
+        ("NVIDIA GeForce RTX 4060 Ti", torch.float16, 44.1e12),
+        ("NVIDIA GeForce RTX 4090 D", torch.float16, 147.1e12),
+        ("NVIDIA GeForce RTX 5090", torch.bfloat16, 209.5e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA A800-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA H20", torch.bfloat16, 148e12),
+        ("NVIDIA GeForce RTX 5090 D", torch.float16, None),  # not listed
         ("NVIDIA A10G", torch.float16, None),
     ],
 )
@@ -216,6 +225,14 @@ def test_the_peak_is_that_very_cards(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert flops.peak_flops(torch.device("cuda"), dtype) == expected
+
+
+def test_fp32_products_in_tf32_run_at_half_of_the_speed_of_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert flops.peak_flops(torch.device("cuda"), torch.float32) == 156e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert flops.peak_flops(torch.device("cuda"), torch.float32) == 8.1e12
 
 
 def test_utilisation_is_of_the_batches_since_the_last_reading(monkeypatch):

@@ -45,6 +45,16 @@ def test_lines_are_written_as_they_come_and_a_resumed_run_drops_those_it_writes_
     assert seconds == sorted(seconds)
 
 
+def test_memory_that_the_allocator_holds_is_logged_beside_the_peak_on_cuda(tmp_path, monkeypatch):
+    RunLog(tmp_path, 0, torch.device("cpu")).write(line(1))
+    assert "reserved_memory_gb" not in (tmp_path / "metrics.jsonl").read_text()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3_500_000_000)
+    log = RunLog(tmp_path, 0, torch.device("cuda"))
+    log.write(line(1))
+    assert log.lines[-1]["peak_memory_gb"] == 3.0 and log.lines[-1]["reserved_memory_gb"] == 3.5
+
+
 def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
     log = RunLog(tmp_path, 0, torch.device("cpu"))
