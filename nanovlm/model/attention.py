@@ -1,4 +1,7 @@
-"""Attention: masks, the key/value cache, the formula, and the module that both transformers use."""
+"""Attention: masks, the key/value cache, the formula, and the module that both transformers use.
+
+Lesson: lessons/source/02_attention.py.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,6 +3,8 @@
 One decoder for Qwen from its first generation to Qwen3 (dense), LLaMA, SmolLM2 and Mistral, and for
 models made from scratch. The path of a plain decoder is `hidden_states`: embeddings → blocks →
 final norm.
+
+Lessons: lessons/source/06_language_model.py, lessons/source/07_rotary_positions.py.
 """
 
 import math

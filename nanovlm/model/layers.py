@@ -1,4 +1,7 @@
-"""The small layers of both transformers: norms, MLPs with their activations, position tables."""
+"""The small layers of both transformers: norms, MLPs with their activations, position tables.
+
+Lessons: lessons/source/03_vision_transformer.py, lessons/source/06_language_model.py.
+"""
 
 from collections.abc import Callable
 from functools import partial

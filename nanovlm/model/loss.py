@@ -1,4 +1,7 @@
-"""Cross entropy and log-probabilities over a large vocabulary, without ever holding all logits."""
+"""Cross entropy and log-probabilities over a large vocabulary, without ever holding all logits.
+
+Lesson: lessons/source/11_loss.py.
+"""
 
 import math
 

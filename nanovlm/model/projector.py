@@ -1,6 +1,8 @@
 """Projectors: patch vectors of the vision encoder → visual tokens of the language model.
 
 Each is a small class. To add one, write a subclass of `Projector` and add a line to PROJECTORS.
+
+Lesson: lessons/source/08_projectors.py.
 """
 
 import math

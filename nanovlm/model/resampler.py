@@ -1,4 +1,7 @@
-"""Learned queries that attend to all patches of an image: any number in, a fixed number out."""
+"""Learned queries that attend to all patches of an image: any number in, a fixed number out.
+
+Lesson: lessons/source/08_projectors.py.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Rotary position embeddings (RoPE, Su et al. 2021), and their use beyond the trained length."""
+"""Rotary position embeddings (RoPE, Su et al. 2021), and their use beyond the trained length.
+
+Lesson: lessons/source/07_rotary_positions.py.
+"""
 
 import math
 

@@ -1,6 +1,8 @@
 """The vision encoder: pixels → one vector a patch.
 
 One transformer for DINOv2, SigLIP, SigLIP 2, CLIP, and the encoders of SmolVLM2 and Qwen-VL.
+
+Lesson: lessons/source/03_vision_transformer.py.
 """
 
 import math

@@ -6,6 +6,8 @@
                                          └─ language_model ─▶ (M, C) ─▶ loss
 
 The ids hold K placeholders for each of the N tiles; M of all B · T positions have a label.
+
+Lesson: lessons/source/09_splice.py.
 """
 
 from collections.abc import Callable
