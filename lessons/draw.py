@@ -161,7 +161,11 @@ def heat(
 
 
 def tokens(
-    axes: Axes, texts: Sequence[str], parts: Sequence[str], title: str = "", below: Sequence[str] = ()
+    axes: Axes,
+    texts: Sequence[str],
+    parts: Sequence[str],
+    title: str = "",
+    below: Sequence[str] = (),
 ) -> None:
     """Tokens as boxes with their text; `parts` colours them, `below` is written under each."""
     axes.set_title(title)

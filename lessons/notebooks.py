@@ -74,9 +74,7 @@ def exercises(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if has_tag(cell, "exercise")]
 
 
-def in_language(
-    source: NotebookNode, executed: NotebookNode, language: str
-) -> NotebookNode:
+def in_language(source: NotebookNode, executed: NotebookNode, language: str) -> NotebookNode:
     """One language's notebook: its own Markdown cells, and the shared code with its outputs."""
     code = iter(executed.cells)
     cells = []

@@ -90,7 +90,11 @@ def test_a_notebook_is_that_of_its_source(name: str, language: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_twins_have_the_same_code_and_outputs(name: str):
     first, second = (
-        [(cell.source, cell.outputs) for cell in notebook(name, language).cells if "outputs" in cell]
+        [
+            (cell.source, cell.outputs)
+            for cell in notebook(name, language).cells
+            if "outputs" in cell
+        ]
         for language in LANGUAGES
     )
     assert first == second
@@ -151,9 +155,7 @@ def symbols_of(path: Path) -> set[str]:
 
 def test_every_module_of_the_model_is_taught_and_names_its_lesson():
     linked = {
-        (target, name)
-        for name in NAMES
-        for _, target, _ in PACKAGE_LINE.findall(prose(name, "en"))
+        (target, name) for name in NAMES for _, target, _ in PACKAGE_LINE.findall(prose(name, "en"))
     }
     for path in sorted((ROOT / "nanovlm" / "model").glob("[a-z]*.py")):
         if path.stem in LATER:

@@ -72,7 +72,9 @@ print("the pixel in row 18, column 44:", values[18, 44].tolist())
 made, axes = draw.figure(4, height=2.3)
 draw.picture(axes[0], image, "the image")
 for number, name in enumerate(("red", "green", "blue")):
-    draw.heat(axes[number + 1], values[..., number], f"{name}, 0…255", colours="Greys_r", limits=(0, 255))
+    draw.heat(
+        axes[number + 1], values[..., number], f"{name}, 0…255", colours="Greys_r", limits=(0, 255)
+    )
     axes[number + 1].set_aspect("equal")
 draw.show(made, "An image is three tables of numbers")
 
@@ -264,6 +266,7 @@ print("shuffled:", describe(shuffled))
 # %% [markdown] tags=["en"]
 # Every patch is still there, every colour too; only the places changed. One shuffle may be luck, so here are 20 seeds, and the mean number of objects named right. And one more way to break it: leave the image alone and set the **position table** to zero. The table holds one vector for each place, which is added to the patch's vector; it is all that tells the encoder where a patch lies.
 
+
 # %%
 def named(answer):
     return sum(thing in answer for thing in ("红色圆环", "蓝色五角星", "橙色三角形"))
@@ -340,6 +343,7 @@ check("01.2", by_unfold, vectors, tolerance=1e-4)
 
 # %% [markdown] tags=["en"]
 # **01.3 Find the bug.** This function is to undo the normalisation and give whole numbers from 0 to 255, but its images are too dark. Mend it.
+
 
 # %% tags=["exercise"]
 def to_bytes(pixels):

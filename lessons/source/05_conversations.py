@@ -98,6 +98,7 @@ print(as_string[:3], "…", as_string[K:])
 # %% [markdown] tags=["en"]
 # As a picture: grey boxes are text and the signs of turns, the orange one stands for all K placeholders. The small numbers below are the ids.
 
+
 # %%
 def boxes(ids, labels=None, below=None):
     """Texts, colours and captions of tokens; a run of placeholders becomes one box."""
@@ -345,6 +346,7 @@ draw.show(made, "Three seeds each: the lowest loss is the wrong one's")
 # %% [markdown] tags=["en"]
 # The model apart by 0 wins, with a loss of almost nothing. So let it write. The prompt is `<user>描述图片</s><assistant>` for all of them, the likeliest token is taken each time, 24 at most:
 
+
 # %%
 def write(small_model, length=24):
     ids, _ = encode([question], 0, add_generation_prompt=True)
@@ -423,6 +425,7 @@ check("05.1", shifted, torch.cat([label[1:], torch.tensor([IGNORED])]))
 # %% [markdown] tags=["en"]
 # **05.2 Change a behaviour.** Some data should train the **last** answer of a conversation alone. Write `last_only(labels)`: the last unbroken run of labels stays, all others become −100.
 
+
 # %% tags=["exercise"]
 def last_only(labels):
     return ...
@@ -436,6 +439,7 @@ check("05.2", last_only(two_labels), expected)
 
 # %% [markdown] tags=["en"]
 # **05.3 Find the bug.** This function works labels out from ids: all that comes after `<assistant>` is to be learned. With one question it is right, with two it is wrong. Mend it.
+
 
 # %% tags=["exercise"]
 def labels_of(ids):

@@ -94,6 +94,7 @@ print("table", tuple(table.shape), " row of vectors", tuple(embeddings.shape))
 #
 # Vectors come long and short, and a layer wants numbers of about one size. RMSNorm divides each vector by its own root mean square and multiplies each dimension by a learned weight. Unlike the LayerNorm of lesson 03 it subtracts no mean and has no bias.
 
+
 # %%
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -135,6 +136,7 @@ draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equa
 # ## 3. The gated MLP
 #
 # An MLP works on each position by itself. That of lesson 03 went up, through a GELU, and down. Here it goes up twice. One way passes a SiLU and becomes a **gate**, by which the other is multiplied, number by number; then down (SwiGLU). Where a gate is near zero, nothing of the other way gets through.
+
 
 # %%
 class GatedMLP(nn.Module):
@@ -234,6 +236,7 @@ class DecoderBlock(nn.Module):
 
 # %% [markdown] tags=["en"]
 # At the end the stream is normalised once more, and multiplied by the output head it gives logits. The shipped model's head has no parameters of its own. It is the embedding table, transposed; one says the two are tied. So to score a token is to ask how large the inner product of the last vector with its embedding is.
+
 
 # %%
 class LanguageModel(nn.Module):
@@ -361,6 +364,7 @@ draw.show(made, "Without the mask the loss goes to zero, on three seeds of three
 # Without the mask the loss falls to almost nothing. With it, it stays near 0.7, which is the price of guessing the next object and has to be paid by anyone.
 #
 # Now measure again, this time as at inference: to predict token t, **only the t tokens before it go in**; the rest does not exist yet. On the 32 sentences that were kept back.
+
 
 # %%
 @torch.no_grad()
@@ -499,6 +503,7 @@ check("06.2", both_ways, torch.tensor(wanted).bool())
 
 # %% [markdown] tags=["en"]
 # **06.3 Find the bug.** This block can be trained, but is not the package's: the residual stream gets replaced. Find the line and mend it.
+
 
 # %% tags=["exercise"]
 def run_block(block, hidden_states, inputs):

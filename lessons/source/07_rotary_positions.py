@@ -94,6 +94,7 @@ print("largest difference after the shuffle:", f"{(outputs[0] - outputs[1]).abs(
 #
 # The way is to **turn**. Take two numbers of a vector as an arrow in the plane, and turn it by a fixed angle for each position. The inner product of two arrows depends on their lengths and on the angle between them. Turned together it stays; what changes it is the **difference** of their positions.
 
+
 # %%
 def rotate_pair(pair, position, frequency):
     x, y = pair
@@ -153,6 +154,7 @@ draw.show(made, "Fast pairs tell neighbours apart, slow ones near from far")
 #
 # Which two dimensions make a pair? Here, as for Qwen and LLaMA in transformers, a head is cut into halves, and dimension i goes with i + 24. To turn in the plane is to multiply complex numbers, so all pairs can be turned at once:
 
+
 # %%
 def rotate(heads, positions):
     """(B, H, T, D) at positions (T,), or (T, D/2) to give each pair its own → (B, H, T, D)."""
@@ -180,6 +182,7 @@ print("all at once:", rotate(one, torch.tensor([5]))[0, 0, 0, [3, 27]])
 # The shipped model has 4 query heads but only 2 heads of keys and values; two neighbouring query heads share one (lesson 02). That is for inference. The KV cache keeps keys and values alone, so half the heads make half the cache (lesson 10). The rotation is for queries and keys. **Values are not turned**: what is fetched should not change with its place.
 #
 # This is all of attention, with the names of the shipped weights:
+
 
 # %%
 def attention(module, hidden_states, positions, rotation):
@@ -259,6 +262,7 @@ draw.show(made, "What one query and key score at each distance, wherever they st
 # ## 5. Broken on purpose: the wrong pairs
 #
 # Another way of pairing is as common: neighbouring dimensions, `(0, 1)`, `(2, 3)` and so on. Both are right rotary positions, but the weights were learned with one of them. What if the other is used?
+
 
 # %%
 def interleaved(heads, positions):
@@ -393,6 +397,7 @@ draw.show(made, "A shift of everything is free; a distance never seen is not")
 
 # %%
 for by in (100, 1000):
+
     def squeezed(positions, by=by):
         length = len(positions)
         return (positions + by * (positions >= AFTER)) * length / (length + by)
@@ -439,6 +444,7 @@ with torch.no_grad():
 
 # %% [markdown] tags=["en"]
 # **07.3 Find the bug.** This function is to let two neighbouring query heads share one key head. Its shape is right, its heads are not. Mend it.
+
 
 # %% tags=["exercise"]
 def share(keys, num_heads):
