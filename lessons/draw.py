@@ -140,7 +140,9 @@ def heat(
     """A matrix as colours; `numbers`, such as ".2f", prints each value into its cell."""
     grid = values.detach().float().cpu()
     low, high = limits or (float(grid.min()), float(grid.max()))
-    drawn = axes.imshow(grid.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto")
+    drawn = axes.imshow(
+        grid.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
     axes.set_title(title)
     axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) < 9 else 90)
     axes.set_yticks(range(len(rows)), rows)
