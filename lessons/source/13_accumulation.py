@@ -109,7 +109,7 @@ for batch in micro_batches:
     print("micro-batch:     ids", tuple(batch.input_ids.shape), "labels", len(answer), answer[-3:])
 
 # %% [markdown] tags=["zh"]
-# 大批次里短的几行补齐到同样长度，补齐的位置没有标签，所以总共仍是 32 个标签。标准答案就是大批次的梯度：32 个损失之和除以 32。
+# 大批次里短的几行填充到同样长度，填充的位置没有标签，所以总共仍是 32 个标签。标准答案就是大批次的梯度：32 个损失之和除以 32。
 
 # %% [markdown] tags=["en"]
 # In the large batch the short rows are padded. Padding has no labels, so there are 32 in all. The right answer is the gradient of the large batch: the sum of 32 losses, divided by 32.
