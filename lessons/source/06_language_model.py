@@ -120,7 +120,7 @@ axes.legend(frameon=False)
 draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equal")
 
 # %% [markdown] tags=["zh"]
-# 图里中间一段是视觉 token，两头是文字，两者大小相差约 20 倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
+# 图里中间一段是视觉 token，两头是文字，两者大小相差二三十倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
 #
 # 写成式子：`y = x / sqrt(mean(x²) + eps) · weight`。
 #
