@@ -54,7 +54,7 @@ draw.strip("image", "patches", "patch vectors")
 # %% [markdown] tags=["zh"]
 # ## 一、从文件到数字
 #
-# 图片解码之后就是一张数字表：每个像素三个 0 到 255 的整数，依次是红、绿、蓝。
+# 图片解码之后就是一张数字表：每个像素三个 0 到 255 的整数，依次是红、绿、蓝。表的形状是 `(H, W, 3)`，先行后列：`values[18, 44]` 是从上往下第 18 行、从左往右第 44 列，都从 0 数起。
 
 # %% [markdown] tags=["en"]
 # ## 1. From a file to numbers
@@ -82,6 +82,8 @@ draw.show(made, "An image is three tables of numbers")
 # 第 18 行第 44 列在蓝色五角星里：红很小，蓝很大。
 #
 # 整数不适合做输入。网络在训练时习惯了「大致以 0 为中心、幅度约为 1」的数，所以先除以 255，再减去均值、除以标准差。均值和标准差是模型文件的一部分：本模型的三个通道都是 0.5 和 0.5，DINOv2 用的则是 ImageNet 的统计值。**用错这两组数不会报错**，只会让答案变差。
+#
+# 还有一处换位：PyTorch 的网络习惯把颜色放在最前面，所以 `(H, W, 3)` 要换成 `(3, H, W)`，再在最前面加上批次这一维。
 
 # %% [markdown] tags=["en"]
 # Row 18, column 44 lies inside the blue star: little red, much blue.
@@ -100,7 +102,7 @@ print(pixels.shape, f"from {pixels.min():.2f} to {pixels.max():.2f}, mean {pixel
 #
 # Transformer 处理的是向量序列，所以要把二维的图变成一维的序列。ViT 的办法很直接：切成 8×8 像素的小方块，从左到右、从上到下排成一列。
 #
-# 先用最笨的两重循环：
+# 64 像素除以 8 是 8，所以一共 8×8 = 64 个图块。每个图块里仍是三个颜色、8 行、8 列。先用最笨的两重循环：
 
 # %% [markdown] tags=["en"]
 # ## 2. Cutting into patches
@@ -130,7 +132,7 @@ draw.show(made, "64 patches, in the order in which the model reads them")
 # %% [markdown] tags=["zh"]
 # 图块 5、6、13、14 附近是五角星；图块的编号就是它在序列里的位置，**位置信息此刻只存在于顺序之中**。
 #
-# 循环可以换成一次 reshape：把高拆成「8 行 × 8 像素」，宽拆成「8 列 × 8 像素」，再把两个像素维挪到最后。
+# 循环可以换成一次 reshape：把高拆成「8 行 × 8 像素」，宽拆成「8 列 × 8 像素」，再把两个像素维挪到最后。这时前面两维是「第几行图块、第几列图块」，合成一维就是图块的编号。光拆不挪是不够的，第四节会看到为什么。
 
 # %% [markdown] tags=["en"]
 # The star lies around patches 5, 6, 13 and 14. A patch's number is its place in the sequence, and for now **order is the only thing that tells where a patch was**.
@@ -146,7 +148,9 @@ print("loop = reshape, to the last bit")
 # %% [markdown] tags=["zh"]
 # ## 三、图块变成向量
 #
-# 一个图块是 3×8×8 = 192 个数。把它拉平，乘一个矩阵，加一个偏置，就得到它的向量。矩阵是学出来的，所有图块共用同一个。
+# 一个图块是 3×8×8 = 192 个数。把它拉平，乘一个矩阵，加一个偏置，就得到它的向量。矩阵是学出来的，所有图块共用同一个：不论图块在左上角还是右下角，都用同样的方式去看。
+#
+# 本模型的向量恰好也是 192 维，这只是巧合，两个 192 没有关系。DINOv2 的小号模型（ViT-S/14）把 3×14×14 = 588 个数变成 384 维的向量。
 
 # %% [markdown] tags=["en"]
 # ## 3. From patches to vectors
@@ -206,7 +210,7 @@ for number in range(16):
 draw.show(made, "Patches 16 to 31: right (above), a bare reshape (below)")
 
 # %% [markdown] tags=["zh"]
-# 下面一行的「图块」其实是 3×64 个相邻的红色值：`reshape` 只是按顺序切段，而顺序是先放完一整个颜色通道。训练照样能跑，损失也会下降，只是模型永远看不清东西。
+# 图的下面一行，每个「图块」其实是同一个颜色通道里 192 个相邻的数，也就是连着的三行像素：`reshape` 只按内存里的顺序切段，而内存里先放完一整个颜色通道，才轮到下一个。于是它把三行像素分别当成了一个图块的红、绿、蓝。训练照样能跑，损失也会下降，只是模型拿到的是一堆碎条。最省事的检查办法就是上面这样：切完之后把图块画出来看一眼。
 #
 # ## 五、与库代码核对
 #
@@ -230,7 +234,7 @@ print("pixels and patch vectors equal those of the package")
 # %% [markdown] tags=["zh"]
 # ## 六、打乱图块
 #
-# 现在回到开头的问题。先写一个函数：把图块放回原位（第二步的逆运算），再让模型回答。
+# 现在回到开头的问题。先写一个函数 `assemble`，把图块放回原位（第二节的逆运算）；再写一个 `describe`，让整个模型看图说话。`prepare` 和 `generate` 是库里的函数，这里先当作黑盒：前者把问题和图片备成一个批次（第 05 课），后者一个 token 一个 token 地写出回答（第 10 课）。
 
 # %% [markdown] tags=["en"]
 # ## 6. Shuffle the patches
@@ -304,7 +308,9 @@ draw.bars(axes[2], means, "objects named right", "of 3", ["right", "wrong", "wro
 draw.show(made, "The same patches in another order are another image")
 
 # %% [markdown] tags=["zh"]
-# 答案如上：完整的图说对 3 个，打乱之后平均只剩不到 1 个。形状是图块之间的**关系**，颜色在单个图块里就能看到，所以打乱以后颜色常常还在，形状却变了。没有位置表时像素一个没动，编码器却分不清图块各在哪里，结果同样很糟。
+# 答案如上：完整的图说对 3 个；打乱之后，20 个种子一共说对 23 个，平均约 1 个，多数种子恰好是 1 个。形状是图块之间的**关系**，颜色在单个图块里就能看到，所以打乱以后颜色常常还在，形状却变了。没有位置表时像素一个没动，编码器却分不清图块各在哪里，结果同样很糟：只说对 1 个。
+#
+# 请注意那一个种子，20 次里有一次 3 个全对。只试一个种子，就可能得出「打乱也没关系」的结论，所以这门课里凡是靠运气的数，都多试几次。
 #
 # ## 练习
 #
@@ -339,7 +345,7 @@ by_unfold = ...
 check("01.2", by_unfold, vectors, tolerance=1e-4)
 
 # %% [markdown] tags=["zh"]
-# **01.3 找错。** 下面的函数想把归一化还原成 0 到 255 的整数，但结果偏暗。改好它。
+# **01.3 找错。** 下面的函数想把归一化还原成 0 到 255 的整数，但还原出来的数全都错了，差了一百多。改好它。
 
 # %% [markdown] tags=["en"]
 # **01.3 Find the bug.** This function is to undo the normalisation and give whole numbers from 0 to 255, but its images are too dark. Mend it.

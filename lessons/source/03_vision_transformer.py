@@ -173,7 +173,7 @@ print("gelu(-3, -1, 0, 1, 3) =", gelu(torch.tensor([-3.0, -1, 0, 1, 3])).numpy()
 # %% [markdown] tags=["zh"]
 # ## 四、一层，和整个编码器
 #
-# 一层就是两句话：归一化、注意力、加回去；归一化、MLP、加回去。
+# 一层只有两步：归一化、注意力、加回去；归一化、MLP、加回去。
 #
 # - **残差**：结果是**加**到原来的向量上的，不是替换它。
 # - **pre-norm**：归一化放在运算之前，残差那条路上没有归一化，从头到尾畅通。
@@ -228,7 +228,7 @@ draw.show(made, "The vectors grow; what a block is given does not grow with them
 #
 # ## 五、与库代码核对
 #
-# 一层一层地比：第 0 层之前、每一层之后、最后的归一化之后。容差 1e-4：每层的误差会累积，向量的数值又在个位数，`float32` 还剩下 5 位左右可信。
+# 一层一层地比：进入第一层之前、每一层之后、最后的归一化之后。容差 1e-4：每层的误差会累积，向量的数值又在个位数，`float32` 还剩下 5 位左右可信。
 
 # %% [markdown] tags=["en"]
 # The green line is not exactly 1: after the normalisation comes the learned `weight`.
@@ -318,7 +318,7 @@ for mistake in mistakes:
 #
 # 前三种把模型弄瞎了。没有残差，原来的内容被替换掉；没有归一化，运算面对的是从没见过的大小；归一化放错位置，残差那条路被截断。
 #
-# 后面几种里，有的**几乎看不出来**。LayerScale 的系数大多在 1 附近，GELU 和 ReLU 只在 0 附近不同，后面的投影层（projector）开头又能容忍大小的变化。最值得琢磨的是 `class token kept`：取了前 64 个而不是后 64 个 token，所有图块错开一位。如果你的表里它几乎没有影响，说明位置已经写进了每个向量**里面**，语言模型读的是内容，不太在意次序。
+# 后面五种**几乎看不出来**，物体仍能说对九成到全部。LayerScale 的系数大多在 1 附近，GELU 和 ReLU 只在 0 附近不同；最后的归一化主要改变向量的大小，而语言模型每一层一上来都会自己归一化（第 06 课），所以受得了。最值得琢磨的是 `class token kept`：取了前 64 个而不是后 64 个 token，所有图块错开一位。表里它毫无影响（100%），说明位置已经写进了每个向量**里面**，语言模型读的是内容，不太在意次序。
 #
 # 教训：「模型还能回答」不等于「写对了」。只有逐层比较数值才说得清，所以第五节才是真正的检验。
 
@@ -334,7 +334,7 @@ for mistake in mistakes:
 # %% [markdown] tags=["zh"]
 # ## 七、图片大小变了怎么办
 #
-# 位置表有 8×8 = 64 行。来一张 96×96 的图，就有 12×12 = 144 个图块，表不够长。办法是把表当成一张 8×8、有 192 个通道的「图片」，用双三次插值（bicubic）放大。
+# 除去 class token 那一行，位置表有 8×8 = 64 行。来一张 96×96 的图，就有 12×12 = 144 个图块，表不够长。办法是把表当成一张 8×8、有 192 个通道的「图片」，用双三次插值（bicubic）放大。
 
 # %% [markdown] tags=["en"]
 # ## 7. Images of another size
@@ -376,7 +376,7 @@ draw.show(made, "Resized, the map stays a map; cut off, it wraps around")
 #
 # ## 八、一层一层地看
 #
-# 现在回到开头。先用颜色看：对 200 张图的所有图块做主成分分析（PCA），取最主要的三个方向，当成红、绿、蓝。同一列里颜色相同，就是向量相近。
+# 现在回到开头。先用颜色看：对 401 张图（例图和 400 个随机场景）的所有图块做主成分分析（PCA），取最主要的三个方向，当成红、绿、蓝。同一列里颜色相同，就是向量相近。
 
 # %% [markdown] tags=["en"]
 # Enlarged or reduced, neighbours stay neighbours. On the right are the first 36 rows: a row held 8 places and now holds 6, so the map is torn. Its shape is still `(36, 192)`.
@@ -418,7 +418,7 @@ def show_layers(layers, title):
 show_layers(layers, "Three main directions of the patch vectors, layer by layer")
 
 # %% [markdown] tags=["zh"]
-# 中间几列，两张不同的图看上去差不多：最主要的方向是**位置**，左上一种颜色，右下另一种。后面的列里物体浮了出来，而且一个物体大致是一种颜色。
+# 中间几列，两张不同的图看上去差不多：最主要的方向是**位置**，左上一种颜色，右下另一种。到最后一列物体才浮出来，而且一个物体大致是一种颜色。
 #
 # 把位置的影响去掉再看一次：每个位置减去 401 张图在这个位置上的平均。
 
@@ -434,7 +434,7 @@ show_layers(without_places, "The same, less the mean of each place")
 # %% [markdown] tags=["zh"]
 # 第 0 列是像素的颜色，物体和背景已经分开，但那只是颜色。再往后，边缘和中心分开，最后同一个物体的图块趋于一致。
 #
-# 图可以骗人，数字好一些。线性探针：取物体中心所在的图块，300 张图训练，100 张测试；为了看出运气的大小，换 5 种随机划分。线性分类器用岭回归（ridge regression），有闭式解，不用训练。
+# 图可以骗人，数字好一些。线性探针：取物体中心所在的图块，300 张图训练，100 张测试；为了看出运气的大小，换 5 种随机划分。线性分类器用岭回归（ridge regression）：解一个线性方程组就得到矩阵，不用一步一步地迭代。
 
 # %% [markdown] tags=["en"]
 # Column 0 is the colour of the pixels: object and background differ, in colour alone. Further on, edges and middles separate, and at the end the patches of one object tend to agree.
@@ -488,7 +488,7 @@ axis.set_ylim(0, 104)
 draw.show(made, "Colour is there almost at once; shape is built block by block")
 
 # %% [markdown] tags=["zh"]
-# 这就是答案。颜色在单个图块里，第一个矩阵之后就能读出大半；形状在图块**之间**，要靠注意力一层一层地聚起来。第 0 层的形状略高于瞎猜（一个中心图块是实心还是空心，多少透露一点形状），然后一路上升。
+# 这就是答案。颜色在单个图块里，进入第一层之前就能读对八成多，一层之后是 100%；形状在图块**之间**，要靠注意力一层一层地聚起来。进入第一层之前，形状只有两成上下，略高于瞎猜（一个中心图块是实心还是空心，多少透露一点形状），然后一路升到 100%。
 #
 # 语言模型拿到的是最后一层：那里，两样东西都能用一个矩阵读出来。这正是投影层需要的。
 #
@@ -524,7 +524,7 @@ nearest = ...
 check("03.2", nearest, resize_positions(table[None], 8, 12, 12, "nearest")[0])
 
 # %% [markdown] tags=["zh"]
-# **03.3 找错。** 这个 LayerNorm 看起来没问题，误差只有千分之几，训练也能收敛，但读别人的权重时层层累积。改好它。
+# **03.3 找错。** 这个 LayerNorm 看起来没问题，相对误差只有千分之几，训练也能收敛，但读别人的权重时层层累积。改好它。
 
 # %% [markdown] tags=["en"]
 # **03.3 Find the bug.** This LayerNorm looks right and is off by a few parts in a thousand. A model trained with it converges; with someone else's weights the error adds up over the blocks. Mend it.

@@ -145,9 +145,9 @@ for row, ids, name in ((0, unsafe, "one long string"), (1, safe, "in pieces")):
 draw.show(made, "A user types the spelling of special tokens")
 
 # %% [markdown] tags=["zh"]
-# 上面红色的 `</s>`、`<assistant>`、`<user>` 各是**一个** id，与模板写出来的一模一样，模型没有办法分辨：助手似乎真的说过「一个」。训练时更糟：如果按 `<assistant>` 去找要学的部分，用户打的字就成了标准答案。
+# 图中上面一行里，红色的 `</s>`、`<assistant>`、`<user>` 各是**一个** id，与模板写出来的一模一样，模型没有办法分辨：助手似乎真的说过「一个」。训练时更糟：如果按 `<assistant>` 去找要学的部分，用户打的字就成了标准答案。
 #
-# 下面的序列长得多，因为 `<`、`/`、`s`、`>` 被当作普通字符，一个一个地编码。规则只有一条：**特殊 token 只由程序按模板放进去，用户的文字永远只走 `encode`**，后者从不产生特殊 token。这也是为什么不能先拼字符串再分词。
+# 下面一行长得多，因为 `<`、`/`、`s`、`>` 被当作普通字符，一个一个地编码。规则只有一条：**特殊 token 只由程序按模板放进去，用户的文字永远只走 `encode`**，后者从不产生特殊 token。这也是为什么不能先拼字符串再分词。
 #
 # ## 三、分段编码，顺手写标签
 #
@@ -240,7 +240,7 @@ draw.show(made, "Green: the output here is trained. Below: what it has to predic
 # %% [markdown] tags=["zh"]
 # 和上一张图比，绿色整体左移了一格：第一个要学的位置是 `<assistant>`，它要预测答案的第一个 token；最后一个是「。」，它要预测 `</s>`。（图里略去了占位 token。）
 #
-# 算出损失：只有这 M 个位置要过输出层。自带模型已经会这道题了，所以每个 token 的损失很小。
+# 算出损失：只有这 M = 22 个位置要过输出层（output head，把向量变成词表里每个 token 的分数，第 06 课）。自带模型已经会这道题了，所以每个 token 的损失很小。
 
 # %% [markdown] tags=["en"]
 # Against the last picture, the green has moved one box to the left. The first output to be trained is that of `<assistant>`, which has to predict the first token of the answer; the last is that of "。", which has to predict `</s>`. (The picture leaves out the placeholders.)
@@ -284,7 +284,7 @@ print("ids, labels, positions and the loss equal those of the package")
 # %% [markdown] tags=["zh"]
 # ## 六、错开 0 位、1 位、2 位
 #
-# 现在回答开头的问题。材料是 512 句随机场景的描述，只有文字，没有图片（物体只能靠猜，所以损失不会到零）。小模型有一层，隐藏宽度 64；它的内部是下两课的事，这里只把它当作 `(B, T)` 的 id 进、`(B, T, V)` 的 logits 出。
+# 现在回答开头的问题。材料是 512 句随机场景的描述，只有文字，没有图片（物体只能靠猜，所以损失不会到零）。小模型有一层，隐藏宽度 64；损失用自然对数来算，所以图上的单位是 nat。模型的内部是下两课的事，这里只把它当作 `(B, T)` 的 id 进、`(B, T, V)` 的 logits 出。
 
 # %% [markdown] tags=["en"]
 # ## 6. Apart by 0, 1 and 2
@@ -396,7 +396,7 @@ axes.set_xlabel("places by which the output lies before its label")
 draw.show(made, "The shipped model predicts the next token and nothing else")
 
 # %% [markdown] tags=["zh"]
-# 只有 +1 低，别处都远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，这张图一秒钟就能画出来，最低的一根应当在 +1。
+# 只有 +1 低，别处都在 17 上下，远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，这张图一秒钟就能画出来，最低的一根应当在 +1。
 #
 # ## 练习
 #
@@ -463,7 +463,7 @@ check("05.3", labels_of(two_ids), two_labels)
 # ## 到库里看看
 #
 # - [`nanovlm/inputs/chat.py`](../../nanovlm/inputs/chat.py)，`TEMPLATES` 与 `Chat`：Qwen 的 chatml、LLaMA 3、Vicuna 的模板，切成子图的大图。那里还有一个细节：回答总是单独分词，不和前面的文字连在一起，因为推理时也是这样。
-# - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py)，`prepare` 与 `collate`：多段对话补齐成一个批次（第 16 课）。
+# - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py)，`prepare` 与 `collate`：长短不一的对话填充成一个批次（第 16 课）。
 # - [`nanovlm/tokenizer/base.py`](../../nanovlm/tokenizer/base.py)，`Tokenizer`：`encode` 与 `encode_with_special` 的分工。
 #
 # 论文：Liu 等，2023，*Visual Instruction Tuning*，[arXiv:2304.08485](https://arxiv.org/abs/2304.08485)，只在回答上算损失的多轮图文对话。

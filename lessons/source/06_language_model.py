@@ -120,7 +120,7 @@ axes.legend(frameon=False)
 draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equal")
 
 # %% [markdown] tags=["zh"]
-# 图里中间一段是视觉 token，两头是文字，两者大小相差很多倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
+# 图里中间一段是视觉 token，两头是文字，两者大小相差二三十倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
 #
 # 写成式子：`y = x / sqrt(mean(x²) + eps) · weight`。
 #
@@ -293,7 +293,7 @@ draw.bars(axes, sizes, "", "root mean square", number=".1f")
 draw.show(made, "The residual stream grows as blocks write into it (positions of words)")
 
 # %% [markdown] tags=["zh"]
-# 流越来越大：各层写进去的东西很少互相抵消。词嵌入到最后只占很小的一份，却从头到尾都在里面。
+# 流越来越大：从 0.2 到约 39，各层写进去的东西很少互相抵消。词嵌入到最后只占很小的一份，却从头到尾都在里面。
 #
 # ## 七、没有掩码的损失
 #
@@ -394,7 +394,7 @@ for (causal, seed), (small_model, losses) in trained.items():
     print(write(small_model, causal))
 
 # %% [markdown] tags=["zh"]
-# 有掩码的模型，两个数几乎相等：训练时它看到的和推理时一样多。没有掩码的，训练时几乎为零，老实量就高出许多，写出来的句子颠三倒四。它把唯一的一层用来抄下一个 token，而推理时那个 token 还不存在。
+# 有掩码的模型，两个数几乎相等：训练时它看到的和推理时一样多。没有掩码的，训练时几乎为零，照推理的样子一量却有 2.5 到 4.0，写出来的句子颠三倒四。它把唯一的一层用来抄下一个 token，而推理时那个 token 还不存在。
 #
 # 这就是开头问题的答案，也是读损失曲线的一条经验：**好得不真实的损失，先查漏**，办法在第四节。
 #
@@ -463,7 +463,7 @@ axes.set_xticks(range(len(names)), names)
 draw.show(made, "24 scenes: how many guesses are right after each block")
 
 # %% [markdown] tags=["zh"]
-# 先找紫线跳得最高的那一层。在那之前，颜色和形状和蒙的差不多（8 选 1 是 12.5 %）；到那一层突然会了，多半是注意力在那里从视觉 token 取来了需要的东西。灰线从第 1 层起就不低，因为骨架只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了；看一看表里的数，是不是这样。
+# 先看紫线：第 1 层之后，颜色和形状还和瞎猜差不多（14.4%，8 选 1 是 12.5%）；到第 2 层突然会了（96.6%），多半是注意力在那里从视觉 token 取来了需要的东西。灰线从第 1 层起就不低，因为骨架只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了，结果不是：从第 2 层起它反而落在颜色和形状后面（74.2% 对 96.6%），到最后一层才齐。
 #
 # 读这种图要留个心眼：中间层是透过最后的输出层去看的，那一层不是为它们训练的。「猜错」不等于「还不知道」，也可能是知道了，但写在别的方向上。
 #
@@ -528,7 +528,7 @@ with torch.no_grad():
 #
 # - [`nanovlm/model/language_model.py`](../../nanovlm/model/language_model.py)，`LanguageModel` 与 `DecoderBlock`：最后一层的 MLP 和输出层只算有标签的位置；还有 GPT-2 的部件，供从零搭的模型用。
 # - [`nanovlm/model/layers.py`](../../nanovlm/model/layers.py)，`RMSNorm` 与 `GatedMLP`：同样的式子，反向传播手写，少存几个激活。
-# - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`causal_mask` 与 `bidirectional_mask`：补齐、打包和互相看见的图片（第 16 课）。
+# - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`causal_mask` 与 `bidirectional_mask`：填充、打包和互相看见的图片（第 16 课）。
 #
 # 论文：Zhang 与 Sennrich，2019，*Root Mean Square Layer Normalization*，[arXiv:1910.07467](https://arxiv.org/abs/1910.07467)；Shazeer，2020，*GLU Variants Improve Transformer*，[arXiv:2002.05202](https://arxiv.org/abs/2002.05202)。
 

@@ -117,7 +117,7 @@ draw.show(made, "Along each diagonal one number: only the difference counts")
 # %% [markdown] tags=["zh"]
 # ## 三、24 对数，24 种转速
 #
-# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到万分之一点几。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。
+# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。
 
 # %% [markdown] tags=["en"]
 # ## 3. 24 pairs, 24 speeds
@@ -145,7 +145,7 @@ axes[1].set(yscale="log", xlabel="pair", title="turns within 120 positions")
 draw.show(made, "Fast pairs tell neighbours apart, slow ones near from far")
 
 # %% [markdown] tags=["zh"]
-# 右图先记住：120 个位置以内，有一多半的对**一圈都没转完**。第七节要用到。
+# 右图先记住：120 个位置以内，24 对里有 16 对**一圈都没转完**。第七节要用到。
 #
 # 哪两维配成一对？这里（以及 Qwen、LLaMA 的 transformers 版本）把头对半分，第 i 维和第 i + 24 维一对。平面上的旋转就是复数乘法，所以可以一次转完：
 
@@ -314,7 +314,7 @@ torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-3)
 print("weights", tuple(weights.shape), " logits", tuple(logits.shape), " equal to the package's")
 
 # %% [markdown] tags=["zh"]
-# ## 七、只有差别要紧，直到没见过的差别
+# ## 七、只看距离，但距离要见过
 #
 # 现在回答开头的问题。48 个随机场景，各画一张图、问一个问题；「对」是指标准答案的每个 token 都是当时最可能的那个。
 
@@ -382,7 +382,7 @@ axes.legend(frameon=False, loc="lower left")
 draw.show(made, "A shift of everything is free; a distance never seen is not")
 
 # %% [markdown] tags=["zh"]
-# （括号里是每个 token 的损失。）所有位置一起加 1,000、加 100,000，对的一个也不少：差别没变，注意力就看不出来。图片之后加一段空隙却不行，空隙越大错得越多。
+# （括号里是每个 token 的损失。）所有位置一起加 1,000、加 100,000，对的一个也不少：token 之间的距离没变，注意力就看不出来。图片之后加一段空隙却不行，空隙越大错得越多。
 #
 # 错在哪里？看后两条线：空隙只加在**快**的对上，几乎没有影响，它们反正转了很多圈，什么角度都见过；只加在**慢**的对上，和加在全部上差不多一样坏。慢的对在训练时从没转到过这么大的角度（第三节右图），权重不知道怎么读。这就是「**超出训练长度**」的意思：旋转编码在任何位置上都有定义，不等于在那里学过。
 #
@@ -407,7 +407,7 @@ for by in (100, 1000):
     print(f"pressed together: {pressed[0]} right, loss {pressed[1]:.2f}")
 
 # %% [markdown] tags=["zh"]
-# 看上面的数：不再训练，压缩帮不上什么忙，空隙小的时候反而更差。最大的距离回来了，**最小的距离却没了**：相邻 token 从相隔 1 变成相隔零点几，这也是没见过的。论文里压缩之后都要再训练一小段，正是为此；只压慢的对、不动快的对（LLaMA 3.1 的做法）也是为此。
+# 看上面的数：不再训练，压缩帮不上什么忙：空隙为 1,000 时，对的从 24 个变成 22 个；空隙只有 100 时反而从 43 个掉到 25 个。最大的距离回到了见过的范围，**最小的距离却没了**：相邻 token 从相隔 1 变成相隔零点几，这也是没见过的。论文里压缩之后都要再训练一小段，正是为此；只压慢的对、不动快的对（LLaMA 3.1 的做法）也是为此。
 #
 # ## 练习
 
@@ -466,7 +466,7 @@ check("07.3", share(two_heads, 4).flatten(), torch.tensor([0.0, 0.0, 1.0, 1.0]))
 #
 # - [`nanovlm/model/rotary.py`](../../nanovlm/model/rotary.py)，`rotary_frequencies`、`rotate`、`llama3_frequencies` 与 `ntk_theta`：后两个是超出训练长度的两种办法。
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`Attention` 与 `attend`：本课的注意力，外加 KV 缓存和 PyTorch 的融合算子。
-# - [`nanovlm/model/language_model.py`](../../nanovlm/model/language_model.py)，`LanguageModel.hidden_states`：补齐和打包时位置从哪里来，一个 token 的位置是它前面看得见的 token 数。
+# - [`nanovlm/model/language_model.py`](../../nanovlm/model/language_model.py)，`LanguageModel.hidden_states`：填充和打包时位置从哪里来，一个 token 的位置是它前面看得见的 token 数。
 #
 # 论文：Su 等，2021，*RoFormer*，[arXiv:2104.09864](https://arxiv.org/abs/2104.09864)；Ainslie 等，2023，*GQA*，[arXiv:2305.13245](https://arxiv.org/abs/2305.13245)；Chen 等，2023，*Extending Context Window of Large Language Models via Positional Interpolation*，[arXiv:2306.15595](https://arxiv.org/abs/2306.15595)。
 

@@ -141,7 +141,7 @@ draw.show(made, "Before, 64 equal rows; after, the image")
 # %% [markdown] tags=["zh"]
 # 左图里橙色的 64 根一样高：它们是嵌入表里同一行的 64 份拷贝，不含任何图片信息，马上就要被扔掉。右图里它们换成了视觉 token，每根都不同。
 #
-# 一个批次有许多行、许多图，循环太慢。库里的办法是把 `(B, T)` 拉平成一维，事先记下所有占位 token 的**平坦下标** `image_positions`，一次 `index_copy` 全部写好。
+# 一个批次有许多行、许多图，循环太慢。库里的办法是把 `(B, T)` 拉平成一维，事先记下所有占位 token 在这一维里的下标 `image_positions`，叫**展平下标**（flat index），一次 `index_copy` 全部写好。
 
 # %% [markdown] tags=["en"]
 # On the left, the 64 orange bars are equally high: 64 copies of one row of the table, which know nothing of the image and are about to be thrown away. On the right they are visual tokens, each one different.
@@ -343,7 +343,7 @@ changed = [row for row, (one, other) in enumerate(pairs) if one != other]
 print(f"{len(changed)} of 24 answers change, in rows {changed}")
 
 # %% [markdown] tags=["zh"]
-# 看看变了的是哪些行，再对照上面那张图。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。这正是这类错误可怕的地方。
+# 变了 10 个答案，都在第 8 行以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。这正是这类错误可怕的地方。
 #
 # 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数：
 
@@ -414,7 +414,7 @@ draw.bars(axis, counts, "answers to 最上面的物体是什么？ that change",
 draw.show(made, "Where a patch was is written in its vector, not in its seat")
 
 # %% [markdown] tags=["zh"]
-# 像素对调，答案几乎全变，这很自然：那是另一张图。视觉 token 对调甚至打乱，答案却几乎不变。
+# 像素对调，24 个答案变了 22 个，这很自然：那是另一张图。视觉 token 对调，只变了 1 个；彻底打乱，三个种子都一个没变。
 #
 # 原因在第 01 课：编码器在最开头就把位置表加进了每个图块。走完 4 层之后，「我在左上角」已经写进向量本身；视觉 token 带着这个信息，坐在哪个座位上都读得出来。语言模型的旋转位置编码当然也给 64 个座位编了号，但这个模型学会了主要看内容。
 #
@@ -432,7 +432,7 @@ draw.show(made, "Where a patch was is written in its vector, not in its seat")
 # ## Exercises
 
 # %% [markdown] tags=["zh"]
-# **09.1 补一行。** 从 `many.input_ids`（24 行）求出所有占位 token 的平坦下标。占位 token 的 id 是 2。
+# **09.1 补一行。** 从 `many.input_ids`（24 行）求出所有占位 token 的展平下标。占位 token 的 id 是 2。
 
 # %% [markdown] tags=["en"]
 # **09.1 Fill in a line.** From `many.input_ids` (24 rows) compute the flat indices of all placeholders, whose id is 2.
@@ -477,7 +477,7 @@ check("09.3", splice_rows(many.input_ids, right), model.splice(many, right))
 # ## 到库里看看
 #
 # - [`nanovlm/model/vlm.py`](../../nanovlm/model/vlm.py)，`VisionLanguageModel.splice` 与 `VisionLanguageModel.forward`：本课略去了不在嵌入表里的占位 token、自动混合精度，和只让有标签的位置经过输出层。
-# - [`nanovlm/inputs/batch.py`](../../nanovlm/inputs/batch.py)，`Batch`：一次前向需要的全部张量，平坦下标在造批次时就算好。
+# - [`nanovlm/inputs/batch.py`](../../nanovlm/inputs/batch.py)，`Batch`：一次前向需要的全部张量，展平下标在造批次时就算好。
 #
 # 论文：Liu 等，2023，*Visual Instruction Tuning*（LLaVA），[arXiv:2304.08485](https://arxiv.org/abs/2304.08485)。
 

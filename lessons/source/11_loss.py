@@ -77,7 +77,7 @@ print("output head   (V, C):", tuple(head.shape))
 print("targets       (M,):  ", tuple(targets.shape), words)
 
 # %% [markdown] tags=["zh"]
-# 先看「绿色」那个位置。隐藏状态与输出层的每一行做点积，得到 V 个 logits；取指数、除以总和，成为概率；正确 token 的概率取负对数，就是损失。
+# 先看「绿色」那个位置。隐藏状态与输出层的每一行做内积，得到 V 个 logits；取指数、除以总和，成为概率；正确 token 的概率取负对数，就是损失。
 
 # %% [markdown] tags=["en"]
 # Start with the position of 绿色. The dot product of its hidden state with each row of the head gives V logits. Exponentials divided by their sum are probabilities. Minus the logarithm of the target's probability is the loss.
@@ -178,7 +178,7 @@ for seed in range(5):
 print(f"with Qwen's vocabulary: ln 151936 = {math.log(151936):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 都在 ln V 附近，平均略高：logits 并不完全相等，随机的起伏只会让损失偏高，平均约为方差的一半。**起点比 ln V 高很多**，多半是初始化太大或标签错位；**训练很久仍在 ln V**，多半是权重没有装进去（第 12 课）或梯度没有传到。**一开始就远低于 ln V**，要么装了预训练权重，要么答案漏进了输入。
+# 都在 ln V 附近，平均略高：logits 并不完全相等，随机的起伏有时让损失高一点，有时低一点，平均起来偏高，约为方差的一半。**起点比 ln V 高很多**，多半是初始化太大或标签错位；**训练很久仍在 ln V**，多半是权重没有装进去（第 12 课）或梯度没有传到。**一开始就远低于 ln V**，要么装了预训练权重，要么答案漏进了输入。
 #
 # ## 四、反向：概率减去 one-hot
 #
@@ -397,7 +397,7 @@ print(f"32,768 labels: {gigabytes['whole: M · V · 4'][-1]:.1f} GB against",
       f"{list(gigabytes.values())[1][-1]:.2f} GB")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 标签很少时，普通写法反而更省，因为它还没有算输出层的梯度；大约 1000 个标签以后，分块的优势越来越大。还有一件事帮了忙：`forward` 只把**有标签的位置**送进输出层。图片占位、问题、补齐，都不产生 logits。
+# 标签很少时，普通写法反而更省，因为它还没有算输出层的梯度；大约 1000 个标签以后，分块的优势越来越大。还有一件事帮了忙：`forward` 只把**有标签的位置**送进输出层。图片占位、问题、填充，都不产生 logits。
 #
 # ## 练习
 
@@ -450,7 +450,7 @@ check("11.3", gradient_of_logits(all_logits, targets), by_autograd.grad, toleran
 #
 # [modelscope/ms-swift#6966](https://github.com/modelscope/ms-swift/issues/6966)：有人用 32k 的长度训练 Qwen3-30B-A3B，在 `logits.float()` 这一步显存耗尽，报错说要再分配 49 GB。他自己按 32k × 151,936 × 4 字节算出 18.5 GB，问多出来的从何而来；我们读到的回复只建议换一套训练框架。算法与本课相同：一份 `float32` 的完整 logits 就要 18.5 GiB，留几份就乘几。怎么发现？报错的那一行写着 `logits`，就先算 M × V × 4，再用第五节的办法数一数反向留了什么。
 #
-# [NVIDIA-NeMo/Automodel#2603](https://github.com/NVIDIA-NeMo/Automodel/pull/2603) 是同一个病和它的药：一个视觉语言模型的微调在损失里多占约 45 GiB；把输出层和交叉熵合在一起分块算以后，完整的 logits 不再出现。
+# [NVIDIA-NeMo/Automodel#2603](https://github.com/NVIDIA-NeMo/Automodel/pull/2603) 是同样的问题，也给出了解法：一个视觉语言模型的微调在损失里多占约 45 GiB；把输出层和交叉熵合在一起分块算以后，完整的 logits 不再出现。
 #
 # ## 到库里看看
 #

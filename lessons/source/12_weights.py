@@ -190,7 +190,7 @@ result = model.load_state_dict(tensors, strict=False)
 print(f"strict=False: loss {text_loss(model):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 没有报错，没有警告，损失**一位小数也没有变**。不是小数位不够：确实什么都没有发生。PyTorch 其实说了，只是说在一个没有人看的返回值里：
+# 没有报错，没有警告，损失**一位小数也没有变**，仍是 6.37。并不是变化太小、打印时舍掉了，而是确实什么都没有发生。PyTorch 其实说了，只是说在一个没有人看的返回值里：
 
 # %% [markdown] tags=["en"]
 # No error, no warning, and the loss **has not moved in any digit**. Nothing happened at all. PyTorch did say so, in a return value that nobody reads:
@@ -280,7 +280,7 @@ print(f"loss {text_loss(model):.2f}")
 # %% [markdown] tags=["zh"]
 # PyTorch 的 `strict=False` 只放过前两个问题；形状不符，它仍然报错。所以换一个宽度的权重会大声失败，换一套名字的权重却一声不响。
 #
-# 这次损失降下来了。没有图片，描述里的物体只能猜，所以离 0 还远；但它比 ln V 低了一大截，说明语言已经在里面。
+# 这次损失从 6.37 降到了 3.07。没有图片，描述里的物体只能猜，所以离 0 还远；但它比 ln V 低了一大截，说明语言已经在里面。
 #
 # 库里的加载函数 `load_into` 做同样的检查，把所有问题**一次列全**，而且在动模型之前。给它原来的名字，看看它怎么说：
 
@@ -385,7 +385,7 @@ for name, history in histories.items():
     print(f"{name:21} first {history[0]:.2f}, last {history[-1]:.2f}")
 
 # %% [markdown] tags=["zh"]
-# 红线并不是一动不动，它**降了一点**：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
+# 三条红线并不是一动不动，它们**降了一点**，从 6.5 到 5.7 左右：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
 #
 # ## 八、只少一个张量呢
 #
@@ -437,7 +437,7 @@ print(f"embed_tokens: {loss_without('embed_tokens.weight'):.2f}, ",
       f"final norm: {loss_without('norm.weight'):.2f}")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 深色的格子一训练就看得出来，第 0 层尤其如此。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只动了千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁。
+# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只动了千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁。
 #
 # 严格也有它**查不出**的：名字和形状都对、内容放错。把每层的 `gate_proj` 和 `up_proj` 互换，两者形状相同：
 
@@ -460,7 +460,7 @@ print(f"loss {vlm(batch).item() / len(batch.targets):.2f}, before {whole:.4f}")
 vlm.language_model = language
 
 # %% [markdown] tags=["zh"]
-# 三项全空，损失却高了许多。对付这一类，只有拿同样的输入和一个可信的实现比较输出；`tests/` 里对每个系列的模型都这样做。
+# 三项全空，损失却从 0.0001 升到 1.29。对付这一类，只有拿同样的输入和一个可信的实现比较输出；`tests/` 里对每个系列的模型都这样做。
 #
 # ## 练习
 

@@ -158,7 +158,7 @@ axis.legend(frameon=False)
 draw.show(made, "In bf16 the sum never leaves 1.0; rounded at random it is right on average")
 
 # %% [markdown] tags=["zh"]
-# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，加 0.001 还不到一半，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉。fp16 够细，只是每步都偏一点，全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧。
+# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，加 0.001 还不到一半，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉，所以答案是 1.0。fp16 够细，只是每步都偏一点，全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧。
 #
 # 训练里的更新正是这样的小数加在大数上。AdamW 的一步约等于学习率（第 14 课）。如果权重只用 bf16 存放，自带模型有多少权重会纹丝不动？
 
@@ -183,7 +183,7 @@ draw.bars(axis, still, "", "% of weights", ["wrong"] * 3, ".1f")
 draw.show(made, "Weights that one AdamW step would not move, if they were kept in bf16")
 
 # %% [markdown] tags=["zh"]
-# 学习率 1e-5（微调大模型时常用），绝大多数权重根本不动；随机舍入下，平均移动恰是学习率。所以通常的办法是：**可训练的参数用 fp32 存放，只在做乘法时临时转成 16 位**。更新加在 fp32 上，不会整个丢掉。
+# 学习率 1e-5（微调大模型时常用），97.7% 的权重根本不动；随机舍入下，平均移动恰是学习率。所以通常的办法是：**可训练的参数用 fp32 存放，只在做乘法时临时转成 16 位**。更新加在 fp32 上，不会整个丢掉。
 #
 # 账要算清楚。全用 fp32 时，每个可训练参数要 4 字节存自己、4 字节存梯度、8 字节存 AdamW 的两个动量，共 16 字节。autocast 并不减少这 16 字节：它省的是激活（activation）的内存，快的是矩阵乘法。要减少参数本身的内存，得把权重存成 bf16，那时梯度也是 bf16，共 2 + 2 + 8 = 12 字节，代价是必须随机舍入。冻结的参数没有更新可丢，直接存成 16 位即可。
 #
@@ -277,7 +277,7 @@ for dtype in (torch.bfloat16, torch.float16):
     print(f"{dtype}: {zeros:6.1%} of the gradients are zero, relative error {error:.3f}")
 
 # %% [markdown] tags=["zh"]
-# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是损失看不出差别，反向却悄悄坏了：一大批梯度变成零，剩下的也因为落在「非正规数」（两条线之间）而丢了精度。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
+# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数，不到那条线一半的舍成零，过半的凑成最小的那个数。打印的 19.9% 就是成了零的。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是损失看不出差别，反向却悄悄坏了：一大批梯度变成零，剩下的也因为落在「非正规数」（两条线之间）而丢了精度。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
 #
 # ## 五、损失缩放
 #
@@ -305,7 +305,7 @@ axis.set(xlabel="log2 of the scale", ylabel="relative error of the gradient", ys
 draw.show(made, "Too small a scale loses gradients, too large a scale overflows")
 
 # %% [markdown] tags=["zh"]
-# 中间有一大段都很好，难的只是：训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
+# 从 2 的 9 次方到 27 次方，误差都不到 1%，难的只是：训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
 
 # %% [markdown] tags=["en"]
 # A wide range in the middle works. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
@@ -375,7 +375,7 @@ axis.legend(frameon=False)
 draw.show(made, "The scaler falls to where nothing overflows, and knocks again from time to time")
 
 # %% [markdown] tags=["zh"]
-# 被扔掉的步不是故障：敲一次门，损失一步，换来尽可能大的缩放。连续几十步都在溢出，才是真出了事：缩放一路减半到 1，还在溢出，那就是梯度本身已经不是有限的数了。另外，每一步都要问一遍「有没有溢出」，显卡就得停下来等这个答案；bf16 不需要缩放，也就不需要等，这是它如今更常用的原因之一。
+# 被扔掉的步不是故障。每次加倍都是一次试探，试过了头就白算一步，换来的是尽可能大的缩放。连续几十步都在溢出，才是真出了事：缩放一路减半到 1，还在溢出，那就是梯度本身已经不是有限的数了。另外，每一步都要问一遍「有没有溢出」，显卡就得停下来等这个答案；bf16 不需要缩放，也就不需要等，这是它如今更常用的原因之一。
 #
 # **故意弄坏：先裁剪，后还原。** 缩放过的梯度要先除回来，才能裁剪（第 14 课）。把两步颠倒：
 

@@ -9,7 +9,7 @@
 # %% [markdown] tags=["zh"]
 # # 16 · 批次
 #
-# 显卡喜欢整齐的矩形，对话却有长有短，而且常常有好几个问题问的是同一张图。这一课用三种办法把它们装进 `(B, T)` 的矩形：补齐（padding）、一张图片多个问题共用前缀、打包（packing）。每一种都要证明：模型算出来的，和一个一个单独算时完全一样。
+# 显卡喜欢整齐的矩形，对话却有长有短，而且常常有好几个问题问的是同一张图。这一课用三种办法把它们装进 `(B, T)` 的矩形：填充（padding）、一张图片多个问题共用前缀、打包（packing）。每一种都要证明：模型算出来的，和一个一个单独算时完全一样。
 #
 # **进来的**：几十个长短不一的序列。**出去的**：一个批次 `(B, T)`、它的注意力掩码和每个 token 的位置。
 #
@@ -96,9 +96,9 @@ print(len(sequences), "sequences, from", min(lengths), "to", max(lengths), "toke
 print("questions of each scene:", [len(group) for group in groups])
 
 # %% [markdown] tags=["zh"]
-# ## 二、补齐
+# ## 二、填充
 #
-# 最直接的办法：短的在右边补到最长，另记一张表，1 是 token，0 是补齐。补齐处没有标签（−100），因果掩码又不许任何 token 往后看，所以右边的补齐谁也看不到，不需要额外的掩码。
+# 最直接的办法：短的在右边填到最长，另记一张表，1 是 token，0 是填充。填充处没有标签（−100），因果掩码又不许任何 token 往后看，所以右边的填充谁也看不到，不需要额外的掩码。
 
 # %% [markdown] tags=["en"]
 # ## 2. Padding
@@ -180,7 +180,7 @@ print("from", sum(lengths), "tokens to", sum(map(len, shared)), "in", len(shared
 print(sorted(map(len, shared)))
 
 # %% [markdown] tags=["zh"]
-# token 少了一大半，可是现在长短差得更远，补齐的白边会更宽。
+# token 少了一大半，从 3,842 个到 1,502 个；可是现在长短差得更远，从 99 到 180，填充的白边会更宽。
 #
 # ## 四、打包
 #
@@ -241,7 +241,7 @@ draw.show(made, "The same answers to learn from, in fewer and fewer positions")
 # %% [markdown] tags=["zh"]
 # ## 五、掩码与位置
 #
-# 现在一行里有好几个样本，样本里还有分支。谁能看谁？三条规则：不看后面的；不看别的样本；同一样本里，只看自己的分支和前缀。先用两重循环写在一个小例子上：样本 0 有两条分支，样本 1 没有分支，最后补齐 1 格。
+# 现在一行里有好几个样本，样本里还有分支。谁能看谁？三条规则：不看后面的；不看别的样本；同一样本里，只看自己的分支和前缀。先用两重循环写在一个小例子上：样本 0 有两条分支，样本 1 没有分支，最后填充 1 格。
 
 # %% [markdown] tags=["en"]
 # ## 5. Mask and positions
@@ -282,7 +282,7 @@ draw.show(made, "Prefix P, branches a and b, another sample Q, padding ·")
 # %% [markdown] tags=["zh"]
 # 左图沿对角线是一块一块的，所以叫块对角掩码（block-diagonal mask）；分支 b 那两行跳过了 a。
 #
-# 位置也从掩码来：**一个 token 的位置，等于它能看到的之前的 token 数**。于是每条分支都从前缀之后接着数，每个样本都从 0 数起，就像它独占一行。补齐看得到自己，是为了 softmax 不出 `nan`：一整行都是 −∞ 时，0 除以 0。
+# 位置也从掩码来：**一个 token 的位置，等于它能看到的之前的 token 数**。于是每条分支都从前缀之后接着数，每个样本都从 0 数起，就像它独占一行。填充的位置看得到自己，是为了 softmax 不出 `nan`：一整行都是 −∞ 时，0 除以 0。
 #
 # ## 六、与单独计算核对
 #
@@ -355,7 +355,7 @@ with torch.no_grad():
 print(tuple(mine.shape), f"losses equal, largest difference {(mine - expected).abs().max():.1e}")
 
 # %% [markdown] tags=["zh"]
-# 补齐、分支、打包都没有改变任何一个标签的损失，也就不会改变梯度。只有一样变了：各行的标签数不再相同。所以损失要先求和，最后除以整批的标签总数；若按行取平均，短答案就会占便宜（第 13 课）。
+# 填充、分支、打包都没有改变任何一个标签的损失，也就不会改变梯度。只有一样变了：各行的标签数不再相同。所以损失要先求和，最后除以整批的标签总数；若按行取平均，短答案就会占便宜（第 13 课）。
 #
 # **故意弄坏。** 掩码或位置，两样都可能忘。四种组合都试一遍：
 
@@ -401,9 +401,9 @@ axes[0].tick_params(axis="x", labelsize=8)
 draw.show(made, "What leaks from one sample into the next")
 
 # %% [markdown] tags=["zh"]
-# 这就是开头的答案：最右边的柱子，掩码和位置都忘了，正确率掉了好几个百分点。右图说明掉在哪里：行首的样本前面没有别人，几乎无恙；越靠后，前面的图和问答越多，错得越多。形状没有错，没有任何警告。
+# 这就是开头的答案：最右边的柱子，掩码和位置都忘了，正确率从 99.7% 掉到 91.3%。右图说明掉在哪里：行首的样本前面没有别人，安然无恙；越靠后，前面的图和问答越多，错得越多。形状没有错，没有任何警告。
 #
-# 没想到的是第三根柱子。**只把位置归零、不改掩码，比什么都不做更糟**；换了三组随机场景，次序都是这样。一个可能的解释：位置一路数下去时，自己的图至少是离自己最近的一张；位置归零以后，几张图的位置完全重合，模型靠位置再也分不清哪一张是自己的。
+# 没想到的是第三根柱子。**只把位置归零、不改掩码，比什么都不做更糟**（77.7% 对 91.3%）；换了三组随机场景，次序都是这样。一个可能的解释：位置一路数下去时，自己的图至少是离自己最近的一张；位置归零以后，几张图的位置完全重合，模型靠位置再也分不清哪一张是自己的。
 #
 # 反过来，只有掩码、位置一路数，几乎没有损失。旋转位置编码只看位置之**差**（第 07 课），同一样本内部的差没有变；变了的只是分支与前缀的距离，所以损失略有不同，并不完全相等。结论：先有掩码，再谈位置。
 #
@@ -440,7 +440,7 @@ print(f"({masks.sum() / masks.numel():.0%})")
 # ## Exercises
 
 # %% [markdown] tags=["zh"]
-# **16.1 补一行。** 把 `lengths` 里的序列补齐成一个批次，其中真正是 token 的占多少？写成 `lengths` 的式子。
+# **16.1 补一行。** 把 `lengths` 里的序列填充成一个批次，其中真正是 token 的占多少？写成 `lengths` 的式子。
 
 # %% [markdown] tags=["en"]
 # **16.1 Fill in a line.** When the sequences of `lengths` are padded into one batch, which share of it are tokens? Write an expression of `lengths`.
@@ -450,7 +450,7 @@ filled = ...
 check("16.1", filled, (numbers > 0).double().mean().item())
 
 # %% [markdown] tags=["zh"]
-# **16.2 改一个行为。** 不打包也能少补齐：先按长度排序，再每 4 个一批。算出 `shared` 这样分批时，三个批次的位置总数（B·T 之和）。
+# **16.2 改一个行为。** 不打包也能少填充：先按长度排序，再每 4 个一批。算出 `shared` 这样分批时，三个批次的位置总数（B·T 之和）。
 
 # %% [markdown] tags=["en"]
 # **16.2 Change a behaviour.** Less padding without packing: sort by length, then take 4 at a time. For `shared`, compute the positions of the three batches together, the sum of their B · T.
@@ -461,7 +461,7 @@ sorted_places = ...
 check("16.2", sorted_places, 1644)
 
 # %% [markdown] tags=["zh"]
-# **16.3 找错。** 这个不用循环的掩码在小例子上有两处与 `mask_of` 不同：分支看不到前缀，补齐也看不到自己。改好它。
+# **16.3 找错。** 这个不用循环的掩码在小例子上有两处与 `mask_of` 不同：分支看不到前缀，填充的位置也看不到自己。改好它。
 
 # %% [markdown] tags=["en"]
 # **16.3 Find the bug.** This mask without loops differs from `mask_of` in two ways: branches do not see the prefix, and padding does not see itself. Mend it.
@@ -485,7 +485,7 @@ check("16.3", fast_mask(small).int(), mask_of(small).int())
 #
 # - [`nanovlm/data/sequences.py`](../../nanovlm/data/sequences.py)，`TokenSequence`、`share_prefix` 与 `share_prefixes`：图片不在前缀里的、太长的，怎么处理。
 # - [`nanovlm/data/packing.py`](../../nanovlm/data/packing.py)，`first_fit_decreasing`、`join`、`cut_by_length` 与 `deal`：还要把行分给批次和多个进程，各得差不多的活。
-# - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py)，`collate` 与 `prepare`：从序列到 `Batch`；生成时补齐在左边。
+# - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py)，`collate` 与 `prepare`：从序列到 `Batch`；生成时填充在左边。
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`causal_mask` 与 `additive_mask`：同一张掩码，没有循环，也用于带缓存的解码。
 #
 # 论文：Krell 等，2021，*Efficient Sequence Packing without Cross-contamination*，[arXiv:2107.02027](https://arxiv.org/abs/2107.02027)。
