@@ -52,7 +52,7 @@ draw.strip("patch vectors", "hidden states")
 # %% [markdown] tags=["en"]
 # ## Predict
 #
-# Attention gives each token 65 weights that sum to 1: how much it looks at each of the others. They come from inner products of vectors with 48 numbers, which are **divided by √48 ≈ 6.9** before the softmax (the function that turns any numbers into positive ones with sum 1).
+# Attention gives each token 65 weights that sum to 1: how much it looks at each of the others. They come from inner products of vectors with 48 numbers, which are **divided by √48 ≈ 6.9** before the softmax.
 #
 # Take vectors of random numbers. If the division is left out, how many tokens does a token look at, in effect? (65 if it looks at all alike, 1 if at a single one.) And a second guess: the shipped model names the objects in 16 images. What share does it still name when the division is left out? Write both numbers down.
 
