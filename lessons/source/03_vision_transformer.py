@@ -253,7 +253,7 @@ print("after the final norm: equal")
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose
 #
-# Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`. DINOv2 has it on; the shipped model has it off, so its projector gets `states[-1]` and not the `features` of section 4. The eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
+# Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`. It is on by default; the shipped model has it off, so its projector gets `states[-1]` and not the `features` of section 4. The eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
 
 
 # %%

@@ -129,7 +129,7 @@ draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equa
 # MLP 分别处理每个位置。第 03 课的 MLP 是「升维、GELU、降维」；这里升维升两次，一路经过 SiLU 当作**门**，和另一路逐个相乘，再降维（SwiGLU）。门接近零的维，另一路有什么都过不去。
 
 # %% [markdown] tags=["en"]
-# The middle stretch is visual tokens, of size 2 to 6; words are at both ends, of size 0.1 to 0.2. They differ some 25-fold. Nothing obliges the projector to match them, since every layer begins by normalising.
+# The middle stretch is visual tokens, of size 2 to 6; words are at both ends, of size 0.1 to 0.2. They differ about 20-fold. Nothing obliges the projector to match them, since every layer begins by normalising.
 #
 # As a formula: `y = x / sqrt(mean(x²) + eps) · weight`.
 #

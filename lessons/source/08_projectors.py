@@ -178,9 +178,9 @@ print("without GELU:", describe(without))
 # 第一个办法叫**像素重排**（pixel shuffle）：每 2×2 个相邻的图块，首尾相接成一个长向量，再用一个矩阵投影。64 个变成 16 个，一个数也没有丢，只是挪进了更长的向量里。先用循环：
 
 # %% [markdown] tags=["en"]
-# Without the GELU the orange triangle is gone: two objects instead of three. As a formula, where U and D are the weights of `up` and `down`, a and b their biases, and x a patch vector:
+# Without the GELU the orange triangle is gone: two objects instead of three. As a formula, where `up` and `down` stand for the two weights, a and b for their biases, and x for a patch vector:
 #
-# > D(Ux + a) + b = (DU)x + (Da + b)
+# > down (up x + a) + b = (down up) x + (down a + b)
 #
 # One matrix can be a projector too (section 1), but these two were trained with the GELU between them, and without it they are no longer the function that was learned.
 #
