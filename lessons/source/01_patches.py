@@ -107,6 +107,8 @@ print(pixels.shape, f"from {pixels.min():.2f} to {pixels.max():.2f}, mean {pixel
 #
 # A transformer takes a sequence of vectors, so the grid of pixels has to become a row. The vision transformer does it in the plainest way: it cuts squares of 8×8 pixels and lines them up, left to right and top to bottom.
 #
+# Why not take each pixel as a vector? The sequence would have 4,096 items instead of 64, and attention (lesson 02) compares every item with every other: 16.8 million pairs instead of 4,096.
+#
 # First with two loops:
 
 # %%
