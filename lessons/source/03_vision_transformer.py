@@ -53,7 +53,7 @@ draw.strip("patches", "patch vectors")
 # %% [markdown] tags=["en"]
 # ## Predict
 #
-# Take the patch at the centre of an object, and from its vector alone train a **linear** classifier (a linear probe): which of 8 shapes is it, and which of 8 colours? Guessing gives 12.5%.
+# Take the patch at the centre of an object, and from its vector alone train a **linear** classifier, one matrix and nothing else (a linear probe): which of 8 shapes is it, and which of 8 colours? Guessing gives 12.5%.
 #
 # Before the first block, what share of the shapes will it get right? And after four blocks? And the colours? Write down four numbers.
 
@@ -123,7 +123,7 @@ draw.show(made, "A learned map: places that are neighbours have similar vectors"
 # 每一层都往向量里加东西，向量越加越大。LayerNorm 在每次运算之前把一个 token 的 192 个数拉回「均值 0、方差 1」，再乘上学到的 `weight`、加上 `bias`。每个 token 各算各的，与别的 token、别的图片无关。
 
 # %% [markdown] tags=["en"]
-# In each map the frame is one place, and the colours say how similar its vector is to the others (purple high, orange low). Nobody told the model that place 35 lies below place 27. It has drawn its own map.
+# In each map the frame is one place, and the colours say how similar its vector is to the others (purple high, orange low). Nobody told the model that place 35 lies below place 27. It has drawn its own map. The corners, 0 and 63, also resemble the rest of the border, most likely because hardly anything ever lies there.
 #
 # ## 2. LayerNorm
 #
@@ -152,7 +152,7 @@ print("equal to the package's LayerNorm:", tuple(mine.shape))
 # %% [markdown] tags=["en"]
 # ## 3. MLP
 #
-# Attention moves information **between** tokens; the MLP works **within** each: from 192 numbers up to 384, through a GELU, and back to 192. GELU is x times the probability that a standard normal variable is below x, a rounded ReLU.
+# Attention moves information **between** tokens; the MLP works **within** each: from 192 numbers up to 384, through a GELU, and back to 192. GELU is a rounded ReLU: x times the probability that a standard normal variable is below x, which is what the line with `erf` computes.
 
 
 # %%
@@ -231,7 +231,7 @@ draw.show(made, "The vectors grow; what a block is given does not grow with them
 # 一层一层地比：进入第一层之前、每一层之后、最后的归一化之后。容差 1e-4：每层的误差会累积，向量的数值又在个位数，`float32` 还剩下 5 位左右可信。
 
 # %% [markdown] tags=["en"]
-# The green line is not exactly 1: after the normalisation comes the learned `weight`.
+# From the first block to the last, the hidden states grow from 0.3 to 3.5, more than tenfold; what the blocks are given stays between 0.6 and 1.4. The green line is not exactly 1, because after the normalisation comes the learned `weight`.
 #
 # ## 5. Proven equal
 #
@@ -253,7 +253,7 @@ print("after the final norm: equal")
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose
 #
-# Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`; the eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
+# Eight encoders with a mistake, each with the right shape at the end. (Whether the final norm is applied is a setting of the model, `vision_norm`. It is on by default; the shipped model has it off, so its projector gets `states[-1]` and not the `features` of section 4. The eighth mistake is the other choice.) Each describes 12 images; count the objects that are named, and see how far the output is from the right one. First the table, then the explanation.
 
 
 # %%
@@ -323,11 +323,11 @@ for mistake in mistakes:
 # 教训：「模型还能回答」不等于「写对了」。只有逐层比较数值才说得清，所以第五节才是真正的检验。
 
 # %% [markdown] tags=["en"]
-# The right column is large in every row but the first. The middle column falls into two kinds.
+# The right column is large in every row but the first. The middle column falls into two kinds: 0%, and 90% or more.
 #
 # The first three make the model blind. Without the residual, what was there is replaced. Without norms, the operations meet sizes that they have never seen. With the norm in the wrong place, the path of the residual is cut.
 #
-# Among the others, some **hardly show**. The factors of LayerScale are mostly near 1, GELU and ReLU differ only near 0, and the projector that follows bears a change of size. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. Where it hardly matters in your table, the place has been written **into** each vector, and the language model reads that and cares little about the order.
+# The others **hardly show**. The factors of LayerScale lie between 0.5 and 1.2 in this model, GELU and ReLU differ only near 0, and the projector that follows bears a change of size. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. It still names 100%. So the place has been written **into** each vector, and the language model reads that and cares little about the order (lesson 09 tests it).
 #
 # The moral: "the model still answers" does not mean "the code is right". Only numbers compared layer by layer tell, and so section 5 is the real test.
 
@@ -383,7 +383,7 @@ draw.show(made, "Resized, the map stays a map; cut off, it wraps around")
 #
 # ## 8. Layer by layer
 #
-# Back to the beginning. First with colours: take all patches of 200 images, find their three main directions (PCA), and use them as red, green and blue. Within a column, equal colours are similar vectors.
+# Back to the beginning. First with colours: take all patches of 200 images, find the three directions in which they differ most (PCA), and use them as red, green and blue. Within a column, equal colours are similar vectors.
 
 # %%
 batch = torch.stack([preprocess(one, model.config.image) for one in images])  # (400, 3, 64, 64)
@@ -439,7 +439,7 @@ show_layers(without_places, "The same, less the mean of each place")
 # %% [markdown] tags=["en"]
 # Column 0 is the colour of the pixels: object and background differ, in colour alone. Further on, edges and middles separate, and at the end the patches of one object tend to agree.
 #
-# Pictures may deceive; numbers are better. The linear probe takes the patch that holds an object's centre, 300 images to fit and 100 to test, in 5 random splits that show how much is luck. The classifier is ridge regression, which has a closed form.
+# Pictures may deceive; numbers are better. The linear probe takes the patch that holds an object's centre, 300 images to fit and 100 to test, in 5 random splits that show how much is luck. The classifier is ridge regression: least squares with a penalty on large weights, which is solved in one line and needs no training loop.
 
 # %%
 centres = [  # (scene, patch, shape, colour) of every object
@@ -495,7 +495,7 @@ draw.show(made, "Colour is there almost at once; shape is built block by block")
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# That is the answer. Colour lies within a patch, and most of it can be read off after the first matrix. Shape lies **between** patches, and attention gathers it block by block. At layer 0, shape is a little above guessing (a solid or an empty middle gives away something), and then it rises.
+# That is the answer: shape goes from about 20% to 100%, colour from about 84% to 100%. Colour lies within a patch, and most of it can be read off after the first matrix. Shape lies **between** patches, and attention gathers it block by block. At layer 0, shape is a little above guessing (a solid or an empty middle gives away something), and then it rises.
 #
 # The language model gets the last layer, where both can be read off by one matrix. That is what the projector needs.
 #

@@ -96,7 +96,7 @@ draw.show(made, "Four characters, twelve bytes (in hexadecimal)")
 # %% [markdown] tags=["en"]
 # A Chinese character takes three bytes, an English letter one, an emoji four. The first bits tell a byte's role: `0` stands alone; `110`, `1110` and `11110` begin a character of two, three and four bytes; `10` continues one and means nothing alone.
 #
-# Bytes as tokens make long sequences. The cost of attention grows with the square of the length, and Chinese pays three times as much as English. So bytes that often stand together are joined.
+# Bytes as tokens make long sequences. The cost of attention grows with the square of the length, and a Chinese character takes three times the room of an English letter. So bytes that often stand together are joined.
 #
 # ## 2. Merges
 #
@@ -175,7 +175,7 @@ print(len(vocabulary), "tokens;", len(partial), "merged ones begin or end inside
 # 给一段新文字编码，就是把学到的合并按**学会的先后**重放一遍：在所有相邻的对里，先合并排名最靠前的。
 
 # %% [markdown] tags=["en"]
-# The first things learned are not characters but parts of them: `e8 89` are the first two bytes of 色, and the third makes it whole. Merging sees bytes and knows no borders of characters, so quite a few tokens remain that begin or end inside one. Later tokens get longer, and at the end whole sentences are one token.
+# The first things learned are not characters but parts of them: `e8 89` are the first two bytes of 色, and the third makes it whole. Merging sees bytes and knows no borders of characters, so quite a few tokens remain that begin or end inside one. Later tokens get longer, and at the end whole questions are one token: 有多少个物体？ is "how many objects are there?".
 #
 # ## 3. Encoding
 #
@@ -275,7 +275,7 @@ draw.show(made, "A vocabulary is short on what it was learned from, and only the
 # 库里的 `BytePairEncoder` 用堆和链表，快得多，规则相同。它的词表文件要求每个字节写成一个可见字符（空格写成 `Ġ`），`bytes_to_token` 负责转写。编号是整数，所以要求**完全相等**，没有容差可言。
 
 # %% [markdown] tags=["en"]
-# The red line hardly moves: this vocabulary pays on the toy world alone. Real ones are learned from huge amounts of text in many languages and are far larger: Qwen2.5's has 151,936 rows. A large vocabulary makes sequences short, and the embedding table large: 151,936 × 896 (the width of the 0.5B model) is about 136 million parameters. Here it is 640 × 192, about 120 thousand.
+# The red line ends at 1.4 bytes a token, the other two above 5: this vocabulary pays on the toy world alone. Real ones are learned from huge amounts of text in many languages and are far larger: Qwen2.5's has 151,936 rows. A large vocabulary makes sequences short, and the embedding table large: 151,936 × 896 (the width of the 0.5B model) is about 136 million parameters. Here it is 640 × 192, about 120 thousand.
 #
 # ## 4. Proven equal
 #
@@ -366,7 +366,7 @@ for line, split in shown.items():
 # %% [markdown] tags=["en"]
 # A colour and a shape, such as 红色 (red) and 圆环 (ring), are always two tokens and never one 红色圆环. These borders were added on purpose when the vocabulary was made, because the model has to name pairs of colour and shape that it never saw in training. **How the text is cut is part of the model's design.**
 #
-# Now the first questions can be answered. Read the table by columns: bytes never fail and are long; our own BPE is short on the toy world's phrases; the shipped vocabulary is nearly as short there, and no better on a sentence about spring.
+# Now the first questions can be answered: 描述图片 takes 12 bytes, 1 token of our own BPE, and 1 of the shipped vocabulary. Read the table below by columns: bytes never fail and are long; our own BPE is short on the toy world's phrases; the shipped vocabulary is nearly as short there, and no better on the fourth line, a sentence about spring.
 
 # %%
 print(f"{'':26} characters  bytes  own BPE  shipped")
@@ -464,7 +464,7 @@ draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 # 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字。
 
 # %% [markdown] tags=["en"]
-# The text is the same, and the answers change: compare the four lines above; not even the language need be the same. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
+# The text is the same, and the answers change. Cut into two words, the question gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
 #
 # So a changed tokenizer, a new version of its library, or one more space around a prompt may make a model worse, without any error. Compare **ids**, not texts.
 

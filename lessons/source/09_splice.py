@@ -105,7 +105,7 @@ draw.show(made, "68 places: 64 of them for the image")
 # %% [markdown] tags=["en"]
 # The image takes 64 of 68 places. The question itself is one token, since 描述图片 happens to be a whole token of this vocabulary.
 #
-# Why keep seats, when the vectors could be pushed in once they are there? With the seats, the length T is known: the attention mask, the positions and the labels can be computed from the ids where the batch is made, and nothing has to be moved inside the model. Early LLaVA did it the other way: one `<image>` in the text, unfolded into 576 vectors inside the model, so that the length changed and labels and mask had to be laid out again. The price of seats is that **their number has to be right beforehand**. It is the projector's K times the number of tiles. It depends on the size of the image, not on its contents, so the tokenizer's side can know it.
+# Why keep seats, when the vectors could be pushed in once they are there? With the seats, the length T is known: the attention mask, the positions and the labels can be computed from the ids where the batch is made, and nothing has to be moved inside the model. Early LLaVA did it the other way: one `<image>` in the text, unfolded into 576 vectors inside the model, so that the length changed and labels and mask had to be laid out again. The price of seats is that **their number has to be right beforehand**. It is the projector's K times the number of tiles (a large image may be cut into tiles, each encoded like an image of its own; here there is one). It depends on the size of the image, not on its contents, so the tokenizer's side can know it.
 #
 # ## 2. The visual tokens take their seats
 #
@@ -348,7 +348,7 @@ print(f"{len(changed)} of 24 answers change, in rows {changed}")
 # 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数：
 
 # %% [markdown] tags=["en"]
-# Look at which rows change, and compare with the picture. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.
+# None of the rows 0 to 7 is among them: up to 7 foreign seats do no visible harm here. From row 8 on, 10 of 16 answers change. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.
 #
 # So nanovlm counts before it computes anything, and an inequality is an error that names both numbers:
 
@@ -423,7 +423,7 @@ draw.show(made, "Where a patch was is written in its vector, not in its seat")
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# With exchanged pixels nearly all answers change, as they should: it is another image. With exchanged, even shuffled, visual tokens they hardly change.
+# With exchanged pixels 22 of 24 answers change, as they should: it is another image. With exchanged visual tokens 1 changes, and with shuffled ones none.
 #
 # The reason is in lesson 01: at the very start, the encoder adds its position table to every patch. Four blocks later, "I am at the top left" is written in the vector itself, and it can be read from any seat. The language model's rotary positions number the 64 seats as well, but this model has learned to go by the contents.
 #

@@ -131,7 +131,7 @@ def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 
 # 旋转位置编码要知道新 token 是**第几个**，而不是这次输入里的第几个，所以位置由外面传进来：
 
 # %% [markdown] tags=["en"]
-# The line with `tril(S − T)` is the causal mask in general: the T new tokens are the last T of S, so the first of them sees S − T + 1. With T = 1 its row is all ones, and nothing is hidden.
+# The line with `tril(S − T)` is the causal mask in general: the T new tokens are the last T of S, so the first of them sees S − T + 1. With T = 1 its row is all ones, and nothing is hidden. What is hidden gets −1e9 and not −∞: with padding on the left (section 4) the first rows see nothing at all, and a softmax of nothing but −∞ is `nan`.
 #
 # Rotary positions have to know the place of a new token **in the text**, not in this input, so positions come from outside:
 
@@ -233,11 +233,11 @@ draw.show(made, "Without the cache, every token costs more than the one before")
 #
 # So generation has two phases of different character. Prefill reads tens to thousands of tokens at once, in large products of matrices, and is limited by computing. Decoding has one token a step, for which all weights and the whole cache have to come from memory, and is limited by bandwidth. That is why the time to the first token and the tokens a second after it are reported apart, and why answering several questions at once hardly slows decoding down: the weights are read anyway.
 #
-# The cache is not free, it pays for time with memory, and the room that an image takes in it is one reason why people want fewer visual tokens (lesson 08). Grouped queries (lesson 07) halve the heads of keys and values here, and so the cache.
+# The cache is not free, it pays for time with memory, and the room that an image takes in it is one reason why people want fewer visual tokens (lesson 08). Grouped queries (lessons 02 and 07) halve the heads of keys and values here, and so the cache.
 #
 # ## 4. Broken on purpose: padding
 #
-# When many questions are answered at once, rows have different lengths, and short ones are padded. On which side, and how are positions counted? Here are five ways. First the results: 24 questions, 6 about each of 4 images, compared with the answers when asked alone.
+# When many questions are answered at once, rows have different lengths, and short ones are padded. On which side, and how are positions counted? Here are five ways. First the results: 24 questions, 6 about each of 4 images, compared with the answers when asked alone. (The four in Chinese: describe the image; which object is leftmost; how many are there; which is topmost.)
 
 # %%
 texts = ["描述图片", "最左边的物体是什么？", "图里有几个物体？", "最上面的物体是什么？",
@@ -310,12 +310,12 @@ draw.show(made, "Five ways to pad, none of which raises an error")
 # 贪心每次都给同一个答案。要有变化，就按概率抽。为了看清楚，需要一个模型拿不准的地方：给它一张灰图，让它接着「图中有一个物体：大的」往下写。
 
 # %% [markdown] tags=["en"]
-# From right to left:
+# The second answer is the last bar: 7 of 24. From right to left:
 #
-# - **On the right, reading the last place**: the last place of a short row is padding, and its logits do not continue the question. So for generation one pads on the left, and all rows end together.
-# - **Decoding starts at 0**: it was forgotten that new tokens follow the prompt. Rows without padding are affected too. It is easily done in a cache written by hand.
-# - **Decoding counts the padding**: prefill skipped it, yet the first new token goes on from T, with a gap out of nowhere. Rotary positions are about differences, and these are wrong now. This is the left-padding trap: the side is right, but positions before and after do not agree.
-# - **The mask forgotten**: the whole text has moved to the right by the same amount, so differences have not changed; every token also sees some meaningless places. This model hardly minds. Another may. No error and little effect is what makes it hard to find.
+# - **On the right, reading the last place** (7 of 24): the last place of a short row is padding, and its logits do not continue the question. So for generation one pads on the left, and all rows end together.
+# - **Decoding starts at 0** (10): it was forgotten that new tokens follow the prompt. Rows without padding are affected too. It is easily done in a cache written by hand.
+# - **Decoding counts the padding** (12): prefill skipped it, yet the first new token goes on from T, with a gap out of nowhere. Rotary positions are about differences, and these are wrong now. This is the left-padding trap: the side is right, but positions before and after do not agree.
+# - **The mask forgotten** (23): the whole text has moved to the right by the same amount, so differences have not changed; every token also sees some meaningless places. This model hardly minds. Another may. No error and little effect is what makes it hard to find.
 #
 # In the package, a token's position is the number of tokens it can see before it, counted from the mask. That is right for padding on either side.
 #
@@ -362,7 +362,7 @@ draw.show(made, "Temperature sharpens or flattens; top-p cuts the tail off")
 # 和库里的 `sample` 核对，没法比单次结果，就比频率：抽 20,000 次。频率的标准误差最多是 √(0.25 / 20000) ≈ 0.004，容差取它的 4 倍。
 
 # %% [markdown] tags=["en"]
-# The temperature divides before the softmax. Below 1, the strong get stronger; above 1, all come closer, and the 600 other tokens of the vocabulary, which were next to impossible, get a share together (see "others" under each picture). Top-p keeps tokens from the largest down until they have 0.8; the others are **set to zero**, and the rest is normalised again. The two go together well: temperature for variety, top-p against nonsense from the tail.
+# The temperature divides before the softmax. Below 1, the strong get stronger; above 1, all come closer, and the other 632 tokens of the vocabulary, each of them next to impossible, get a large share together: 0% at temperature 0.5, 10% at 1, 68% at 2 ("others" under each picture). Top-p keeps tokens from the largest down until they have 0.8; the others are **set to zero**, and the rest is normalised again. The two go together well: temperature for variety, top-p against nonsense from the tail.
 #
 # A single draw cannot be compared with the package's `sample`, so compare frequencies: 20,000 draws. The standard error of a frequency is at most √(0.25 / 20000) ≈ 0.004, and the tolerance is 4 times that.
 
@@ -395,7 +395,7 @@ for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8)):
 # 边生成边显示时还有一个坑。「猫」不在这个小词表里，分词器把它的 UTF-8 编码拆成三个字节，一个字节一个 token（第 04 课）。一个一个解码，就会得到：
 
 # %% [markdown] tags=["en"]
-# At temperature 2, one step that draws a token from the tail is enough, and the rest goes astray: a mistake is read as context. If 5 % of the draws at each step come from the tail, the chance of at least one in 20 steps is 1 − 0.95²⁰ ≈ 64 %. See how much top-p repairs: the temperature has raised the tail, and whatever reaches 0.8 often has much of the tail in it. So the two are tuned together. A grey image has no object, and the model names one all the same. That has nothing to do with sampling: in training it never saw an image without an object.
+# At temperature 2, one step that draws a token from the tail is enough, and the rest goes astray: a mistake is read as context. If 5 % of the draws at each step come from the tail, the chance of at least one in 20 steps is 1 − 0.95²⁰ ≈ 64 %. Top-p at 0.8 repairs little of it here: the temperature has raised the tail to 68%, so whatever reaches 0.8 has much of the tail in it. So the two are tuned together. A grey image has no object, and the model names one all the same. That has nothing to do with sampling: in training it never saw an image without an object.
 #
 # ## 6. One character after another
 #

@@ -59,7 +59,7 @@ draw.strip("hidden states", "logits")
 # %% [markdown] tags=["en"]
 # ## 1. The loss at one position
 #
-# Take the scene of all lessons and the question 描述图片 ("describe the image"), but put one lie into the reference answer: the star is blue, and we write 绿色 ("green"). The model's `forward` accepts another loss function. One that hands its three inputs back gives the starting point of this lesson.
+# Take the scene of all lessons and the question 描述图片 ("describe the image"), but put one lie into the reference answer: the star is blue, and we write 绿色 ("green"). The model's `forward` accepts another loss function. Give it one that hands its three inputs back, `lambda *inputs: inputs`, and you have the starting point of this lesson.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -125,7 +125,9 @@ print(f"naive: {naive}, stable: {stable:.4f}, before the shift: {loss_here:.4f}"
 # %% [markdown] tags=["en"]
 # Infinity divided by infinity is `nan`. Subtract the largest value before taking exponentials, and nothing overflows. The probabilities need not be computed at all, because
 #
-# $$\text{loss} = -\log\frac{e^{z_t}}{\sum_v e^{z_v}} = \log\sum_v e^{z_v} - z_t .$$
+# $$\text{loss} = -\log\frac{e^{z_t}}{\sum_v e^{z_v}} = \log\sum_v e^{z_v} - z_t ,$$
+#
+# where z is `logits` and t the target.
 #
 # The first term is called log-sum-exp; PyTorch's `logsumexp` computes it this way.
 #
@@ -159,7 +161,7 @@ draw.show(made, "One wrong word in the reference carries nearly all of the loss"
 # 一个什么也没学过的模型，对 V 个 token 一视同仁，每个概率为 1/V，损失就是 ln V。这是训练开始时应该看到的数。五个随机种子：
 
 # %% [markdown] tags=["en"]
-# The other words cost almost nothing: the model is sure of them. A mean hides this. One word all wrong and the rest right can have the same mean as every word a little wrong. So it pays to open up a loss by token now and then, as here.
+# The other words cost almost nothing, 0.02 together: the model is sure of them. (The perplexity in the printed line is e to the power of the mean loss: among how many equally likely tokens the model would waver with such a loss.) A mean hides this. One word all wrong and the rest right can have the same mean as every word a little wrong. So it pays to open up a loss by token now and then, as here.
 #
 # ## 3. Knowing nothing: ln V
 #
@@ -193,11 +195,7 @@ print(f"with Qwen's vocabulary: ln 151936 = {math.log(151936):.2f}")
 #
 # ## 4. Backward: probabilities minus one-hot
 #
-# Differentiate $\log\sum e^{z_v} - z_t$. The first term gives the probabilities, the second −1 at the target:
-#
-# $$\frac{\partial\,\text{loss}}{\partial z_v} = p_v - [v = t].$$
-#
-# No automatic differentiation is needed; two lines do it:
+# How does the loss change when one logit changes? No automatic differentiation is needed to say it. Two lines compute the gradient, and autograd is asked only to check it:
 
 # %%
 gradient = torch.softmax(all_logits, dim=1)  # (M, V)
@@ -227,6 +225,10 @@ draw.show(made, "Gradient of four logits at three positions: pull up (blue), pus
 
 # %% [markdown] tags=["en"]
 # At the position of 绿色, the gradient pulls the logit of green up and pushes blue, which the model believes, down by almost the same amount. The other two rows hold almost nothing. Each row adds up to 0: probability is only moved from one token to another.
+#
+# As a formula, differentiate $\log\sum e^{z_v} - z_t$. The first term gives the probabilities p, the second −1 at the target:
+#
+# $$\frac{\partial\,\text{loss}}{\partial z_v} = p_v - [v = t].$$
 #
 # The logits are `hidden_states @ head.T`, so one step further back there are two matrix products:
 
@@ -293,7 +295,7 @@ for function in (whole, chunks_with_autograd):
 # %% [markdown] tags=["en"]
 # Not one byte was saved. The graph keeps the log-softmax of every chunk for the backward pass, and 8 chunks are as large as the whole. The code looks right, and the loss is right; only measuring tells.
 #
-# The way out is section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped:
+# The way out is in section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped:
 
 
 # %%

