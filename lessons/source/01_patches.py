@@ -310,7 +310,7 @@ means = {
 made, axes = draw.figure(3, height=2.9, width_ratios=(1, 1, 2))
 draw.picture(axes[0], pixels[0] * std + mean, "whole")
 draw.picture(axes[1], shuffled[0] * std + mean, "shuffled")
-draw.bars(axes[2], means, "objects named right", "of 3", ["right", "wrong", "wrong"], ".1f")
+draw.bars(axes[2], means, "objects named right", "of 3", ["right", "wrong", "wrong"], ".2f")
 draw.show(made, "The same patches in another order are another image")
 
 # %% [markdown] tags=["zh"]
