@@ -33,6 +33,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 
 from data_tools.scenes_text import questions
 from data_tools.scenes_world import COLOURS, RGB, SHAPES, random_scene
@@ -69,12 +70,12 @@ draw.strip("image", "answer")
 # %% [markdown] tags=["zh"]
 # ## 一、问几句
 #
-# 三行就够：载入模型，把图和问题放进一段对话，让它写回答。
+# 载入模型，把图和问题放进一段对话，让它写回答。函数 `ask` 做的就是这三步，一次最多 64 题。
 
 # %% [markdown] tags=["en"]
 # ## 1. Ask
 #
-# It takes three lines: load the model, put image and question into a conversation, have it write the answer.
+# Load the model, put image and question into a conversation, have it write the answer. The function `ask` does this for up to 64 questions at a time.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -130,7 +131,7 @@ for _ in range(40):
         references.append(question.answer)
         kinds.append(question.kind)
 print(len(asked), "questions:", dict(Counter(kinds)))
-made, axes = draw.figure(4, height=2.8)
+made, axes = draw.figure(4, height=3.2)
 for axis, number in zip(axes, (0, 60, 120, 180)):
     text = textwrap.fill(asked[number], 24) + f"\n→ {references[number]}"
     draw.picture(axis, images[number], text)
@@ -162,8 +163,6 @@ print(f"with the image: {results['with the image'].mean():.1%} right")
 # The **blind control**: the same questions with plain grey images. The pixels that the model gets are normalised, so that 0 is medium grey:
 
 # %%
-from PIL import Image
-
 grey = preprocess(Image.new("RGB", (64, 64), (128, 128, 128)), model.config.image)
 print("a grey image:", tuple(grey.shape), f"all values {grey.min():.3f}")
 blind = ask(images, asked, blind=True)
@@ -231,7 +230,7 @@ for name, colour, shift in (("with the image", draw.RIGHT, -0.2), ("blind", draw
 names = [kind.replace("_", "\n") for kind, _ in Counter(kinds).most_common()]
 axes[1].set_xticks(range(len(names)), names, fontsize=8)
 axes[1].legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-draw.show(made, "It sees: four bars")
+draw.show(made, "Four bars tell whether it sees")
 
 # %% [markdown] tags=["zh"]
 # 看左图。三根对照的柱子都矮，那是**地板**；第一根高出地板的部分，才是从图里来的。三根柱子之间差几个百分点不必当真：两百多道题，换一批就会差这么多（第 17 课算给你看）。右图按题型分开：二选一的题（左右、上下、大小、有没有），置空也有一半左右；颜色、形状这类有八种可能的题，置空就差得多。
