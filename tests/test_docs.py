@@ -106,10 +106,10 @@ def unknown_values(words: list[str], help_text: str) -> list[str]:
 
 
 def flags_of_training(words: list[str]) -> list[str]:
-    """The flags that `nanovlm.memory` hands on to the settings of a run."""
+    """The flags that `nanovlm.memory` and an estimate hand on to the settings of a run."""
     own, rest = iter(words), []
     for word in own:
-        if word in ("--gpu", "--tokens", "--stage"):
+        if word in ("--gpu", "--tokens", "--stage", "--estimate", "--records"):
             next(own)
         elif word not in ("--measure", "--forward"):
             rest.append(PLACEHOLDERS.get(word, word))
@@ -158,7 +158,7 @@ def test_a_command_can_be_run_as_it_stands(command):
         rest = command[1 + len(program) :]
         known = help_of(*program)
         assert not unknown_values(rest, known)
-        if program == ("-m", "nanovlm.memory"):
+        if program == ("-m", "nanovlm.memory") or "--estimate" in rest:
             known += help_of("train_stage1.py")
             load_settings("stage2", flags_of_training(rest))
         assert not unknown_flags(rest, known)

@@ -46,17 +46,14 @@ Figures = dict[str, dict[str, float]]  # row → library, or LIMIT → figure
 
 def main() -> None:
     """Parse the flags, measure, print."""
-    estimating = CommandParser(add_help=False)
-    estimating.add_argument(
-        "--estimate",
-        metavar="GPU",
-        help="what a step takes on a GPU such as rtx-4060, by arithmetic",
-    )
-    card, training_flags = estimating.parse_known_args()
-    if card.estimate and not {"-h", "--help"} & set(training_flags):
-        print(estimate.report(card.estimate, training_flags))
+    own, training_flags = estimate.parser().parse_known_args()
+    if own.estimate and not {"-h", "--help"} & set(training_flags):
+        print(estimate.report(own, training_flags))
         return
-    arguments = _parser([estimating]).parse_args()
+    arguments = _parser().parse_args()
+    for name in ("stage", "tokens", "records"):
+        if getattr(arguments, name) is not None:
+            raise NanoVLMError(f"--{name} belongs to --estimate, and there is none")
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     tasks = arguments.only.split(",") if arguments.only else TASKS
@@ -171,9 +168,11 @@ def _vocabulary_size(weights: Path) -> int:
     return config["vocab_size"]
 
 
-def _parser(parents: list[CommandParser]) -> CommandParser:
+def _parser() -> CommandParser:
     description = (__doc__ or "").split("\n\n")[0]
-    parser = CommandParser(prog="python -m nanovlm.bench", description=description, parents=parents)
+    parser = CommandParser(
+        prog="python -m nanovlm.bench", description=description, parents=[estimate.parser()]
+    )
     parser.add_argument(
         "--weights",
         type=Path,

@@ -55,10 +55,27 @@ class Work:
         return max(self.bytes / (1e9 * gpu.bandwidth), self.flops / peak) / REACHED
 
 
-def report(card: str, flags: list[str]) -> str:
-    """The arithmetic of each stage that `flags` name, on `card`."""
-    gpu = named_gpu(card)
-    own, flags = _parser().parse_known_args(flags)
+def parser() -> CommandParser:
+    """The flags of an estimate, as a parent of the command's parser."""
+    parser = CommandParser(add_help=False)
+    group = parser.add_argument_group(
+        "what a step would take on a GPU, by arithmetic, with the flags of train_stage1.py"
+    )
+    group.add_argument("--estimate", metavar="GPU", help="such as rtx-4060; nothing is measured")
+    group.add_argument(
+        "--stage", metavar="NAME", help="1, 2, both, or a name such as dpo (default: all)"
+    )
+    group.add_argument("--tokens", type=int, metavar="N", help="of each row, images included")
+    group.add_argument("--records", type=int, metavar="N", help="trained on, to count the steps")
+    return parser
+
+
+def report(own: argparse.Namespace, flags: list[str]) -> str:
+    """The arithmetic of each stage that `flags` name, on the card that `own` names."""
+    gpu = named_gpu(own.estimate)
+    for name in ("tokens", "records"):
+        if (getattr(own, name) or 1) < 1:
+            raise NanoVLMError(f"--{name} is {getattr(own, name)}; it has to be above 0")
     if not any(flag.split("=")[0] in ("--preset", "--config") for flag in flags):
         flags = ["--preset", "dinov2-qwen2.5", *flags]
     title = (
@@ -66,10 +83,9 @@ def report(card: str, flags: list[str]) -> str:
         f"{gpu.memory / 1e9:.2f} GB; a kernel at {REACHED:.0%} of these, "
         f"a launch {LAUNCH * 1e6:g} µs; loading data not counted"
     )
-    stages = names_of_stages(own.stage, flags)
-    return "\n\n".join(
-        [title, *(_stage(name, stage_settings(name, flags), own, gpu) for name in stages)]
-    )
+    stages = names_of_stages(own.stage or "all", flags)
+    reports = [_stage(name, stage_settings(name, flags), own, gpu) for name in stages]
+    return "\n\n".join([title, *reports])
 
 
 def works(trace: Trace) -> list[Work]:
@@ -153,7 +169,7 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
         f"{seconds:.3g} s a step, {seconds and useful / seconds / peak:.0%} of the peak; "
         f"{memory / 1e9:.2f} GB with the CUDA context and the allocator's holes: {fits}"
     )
-    steps = _steps(settings, own.records)
+    steps = _steps(settings, own.records or 0)
     if steps:
         lines.append(f"{steps:,} steps take {seconds * steps / 3600:.2g} hours")
     else:
@@ -166,11 +182,3 @@ def _steps(settings: Settings, records: int) -> int:
     return settings.max_steps or math.ceil(
         settings.epochs * records / (settings.batch_size * settings.accumulate)
     )
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m nanovlm.bench --estimate GPU", add_help=False)
-    parser.add_argument("--stage", default="all")
-    parser.add_argument("--tokens", type=int, default=0)
-    parser.add_argument("--records", type=int, default=0)
-    return parser

@@ -12,7 +12,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.device import DTYPES
 
-LOW_RANKS = (64, 16)  # of adapters, as a last resort
+LOW_RANKS = (64, 32, 16)  # of adapters, as a last resort
 GIGABYTE = 1.0732e9  # bytes of what is sold as a GB of a card's memory; the rest is its driver's
 CONTEXT = 0.6e9  # bytes of the CUDA context, with the libraries' kernels and workspaces
 FRAGMENTATION = 1.05  # what the allocator reserves for each byte that tensors take

@@ -95,7 +95,9 @@ def test_a_card_without_bf16_computes_in_fp16(monkeypatch, capsys):
     [
         (("--estimate", "rtx-9999"), "not among"),
         (("--estimate", "rtx-4060", "--weights", "here"), "unrecognized"),
+        (("--estimate", "rtx-4060", "--tokens", "-1"), "--tokens is -1"),
         ((), "--weights"),
+        (("--weights", "here", "--tokens", "8"), "belongs to --estimate"),
     ],
 )
 def test_wrong_flags_are_one_line(monkeypatch, capsys, flags: tuple[str, ...], message: str):

@@ -170,7 +170,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             None,
             SCRATCH,
             "--projector resampler --language-model-layers 1 --language-model-embedding "
-            "--batch-size 16 --tokens 160 --checkpointing",
+            "--dtype float32 --batch-size 16 --tokens 160 --checkpointing",
             id="top block",
         ),
         pytest.param(
@@ -182,13 +182,17 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             id="tiles",
         ),
         pytest.param(
-            QWEN_VL, VIT, QWEN, "--batch-size 4 --tokens 192", id="encoder's resampler, Qwen"
+            QWEN_VL,
+            VIT,
+            QWEN,
+            "--vision-norm --batch-size 4 --tokens 192",
+            id="encoder's resampler, Qwen",
         ),
         pytest.param(
             QWEN_VL,
             VIT,
             QWEN,
-            "--batch-size 4 --tokens 192 --train projector,vision_encoder",
+            "--vision-norm --batch-size 4 --tokens 192 --train projector,vision_encoder",
             id="encoder's resampler trainable",
         ),
         pytest.param(None, None, LLAMA, "--objective dpo --batch-size 16 --tokens 160", id="pairs"),
@@ -322,7 +326,7 @@ def test_no_adapters_on_a_language_model_from_scratch(monkeypatch, capsys):
 @pytest.mark.slow
 def test_adapters_of_a_lower_rank_are_the_last_resort(monkeypatch, capsys):
     text = answer(monkeypatch, capsys, "--preset", "basic-vlm", "--stage", "2", "--gpu", "8")
-    assert re.search(r"\n  --lora-rank 64 .*first that fits", text), text
+    assert re.search(r"\n  --lora-rank 32 .*first that fits", text), text
 
 
 def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, capsys):
