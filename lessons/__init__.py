@@ -1,0 +1,1 @@
+"""Lesson notebooks, their sources, and what builds and checks them."""

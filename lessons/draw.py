@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from IPython.display import Image as PNG
+from IPython.display import Image
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ matplotlib.rcParams.update(
 
 
 def figure(columns: int = 1, height: float = 3.0, rows: int = 1, **options: Any) -> tuple:
-    """A figure of the lessons' width, `height` inches tall, and its axes as `plt.subplots` gives."""
+    """A figure of the lessons' width, `height` inches tall, and axes as `plt.subplots` gives."""
     made = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     return made, made.subplots(rows, columns, **options)
 
@@ -81,7 +81,7 @@ def show(made: Figure, title: str = "") -> None:
         made.suptitle(title, fontsize=12, fontweight="bold")
     file = io.BytesIO()
     made.savefig(file, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    display(PNG(file.getvalue()))
+    display(Image(file.getvalue()))
 
 
 def strip(*lit: str) -> None:
@@ -127,7 +127,7 @@ def picture(axes: Axes, image: Any, title: str = "") -> None:
     axes.axis("off")
 
 
-def heat(
+def heat(  # noqa: PLR0913 (a picture's options, by keyword)
     axes: Axes,
     values: Tensor,
     title: str = "",
@@ -193,7 +193,7 @@ def tokens(
     axes.set(xlim=(-0.3, widest), ylim=(-1.9 * line - 0.8, 1.2))
 
 
-def bars(
+def bars(  # noqa: PLR0913 (a picture's options, by keyword)
     axes: Axes,
     values: Mapping[str, float],
     title: str = "",

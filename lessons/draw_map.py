@@ -40,7 +40,7 @@ ARROWS = (
     "00 01", "00 04", "01 02", "02 03", "03 08", "04 05", "05 06", "06 07", "08 09", "07 09",
     "09 10", "11 12", "12 13", "13 14", "14 15", "15 16", "16 18", "10 17", "17 18",
 )  # fmt: skip
-HOUR = ("00", "01", "05", "09", "18")  # the path "see it all in an hour"
+HOUR = ("00", "01", "09")  # the path "see it all in an hour"
 WIDTH, HEIGHT = 1.0, 0.62
 
 
@@ -84,10 +84,11 @@ def _box(axes: Axes, place: tuple[float, float], text: str, part: str, thick: bo
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    shrink = 27 if start[0] == end[0] else 42
     axes.add_patch(
         FancyArrowPatch(
             (start[0], -start[1]), (end[0], -end[1]), arrowstyle="-|>", mutation_scale=11,
-            shrinkA=42, shrinkB=43, color="#9aa5b1", linewidth=1.2, zorder=1,
+            shrinkA=shrink, shrinkB=shrink, color="#9aa5b1", linewidth=1.2, zorder=1,
         )
     )  # fmt: skip
 

@@ -120,10 +120,10 @@ def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
     joined: list[NotebookNode] = []
     for output in outputs:
         last = joined[-1] if joined else None
-        if last is not None and output.output_type == last.output_type == "stream":
-            if output.name == last.name:
-                last.text += output.text
-                continue
+        streams = last is not None and output.output_type == last.output_type == "stream"
+        if streams and output.name == last.name:
+            last.text += output.text
+            continue
         joined.append(nbformat.from_dict(output))
     return joined
 

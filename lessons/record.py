@@ -33,7 +33,7 @@ def main() -> None:
         results = importlib.import_module(f"lessons.recordings.{number}").record()
         made = {
             "command": f"python lessons/record.py {number}",
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}",
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
             "minutes": round((time.perf_counter() - started) / 60, 1),
             "results": results,
         }
