@@ -10,8 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from IPython.display import Image
-from IPython.display import display
+from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -193,7 +192,7 @@ def tokens(
     axes.set(xlim=(-0.3, widest), ylim=(-1.9 * line - 0.8, 1.2))
 
 
-def bars(  # noqa: PLR0913 (a picture's options, by keyword)
+def bars(
     axes: Axes,
     values: Mapping[str, float],
     title: str = "",
@@ -210,7 +209,7 @@ def bars(  # noqa: PLR0913 (a picture's options, by keyword)
     axes.margins(y=0.15)
 
 
-def curves(
+def curves(  # noqa: PLR0913 (a picture's options, by keyword)
     axes: Axes,
     lines: Mapping[str, Sequence[float] | Tensor],
     title: str = "",
