@@ -43,7 +43,7 @@ NORMS_AND_SUMS = {
 }
 FP32 = {"cuda": NORMS_AND_SUMS | {"interpolate"}, "cpu": {"interpolate", "prod"}}
 WIDEST = {
-    "cuda": {"cat", "stack", "addcmul", "addcdiv", "index_put", "scatter_add", "dot"},
+    "cuda": {"addcmul", "addcdiv", "index_put", "scatter_add", "dot"},
     "cpu": {"cat", "stack", "index_copy"},
 }
 CONSTRUCTORS = _device_constructors()  # torch.empty and its kin
