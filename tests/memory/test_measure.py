@@ -341,7 +341,9 @@ def test_advice_in_order_of_cost_and_the_first_that_fits_is_marked(monkeypatch, 
         "--lora-rank",
         "--quantize",
     ]
-    assert advised.pop()[0] == "--lora-rank"  # a lower one, as the last resort
+    assert advised[-1][0] == "--lora-rank"  # lower ones, as the last resort
+    while advised[-1][0] == "--lora-rank":
+        advised.pop()
     assert [order.index(flag) for flag, _, _ in advised] == sorted(
         order.index(flag) for flag, _, _ in advised
     )
