@@ -1,5 +1,6 @@
-"""What NVIDIA's GPUs can do at most, from data sheets and architecture white papers.
+"""What NVIDIA's GPUs can do at most.
 
+The figures have not been compared with the vendor's data sheets yet: take them as approximate.
 Without sparsity: products in half precision summed in fp32, and in fp32 outside the tensor cores.
 Of a laptop's GPU the figures hold at its highest boost clock, which a thin machine does not keep.
 """
