@@ -41,7 +41,6 @@ ARROWS = (
     "09 10", "11 12", "12 13", "13 14", "14 15", "15 16", "16 18", "10 17", "17 18",
 )  # fmt: skip
 HOUR = ("00", "01", "09")  # the path "see it all in an hour"
-WIDTH, HEIGHT = 1.0, 0.62
 
 
 def draw_map(path: Path) -> None:
@@ -68,7 +67,7 @@ def draw_map(path: Path) -> None:
 
 
 def _box(axes: Axes, place: tuple[float, float], text: str, part: str, thick: bool) -> None:
-    x, y = place[0] * 1.0, -place[1]
+    x, y = place[0], -place[1]
     axes.add_patch(
         FancyBboxPatch(
             (x - 0.42, y - 0.36), 0.84, 0.72, boxstyle="round,pad=0,rounding_size=0.09",

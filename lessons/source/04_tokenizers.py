@@ -39,7 +39,6 @@ from data_tools.scenes_world import draw as draw_scene
 from lessons import draw
 from lessons.check import check
 from nanovlm import IMAGE, Message, generate, load_model, prepare
-from nanovlm.utils import figures  # noqa: F401 (a font with Chinese characters for the pictures)
 
 ASSETS = "../../nanovlm/assets"
 torch.set_grad_enabled(False)

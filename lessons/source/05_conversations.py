@@ -31,7 +31,6 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-import nanovlm.utils.figures  # a font with Chinese characters for the pictures
 from data_tools.scenes_text import describe
 from data_tools.scenes_world import random_scene
 from lessons import draw

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 from torch import nn
 
-import nanovlm.utils.figures  # a font with Chinese characters for the pictures
 from data_tools import scenes_world as world
 from data_tools.scenes_text import describe
 from lessons import draw

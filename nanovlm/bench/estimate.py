@@ -12,7 +12,7 @@ each as soon as it is launched and the one before it has ended. Loading data is 
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ PARTS = {  # of a step, and the moments of a trace that belong to it
 
 
 @dataclass(frozen=True)
-class Work:
+class FusedKernel:
     """A kernel, or several that a compiler makes one."""
 
     moment: str
@@ -88,7 +88,7 @@ def report(own: argparse.Namespace, flags: list[str]) -> str:
     return "\n\n".join([title, *reports])
 
 
-def works(trace: Trace) -> list[Work]:
+def works(trace: Trace) -> list[FusedKernel]:
     """The kernels of a trace, with those merged that a compiled region runs as one.
 
     Between two products a compiler makes one kernel of all that is done to each number. It reads
@@ -103,11 +103,11 @@ def works(trace: Trace) -> list[Work]:
         if fusible:
             merged.append(kernel)
         else:
-            done.append(Work(kernel.moment, kernel.dtype, kernel.bytes, kernel.flops))
+            done.append(FusedKernel(kernel.moment, kernel.dtype, kernel.bytes, kernel.flops))
     return [*done, _merge(merged, trace)] if merged else done
 
 
-def _merge(kernels: list[Kernel], trace: Trace) -> Work:
+def _merge(kernels: list[Kernel], trace: Trace) -> FusedKernel:
     first, last = kernels[0].event, kernels[-1].event
     start = min(trace.storages[number].born for kernel in kernels for number, _ in kernel.writes)
     moved: dict[tuple[str, int], int] = {}
@@ -118,10 +118,10 @@ def _merge(kernels: list[Kernel], trace: Trace) -> Work:
         for number, size in kernel.writes:
             if trace.storages[number].died > last:
                 moved["write", number] = max(size, moved.get(("write", number), 0))
-    return Work(kernels[0].moment, kernels[0].dtype, sum(moved.values()), 0)
+    return FusedKernel(kernels[0].moment, kernels[0].dtype, sum(moved.values()), 0)
 
 
-def step_seconds(kernels: Iterable[Work], gpu: GPU) -> float:
+def step_seconds(kernels: Iterable[FusedKernel], gpu: GPU) -> float:
     """When the card has finished all kernels of a step."""
     launched = finished = 0.0
     for kernel in kernels:
@@ -140,6 +140,7 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
     shape = batch_shape(config, settings, own.tokens)
     compiled = settings.compile is not False
     model = prepared(config, settings, precision)
+    useful = settings.accumulate * step_flops(model, shape)
     trace = trace_step(model, settings, shape, precision, compiled)
     kernels = works(trace)
     # Of the batches of a step, two at most have been traced; all are alike.
@@ -147,7 +148,6 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
     update = [kernel for kernel in kernels if kernel.moment == "update"]
     batches = [kernel for kernel in kernels if kernel.moment != "update"]
     seconds = repeated * step_seconds(batches, gpu) + step_seconds(update, gpu)
-    useful = settings.accumulate * step_flops(prepared(config, settings, precision), shape)
     memory = needed(predict(config, settings, shape, precision, 0).peak)
     fits = "fits" if memory <= gpu.memory else "does not fit"
     title = (
@@ -155,16 +155,7 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
         f"{shape.length} tokens, {str(dtype).removeprefix('torch.')}"
         f"{', blocks compiled' * compiled}"
     )
-    lines = [title, f"{'':10}{'kernels':>9}{'GB moved':>10}{'TFLOP':>8}{'ms':>8}"]
-    for part, moments in PARTS.items():
-        times = 1 if part == "update" else repeated
-        chosen = [kernel for kernel in kernels if kernel.moment in moments]
-        lines.append(
-            f"{part:10}{times * len(chosen):9,.0f}"
-            f"{times * sum(kernel.bytes for kernel in chosen) / 1e9:10.1f}"
-            f"{times * sum(kernel.flops for kernel in chosen) / 1e12:8.2f}"
-            f"{times * step_seconds(chosen, gpu) * 1e3:8.0f}"
-        )
+    lines = [title, *_table(kernels, repeated, gpu)]
     lines.append(
         f"{seconds:.3g} s a step, {seconds and useful / seconds / peak:.0%} of the peak; "
         f"{memory / 1e9:.2f} GB with the CUDA context and the allocator's holes: {fits}"
@@ -175,6 +166,20 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
     else:
         lines.append(f"1,000 steps take {seconds / 3.6:.2g} hours; --records N counts the steps")
     return "\n".join(lines)
+
+
+def _table(kernels: list[FusedKernel], repeated: float, gpu: GPU) -> Iterator[str]:
+    """A line for each part of a step, whose forward and backward passes are `repeated`."""
+    yield f"{'':10}{'kernels':>9}{'GB moved':>10}{'TFLOP':>8}{'ms':>8}"
+    for part, moments in PARTS.items():
+        times = 1 if part == "update" else repeated
+        chosen = [kernel for kernel in kernels if kernel.moment in moments]
+        yield (
+            f"{part:10}{times * len(chosen):9,.0f}"
+            f"{times * sum(kernel.bytes for kernel in chosen) / 1e9:10.1f}"
+            f"{times * sum(kernel.flops for kernel in chosen) / 1e12:8.2f}"
+            f"{times * step_seconds(chosen, gpu) * 1e3:8.0f}"
+        )
 
 
 def _steps(settings: Settings, records: int) -> int:

@@ -23,17 +23,8 @@ FOREVER = 2**62
 KNOWN: dict[tuple, Any] = {}  # an operation and its inputs → how to make its outputs
 IN_PLACE = {  # operations that return their first input; with no contents, there is nothing to do
     *("add_", "sub_", "mul_", "div_", "addmm_", "addcmul_", "addcdiv_", "lerp_", "copy_", "fill_"),
-    *(
-        "zero_",
-        "exp_",
-        "neg_",
-        "clamp_",
-        "scatter_add_",
-        "masked_fill_",
-        "index_add_",
-        "index_copy_",
-    ),
-    *("silu_", "sqrt_", "random_", "bitwise_and_", "floor_", "round_"),
+    *("zero_", "exp_", "neg_", "clamp_", "silu_", "sqrt_", "random_", "floor_", "round_"),
+    *("scatter_add_", "masked_fill_", "index_add_", "index_copy_", "bitwise_and_"),
 }
 
 

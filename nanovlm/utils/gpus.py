@@ -16,13 +16,8 @@ from nanovlm.errors import NanoVLMError
 MIB = 2**20
 # Generations before Ampere, by a word of their names; they multiply in fp16, but not in bf16.
 WITHOUT_BF16 = ("V100", "V100S", "T4", "2080")
-MAKERS = {
-    "NVIDIA",
-    "GEFORCE",
-    "TESLA",
-    "GPU",
-    "GENERATION",
-}  # words that tell no model from another
+# Words that tell no model from another.
+MAKERS = {"NVIDIA", "GEFORCE", "TESLA", "GPU", "GENERATION"}
 FORM = re.compile(r"\d+GB|SXM\d?|PCIE|HBM\d\w?")  # of a model that is listed without them
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanovlm.bench.__main__ import main
-from nanovlm.bench.estimate import LAUNCH, REACHED, Work, step_seconds, works
+from nanovlm.bench.estimate import LAUNCH, REACHED, FusedKernel, step_seconds, works
 from nanovlm.errors import NanoVLMError
 from nanovlm.memory.predict import trace_step
 from nanovlm.memory.shapes import batch_shape, model_config, prepared
@@ -30,13 +30,19 @@ def answer(monkeypatch, capsys, *flags: str) -> str:
 
 
 def test_products_take_the_time_of_their_flops_and_sums_that_of_their_bytes():
-    product, large_sum = Work("forward", BF16, 3e6, 30.2e9), Work("forward", BF16, 272e6, 1e6)
+    product, large_sum = (
+        FusedKernel("forward", BF16, 3e6, 30.2e9),
+        FusedKernel("forward", BF16, 272e6, 1e6),
+    )
     assert product.seconds(GPU) == pytest.approx(1e-3 / REACHED)
     assert large_sum.seconds(GPU) == pytest.approx(1e-3 / REACHED)
 
 
 def test_the_card_waits_for_launches_of_small_kernels_and_the_host_not_for_large_ones():
-    small, large = Work("forward", BF16, 10, 0), Work("forward", BF16, 272e6 * REACHED, 0)
+    small, large = (
+        FusedKernel("forward", BF16, 10, 0),
+        FusedKernel("forward", BF16, 272e6 * REACHED, 0),
+    )
     assert step_seconds([small] * 1000, GPU) == pytest.approx(1000 * LAUNCH, rel=0.01)
     assert step_seconds([large] * 100, GPU) == pytest.approx(0.1, rel=0.01)
     assert step_seconds([large] * 100 + [small] * 1000, GPU) == pytest.approx(0.1, rel=0.01)
