@@ -197,7 +197,7 @@ def test_the_words_of_earlier_versions_are_gone(page):
 
 def test_every_page_has_its_twin():
     assert {path.name for path in (REPOSITORY / "docs" / "zh").iterdir()} == ENGLISH
-    assert len(ENGLISH) >= 9
+    assert len(ENGLISH) >= 8
 
 
 @pytest.mark.parametrize("english, chinese", TWINS)
