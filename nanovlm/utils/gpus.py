@@ -1,8 +1,14 @@
 """What NVIDIA's GPUs can do at most.
 
-The figures have not been compared with the vendor's data sheets yet: take them as approximate.
 Without sparsity: products in half precision summed in fp32, and in fp32 outside the tensor cores.
 Of a laptop's GPU the figures hold at its highest boost clock, which a thin machine does not keep.
+
+Where they come from: of data centres and workstations, NVIDIA's data sheets and white papers, most
+of them read in tables that copy them; of H20, H800, L20 and A800 80GB, tables of those who sell or
+rent them. Of RTX 2080 Ti, its white paper. Of RTX 6000 Ada and the other GeForce, cores × 2 × boost
+clock from published lists; in half precision twice that, and four times of RTX 6000 Ada. White
+papers print the same for RTX 3090 and RTX 4090. Memory is what nvidia-smi has printed, but the
+nominal size of A800 40GB; of a model sold with several sizes the table has one.
 """
 
 import difflib
