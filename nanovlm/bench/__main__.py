@@ -34,7 +34,13 @@ from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, Nan
 from nanovlm.bench.tasks import ROWS, Bench, compare
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import DTYPES, add_device_flag, choose_device, choose_dtype
+from nanovlm.utils.device import (
+    DTYPES,
+    add_device_flag,
+    choose_device,
+    choose_dtype,
+    reuse_freed_memory,
+)
 from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import CommandParser
 from nanovlm.utils.processes import output_of
@@ -54,6 +60,7 @@ def main() -> None:
     for name in ("stage", "tokens", "records"):
         if getattr(arguments, name) is not None:
             raise NanoVLMError(f"--{name} belongs to --estimate, and there is none")
+    reuse_freed_memory()  # as a run does; it serves both libraries
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     tasks = arguments.only.split(",") if arguments.only else TASKS

@@ -27,7 +27,7 @@ from nanovlm.training.optim.optimizer import build_optimizer, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
-from nanovlm.utils.device import give_back_freed_memory, peak_memory
+from nanovlm.utils.device import peak_memory
 from nanovlm.utils.processes import output_of
 
 SAMPLES = 8  # per step
@@ -124,8 +124,6 @@ def _build(
         compile_blocks(model, precision.device)
     if rung.checkpointed:
         checkpoint_blocks(model)
-        if precision.device.type == "cpu":  # as a run does
-            give_back_freed_memory()
     return model
 
 

@@ -42,8 +42,8 @@ from nanovlm.utils.device import (
     allow_tf32,
     choose_device,
     choose_dtype,
-    give_back_freed_memory,
     make_deterministic,
+    reuse_freed_memory,
 )
 from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
@@ -59,6 +59,7 @@ def run_stage(settings: Settings) -> Path:
     if settings.deterministic:
         make_deterministic()
     allow_growing_segments()
+    reuse_freed_memory()
     folder = Path(settings.out)
     if is_main():  # the only process that writes there
         _check_run_folder(folder, settings.resume)
@@ -199,8 +200,6 @@ def _place(
     if settings.checkpointing:
         dropout = settings.lora_dropout > 0 or model.config.language_model.dropout > 0
         checkpoint_blocks(model, dropout=dropout)
-        if parallel.device.type == "cpu":
-            give_back_freed_memory()
 
 
 def _check_run_folder(run: Path, resume: bool) -> None:

@@ -19,7 +19,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 CPU_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")  # x86's and Arm's, as PyTorch names them
 CUDA_BUILDS = "https://download.pytorch.org/whl/cu130"  # of PyTorch
 CUDA_BUILDS_IN_CHINA = "https://mirror.sjtu.edu.cn/pytorch-wheels/cu130"
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def add_device_flag(parser: argparse._ActionsContainer) -> None:
@@ -174,14 +174,29 @@ def allow_growing_segments() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def give_back_freed_memory(from_bytes: int = 2**16) -> None:
-    """Let glibc's allocator return every freed block of at least `from_bytes` to the system.
+def reuse_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed, up to 32 MB a block, for the next allocation.
 
-    By default it keeps blocks of up to 32 MB for reuse. A training step frees temporary tensors
-    between ones that stay, so the process would grow around holes that nothing fits into.
+    Left to itself it returns freed blocks at the top of its heap to the system, and learns from
+    what is freed which blocks to map one by one. A training step frees gigabytes that the next step
+    needs again, and each page that comes from the system is zeroed first. Larger blocks, of which
+    a few would leave holes as large as a model, are still mapped and unmapped.
     """
+    _set_allocator({M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: -1})  # -1: never
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc's allocator return every freed block to the system at once.
+
+    So the memory of a process is that of its live tensors, to compare with predictions. It is slow.
+    """
+    _set_allocator({M_MMAP_THRESHOLD: 2**16})
+
+
+def _set_allocator(options: dict[int, int]) -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other C libraries have no such setting
-        libc.mallopt(M_MMAP_THRESHOLD, from_bytes)
+    if hasattr(libc, "mallopt"):  # other C libraries have no such settings
+        for option, value in options.items():
+            libc.mallopt(option, value)

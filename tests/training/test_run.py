@@ -15,6 +15,7 @@ from nanovlm.data.records import read_records
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
+from nanovlm.training import run as run_module
 from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.presets import load_settings
 from nanovlm.training.run import _split, run_stage
@@ -126,6 +127,17 @@ def test_one_loader_brings_images_to_encode_batches_to_train_on_and_to_validate(
     assert started == [("_Images", 1), *usable, *training, *two_validations]
     for line, expected in zip(metrics(run), metrics(finished), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_the_allocator_is_set_before_the_model_is_allocated(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run_module, "reuse_freed_memory", lambda: calls.append("allocator"))
+    build = run_module.build_model
+    monkeypatch.setattr(
+        run_module, "build_model", lambda settings: (calls.append("model"), build(settings))[1]
+    )
+    tiny.train(tmp_path / "run", max_steps=1)
+    assert calls == ["allocator", "model"]
 
 
 TILES = {

@@ -105,7 +105,6 @@ def test_deterministic_sets_all_that_pytorch_offers(any_algorithms, monkeypatch)
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
 def test_cudas_allocator_maps_pages_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     for given in ("", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -116,6 +115,17 @@ def test_cudas_allocator_maps_pages_unless_the_user_says_otherwise(monkeypatch):
         assert os.environ == {**environment, **changed}
 
 
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator"
+)
+
+
+def in_a_process(code: str, choice: str) -> float:
+    command = [sys.executable, "-c", code, choice]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@glibc
 def test_freed_memory_between_blocks_that_stay_is_given_back():
     code = """
 import sys
@@ -134,9 +144,29 @@ del blocks[::2]
 print(before - resident())
 """
 
-    def freed(choice: str) -> float:
-        command = [sys.executable, "-c", code, choice]
-        return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-
-    kept, returned = freed("keep"), freed("give back")
+    kept, returned = in_a_process(code, "keep"), in_a_process(code, "give back")
     assert kept < 10 and returned > 45
+
+
+@glibc
+def test_a_step_gets_the_memory_that_the_last_one_freed_and_no_new_pages():
+    code = """
+import resource
+import sys
+import torch
+from nanovlm.utils.device import give_back_freed_memory, reuse_freed_memory
+
+def step():
+    activations = [torch.ones(2**20) for _ in range(100)]  # 4 MB each
+    while activations:  # the last one first, as a backward pass does
+        activations.pop()
+
+reuse_freed_memory() if sys.argv[1] == "reuse" else give_back_freed_memory()
+step()
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 1e6)
+"""
+    anew, reused = in_a_process(code, "give back"), in_a_process(code, "reuse")
+    assert anew > 200 and reused < 20  # MB
