@@ -11,8 +11,7 @@ All flags of train_stage1.py and train_stage2.py are accepted. --vision-encoder 
 take a folder, of which only config.json is read, or the name of a published shape. GB are 10⁹
 bytes. With --gpu, the peak plus 5 % for the allocator's holes and 0.6 GB for the CUDA context is
 compared with the card's memory. On a CPU, add what the tokenizer and the records take. There a run
-also keeps holes between its tensors, up to half as much again, unless --checkpointing asks it to
-save memory.
+also keeps freed blocks for its next step, which leave holes of about a tenth as much again.
 """
 
 import argparse
