@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,10 @@ class Row:
     task: str
     title: str
     unit: str
+
+    def best(self, figures: Iterable[float]) -> float:
+        """The one that other programs on the machine disturbed least."""
+        return max(figures) if self.unit.endswith("/s") else min(figures)
 
     def ratio(self, figure: float, other: float) -> float:
         """Above 1 where `figure` is better than `other`."""
