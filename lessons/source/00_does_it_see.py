@@ -70,7 +70,7 @@ draw.strip("image", "answer")
 # %% [markdown] tags=["zh"]
 # ## 一、问几句
 #
-# 载入模型，把图和问题放进一段对话，让它写回答。函数 `ask` 做的就是这三步，一次最多 64 题。
+# 载入模型，把图和问题放进一段对话，让它写回答。函数 `ask` 分三步：`prepare` 把问题变成编号，把图变成像素，备成一个批次（第 05 课）；`generate` 一个 token 一个 token 地续写，最多 40 个（第 10 课）；`decode` 把编号变回文字。token 是模型读写文字的单位，一个 token 常常是一个词（第 04 课）。一次最多 64 题，多了就分几批。
 
 # %% [markdown] tags=["en"]
 # ## 1. Ask
@@ -103,13 +103,15 @@ draw.picture(axes, image)
 draw.show(made, "scene.png travels through all lessons")
 
 # %% [markdown] tags=["zh"]
-# 它有不到三百万个参数，分成三个零件：**视觉编码器**（vision encoder）把图变成 64 个向量，**投影层**（projector）把它们变成语言模型收得下的 64 个视觉 token，**语言模型**（language model）把这些 token 和问题排成一队，一个字一个字地续写。第 01 到 03 课讲第一个零件，第 08 课讲第二个，第 04 到 07 课讲第三个，第 09、10 课把三个合起来。现在还不需要懂任何一个。
+# 它有不到三百万个参数，分成三个零件：**视觉编码器**（vision encoder）把图变成 64 个向量，**投影层**（projector）把它们变成语言模型收得下的 64 个视觉 token，**语言模型**（language model）把这些 token 和问题排成一队，接着往下写。第 01 到 03 课讲第一个零件，第 08 课讲第二个，第 04 到 07 课讲第三个，第 09、10 课把三个合起来。现在还不需要懂任何一个。
 #
-# 那么，它在看图吗？几句答对的话还不能说明什么。三个物体、红色圆环，也可能是它最爱说的。要回答这个问题，得出一张卷子，再想办法把图**拿走**。
+# 那么，它在看图吗？几句答对的话还不能说明什么。三个物体、红色圆环，也许只是它最爱说的。要弄清楚，先要有一张卷子，再想办法把图**拿走**。
 #
 # ## 二、一张卷子
 #
-# 玩具世界能画出无穷多的场景，并且知道每道题唯一的正确答案。画 40 个模型没见过的场景，每个场景几道短题（不含描述）：
+# 玩具世界能画出无穷多的场景，并且知道每道题唯一的正确答案。画 40 个模型没见过的场景，每个场景几道短题。不用「描述图片」来考：一句描述里有好几处可对可错，短题只有对和错。
+#
+# 判分用**完全正确率**（exact match）：回答与标准答案一致才算对，大小写和句尾的标点不计（第 17 课）。
 
 # %% [markdown] tags=["en"]
 # It has fewer than three million parameters, in three parts. The **vision encoder** turns the image into 64 vectors, the **projector** turns these into 64 visual tokens that a language model can take, and the **language model** lines them up with the question and continues the text, token by token. Lessons 01 to 03 are about the first part, 08 about the second, 04 to 07 about the third, and 09 and 10 put all three together. None of it is needed today.
@@ -153,7 +155,7 @@ print(f"with the image: {results['with the image'].mean():.1%} right")
 #
 # ## 三、把图拿走
 #
-# **置空对照**（blind control）：问题不变，图换成一片灰。送进模型的像素是归一化过的，0 就是中间的灰色：
+# **置空对照**（blind control）：问题不变，图换成一片灰。送进模型的像素是归一化过的，范围从 −1 到 1（第 01 课），0 就是中间的灰色：
 
 # %% [markdown] tags=["en"]
 # A high score. But if most questions could be answered without looking, it would be worth little.
@@ -172,9 +174,9 @@ for number in (0, 60, 120):
     print(f"{asked[number]}  →  {blind[number]}")
 
 # %% [markdown] tags=["zh"]
-# 这就是开头那个问题的答案。看看它的回答：**看不见图，它照样一本正经地回答**，没有一句“我看不见”。答对的那些，是因为问题本身就透露了答案：“左边还是右边”只有两种可能，“有没有”也是。
+# 这就是开头那个问题的答案：三成多，不是零。看看它的回答：**看不见图，它照样一本正经地回答**，没有一句「我看不见」。答对的那些多半是蒙的，因为问题本身就把答案限定在几种里：「左边还是右边」只有两种可能，「有没有」也是。
 #
-# 灰图有一个毛病：训练时从没出现过，模型可能因为意外而失常。所以还有第二种，**打乱对照**（shuffled control）：每道题配上**别的场景**的图，图都是正常的图，只是不对题。
+# 灰图有一个毛病：训练时从没出现过，模型可能因为意外而失常，分数低也许只是这个缘故。所以还有第二种，**打乱对照**（shuffled control）：每道题配上**别的场景**的图。图都是正常的图，只是不对题。
 
 # %% [markdown] tags=["en"]
 # That is the answer to the question at the top. Look at what it says: **without an image it answers as confidently as before**, and never "I cannot see". What it gets right, the question gave away: "left or right" has two possible answers, and so has "is there".
@@ -190,7 +192,9 @@ results["shuffled"] = score(shuffled)
 print(len(scenes), "scenes; shuffled:", f"{results['shuffled'].mean():.1%} right")
 
 # %% [markdown] tags=["zh"]
-# 最后一个对照根本不用模型：**最佳猜测**。把训练题里的颜色和形状抹掉，只留问法；每种问法猜训练题里最常见的答案。问“甲和乙，哪个……”时，就猜“前一个”或“后一个”。
+# 两种对照的分数很接近，可见灰图并没有让模型失常。
+#
+# 最后一个对照根本不用模型：**最佳猜测**。它回答的是：单凭问法能得多少分？把训练题里的颜色和形状抹掉，只留问法；每种问法猜训练题里最常见的答案。问「甲和乙，哪个……」时，就猜「前一个」或「后一个」。
 
 # %% [markdown] tags=["en"]
 # The last control needs no model at all: the **best guess**. Take the colours and shapes out of training questions, so that only the wording is left, and for each wording guess the most common answer. Where a question asks "which one, A or B?", the guess is "the first" or "the second".
@@ -233,13 +237,13 @@ axes[1].legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 
 draw.show(made, "Four bars tell whether it sees")
 
 # %% [markdown] tags=["zh"]
-# 看左图。三根对照的柱子都矮，那是**地板**；第一根高出地板的部分，才是从图里来的。三根柱子之间差几个百分点不必当真：两百多道题，换一批就会差这么多（第 17 课算给你看）。右图按题型分开：二选一的题（左右、上下、大小、有没有），置空也有一半左右；颜色、形状这类有八种可能的题，置空就差得多。
+# 看左图。三根对照的柱子都矮，那是**地板**；第一根高出地板的部分，才是从图里来的。三根柱子之间差几个百分点不必当真：两百多道题，换一批就会差这么多（第 17 课算给你看）。右图按题型分开：二选一的题（左右、上下、大小、有没有），置空也有一半左右；「有几个」（count）有四种可能，置空约为四分之一；颜色和形状各有八种，`what` 要两样都说对，置空几乎全错。
 #
-# 所以只报一个数是不够的。“准确率六成”可能是真本领，也可能全是猜的：在一张全是二选一的卷子上，闭着眼睛就有五成。以后每一次训练，都把两个数放在一起看：看图的，和置空的。
+# 所以只报一个数是不够的。「准确率六成」可能是真本领，也可能几乎全是猜的：在一张全是二选一的卷子上，闭着眼睛就有五成。以后每一次训练，都把两个数放在一起看：看图的，和置空的。
 #
 # ## 四、故意弄坏：投影层是随机的
 #
-# 图片要穿过一座小小的桥才能到语言模型那里，叫投影层（第 08 课）。把桥换成随机的，会报错吗？
+# 图片要经过投影层才能到语言模型那里（第 08 课）。把投影层的权重换成随机数，会报错吗？用前 96 题，试三个种子：
 
 # %% [markdown] tags=["en"]
 # Look at the left. The three controls are low: that is the **floor**, and only what rises above it comes from the image. Some points between the three mean nothing: with two hundred questions, another set would differ by as much (lesson 17 computes it). On the right, by kind of question: where there are two possible answers (left or right, above or below, larger or smaller, is there), blind gets about half; where there are eight, as with colours and shapes, it gets much less.
@@ -260,11 +264,11 @@ for seed in range(3):
 model.projector = kept
 
 # %% [markdown] tags=["zh"]
-# 没有报错，句子通顺，语法无误，分数回到地板。**流利不是看见的证据。** 一个语言模型不需要眼睛也能说得头头是道，所以光读几个回答发现不了这种故障，对照一做就露馅。
+# 没有报错，句子通顺，语法无误，分数回到地板。看打印的几个回答：问颜色就答颜色，问左右就答左右，只是与图无关。**流利不是看见的证据。** 一个语言模型不需要眼睛也能说得头头是道，所以光读几个回答发现不了这种故障，做一次对照就看得出来：看图和不看图的分数一样高。
 #
 # ## 五、与库代码核对
 #
-# 库里的 `answer_records` 有同样两种对照，`python -m nanovlm.evaluation --control blind` 用的就是它。它从文件读图，所以先把前 48 题的图存下来。两边的回答应当一字不差；像素也要相同，容差为 0：PNG 不丢信息。
+# 库里的 `answer_records` 有同样两种对照，`python -m nanovlm.evaluation --control blind` 用的就是它。核对是为了确认：上面亲手写的考试，和以后训练时自动跑的评测，是同一回事。`answer_records` 从文件读图，所以先把前 48 题的图存下来。两边的回答应当一字不差；像素也要相同，容差为 0：PNG 不丢信息。
 
 # %% [markdown] tags=["en"]
 # Nothing complains. The sentences are fluent, the grammar is right, and the score is back on the floor. **Fluency is no evidence of seeing.** A language model talks well without eyes, so reading a few answers does not reveal such a fault. A control does at once.
@@ -293,7 +297,7 @@ print("48 blind answers equal the package's; no image of the shuffled control st
 # %% [markdown] tags=["zh"]
 # ## 六、改一改图
 #
-# 对照说明“没有图不行”。反过来还可以问：**只改图里的一样东西，回答会不会只改那一处？** 把圆环的像素涂成别的颜色，其余一个像素也不动：
+# 对照说明「没有图不行」。反过来还可以问：**只改图里的一样东西，回答会不会只改那一处？** 把圆环的像素涂成别的颜色，其余一个像素也不动。怎样找到圆环的像素？图里只有它红得多，绿和蓝都少，比一比三个通道就行。第一张涂的仍是红色，用作对照。
 
 # %% [markdown] tags=["en"]
 # ## 6. Change the image
@@ -315,7 +319,7 @@ for axis, picture, answer in zip(axes, painted, answers):
 draw.show(made, f"{int(ring.sum())} pixels change, and the answer to 圆环是什么颜色的？ follows")
 
 # %% [markdown] tags=["zh"]
-# 六张图只差这两百多个像素，回答跟着变。这是最强的一种证据：因为我们**动了原因，看见了结果**，而不只是看到两样东西一起出现。
+# 六张图只差这两百多个像素，回答跟着变。这是最强的一种证据：我们**动了原因，看见了结果**，而不只是看到两样东西一起出现。
 #
 # 那么它是怎么做到的？像素怎样变成向量，向量怎样混进一句话里，语言模型又怎样一个 token 一个 token 地写出回答？从第 01 课开始，一站一站走。
 #

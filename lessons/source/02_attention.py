@@ -180,7 +180,7 @@ for axis, values, title in zip(axes, (scores, table.clamp(max=0.4)), ("scores", 
 draw.show(made, "All of attention in one table; framed, the row of patch 21")
 
 # %% [markdown] tags=["zh"]
-# 深色的斜线，是每个 token 都在看与自己相隔固定距离的位置：主对角线是自己，往左平移 8 格是正上方的图块。深色的竖条则是许多 token 都在看的那个图块。右表每一行加起来都是 1。写成公式，Q、K、V 就是代码里的 `queries`、`keys`、`values`：
+# 深色的斜线，是每个 token 都在看与自己相隔固定距离的位置：主对角线是自己，往左平移 8 格是正上方的图块。一小段深色的竖条，则是好几个 token 都在看的同一个图块。右表每一行加起来都是 1；大于 0.4 的权重画成 0.4，免得几个最大的盖过其余。写成公式，Q、K、V 就是代码里的 `queries`、`keys`、`values`：
 #
 # > **softmax(Q Kᵀ / √D) · V**
 #

@@ -86,7 +86,7 @@ draw.show(made, "Four characters, twelve bytes (in hexadecimal)")
 # %% [markdown] tags=["zh"]
 # 一个汉字三个字节，一个英文字母一个，表情符号四个。看二进制的开头就知道一个字节在字里的位置：`0` 开头自成一字；`110`、`1110`、`11110` 开头是两、三、四字节字的首字节；`10` 开头是后续字节，不能单独成字。
 #
-# 用字节做 token 的坏处是序列太长：注意力的计算量随长度的平方增长，中文又比英文吃亏三倍。所以要把常在一起的字节合并起来。
+# 用字节做 token 的坏处是序列太长：一个汉字就占三个位置，而注意力的计算量随长度的平方增长。所以要把常在一起的字节合并起来。
 #
 # ## 二、合并
 #
@@ -171,7 +171,7 @@ print(len(vocabulary), "tokens;", len(partial), "merged ones begin or end inside
 #
 # ## 三、编码
 #
-# 给一段新文字编码，就是把学到的合并按**学会的先后**重放一遍：在所有相邻的对里，先合并排名最靠前的。
+# 给一段新文字编码，就是把学到的合并按**学会的先后**重放一遍：在所有相邻的对里，先合并排名最靠前的。后学会的合并建立在先学会的结果上，例如先有 `e8 89`，才有「色」；照同样的次序来，才能切出训练时的样子。
 
 # %% [markdown] tags=["en"]
 # The first things learned are not characters but parts of them: `e8 89` are the first two bytes of 色, and the third makes it whole. Merging sees bytes and knows no borders of characters, so quite a few tokens remain that begin or end inside one. Later tokens get longer, and at the end whole questions are one token: 有多少个物体？ is "how many objects are there?".
@@ -237,7 +237,7 @@ for way in (encode, encode_longest):
 # %% [markdown] tags=["zh"]
 # 两种切法解码出来是同样的文字，所以「编码再解码，看是否还原」这种测试发现不了。但编号不同，而模型训练时只见过其中一种；第七节会看到后果。
 #
-# 合并学多少次合适？量一量每个 token 平均装下几个字节：
+# 合并学多少次合适？量一量每个 token 平均装下几个字节；数越大，同样的文字占的位置越少。三种文字：学过的语料、新的问答、与玩具世界无关的三句话。
 
 # %% [markdown] tags=["en"]
 # Both decode to the same text, so the usual test, encode and decode and compare, does not notice. But the ids differ, and in training the model saw only one of the two. Section 7 shows what comes of it.
@@ -267,7 +267,7 @@ axis.set_ylim(bottom=0)
 draw.show(made, "A vocabulary is short on what it was learned from, and only there")
 
 # %% [markdown] tags=["zh"]
-# 红线几乎不动：这个词表只对玩具世界划算。所以真实模型的词表用海量、多语言的文字来学，也大得多：Qwen2.5 的有 151,936 行。大词表让序列变短，代价是嵌入表变大：151,936 × 896（0.5B 模型的宽度）约 1.36 亿个参数，而这里只有 640 × 192 约 12 万个。
+# 绿线和蓝线一路上升，红线几乎不动：这个词表只对玩具世界划算。所以真实模型的词表用海量、多语言的文字来学，也大得多：Qwen2.5 的有 151,936 行。大词表让序列变短，代价是嵌入表变大：151,936 × 896（0.5B 模型的宽度）约 1.36 亿个参数，而这里只有 640 × 192 约 12 万个。
 #
 # ## 四、与库代码核对
 #
@@ -291,7 +291,7 @@ for line in corpus + unseen + elsewhere + ["🙂 naïve €5"]:
 print("equal on", len(corpus + unseen) + 4, "lines, such as", theirs.encode("图中有一只猫"))
 
 # %% [markdown] tags=["zh"]
-# 还差一步：真实的分词器先用一条正则表达式把文字切成「词」，合并不跨越词的边界。否则就会像我们这样学出 `形的右边吗？` 甚至整句的 token，标点和词粘在一起。下面先打印我们最长的几个，再看 Qwen 怎样切：
+# 还差一步：真实的分词器先用一条正则表达式把文字切成「词」，合并不跨越词的边界。否则就会像我们这样学出 `形的右边吗？` 甚至整句的 token，标点和词粘在一起。下面先打印我们最长的几个，再看 Qwen 怎样切。在 Qwen 的结果里留意两处：数字一位一切；`。What` 连在一起，因为它的正则允许一个词前面带一个标点或空格。
 
 # %% [markdown] tags=["en"]
 # One step is missing. Real tokenizers first cut a text into "words" with a regular expression, and no merge crosses a border. Otherwise tokens come out as ours did, `形。` and whole sentences, with punctuation glued to words.
@@ -360,7 +360,7 @@ for line, split in shown.items():
 # %% [markdown] tags=["zh"]
 # 「红色」和「圆环」这样的颜色和形状是分开的两个 token，从不合成「红色圆环」。这是训练词表时特意加的边界：模型要能说出训练里没见过的颜色与形状的组合。**词表怎么切，也是模型设计的一部分。**
 #
-# 现在可以回答第一组问题了。按列读：字节什么都能写，但最长；自己的 BPE 在玩具世界的句子上很短；自带的词表在那里也短，遇到一句写春天的话就同样没有办法：42 个字节，要花 29 和 34 个 token。
+# 现在可以回答第一组问题了。先看第一行：「描述图片」是 4 个字、12 个字节，自己的 BPE 和自带的词表都只要 1 个 token。再按列读：字节什么都能写，但最长；自己的 BPE 在玩具世界的句子上很短；自带的词表在那里也短，遇到一句写春天的话就同样没有办法：42 个字节，要花 29 和 34 个 token。
 
 # %% [markdown] tags=["en"]
 # A colour and a shape, such as 红色 (red) and 圆环 (ring), are always two tokens and never one 红色圆环. These borders were added on purpose when the vocabulary was made, because the model has to name pairs of colour and shape that it never saw in training. **How the text is cut is part of the model's design.**
