@@ -132,7 +132,7 @@ for number, patch in enumerate(patches[0]):
 draw.show(made, "64 patches, in the order in which the model reads them")
 
 # %% [markdown] tags=["zh"]
-# 图块 5、6、13、14 附近是五角星；图块的编号就是它在序列里的位置，**位置信息此刻只存在于顺序之中**。
+# 图块 5、6、13、14 附近是五角星。编号除以 8，商是行，余数是列：13 号在第 1 行第 5 列。图块的编号就是它在序列里的位置，**位置信息此刻只存在于顺序之中**。
 #
 # 循环可以换成三步张量运算，一步一步地看形状：
 #
@@ -220,11 +220,11 @@ for number in range(16):
 draw.show(made, "Patches 16 to 31: right (above), a bare reshape (below)")
 
 # %% [markdown] tags=["zh"]
-# 图的下面一行，每个「图块」其实是同一个颜色通道里 192 个相邻的数，也就是连着的三行像素：`reshape` 只按内存里的顺序切段，而内存里先放完一整个颜色通道，才轮到下一个。于是它把三行像素分别当成了一个图块的红、绿、蓝。训练照样能跑，损失也会下降，只是模型拿到的是一堆碎条。最省事的检查办法就是上面这样：切完之后把图块画出来看一眼。上面一行认得出五角星的中段和圆环的上沿，下面一行只有横条。
+# 图的下面一行，每个「图块」其实是同一个颜色通道里 192 个相邻的数，也就是连着的三行像素：`reshape` 只按内存里的顺序切段，而内存里先放完一整个颜色通道，才轮到下一个。于是它把三行像素分别当成了一个图块的红、绿、蓝。训练照样能跑，损失也会下降，只是模型拿到的是一堆碎条。最省事的检查办法就是上面这样：切完之后，把图块画出来看一眼再往下走。上面一行认得出五角星的中段和圆环的上沿，下面一行只有横条。
 #
 # ## 五、与库代码核对
 #
-# `nanovlm` 里做同一件事的是 `preprocess` 和视觉编码器的 `patch_embedding`。两边用同样的文件、同样的权重。容差取 1e-5：卷积与矩阵乘法的求和顺序不同，`float32` 在最后几位会有差别。
+# `nanovlm` 里做同一件事的是 `preprocess` 和视觉编码器的 `patch_embedding`。两边用同样的文件、同样的权重。容差取 1e-5：卷积与矩阵乘法的求和顺序不同，`float32` 在最后几位会有差别。像素的容差更小，取 1e-6：两边只做了除以 255、减均值、除以标准差这三步。
 
 # %% [markdown] tags=["en"]
 # The lower "patches" are runs of neighbouring red values: `reshape` cuts the numbers in their order, and there one whole colour comes before the next. Training would run, and the loss would fall. The model would never see well.

@@ -90,7 +90,7 @@ draw.show(made, "Four characters, twelve bytes (in hexadecimal)")
 #
 # ## 二、合并
 #
-# 字节对编码（byte-pair encoding, BPE）的训练只有一句话：**数一数哪两个相邻的 token 出现得最多，把它们合成一个新 token，重复。** 语料用玩具世界的 40 个场景的问答，中英都有。
+# 字节对编码（byte-pair encoding, BPE）的训练只有一句话：**数一数哪两个相邻的 token 出现得最多，把它们合成一个新 token，重复。** 语料用玩具世界的 40 个场景的问答，中英都有。先写合并一对 token 的 `merge`，再写 `learn`：数所有相邻的对，取最多的一对，合并，记下来，回到开头。
 
 # %% [markdown] tags=["en"]
 # A Chinese character takes three bytes, an English letter one, an emoji four. The first bits tell a byte's role: `0` stands alone; `110`, `1110` and `11110` begin a character of two, three and four bytes; `10` continues one and means nothing alone.
@@ -309,7 +309,7 @@ print(
 # %% [markdown] tags=["zh"]
 # ## 五、SentencePiece
 #
-# 模型自带的词表是另一个家族：SentencePiece（LLaMA 一系）。合并的办法相同，起点不同：**从字符开始**，空格写成 `▁`，词表里没有的字符才退回字节。词表一共 640 个：6 个特殊 token，256 个字节，378 个片段。
+# 模型自带的词表是另一个家族：SentencePiece（LLaMA 一系）。合并的办法与第二节相同，起点不同：**从字符开始**，空格写成 `▁`，词表里没有的字符才退回字节。词表一共 640 个：6 个特殊 token，256 个字节，378 个片段。
 
 # %% [markdown] tags=["en"]
 # ## 5. SentencePiece
@@ -377,7 +377,7 @@ for line in (text, "Describe the picture.", "图中有一只猫", elsewhere[1], 
 # %% [markdown] tags=["zh"]
 # ## 六、故意弄坏：半个字
 #
-# 生成时 token 一个一个地来。如果来一个就解码一个，会怎样？
+# 生成时 token 一个一个地来。如果来一个就解码一个，会怎样？「图中有一只猫」是 8 个 token：前两个是完整的字，后六个各是一个字节。
 
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose: half a character
@@ -460,7 +460,7 @@ draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 # %% [markdown] tags=["zh"]
 # 文字一模一样，回答却变了。看打印的这张图：切成「描述」「图片」两个词，模型改用英文作答；切成单字或字节，它就胡言乱语。16 张图合起来，用中文说对的物体从 100% 掉到 28% 至 38%。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个问题，甚至是从没见过的东西。
 #
-# 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字。
+# 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字：同一句话，两边各编一次，应当一个不差。
 
 # %% [markdown] tags=["en"]
 # The text is the same, and the answers change. Cut into two words, the question gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.

@@ -76,7 +76,7 @@ special = tokenizer.special_tokens
 print("special tokens:", special)
 
 # %% [markdown] tags=["zh"]
-# 词表里有几个**特殊 token**，它们不是文字，而是写在文字外面的记号：`<user>` 和 `<assistant>` 开始一轮，`</s>` 结束一轮，`<image>` 是占位 token（placeholder），一张图占 K 个，以后由 K 个视觉 token 顶替（第 09 课）。
+# 词表里有几个**特殊 token**，它们不是文字，而是写在文字外面的记号：`<user>` 和 `<assistant>` 开始一轮，`</s>` 结束一轮，`<image>` 是占位 token（placeholder），一张图占 K 个，以后由 K 个视觉 token 顶替（第 09 课）。为什么要占满 K 个，而不是只写一个？这样序列的长度、每个 token 的位置，在分词时就定下来了。
 #
 # 怎样用它们写出对话，叫做**对话模板**（chat template）。自带模型的模板最省：每轮只多花两个 token。最笨的写法是先拼成一整个字符串，再让分词器去认：
 
@@ -146,7 +146,7 @@ draw.show(made, "A user types the spelling of special tokens")
 # %% [markdown] tags=["zh"]
 # 图中上面一行里，红色的 `</s>`、`<assistant>`、`<user>` 各是**一个** id，与模板写出来的一模一样，模型没有办法分辨：助手似乎真的说过「一个」。训练时更糟：如果按 `<assistant>` 去找要学的部分，用户打的字就成了标准答案。
 #
-# 下面一行长得多，因为 `<`、`/`、`s`、`>` 被当作普通字符，一个一个地编码。规则只有一条：**特殊 token 只由程序按模板放进去，用户的文字永远只走 `encode`**，后者从不产生特殊 token。这也是为什么不能先拼字符串再分词。
+# 下面一行长得多，因为 `<`、`/`、`s`、`>` 被当作普通字符，一个一个地编码。规则只有一条：**特殊 token 只由程序按模板放进去，用户的文字永远只走 `encode`**，后者从不产生特殊 token。这也是为什么不能先拼字符串再分词。怎么发现自己的代码有没有这个洞？在用户的话里写上 `</s>`，数一数编出来的特殊 token：应当只有模板放进去的那几个。
 #
 # ## 三、分段编码，顺手写标签
 #
@@ -239,7 +239,7 @@ draw.show(made, "Green: the output here is trained. Below: what it has to predic
 # %% [markdown] tags=["zh"]
 # 和上一张图比，绿色整体左移了一格：第一个要学的位置是 `<assistant>`，它要预测答案的第一个 token；最后一个是「。」，它要预测 `</s>`。（图里略去了占位 token。）
 #
-# 算出损失：只有这 M = 22 个位置要过输出层（output head，把向量变成词表里每个 token 的分数，第 06 课）。自带模型已经会这道题了，所以每个 token 的损失很小。
+# 算出损失：答案有 21 个 token，加上 `</s>`，标签共 22 个。只有这 M = 22 个位置要过输出层（output head，把向量变成词表里每个 token 的分数，第 06 课）。自带模型已经会这道题了，所以每个 token 的损失很小。
 
 # %% [markdown] tags=["en"]
 # Against the last picture, the green has moved one box to the left. The first output to be trained is that of `<assistant>`, which has to predict the first token of the answer; the last is that of "。", which has to predict `</s>`. (The picture leaves out the placeholders.)
@@ -283,7 +283,7 @@ print("ids, labels, positions and the loss equal those of the package")
 # %% [markdown] tags=["zh"]
 # ## 六、错开 0 位、1 位、2 位
 #
-# 现在回答开头的问题。材料是 512 句随机场景的描述，只有文字，没有图片（物体只能靠猜，所以损失不会到零）。小模型有一层，隐藏宽度 64；损失用自然对数来算，所以图上的单位是 nat。模型的内部是下两课的事，这里只把它当作 `(B, T)` 的 id 进、`(B, T, V)` 的 logits 出。
+# 现在回答开头的问题。材料是 512 句随机场景的描述，只有文字，没有图片（物体只能靠猜，所以损失不会到零）。短的句子在右边填充：id 填 0，标签填 −100，不算损失。小模型有一层，隐藏宽度 64；损失用自然对数来算，所以图上的单位是 nat。模型的内部是下两课的事，这里只把它当作 `(B, T)` 的 id 进、`(B, T, V)` 的 logits 出。
 
 # %% [markdown] tags=["en"]
 # ## 6. Apart by 0, 1 and 2
@@ -340,7 +340,9 @@ axes.legend(frameon=False, loc="center right")
 draw.show(made, "Three seeds each: the lowest loss is the wrong one's")
 
 # %% [markdown] tags=["zh"]
-# 错开 0 位的模型赢了，损失几乎是零。那么让它写一句看看。提示都是 `<user>描述图片</s><assistant>`，每次取最可能的 token，最多写 24 个：
+# 错开 0 位的模型赢了，损失几乎是零。它的起点也比 ln 640 低：小模型的输出层和词嵌入表是同一个矩阵（第 06 课），还没训练，就已经偏向眼前的那个 token。
+#
+# 那么让它写一句看看。提示都是 `<user>描述图片</s><assistant>`，每次取最可能的 token，最多写 24 个：
 
 # %% [markdown] tags=["en"]
 # The model apart by 0 wins, with a loss of almost nothing. So let it write. The prompt is `<user>描述图片</s><assistant>` for all of them, the likeliest token is taken each time, 24 at most:
@@ -395,7 +397,7 @@ axes.set_xlabel("places by which the output lies before its label")
 draw.show(made, "The shipped model predicts the next token and nothing else")
 
 # %% [markdown] tags=["zh"]
-# 只有 +1 低，别处都在 17 上下，远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，这张图一秒钟就能画出来，最低的一根应当在 +1。
+# 只有 +1 低，别处都在 17 上下，远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，先画这张图，一秒钟就够：最低的一根应当在 +1，在别处就是错开了。
 #
 # ## 练习
 #

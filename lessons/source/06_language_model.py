@@ -125,7 +125,7 @@ draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equa
 #
 # ## 三、门控 MLP
 #
-# MLP 分别处理每个位置。第 03 课的 MLP 是「升维、GELU、降维」；这里升维升两次，一路经过 SiLU 当作**门**，和另一路逐个相乘，再降维（SwiGLU）。门接近零的维，另一路有什么都过不去。
+# MLP 分别处理每个位置。第 03 课的 MLP 是「升维、GELU、降维」；这里升维升两次，一路经过 SiLU 当作**门**，和另一路逐个相乘，再降维（SwiGLU）。SiLU 是 x · sigmoid(x)，形状和 GELU 差不多。门接近零的维，另一路有什么都过不去；而门是由输入自己算出来的，所以每个 token 打开的维不同。
 
 # %% [markdown] tags=["en"]
 # The middle stretch is visual tokens, of size 2 to 6; words are at both ends, of size 0.1 to 0.2. They differ about 20-fold. Nothing obliges the projector to match them, since every layer begins by normalising.
@@ -153,7 +153,7 @@ class GatedMLP(nn.Module):
 # %% [markdown] tags=["zh"]
 # ## 四、因果掩码，和它的坏法
 #
-# 第 05 课说过，位置 t 的输出要预测 t + 1。训练时整句话一次送进去，注意力若不加限制，位置 t 就能直接看到 t + 1，也就是答案。因果掩码（causal mask）规定：只看自己和前面。做法是在 softmax **之前**给不许看的分数**加** −∞，`exp(−∞) = 0`，权重就是零。
+# 第 05 课说过，位置 t 的输出要预测 t + 1。训练时整句话一次送进去，注意力若不加限制，位置 t 就能直接看到 t + 1，也就是答案。因果掩码（causal mask）规定：只看自己和前面。这样一次前向就有 T 道预测题，每道题都只看得到该看的部分。做法是在 softmax **之前**给不许看的分数**加** −∞，`exp(−∞) = 0`，权重就是零。
 #
 # 下面先做对，再做一个看上去差不多的：把不许看的分数**乘**以 0。
 
@@ -194,7 +194,7 @@ for name, weights in (("−∞ added", added), ("times 0", multiplied)):
 # %% [markdown] tags=["zh"]
 # ## 五、层与残差流
 #
-# 一层（block）有两步，每一步都是「归一化、计算、**加回去**」。输入本身不被替换，只被加上一点东西；它从第一层一路流到最后，叫做残差流（residual stream）。各层不过是从流里读，再往流里写。
+# 一层（block）有两步，每一步都是「归一化、计算、**加回去**」。输入本身不被替换，只被加上一点东西；它从第一层一路流到最后，叫做残差流（residual stream）。反向传播时，梯度也沿着这条「加」的路原样传回最早的层，不会一层一层地变小。各层不过是从流里读，再往流里写。
 #
 # 注意力是第 02 课的，拿来就用；`rotary` 是第 07 课的内容，这里先当作「告诉注意力各个位置在哪里」。
 

@@ -83,6 +83,8 @@ print("largest difference after the shuffle:", f"{(outputs[0] - outputs[1]).abs(
 # %% [markdown] tags=["zh"]
 # 差别只在最后一位：「红色圆环、蓝色五角星」和「蓝色圆环、红色五角星」对它是同一袋 token。位置要另外告诉它。
 #
+# 第 03 课的办法是学一张位置表，加在向量上。它有两个缺点：表以外的位置没有向量；「相隔 3 个」在开头和在末尾是两回事，要分别去学。下面的办法把「相隔几个」直接写进内积。
+#
 # ## 二、转一对数
 #
 # 办法是**转**。把向量里的两个数看成平面上的一支箭头，位置每加 1，就多转一个固定的角度。两支箭头的内积只看长度和夹角，所以一起多转几圈也不变，变的只有两者位置之**差**。
@@ -115,9 +117,15 @@ axes[1].set(xlabel="position of the key", ylabel="position of the query")
 draw.show(made, "Along each diagonal one number: only the difference counts")
 
 # %% [markdown] tags=["zh"]
+# 右边的表里，同一条对角线上的数都相同：第 0 行第 2 列和第 5 行第 7 列都是 0.54，因为相隔都是 2。写成式子，查询在位置 m、键在位置 n，两支箭头原来的夹角是 a，每个位置转 ω，那么
+#
+# > 转过之后的内积 = 两者长度之积 × cos(a + (m − n) ω)
+#
+# m 和 n 只以差的形式出现。
+#
 # ## 三、24 对数，24 种转速
 #
-# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。
+# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。最慢的一对有多慢，由底数 `rope_theta` 决定：底数越大，转得越慢，分得清的距离越远。长文本的模型常把它调大，例如 Qwen2.5 用 1,000,000。
 
 # %% [markdown] tags=["en"]
 # ## 3. 24 pairs, 24 speeds
@@ -174,7 +182,7 @@ print("all at once:", rotate(one, torch.tensor([5]))[0, 0, 0, [3, 27]])
 #
 # 自带模型有 4 个查询头，却只有 2 个键头和值头：相邻两个查询头共用一个（第 02 课）。这样做是为了推理：KV 缓存只存键和值，头数减半，缓存也减半（第 10 课）。旋转只作用于查询和键；**值不转**，取出来的内容不该随位置变样。
 #
-# 下面是整个注意力，按自带权重的名字写：
+# 下面是整个注意力，按自带权重的名字写。留意形状：查询是 `(1, 4, T, 48)`，键和值是 `(1, 2, T, 48)`，要各重复一次，才和查询的 4 个头对得上；先转再重复，可以少转一半。
 
 # %% [markdown] tags=["en"]
 # ## 4. Into a block: grouped queries
@@ -213,7 +221,7 @@ def run(embeddings, positions, rotation=rotate):
 
 
 # %% [markdown] tags=["zh"]
-# 老规矩，同一张图、同一个问题。先看一眼旋转之后的头喜欢什么**距离**：固定第一层里一个 token 的查询和键，让查询站在不同的位置上，分数随距离变化。
+# 老规矩，同一张图、同一个问题。先看一眼旋转之后的头喜欢什么**距离**：固定第一层里一个 token 的查询和键，让查询站在不同的位置上，分数随距离变化。看图时先找每条线的最高点，那是这个头最喜欢的距离。
 
 # %% [markdown] tags=["en"]
 # The same image and question as ever. First a look at which **distance** a rotated head likes: take query and key of one token in the first block, let the query stand at different positions, and watch the score change with the distance.
@@ -283,7 +291,7 @@ for name, given in (("halves", logits), ("neighbours", wrong), ("no rotation", w
 print("difference at positions 0, 1, 2, 70:", (logits - wrong).abs().amax(dim=1)[[0, 1, 2, 70]])
 
 # %% [markdown] tags=["zh"]
-# 打印的是在标准答案的每个位置上最可能的下一个 token。形状全对，不报任何错；位置 0 的角度是零，两种配法在那里**完全相同**，越往后差得越多。所以这种错的样子是：开头像话，后面胡说。
+# 打印的是在标准答案的每个位置上最可能的下一个 token。形状全对，不报任何错；位置 0 的角度是零，两种配法在那里**完全相同**，越往后差得越多。所以这种错的样子是：开头像话，后面胡说。完全不转也一样：词都认得，却分不清谁配谁、谁先谁后。
 #
 # ## 六、与库代码核对
 #
@@ -316,7 +324,7 @@ print("weights", tuple(weights.shape), " logits", tuple(logits.shape), " equal t
 # %% [markdown] tags=["zh"]
 # ## 七、只看距离，但距离要见过
 #
-# 现在回答开头的问题。48 个随机场景，各画一张图、问一个问题；「对」是指标准答案的每个 token 都是当时最可能的那个。
+# 现在回答开头的问题。48 个随机场景，各画一张图、问一个问题；「对」是指给定标准答案的前文，每个 token 都是最可能的那个；这样一次前向就能判完一题，不用逐个生成。
 
 # %% [markdown] tags=["en"]
 # ## 7. Only differences matter, up to those never seen
@@ -382,7 +390,7 @@ axes.legend(frameon=False, loc="lower left")
 draw.show(made, "A shift of everything is free; a distance never seen is not")
 
 # %% [markdown] tags=["zh"]
-# （括号里是每个 token 的损失。）所有位置一起加 1,000、加 100,000，对的一个也不少：token 之间的距离没变，注意力就看不出来。图片之后加一段空隙却不行，空隙越大错得越多。
+# （括号里是每个 token 的损失。）所有位置一起加 1,000、加 100,000，48 个一个也不少：token 之间的距离没变，注意力就看不出来。图片之后加一段空隙却不行，空隙越大错得越多：加 1,000 时只剩 24 个。
 #
 # 错在哪里？看后两条线：空隙只加在**快**的对上，几乎没有影响，它们反正转了很多圈，什么角度都见过；只加在**慢**的对上，和加在全部上差不多一样坏。慢的对在训练时从没转到过这么大的角度（第三节右图），权重不知道怎么读。这就是「**超出训练长度**」的意思：旋转编码在任何位置上都有定义，不等于在那里学过。
 #

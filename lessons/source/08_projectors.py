@@ -374,7 +374,7 @@ for name, projector in (("mlp", trained), ("resampler", resampler)):
     print(f"{name:9}  patch vectors in another order change its tokens by up to {change:.1e}")
 
 # %% [markdown] tags=["zh"]
-# 最后两行是关键的差别。MLP 的输出跟着图块一起换位置；重采样器的输出**根本不变**（1e-6 左右是舍入误差）。它是对一个集合求加权平均，看不到次序。「在哪里」只能靠图块向量自己带来：编码器早已把位置加进去了（第 03 课）。
+# 最后两行是关键的差别。MLP 的输出跟着图块一起换位置；重采样器的输出**根本不变**（4e-07 是舍入误差）。它是对一个集合求加权平均，看不到次序。「在哪里」只能靠图块向量自己带来：编码器早已把位置加进去了（第 03 课）。
 #
 # 五种投影层放在一起。左边是本模型的 8×8 网格，右边是 LLaVA-1.5 的 24×24：
 
@@ -486,7 +486,7 @@ draw.show(made, "What one matrix reads off, by number of tokens; a dot is one sp
 #
 # 有两处也许出乎意料：
 #
-# - **像素重排比平均还低。** 它一个数都没丢，按理不该更差。可是它的读出矩阵也大了 4 到 64 倍，450 张图不够把这么多数定下来。信息还在，代价转移到了学习上。真实的模型有上百万张图来学这个矩阵，所以这条线不能当作「像素重排不好」的证据。
+# - **像素重排比平均还低。** 它一个数都没丢，按理不该更差。可是它的读出矩阵也大了 4 到 64 倍，450 张图不够把这么多数定下来。信息还在，代价转移到了学习上：要定下来的数多了，需要的数据也多。真实的模型有上百万张图来学这个矩阵，所以这条线不能当作「像素重排不好」的证据。
 # - **训练好的 MLP（蓝色菱形）比编码器的原始输出高。** 投影层没有新的信息来源，却让信息更好读：训练把它调成了一个矩阵就能读懂的样子。
 #
 # 红线与绿线的差别，就是一个 `transpose` 的价钱：16 个 token 时 57% 对 58%，比三次划分之间的起伏还小；4 个时 46% 对 52%，才看得出来。在两端（64 和 1），两种写法是同一回事。
@@ -556,7 +556,7 @@ check("08.3", shuffle(patches, 2), merged)
 #
 # ## 到库里看看
 #
-# - [`nanovlm/model/projector.py`](../../nanovlm/model/projector.py)，`PROJECTORS` 与 `pixel_shuffle`：本课略去了网格不能整除时的报错，以及重采样器后面的残差 MLP，以及换到语言模型宽度的两个矩阵。
+# - [`nanovlm/model/projector.py`](../../nanovlm/model/projector.py)，`PROJECTORS` 与 `pixel_shuffle`：本课略去了网格不能整除时的报错，重采样器后面的残差 MLP，和换到语言模型宽度的两个矩阵。
 # - [`nanovlm/model/resampler.py`](../../nanovlm/model/resampler.py)，`CrossAttention` 与 `Resampler`：后者是 Qwen-VL 的版本，查询和键上还加了位置。
 #
 # 论文：Liu 等，2023，*Visual Instruction Tuning*（LLaVA），[arXiv:2304.08485](https://arxiv.org/abs/2304.08485)；Li 等，2023，*BLIP-2*，[arXiv:2301.12597](https://arxiv.org/abs/2301.12597)。

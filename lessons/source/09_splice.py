@@ -63,7 +63,7 @@ draw.strip("visual tokens", "sequence", "hidden states", "logits")
 # %% [markdown] tags=["zh"]
 # ## 一、给图片留座位
 #
-# 文字变成 id 时，图片的位置上写着 64 个一模一样的占位 token（placeholder），id 都是 2。它们只占座位。
+# 文字变成 id 时，图片的位置上写着 64 个一模一样的占位 token（placeholder），id 都是 2。它们只占座位。68 = 1 + 64 + 1 + 2：`<user>`、图片、问题，最后是 `</s>` 和 `<assistant>`。
 
 # %% [markdown] tags=["en"]
 # ## 1. Keeping seats for the image
@@ -141,7 +141,7 @@ draw.show(made, "Before, 64 equal rows; after, the image")
 # %% [markdown] tags=["zh"]
 # 左图里橙色的 64 根一样高：它们是嵌入表里同一行的 64 份拷贝，不含任何图片信息，马上就要被扔掉。右图里它们换成了视觉 token，每根都不同。
 #
-# 一个批次有许多行、许多图，循环太慢。库里的办法是把 `(B, T)` 拉平成一维，事先记下所有占位 token 在这一维里的下标 `image_positions`，叫**展平下标**（flat index），一次 `index_copy` 全部写好。
+# 一个批次有许多行、许多图，循环太慢。库里的办法是把 `(B, T)` 拉平成一维，事先记下所有占位 token 在这一维里的下标 `image_positions`，叫**展平下标**（flat index），一次 `index_copy` 全部写好。例如 T = 68 时，第 2 行第 5 列（都从 0 数起）的展平下标是 2 × 68 + 5 = 141。
 
 # %% [markdown] tags=["en"]
 # On the left, the 64 orange bars are equally high: 64 copies of one row of the table, which know nothing of the image and are about to be thrown away. On the right they are visual tokens, each one different.
@@ -164,7 +164,7 @@ print("loop = index_copy, to the last bit")
 # %% [markdown] tags=["zh"]
 # ## 三、整个模型，40 行
 #
-# 前面各课的零件现在都齐了。下面三格就是整个模型，除了线性层和 LayerNorm 借用已经装好权重的 `nn.Linear` 等，没有别的帮手。先是两个 Transformer 共用的注意力（第 02 课）：
+# 前面各课的零件现在都齐了。下面三格就是整个模型，除了线性层和 LayerNorm 借用已经装好权重的 `nn.Linear` 等，没有别的帮手。先是两个 Transformer 共用的注意力（第 02 课）。看图时不给 `rotary`，也就没有因果掩码，图块互相都看得见；读句子时给了 `rotary`，每个位置只看自己和前面：
 
 # %% [markdown] tags=["en"]
 # ## 3. The whole model in 40 lines
@@ -240,7 +240,7 @@ def read(x, language):  # (B, T, C_t) → (B, T, V)
 
 
 # %% [markdown] tags=["zh"]
-# 四步连起来，与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多：我们第一次写这一课时，以为编码器最后的 LayerNorm 总要做，而这由配置 `vision_norm` 决定，差别是 5.5，对例图的描述却照样正确。看答案发现不了这种错，比数字才行。
+# 四步连起来：看、投影、插入、读，一步一行，再与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多。我们第一次写这一课时，以为编码器最后的 LayerNorm 总要做，而这由配置 `vision_norm` 决定；logits 差了好几个单位，对例图的描述却照样正确。看答案发现不了这种错，比数字才行。
 
 # %% [markdown] tags=["en"]
 # The four steps in a row, compared with the package. The tolerance is 1e-3: over 8 blocks the differences of another summing order add up, in fact to about 1e-5. A real mistake is far larger. Our first draft of this lesson assumed that the encoder's last LayerNorm is always applied, while the setting `vision_norm` decides; the difference was 5.5, and the scene was still described correctly. Reading answers does not find such a mistake; comparing numbers does.
@@ -278,7 +278,7 @@ for place in (0, 1, 64, 65, 67):
     print(f"place {place:2} {texts[place]:12} {change[0, place].abs().max():8.4f}")
 
 # %% [markdown] tags=["zh"]
-# 第 0 个位置 `<user>` 在图片之前，变化正好是 0；问题和 `<assistant>` 在图片之后，都变了。反过来，**图片看不到问题**：问题排在后面，64 个视觉 token 经过语言模型各层时，并不知道你要问什么。所以同一张图问许多问题时，图片的那一段可以只算一次（第 10 课的缓存、第 16 课的打包都用到这一点）。
+# 第 0 个位置 `<user>` 在图片之前，变化正好是 0；第 1 个位置只看得到一个视觉 token，变得最少；问题和 `<assistant>` 在图片之后，都变了。反过来，**图片看不到问题**：问题排在后面，64 个视觉 token 经过语言模型各层时，并不知道你要问什么。所以同一张图问许多问题时，图片的那一段可以只算一次（第 10 课的缓存、第 16 课的打包都用到这一点）。
 #
 # ## 四、故意弄坏：多出来的一个向量
 #
@@ -320,7 +320,7 @@ axis.set(xlabel="seat of the image, 0 to 63", ylabel="row of the batch, 0 to 23"
 draw.show(made, "Red: a vector of the image in the row above")
 
 # %% [markdown] tags=["zh"]
-# 第 0 行只错开一位，第 23 行已经有 23 个座位坐着**上一张图**的向量。它们对答案有多大影响？写一个函数，把任意的视觉 token 插进去再生成。
+# `masked_scatter` 把 24 × 65 个向量排成一队，依次填进 24 × 64 个座位。第 0 行多出一个，挤进了第 1 行；第 1 行又多出一个，两个一起挤进第 2 行。所以第 0 行只错开一位，第 23 行已经有 23 个座位坐着**上一张图**的向量。它们对答案有多大影响？写一个函数，把任意的视觉 token 插进去再生成。
 
 # %% [markdown] tags=["en"]
 # Row 0 is off by one seat; in row 23, 23 seats hold vectors of **the image before**. What does that do to the answers? Write a function that splices in any visual tokens and generates.
@@ -343,7 +343,7 @@ changed = [row for row, (one, other) in enumerate(pairs) if one != other]
 print(f"{len(changed)} of 24 answers change, in rows {changed}")
 
 # %% [markdown] tags=["zh"]
-# 变了 10 个答案，都在第 8 行以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。这正是这类错误可怕的地方。
+# 变了 10 个答案，都在第 8 行及以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。可怕之处就在这里。
 #
 # 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数：
 
@@ -363,7 +363,7 @@ except NanoVLMError as error:
 # %% [markdown] tags=["zh"]
 # ## 五、对调
 #
-# 先做最直接的检查：两张图的视觉 token 互换座位，答案应当跟着换。
+# 先做最直接的检查：两张图的视觉 token 互换座位，答案应当跟着换。如果没有换，就说明模型根本没用到它们，后面的实验也不必做了。
 
 # %% [markdown] tags=["en"]
 # ## 5. Exchanges
@@ -378,7 +378,7 @@ for row in range(2):
     print(f"image {row}, its own tokens:  {before[row]}\n         the other's:     {after[row]}")
 
 # %% [markdown] tags=["zh"]
-# 现在做开头的实验。「对调上下」在像素上是交换前 32 行与后 32 行像素；在视觉 token 上，第 0 到 31 个来自上半部，第 32 到 63 个来自下半部，交换即可。再加一种更狠的：把 64 个视觉 token **彻底打乱**，三个种子。
+# 现在做开头的实验。「对调上下」在像素上是交换前 32 行与后 32 行像素；在视觉 token 上，第 0 到 31 个来自上半部，第 32 到 63 个来自下半部，交换即可。对调之后，每一半内部的次序还在，所以再加一种更狠的：把 64 个视觉 token **彻底打乱**，三个种子。
 
 # %% [markdown] tags=["en"]
 # Now the experiment of the beginning. In pixels, exchanging the halves means rows 0 to 31 against rows 32 to 63. In visual tokens, 0 to 31 come from the upper half and 32 to 63 from the lower one. And something harsher: **shuffle** all 64 visual tokens, with three seeds.

@@ -94,7 +94,7 @@ draw.show(made, "One pass for each token; below, the probability it was chosen w
 #
 # 语言模型是因果的：后面的 token 影响不了前面的。那么每多一个 token，前面各位置的键（key）和值（value）与上一步**一模一样**，重算只是浪费。新 token 需要的，只是自己的查询，加上所有人的键和值。把键和值存下来，就是 KV 缓存。
 #
-# 下面是带缓存的注意力。`kept` 是这一层存下的一对张量；第一次调用时是空的。
+# 下面是带缓存的注意力。`kept` 是这一层存下的一对张量，形状都是 `(1, 2, S, 48)`：2 个键头，到目前为止的 S 个 token，每个 48 维；第一次调用时是空的。
 
 # %% [markdown] tags=["en"]
 # 22 tokens take 22 passes. The first reads 68 places, the second 69, the last 89, and each uses the result of the last place alone.
@@ -153,7 +153,7 @@ def step(x, cache, positions, mask):  # (B, T, C), (B, T), (B, S) → logits (B,
 
 
 # %% [markdown] tags=["zh"]
-# 第一次调用读完整个提示，叫**预填充**（prefill）；以后每次只读一个 token，叫**解码**（decode）。两种写法的 logits 应当相等，也应当等于库里的 `Steps`。容差 1e-3，理由同第 09 课。
+# 第一次调用读完整个提示，叫**预填充**（prefill）；以后每次只读一个 token，叫**解码**（decode）。提示里的 token 都已知道，可以一起算；回答里的 token 要等前一个选定了才有，只能逐个算。两种写法的 logits 应当相等，也应当等于库里的 `Steps`。容差 1e-3，理由同第 09 课。
 
 # %% [markdown] tags=["en"]
 # The first call reads the whole prompt: **prefill**. Every later call reads one token: **decode**. Both ways should give the same logits, and those of the package's `Steps`. The tolerance is 1e-3, for the reason of lesson 09.
@@ -218,6 +218,8 @@ axis.set_ylim(0)
 draw.show(made, "Without the cache, every token costs more than the one before")
 
 # %% [markdown] tags=["zh"]
+# 开头的第一问：33,500 个对 267 个，约 125 倍。
+#
 # 时间因机器而异，要看的是形状：一条随长度上升，另一条几乎是平的。
 #
 # 生成因此有两个脾气不同的阶段。预填充一次读几十到几千个 token，矩阵乘法又大又满，瓶颈在算力；解码每步只有一个 token，却要把全部权重和整个缓存从内存里过一遍，瓶颈在内存带宽。所以「第一个字出来要多久」和「之后每秒几个字」是两个指标，常常分开报告；一次多答几个问题，解码几乎不变慢，因为权重反正要读一遍。
@@ -296,7 +298,7 @@ draw.bars(axis, same, "answers as when asked alone", "of 24", ["right", *["wrong
 draw.show(made, "Five ways to pad, none of which raises an error")
 
 # %% [markdown] tags=["zh"]
-# 从右往左解释：
+# 开头的第二问：填在右边，24 个答案里只剩 7 个与单独问时相同。从右往左解释：
 #
 # - **填在右边，取最后一个位置**：短行的最后一个位置是填上去的空位，它的 logits 不是问题的下文。因此生成时习惯填在左边，让各行一起结束。
 # - **解码从 0 数起**：忘了新 token 接在提示后面，每一步都当自己是开头。没有填充的行也受影响。手写缓存时很容易犯。
@@ -357,7 +359,7 @@ axes[0].invert_yaxis()
 draw.show(made, "Temperature sharpens or flattens; top-p cuts the tail off")
 
 # %% [markdown] tags=["zh"]
-# 温度（temperature）除在 softmax 之前：小于 1，强者更强；大于 1，大家拉平，词表里那 600 多个本来几乎不可能的 token 也分走一截（每张图下面的 others：温度为 1 时是 10%，为 2 时是 68%）。top-p 从最大的开始往下留，留够 0.8 为止，剩下的**一律归零**，再重新归一。这两样常常一起用：温度给变化，top-p 去掉尾巴上的胡话。
+# 温度（temperature）除在 softmax 之前：小于 1，强者更强；大于 1，大家拉平，词表里那 600 多个本来几乎不可能的 token 也分走一截（每张图下面的 others：温度为 1 时是 10%，为 2 时是 68%）。top-p 从最大的开始往下留，留够 0.8 为止，剩下的**一律归零**，再重新归一。例如概率依次是 0.5、0.2、0.15、0.1、0.05：前两个合计 0.7，不够 0.8；加上第三个是 0.85，够了，于是留三个。这两样常常一起用：温度给变化，top-p 去掉尾巴上的胡话。
 #
 # 和库里的 `sample` 核对，没法比单次结果，就比频率：抽 20,000 次。频率的标准误差最多是 √(0.25 / 20000) ≈ 0.004，容差取它的 4 倍。
 
@@ -423,7 +425,7 @@ print("whole characters:", mine)
 assert "".join(mine) == "".join(theirs).strip() == "红色的猫"
 
 # %% [markdown] tags=["zh"]
-# 字节没凑齐就先不显示。库里用的是标准库的增量解码器 `codecs.getincrementaldecoder`，能处理更多情形，比如回答在半个字上被截断。
+# 字节没凑齐就先不显示。看打印的列表：前两个字节各给出空字符串，第三个到了才出现「猫」。库里用的是标准库的增量解码器 `codecs.getincrementaldecoder`，能处理更多情形，比如回答在半个字上被截断。
 #
 # ## 练习
 

@@ -94,7 +94,9 @@ for index in [*best, int(targets[place])]:
 print(f"loss at this position: {loss_here:.2f}")
 
 # %% [markdown] tags=["zh"]
-# 损失是 0，表示概率为 1；损失每增加 2.3，概率缩小到十分之一。模型几乎确定这里该是「蓝色」，于是我们写的「绿色」代价很高。
+# 损失是 0，表示概率为 1；概率是 0.5 时损失约 0.69，是 0.1 时约 2.3，以后损失每增加 2.3，概率再缩小到十分之一。为什么取对数？一句话的概率是各个 token 概率的乘积，取了对数就变成相加，损失也就可以一个 token 一个 token 地加。
+#
+# 模型几乎确定这里该是「蓝色」，于是我们写的「绿色」代价很高。
 #
 # 上面的写法有一个隐患：`exp` 在 `float32` 里到 88.7 就溢出。所有 logits 同加一个常数，概率本来不变，看看会怎样：
 
@@ -120,7 +122,7 @@ print(f"naive: {naive}, stable: {stable:.4f}, before the shift: {loss_here:.4f}"
 #
 # ## 二、所有位置
 #
-# 同样的两行，作用于 M 个位置：
+# 同样的两行，作用于 M 个位置。顺便算出困惑度（perplexity），即平均损失的指数：它好比是在说，模型平均每一步要在几个同样可能的 token 里挑。
 
 # %% [markdown] tags=["en"]
 # Infinity divided by infinity is `nan`. Subtract the largest value before taking exponentials, and nothing overflows. The probabilities need not be computed at all, because
@@ -221,7 +223,7 @@ draw.show(made, "Gradient of four logits at three positions: pull up (blue), pus
 # %% [markdown] tags=["zh"]
 # 在「绿色」的位置上，梯度要把绿色的 logit 抬高，把模型相信的蓝色压低，两者几乎相等、方向相反；另外两个位置几乎没有梯度。每一行的和都是 0：概率的总量不变，只能从一个 token 挪给另一个。
 #
-# logits 是 `hidden_states @ head.T`，所以往后再走一步，就是两次矩阵乘法：
+# logits 是 `hidden_states @ head.T`，所以往后再走一步，就是两次矩阵乘法。前一个梯度告诉语言模型，每个隐藏状态该往哪边动；后一个告诉输出层，每一行该往哪边动。输出层与词嵌入共享（tied）时，后一个也会加到词嵌入表的梯度上。
 
 # %% [markdown] tags=["en"]
 # At the position of 绿色, the gradient pulls the logit of green up and pushes blue, which the model believes, down by almost the same amount. The other two rows hold almost nothing. Each row adds up to 0: probability is only moved from one token to another.
@@ -241,6 +243,8 @@ print("for the hidden states:", tuple(grad_rows.shape), " for the head:", tuple(
 # ## 五、分块，以及一种骗人的分块
 #
 # 两个梯度都比 `(M, V)` 的 logits 小得多：V 很大时，logits 是最大的张量，却只是过客。所以不妨一次只取几行，算完损失就丢。
+#
+# V = 151,936 时，一个位置的 logits 有 151,936 个数，隐藏状态却只有几百到几千个。
 #
 # 先**故意做错**：只把前向分块，反向交给自动求导。用 `saved_tensors_hooks` 数一数 PyTorch 为反向留了多少字节（不算隐藏状态和输出层本身）。
 
@@ -315,6 +319,8 @@ print("whole, by hand:", f"{losses.sum():.4f}")
 print("in chunks of 8:", f"{loss_and_gradients(hidden_states, head, targets, 8)[0]:.4f}")
 
 # %% [markdown] tags=["zh"]
+# 为什么可以在前向里就把梯度算好？因为损失是最后一步，反向传回来的只有一个数，乘上去就行。中间的层做不到：它们的梯度要等后面的层算完才知道。
+#
 # 剩下的是告诉自动求导：「这个函数的反向我自己算好了。」`forward` 存下两个梯度，`backward` 只需乘上传回来的 `grad_loss`。它不一定是 1：训练时损失还要除以标签总数（第 13 课）。
 
 # %% [markdown] tags=["en"]

@@ -72,7 +72,9 @@ draw.strip("hidden states", "logits")
 # %% [markdown] tags=["zh"]
 # ## 一、文件里有什么
 #
-# safetensors 的格式短得可以背下来：8 个字节是一个整数 N；接着 N 个字节是 JSON 表头，写明每个张量的类型、形状、起止位置；剩下的全是数。
+# safetensors 的格式短得可以背下来：8 个字节是一个整数 N；接着 N 个字节是 JSON 表头，写明每个张量的类型、形状、起止位置；剩下的全是数。为什么不用 `torch.save`？那种文件是 Python 的 pickle，读它可能运行文件里藏着的代码；safetensors 里只有数，而且可以只读其中一个张量。
+#
+# 整数的低位字节在前：打印出来的 `38 13` 要倒过来读，是十六进制的 1338，即 4920。
 
 # %% [markdown] tags=["en"]
 # ## 1. What is in the file
@@ -108,7 +110,7 @@ draw.show(made, "46 tensors side by side, without gaps")
 #
 # ## 二、两个字节是一个数
 #
-# `BF16` 即 `bfloat16`：1 位符号、8 位指数、7 位尾数。它就是 `float32` 砍掉后两个字节，范围不变，精度约剩两到三位十进制数字。
+# `BF16` 即 `bfloat16`：1 位符号、8 位指数、7 位尾数。它就是 `float32` 砍掉低位的两个字节，范围不变，精度约剩两到三位十进制数字。看下面打印的例子：指数 01111110 是 126，减去 127 得 −1；尾数 0111010 是 58；于是数值是 2⁻¹ × (1 + 58/128) = 0.7266。
 
 # %% [markdown] tags=["en"]
 # Attention (blue) and MLP (orange) of the four blocks take turns; the weights of the norms are slivers. Offsets count **from the end of the header**, and the tensors leave no gap. No byte is left over, so a truncated file is easy to notice.
@@ -155,7 +157,7 @@ print(len(tensors), "tensors,", sum(tensor.numel() for tensor in tensors.values(
 # %% [markdown] tags=["zh"]
 # ## 三、故意弄坏：`strict=False`
 #
-# 现在照开头说的做。先准备一把尺子：五句描述，模型预测每个下一个 token 的平均损失。什么都不知道时，它约为 ln V（第 11 课）。
+# 现在照开头说的做。先准备一把尺子：五句描述，只有文字，模型预测每个下一个 token 的平均损失。什么都不知道时，它约为 ln V（第 11 课）。
 
 # %% [markdown] tags=["en"]
 # ## 3. Broken on purpose: `strict=False`
@@ -203,7 +205,7 @@ for theirs, ours in zip(list(tensors)[:2], list(places)[:2]):
     print(f"  in the file: {theirs:42} in the model: {ours}")
 
 # %% [markdown] tags=["zh"]
-# 答案是 0。文件里叫 `model.layers.0.mlp.up_proj.weight`，模型里叫 `blocks.0.mlp.up_proj.weight`：名字对不上的，`strict=False` 就跳过，而这里没有一个对得上。
+# 答案是 0，一个也没有。文件里叫 `model.layers.0.mlp.up_proj.weight`，模型里叫 `blocks.0.mlp.up_proj.weight`：名字对不上的，`strict=False` 就跳过，而这里没有一个对得上：少了开头的 `model.`，`layers` 也换成了 `blocks`。
 #
 # 还要留意：`load_state_dict` 的返回值里，`missing` 和 `unexpected` 都是 46。两个数同时很大，几乎总是名字的问题；只有一个很大，才是文件真的缺了或多了东西。
 #
@@ -211,7 +213,7 @@ for theirs, ours in zip(list(tensors)[:2], list(places)[:2]):
 #
 # ## 四、名字对照表
 #
-# 每个系列的模型有自己的命名习惯。对照表从左（发布的名字）到右（我们的名字），层号用正则表达式取出：
+# 每个系列的模型有自己的命名习惯。对照表从左（发布的名字）到右（我们的名字），层号用正则表达式取出。有一处容易看错：`post_attention_layernorm` 字面上是「注意力之后」，其实是 MLP 之前的那个归一化：
 
 # %% [markdown] tags=["en"]
 # The answer is 0. The file says `model.layers.0.mlp.up_proj.weight`, the model `blocks.0.mlp.up_proj.weight`. `strict=False` passes over every name without a partner, and here no name has one.
@@ -246,7 +248,7 @@ for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.o_proj.weigh
     print(f"{name:40} → {our_name(name)}")
 
 # %% [markdown] tags=["zh"]
-# 没有 `lm_head.weight`：这个模型的输出层就是词嵌入（embedding）表，两个名字指同一个张量（tied），文件里只存一份。
+# 没有 `lm_head.weight`：这个模型的输出层就是词嵌入（embedding）表，两个名字指同一个张量，叫做共享（tied），文件里只存一份。换一个不共享的模型，文件里就必须有它。
 #
 # ## 五、严格
 #
@@ -325,7 +327,7 @@ print("46 tensors and the logits equal to the last bit")
 # %% [markdown] tags=["zh"]
 # ## 七、没装进去的模型，训练起来什么样
 #
-# 现实里没有人会先量一句话的损失。大家直接开训，看曲线。那么就训：视觉编码器和语言模型冻结，只训练投影层（第一阶段），24 步，每步 8 张图。一次正确装载，三次 `strict=False`（三个随机种子）：
+# 现实里没有人会先量一句话的损失。大家直接开训，看曲线。那么就训：视觉编码器和语言模型冻结，只训练投影层（第 1 阶段，第 18 课），24 步，每步 8 张图。冻结的语言模型正是最容易漏查的：它没有装好，也不会在训练中自己变好。一次正确装载，三次 `strict=False`（三个随机种子）：
 
 # %% [markdown] tags=["en"]
 # ## 7. Training a model that was never loaded
@@ -385,7 +387,7 @@ for name, history in histories.items():
     print(f"{name:21} first {history[0]:.2f}, last {history[-1]:.2f}")
 
 # %% [markdown] tags=["zh"]
-# 三条红线并不是一动不动，它们**降了一点**，从 6.5 到 5.7 左右：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
+# 三条红线并不是一动不动，它们**降了一点**，从 6.5 到 5.7 左右：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。怎样区分「学得慢」和「没装进去」？看第一步：装好的是 2.01，没装的约为 6.5。第一步的损失在训练之前就能量。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
 #
 # ## 八、只少一个张量呢
 #
@@ -437,7 +439,7 @@ print(f"embed_tokens: {loss_without('embed_tokens.weight'):.2f}, ",
       f"final norm: {loss_without('norm.weight'):.2f}")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只动了千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁。
+# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只有千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁。
 #
 # 严格也有它**查不出**的：名字和形状都对、内容放错。把每层的 `gate_proj` 和 `up_proj` 互换，两者形状相同：
 

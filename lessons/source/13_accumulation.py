@@ -75,7 +75,7 @@ print("after zero_grad:    ", weight.grad)
 # %% [markdown] tags=["zh"]
 # ## 二、四段对话
 #
-# 同一张图，四个问题。用 `double`（64 位浮点）来做，这样「相等」就是相等，剩下的差别不能怪舍入。
+# 同一张图，四个问题。用 `double`（64 位浮点）来做，舍入误差小到约 1e-15，差别再大就不能怪舍入了。
 
 # %% [markdown] tags=["en"]
 # ## 2. Four conversations
@@ -158,7 +158,7 @@ print(f"relative error of the gradient: {relative_error(mean_of_means, right):.1
 # %% [markdown] tags=["zh"]
 # 误差 72%：错的不是末几位，而是梯度本身的一大部分。没有任何报错，损失照样下降，只是训练的**已经是另一个目标**。
 #
-# 看一看每个 token 的分量就明白了。正确的权重是每个 token 都占 1/32；平均的平均里，第 i 个小批次的 token 得到 1/(k·nᵢ)：
+# 看一看每个 token 的分量就明白了。正确的权重是每个 token 都占 1/32，约 0.031；平均的平均里，第 i 个小批次的 token 得到 1/(k·nᵢ)。描述里的是 1/(4 × 22)，约 0.011；最短答案里的是 1/(4 × 3)，约 0.083：
 
 # %% [markdown] tags=["en"]
 # The error is not in the last digits; it is 72% of the gradient's own length. Nothing complains and the loss falls. It is just **another objective** that is being trained.
@@ -218,6 +218,8 @@ torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 #
 # $$\nabla \frac{\sum_i L_i}{\sum_i n_i} = \sum_i \nabla \frac{L_i}{\sum_j n_j}, \qquad \text{但} \qquad \frac{1}{k}\sum_i \frac{L_i}{n_i} \ne \frac{\sum_i L_i}{\sum_i n_i}.$$
 #
+# 换成一份成绩单就不会算错：22 道题错 11 道，3 道题错 3 道，合起来 25 道错 14 道，错了 56%；50% 与 100% 再平均，却是 75%。
+#
 # 先数后算并不费内存：等着的只是 k 份数据（id、标签和像素），还没有任何激活。训练日志里的损失也要同样算：损失之和与标签数分别累加，最后相除一次；验证集的损失也是如此。
 #
 # 这也是库里的 `forward` 返回损失之**和**的原因：除以多少，由知道总数的人（训练循环）决定。
@@ -265,11 +267,11 @@ draw.bars(axis, megabytes, "", "MB", ["wrong", "wrong", "right"], ".1f")
 draw.show(made, "Activations kept at once (64-bit)")
 
 # %% [markdown] tags=["zh"]
-# 只有**每个小批次之后就反向**才省内存：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）
+# 一个大批次反而最费：短的几行填充到 90，填充的位置同样留下激活。只有**每个小批次之后就反向**才省内存：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）累积省的是内存，不是时间：四次前向和四次反向，一次也少不了。
 #
 # ## 六、与库代码核对
 #
-# 库里的训练循环 `train` 写的是 `loss / max(target_count, 1)`，然后 `backward`。现在用 `float32`、自带的权重和库自己的分块损失（第 11 课）：左边逐个小批次，右边一个大批次。容差：相对误差 1e-4。两边求和的次序不同，而训练好的模型在这些答案上梯度很小，是大数相减剩下的，所以舍入显得大一些。
+# 库里的训练循环 `train` 写的是 `loss / max(target_count, 1)`，然后 `backward`；`max` 防的是一个标签也没有的优化步，那时除以 0 会得到 `nan`。现在用 `float32`、自带的权重和库自己的分块损失（第 11 课）：左边逐个小批次，右边一个大批次。容差：相对误差 1e-4。两边求和的次序不同，而训练好的模型在这些答案上梯度很小，是大数相减剩下的，所以舍入显得大一些。
 
 # %% [markdown] tags=["en"]
 # Only **backward after each micro-batch** saves memory, 15 MB instead of 59 or 55: its activations are dropped when they have been used, and one set is alive at a time. With the losses saved up, the gradient is right, and the accumulation was for nothing. (The description alone takes a bit over a quarter, being the longest.)
@@ -292,7 +294,7 @@ print(f"relative error {error:.1e}: micro-batches and the large batch agree")
 # %% [markdown] tags=["zh"]
 # ## 七、答案越不等长，错得越多
 #
-# 最后的实验：两个小批次，一个总是 4 个物体的描述，另一个越来越短。模型是刚初始化的（训练开始时的样子）。先各算一次**损失之和**的梯度 g₁、g₂，两种写法都能由它们拼出来。每个点六幅随机场景。
+# 最后的实验：两个小批次，一个总是 4 个物体的描述，另一个越来越短。模型是刚初始化的（训练开始时的样子）。先各算一次**损失之和**的梯度 g₁、g₂，两种写法都能由它们拼出来：正确的是 (g₁ + g₂)/(n₁ + n₂)，平均的平均是 (g₁/n₁ + g₂/n₂)/2。每种长度试六对随机场景。
 
 # %% [markdown] tags=["en"]
 # ## 7. The less equal the answers, the larger the error
@@ -379,7 +381,7 @@ cosine = F.cosine_similarity(wrong, exact, dim=0)  # of the last pair of section
 print(f"mean of means at {n1} : {n2}: cosine with the right gradient {cosine:.2f}")
 
 # %% [markdown] tags=["zh"]
-# AdamW 用梯度除以它自己的大小，整体的倍数约掉了。但记录下来的梯度范数是 4 倍，裁剪（clipping，第 14 课）的阈值也就相当于缩到四分之一。反过来，平均的平均**不会**被约掉：它连方向也改了。最后一行是第七节最后一对小批次的余弦，方向相同才是 1。
+# AdamW 用梯度除以它自己的大小，整体的倍数约掉了。但记录下来的梯度范数是 4 倍，裁剪（clipping，第 14 课）的阈值也就相当于缩到四分之一。怎么发现？同样的样本，把累积次数从 1 改成 4，日志里的梯度范数应当不变。反过来，平均的平均**不会**被约掉：它连方向也改了。最后一行是第七节最后一对小批次的余弦，方向相同才是 1。
 #
 # ## 练习
 
