@@ -282,7 +282,7 @@ for place in (0, 1, 64, 65, 67):
 #
 # ## 四、故意弄坏：多出来的一个向量
 #
-# 编码器输出的是 65 个向量：class token 加 64 个图块。假设有人忘了去掉 class token。`index_copy` 会立刻报错，因为 65 对不上 64。可是不少代码用的是 `masked_scatter`，它只管从头取，**多出来的不声不响地留下**：
+# 编码器输出的是 65 个向量：class token 加 64 个图块。假设有人忘了去掉 class token。`index_copy` 会立刻报错，因为 65 对不上 64。可是不少代码用的是 `masked_scatter`，它只管从头取，**多出来的不声不响地留下**。取 24 张至少有两个物体的图来试：
 
 # %% [markdown] tags=["en"]
 # Place 0, `<user>`, comes before the image, and its change is exactly 0; the question and `<assistant>` come after it, and both change. The other way round, **the image cannot see the question**: the question comes later, so the 64 visual tokens pass the language model without knowing what will be asked. That is why, for many questions about one image, the image's part can be computed once (the cache of lesson 10 and the packing of lesson 16 use it).
@@ -345,7 +345,7 @@ print(f"{len(changed)} of 24 answers change, in rows {changed}")
 # %% [markdown] tags=["zh"]
 # 变了 10 个答案，都在第 8 行及以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。可怕之处就在这里。
 #
-# 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数：
+# 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数。下面故意少给一个座位：
 
 # %% [markdown] tags=["en"]
 # None of the rows 0 to 7 is among them: up to 7 foreign seats do no visible harm here. From row 8 on, 10 of 16 answers change. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.

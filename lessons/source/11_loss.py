@@ -42,7 +42,7 @@ draw.strip("hidden states", "logits")
 #
 # Qwen 的词表有 151,936 行。设一个批次有 256 个有标签的 token，隐藏状态宽 64，全部是 `float32`，那么隐藏状态只占 0.07 MB。
 #
-# 用普通的写法 `F.cross_entropy(hidden_states @ head.T, targets)` 算出损失以后，PyTorch 为反向传播**另外留着**多少 MB？写下一个数，第六节来量。
+# 用普通的写法 `F.cross_entropy(hidden_states @ head.T, targets)` 算出损失以后，PyTorch 为反向传播**另外留着**多少 MB？先写下一个数，第六节来量。（提示：一个 `float32` 占 4 个字节。）
 
 # %% [markdown] tags=["en"]
 # ## Predict
@@ -156,7 +156,7 @@ axis.text(place + 0.7, losses[place] * 0.9, f"{losses[place]:.1f}", color=draw.W
 draw.show(made, "One wrong word in the reference carries nearly all of the loss")
 
 # %% [markdown] tags=["zh"]
-# 其余的词几乎不花代价，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看。
+# 其余的词几乎不花代价，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看：是每个 token 都差一点，还是几个 token 差得离谱？前者要接着训练，后者往往是数据写错了。
 #
 # ## 三、什么都不知道时：ln V
 #
@@ -292,9 +292,9 @@ for function in (whole, chunks_with_autograd):
     print(f"{function.__name__:21} keeps {bytes_kept(function, *large) / 1e6:6.1f} MB")
 
 # %% [markdown] tags=["zh"]
-# 一个字节也没省下。每一块的 log-softmax 都被计算图留着，等反向来用；8 块加起来，还是原来那么大。代码里看不出问题，损失也完全正确，只有量了内存才知道。
+# 一个字节也没省下。每一块的 log-softmax 都被计算图留着，等反向来用；8 块加起来，还是原来那么大。代码里看不出问题，损失也完全正确，只有量了内存才知道白忙一场。
 #
-# 出路在第四节：梯度就是「概率减去 one-hot」，在前向里、logits 还在手上的时候就能算完。于是每一块算出损失和两个梯度，然后丢掉 logits：
+# 出路在第四节：梯度就是「概率减去 one-hot」，在前向里、logits 还在手上的时候就能算完。于是每一块算出损失和两个梯度，然后丢掉 logits。`size` 是一块的行数：越小，临时的 logits 越小，矩阵乘法也越零碎；库里在 CPU 上取 128 行，对 151,936 的词表是 78 MB。
 
 # %% [markdown] tags=["en"]
 # Not one byte was saved. The graph keeps the log-softmax of every chunk for the backward pass, and 8 chunks are as large as the whole. The code looks right, and the loss is right; only measuring tells.
@@ -382,7 +382,7 @@ draw.bars(axis, kept, "", "MB", ["wrong", "wrong", "right", "right"], ".1f")
 draw.show(made, "Kept for backward: 256 labels, a head of 151,936 rows, width 64")
 
 # %% [markdown] tags=["zh"]
-# 这就是开头的答案：256 × 151,936 × 4 字节 = 155.6 MB，是隐藏状态的两千多倍；而且这只是留下来的一份，计算的瞬间 logits 和 log-softmax 同时存在，还要再翻倍。手写版留下的约 39 MB 几乎全是**输出层自己的梯度**，哪种写法最后都要有它。真正的区别在于谁随 M 增长。换成 Qwen2.5-0.5B 的宽度 896，按同样的公式画出来：
+# 这就是开头的答案：256 × 151,936 × 4 字节 = 155.6 MB，是隐藏状态的两千多倍；而且这只是留下来的一份，计算的瞬间 logits 和 log-softmax 同时存在，还要再翻倍。手写版留下的约 39 MB 几乎全是**输出层自己的梯度**，不论哪种写法，反向之后都要有它。真正的区别在于谁随 M 增长。换成 Qwen2.5-0.5B 的宽度 896，按同样的公式画出来：
 
 # %% [markdown] tags=["en"]
 # That is the answer to the prediction: 256 × 151,936 × 4 bytes = 155.6 MB, more than two thousand times the hidden states. And that is only what stays: at the moment of computing, logits and log-softmax exist side by side, twice as much. The 39 MB of the version by hand are almost all **the gradient of the head itself**, which every version ends up with. What matters is which part grows with M. The same formulas at the width of Qwen2.5-0.5B, 896:

@@ -129,7 +129,7 @@ print(f"bytes {pair.hex(' ')} → bits {bits[0]} {bits[1:9]} {bits[9:]} → {val
 print("PyTorch reads:", torch.frombuffer(bytearray(pair), dtype=torch.bfloat16).item())
 
 # %% [markdown] tags=["zh"]
-# 有了这些，整个读取器只要十行：
+# 有了这些，整个读取器只要十行。位置都是现成的：第 start + begin 个字节到第 start + end 个字节，按类型解释，再按形状排好：
 
 # %% [markdown] tags=["en"]
 # With that, the whole reader is one short function:
@@ -192,7 +192,7 @@ result = model.load_state_dict(tensors, strict=False)
 print(f"strict=False: loss {text_loss(model):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 没有报错，没有警告，损失**一位小数也没有变**，仍是 6.37。并不是变化太小、打印时舍掉了，而是确实什么都没有发生。PyTorch 其实说了，只是说在一个没有人看的返回值里：
+# 两次打印对照着看：没有报错，没有警告，损失**一位小数也没有变**，仍是 6.37。并不是变化太小、打印时舍掉了，而是确实什么都没有发生。PyTorch 其实说了，只是说在一个没有人看的返回值里：
 
 # %% [markdown] tags=["en"]
 # No error, no warning, and the loss **has not moved in any digit**. Nothing happened at all. PyTorch did say so, in a return value that nobody reads:
@@ -207,7 +207,7 @@ for theirs, ours in zip(list(tensors)[:2], list(places)[:2]):
 # %% [markdown] tags=["zh"]
 # 答案是 0，一个也没有。文件里叫 `model.layers.0.mlp.up_proj.weight`，模型里叫 `blocks.0.mlp.up_proj.weight`：名字对不上的，`strict=False` 就跳过，而这里没有一个对得上：少了开头的 `model.`，`layers` 也换成了 `blocks`。
 #
-# 还要留意：`load_state_dict` 的返回值里，`missing` 和 `unexpected` 都是 46。两个数同时很大，几乎总是名字的问题；只有一个很大，才是文件真的缺了或多了东西。
+# 还要留意：`load_state_dict` 的返回值里，`missing` 和 `unexpected` 都是 46。两个数同时很大，几乎总是名字的问题，加一张对照表就好；只有一个很大，才是文件真的缺了或多了东西。
 #
 # 为什么有人要写 `strict=False`？往往出于好意：视觉语言模型比语言模型多出视觉编码器和投影层，从纯语言的文件里加载，本来就会「缺」。于是为了放过这几个，把所有的都放过了。**更好的办法是分部件加载，每个部件都严格。**
 #
@@ -439,7 +439,7 @@ print(f"embed_tokens: {loss_without('embed_tokens.weight'):.2f}, ",
       f"final norm: {loss_without('norm.weight'):.2f}")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只有千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁。
+# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只有千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁，不管它重不重要，缺了就说出名字。
 #
 # 严格也有它**查不出**的：名字和形状都对、内容放错。把每层的 `gate_proj` 和 `up_proj` 互换，两者形状相同：
 

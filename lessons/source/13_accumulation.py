@@ -56,7 +56,7 @@ draw.strip("logits")
 # %% [markdown] tags=["zh"]
 # ## 一、`backward` 做的是加法
 #
-# 梯度累积不需要新机制。`backward()` 从不覆盖 `.grad`，它往上**加**；平时之所以看不出来，是因为每步之后都清零。
+# 梯度累积不需要新机制。`backward()` 从不覆盖 `.grad`，它往上**加**；平时之所以看不出来，是因为每步之后都清零。下面先反向 3w，再反向 5w：梯度先是 3，然后是 3 + 5 = 8。所以累积不用另写代码，晚一点清零就行。
 
 # %% [markdown] tags=["en"]
 # ## 1. `backward` adds
@@ -75,7 +75,7 @@ print("after zero_grad:    ", weight.grad)
 # %% [markdown] tags=["zh"]
 # ## 二、四段对话
 #
-# 同一张图，四个问题。用 `double`（64 位浮点）来做，舍入误差小到约 1e-15，差别再大就不能怪舍入了。
+# 同一张图，四个问题，答案一长三短。用 `double`（64 位浮点）来做，舍入误差小到约 1e-15，差别再大就不能怪舍入了。
 
 # %% [markdown] tags=["en"]
 # ## 2. Four conversations
@@ -109,7 +109,7 @@ for batch in micro_batches:
     print("micro-batch:     ids", tuple(batch.input_ids.shape), "labels", len(answer), answer[-3:])
 
 # %% [markdown] tags=["zh"]
-# 大批次里短的几行填充到同样长度，填充的位置没有标签，所以总共仍是 32 个标签。标准答案就是大批次的梯度：32 个损失之和除以 32。
+# 大批次里短的几行填充到同样长度，填充的位置没有标签，所以总共仍是 32 个标签。标准答案就是大批次的梯度：32 个损失之和除以 32。后面的每一种写法，都拿「相对误差」来比：两个梯度之差的长度，除以标准答案的长度。
 
 # %% [markdown] tags=["en"]
 # In the large batch the short rows are padded. Padding has no labels, so there are 32 in all. The right answer is the gradient of the large batch: the sum of 32 losses, divided by 32.
@@ -158,7 +158,7 @@ print(f"relative error of the gradient: {relative_error(mean_of_means, right):.1
 # %% [markdown] tags=["zh"]
 # 误差 72%：错的不是末几位，而是梯度本身的一大部分。没有任何报错，损失照样下降，只是训练的**已经是另一个目标**。
 #
-# 看一看每个 token 的分量就明白了。正确的权重是每个 token 都占 1/32，约 0.031；平均的平均里，第 i 个小批次的 token 得到 1/(k·nᵢ)。描述里的是 1/(4 × 22)，约 0.011；最短答案里的是 1/(4 × 3)，约 0.083：
+# 看一看每个 token 的分量就明白了。正确的权重是每个 token 都占 1/32，约 0.031；平均的平均里，第 i 个小批次的 token 得到 1/(k·nᵢ)。描述里的是 1/(4 × 22)，约 0.011；最短答案里的是 1/(4 × 3)，约 0.083。下图灰的是描述，红的是三个短答案：
 
 # %% [markdown] tags=["en"]
 # The error is not in the last digits; it is 72% of the gradient's own length. Nothing complains and the loss falls. It is just **another objective** that is being trained.
@@ -189,7 +189,7 @@ draw.show(made, "How much of the step each conversation decides")
 # %% [markdown] tags=["zh"]
 # 这就是开头的答案：22 / 3，约 7.3 倍。描述本来占 69%，现在只占 25%；一个「有。」和一整段描述同样重要。要是某个小批次里只有一个标签，它就能左右整步的四分之一。
 #
-# 这样也不是毫无道理：「每段对话一样重要」是一个可以选择的目标。毛病在于它不是被选择的，而是**随小批次怎么切而变**：同样的数据、同样的步，`batch_size=4` 和 `batch_size=1 × 累积 4` 训练出不同的模型。
+# 这样也不是毫无道理：「每段对话一样重要」是一个可以选择的目标。毛病在于没有人选过它，它**随小批次怎么切而变**：同样的数据、同样的步，`batch_size=4` 和 `batch_size=1 × 累积 4` 训练出不同的模型。
 #
 # ## 四、先数标签，再反向
 #
@@ -214,7 +214,7 @@ print(f"sum over tokens:  {relative_error(accumulated, right):.1e}")
 torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 
 # %% [markdown] tags=["zh"]
-# 误差归零，只剩 64 位浮点的舍入。因为求导是线性的：
+# 误差归零，只剩 64 位浮点的舍入。因为求导是线性的，和的梯度就是梯度的和，前提是大家除以**同一个数**：
 #
 # $$\nabla \frac{\sum_i L_i}{\sum_i n_i} = \sum_i \nabla \frac{L_i}{\sum_j n_j}, \qquad \text{但} \qquad \frac{1}{k}\sum_i \frac{L_i}{n_i} \ne \frac{\sum_i L_i}{\sum_i n_i}.$$
 #
@@ -267,7 +267,7 @@ draw.bars(axis, megabytes, "", "MB", ["wrong", "wrong", "right"], ".1f")
 draw.show(made, "Activations kept at once (64-bit)")
 
 # %% [markdown] tags=["zh"]
-# 一个大批次反而最费：短的几行填充到 90，填充的位置同样留下激活。只有**每个小批次之后就反向**才省内存：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）累积省的是内存，不是时间：四次前向和四次反向，一次也少不了。
+# 一个大批次反而最费：短的几行填充到 90，填充的位置同样留下激活。只有**每个小批次之后就反向**才省内存：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）换句话说，内存由最大的那个小批次决定。累积省的是内存，不是时间：四次前向和四次反向，一次也少不了。
 #
 # ## 六、与库代码核对
 #
@@ -294,7 +294,7 @@ print(f"relative error {error:.1e}: micro-batches and the large batch agree")
 # %% [markdown] tags=["zh"]
 # ## 七、答案越不等长，错得越多
 #
-# 最后的实验：两个小批次，一个总是 4 个物体的描述，另一个越来越短。模型是刚初始化的（训练开始时的样子）。先各算一次**损失之和**的梯度 g₁、g₂，两种写法都能由它们拼出来：正确的是 (g₁ + g₂)/(n₁ + n₂)，平均的平均是 (g₁/n₁ + g₂/n₂)/2。每种长度试六对随机场景。
+# 最后的实验：两个小批次，一个总是 4 个物体的描述，另一个越来越短。模型是刚初始化的（训练开始时的样子）：这时每个 token 的梯度都不小，看得清长度带来的差别。先各算一次**损失之和**的梯度 g₁、g₂，两种写法都能由它们拼出来：正确的是 (g₁ + g₂)/(n₁ + n₂)，平均的平均是 (g₁/n₁ + g₂/n₂)/2。每种长度试六对随机场景。
 
 # %% [markdown] tags=["en"]
 # ## 7. The less equal the answers, the larger the error
@@ -352,7 +352,7 @@ axis.legend(frameon=False)
 draw.show(made, "Equal lengths hide the mistake; unequal answers show it")
 
 # %% [markdown] tags=["zh"]
-# 等长时误差为零，27 比 4 时却到了 79% 至 97%。错误正是这样藏起来的：纯文本预训练的每行都切成同样长，每个位置都有标签，平均的平均**恰好**就是平均。到了对话微调，尤其是视觉语言模型，一问一个词和一段描述混在一起，错误才出现。
+# 从左往右看，红点越来越高：等长时误差为零，27 比 4 时却到了 79% 至 97%。错误正是这样藏起来的：纯文本预训练的每行都切成同样长，每个位置都有标签，平均的平均**恰好**就是平均。到了对话微调，尤其是视觉语言模型，一问一个词和一段描述混在一起，错误才出现。
 #
 # ## 八、忘了除呢
 #
@@ -381,7 +381,7 @@ cosine = F.cosine_similarity(wrong, exact, dim=0)  # of the last pair of section
 print(f"mean of means at {n1} : {n2}: cosine with the right gradient {cosine:.2f}")
 
 # %% [markdown] tags=["zh"]
-# AdamW 用梯度除以它自己的大小，整体的倍数约掉了。但记录下来的梯度范数是 4 倍，裁剪（clipping，第 14 课）的阈值也就相当于缩到四分之一。怎么发现？同样的样本，把累积次数从 1 改成 4，日志里的梯度范数应当不变。反过来，平均的平均**不会**被约掉：它连方向也改了。最后一行是第七节最后一对小批次的余弦，方向相同才是 1。
+# AdamW 用梯度除以它自己的大小，整体的倍数约掉了。但记录下来的梯度范数是 4 倍，裁剪（clipping，第 14 课）的阈值也就相当于缩到四分之一。怎么发现？同样的样本，把累积次数从 1 改成 4，日志里的梯度范数应当不变。反过来，平均的平均**不会**被约掉：它连方向也改了。最后一行是第七节最后一对小批次的余弦：方向相同才是 1，这里只有 0.71，夹角约 45 度。
 #
 # ## 练习
 

@@ -140,11 +140,11 @@ ratio = sizes[ordered[-1]] / sizes[ordered[0]]
 draw.show(made, f"Gradients differ {ratio:.0f}-fold between tensors")
 
 # %% [markdown] tags=["zh"]
-# 损失在降，但图里有个麻烦：各个张量的梯度大小最多相差两百多倍（橙色是投影层，蓝色是语言模型）。同一个学习率，对一个张量太大，对另一个又太小。
+# 损失在降，但图里有个麻烦：各个张量的梯度大小最多相差两百多倍（橙色是投影层，蓝色是语言模型）。同一个学习率，对一个张量太大，对另一个又太小；只好迁就最大的那个，其余的就都学得慢。
 #
 # ## 二、AdamW：给每个数自己的尺度
 #
-# Adam 为每个参数记两个滑动平均，合称动量（moments）：梯度的平均 `average`，和梯度平方的平均 `square`。前者除以后者的平方根，得到的量与梯度的单位无关。先看一个数：
+# Adam 为每个参数记两个滑动平均，合称动量（moments）：梯度的平均 `average`，和梯度平方的平均 `square`。前者除以后者的平方根，得到的量与梯度的单位无关。`beta1` 是 0.9，大约记得最近 1/(1 − 0.9) = 10 步；`beta2` 是 0.95，大约记得最近 20 步。先看一个数：
 
 # %% [markdown] tags=["en"]
 # The loss falls, from 6.5 to about 5.5 in six steps, but the picture shows a difficulty: gradients of different tensors differ in size up to 213-fold (orange is the projector, blue the language model). One learning rate is too large for some and too small for others.
@@ -237,7 +237,7 @@ def schedule(step, total, warmup=0.1, min_lr=0.0):
 # %% [markdown] tags=["zh"]
 # ## 四、裁剪
 #
-# 把所有梯度看成一个长向量，求它的长度（范数，norm）。超过 `largest` 就整体缩短，方向不变。
+# 把所有梯度看成一个长向量，求它的长度（范数，norm）。超过 `largest` 就整体缩短。所有参数乘的是同一个系数，所以方向不变；各裁各的，方向就歪了。下面左图是学习率的一生，右图是裁剪：长度不到 1 的原样放行，超过 1 的一律缩到 1。
 
 # %% [markdown] tags=["en"]
 # ## 4. Clipping
@@ -264,7 +264,7 @@ draw.show(made, "Warm-up and cosine; clipping shortens only what is too long")
 # %% [markdown] tags=["zh"]
 # ## 五、循环
 #
-# 全部装在一起：
+# 全部装在一起。次序不能乱：前向、反向、裁剪、走一步、清零。裁剪要在反向之后、走步之前，清零要在下一次反向之前。`model(batch)` 返回损失之和，所以先除以标签数（第 13 课）。
 
 # %% [markdown] tags=["en"]
 # ## 5. The loop
@@ -297,7 +297,7 @@ trained, losses, norms = train(0, 1e-2)
 print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}, on new scenes {validate(trained):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 40 步之后，损失从 6.47（ln 640 附近）降到 1.30，在新场景上是 1.13。这几十步学会的主要是语言：有哪些问法、答案长什么样；看图要久得多。
+# 40 步之后，损失从 6.47（ln 640 附近）降到 1.30，在新场景上是 1.13；两个数来自不同的题，不一定谁高谁低。这几十步学会的主要是语言：有哪些问法、答案长什么样；看图要久得多。
 #
 # **故意弄坏。** `AdamW.step` 的最后一行把梯度清掉。忘了它会怎样？
 
@@ -327,7 +327,7 @@ for name, values in (
 print("norms, kept, no clipping:", "  ".join(f"{value:.1f}" for value in leaking_norms[3::6]))
 
 # %% [markdown] tags=["zh"]
-# 没有报错，损失照样下降，只是更慢：每一步用的都是从头到现在全部梯度之和，早已过时的方向也一直在投票。裁剪甚至把症状盖住了一大半。这类错误只有和「对的」放在一起才看得出来，所以下一节不看曲线，而看数。
+# 比较打印的前三行：没有报错，损失照样下降，只是更慢：每一步用的都是从头到现在全部梯度之和，早已过时的方向也一直在投票。裁剪甚至把症状盖住了一大半。这类错误只有和「对的」放在一起才看得出来，所以下一节不看曲线，而看数。
 #
 # ## 六、与库代码核对
 #
@@ -393,13 +393,13 @@ draw.show(made, "Too small is slow, too large is restless; between them lies a v
 # %% [markdown] tags=["zh"]
 # 左边太慢：40 步还没走到。右边在谷的两侧跳来跳去，停不下来。谷底在 0.01 附近：往大差三倍还过得去，往小差三倍，40 步就明显不够，差十倍则两边都不行。这也是为什么粗的阶梯值得先爬一遍。有了裁剪和 AdamW，学习率过大并没有变成 `nan`，只是悄悄变差。
 #
-# 这里的最佳值只属于这个模型、这个批大小、这 40 步。自带模型用的是 5e-4 到 2e-3（`presets/tiny.toml`）。
+# 这里的最佳值只属于这个模型、这个批次大小、这 40 步。自带模型用的是 5e-4 到 2e-3（`presets/tiny.toml`）。
 #
 # 一个没有结果的实验也值得一说：我们本以为 0.1 这一级去掉预热（`train(seed, 0.1, warmup=0)`）会更糟，试了几个种子，有的更糟，有的更好。40 步、两层的模型说明不了预热的价值；库里保留它，是因为大模型、长训练的头几步代价更高。
 #
 # ## 八、一个坏批次
 #
-# 回到开头的问题。先好好训练 30 步，存下模型和优化器；再从这里分出三支：没有坏批次、有坏批次但裁剪、有坏批次也不裁剪。坏批次的标签是随机 token，而且有人忘了除以标签数（第 13 课），梯度于是又大了上百倍。三个种子。
+# 回到开头的问题。先好好训练 30 步，存下模型和优化器；再从这里分出三支：没有坏批次、有坏批次但裁剪、有坏批次也不裁剪。坏批次的标签是随机 token，而且有人忘了除以标签数（第 13 课），梯度于是又大了上百倍。每走一步都量一次验证损失，三个种子。
 
 # %% [markdown] tags=["en"]
 # On the left training is too slow: 40 steps do not get there. On the right it jumps across the valley and cannot settle. The floor reaches from 0.01 to 0.03, where the loss is 1.1 to 1.3. One rung below, at 0.003, it is 2.5; one above, at 0.1, it is 1.9 or 3.1, depending on the seed. So a coarse ladder is worth climbing first. With clipping and AdamW too large a rate has not even become `nan`. It only gets worse, quietly.
@@ -461,7 +461,7 @@ axes[0].set(ylabel="validation loss", ylim=(0, None))
 draw.show(made, "Clipped, one bad batch is a bump; unclipped, it rules for many steps")
 
 # %% [markdown] tags=["zh"]
-# 答案：不裁剪时，最糟的不是当步，而是 **3 到 4 步之后**，三个种子都如此；到图的右端也还没恢复。AdamW 的单步确实不超过几个学习率，但坏梯度留在了两个动量里。用第二节的 `updates` 看一个数：正常梯度是 +1，第 20 步来一个 −500。
+# 答案：不裁剪时，最糟的不是当步，而是 **3 到 4 步之后**，三个种子都如此；到图的右端也还没恢复。裁剪的那一支（绿线）只有一个小坎，与没有坏批次的几乎重合。AdamW 的单步确实不超过几个学习率，但坏梯度留在了两个动量里，要很多步才会淡去：每过一步，`average` 里的只打九折，`square` 里的只打九五折。用第二节的 `updates` 看一个数：正常梯度是 +1，第 20 步来一个 −500。
 
 # %% [markdown] tags=["en"]
 # The answer: without clipping the worst moment is not the bad step itself but comes **3 or 4 steps later**, on each of the seeds, and at the right end the loss has not recovered: 2.3 to 2.4 instead of 0.8. A single AdamW step is indeed never more than a few learning rates, but the bad gradient stays in both moments. Watch one number with the `updates` of section 2: the usual gradient is +1, and in step 20 comes a −500.

@@ -41,7 +41,7 @@ draw.strip("hidden states", "logits")
 # %% [markdown] tags=["zh"]
 # ## 先猜一猜
 #
-# 从 1.0 开始，加 0.001，加一千次，每次的和都存成 bf16。结果是多少？精确答案是 2。写下一个数，第二节揭晓。
+# 从 1.0 开始，加 0.001，加一千次，每次的和都存成 bf16。结果是多少？精确答案是 2。先写下一个数，第二节揭晓。
 
 # %% [markdown] tags=["en"]
 # ## Predict
@@ -92,7 +92,9 @@ axis.axis("off")
 draw.show(made, "0.1 in memory: sign (grey), exponent (orange), fraction (blue)")
 
 # %% [markdown] tags=["zh"]
-# 看第一行和第三行：**bf16 就是 fp32 砍掉后 16 位**（外加舍入），指数一样长，所以够得一样远，但尾数只有 7 位。fp16 的尾数有 10 位，细 8 倍，可指数只有 5 位：大于 65504 就溢出，小于约 6e-8 就成了零。一个不够细，一个不够宽。
+# 先读一个数。第三行的指数 01111011 是 123，减去 127 得 −4；尾数 1001101 是 77；所以存下的是 2⁻⁴ × (1 + 77/128) = 0.10009766，正是上面打印的 0.1 的 bf16。
+#
+# 再看第一行和第三行：**bf16 就是 fp32 砍掉后 16 位**（外加舍入），指数一样长，所以够得一样远，但尾数只有 7 位。fp16 的尾数有 10 位，细 8 倍，可指数只有 5 位：大于 65504 就溢出；最小的正数约 6e-8，不到它一半的就成了零。一个不够细，一个不够宽。
 #
 # 用整数运算手写 fp32 → bf16：留下高 16 位，低 16 位过半就进一（恰好一半时取偶）。
 
@@ -117,7 +119,7 @@ print(tuple(values.shape), "numbers from 1e-20 to 1e20: to_bf16 is .bfloat16(), 
 # %% [markdown] tags=["zh"]
 # ## 二、加一千次 0.001
 #
-# 现在揭晓开头的问题。同时试一种奇怪的舍入：不取最近的，而是**随机**向上或向下，离哪边近，取哪边的机会就大。做法巧得惊人：给低 16 位加一个 0 到 65535 的随机数，再砍掉，进位就以恰好的概率发生。
+# 现在揭晓开头的问题。同时试一种奇怪的舍入：不取最近的，而是**随机**向上或向下，离哪边近，取哪边的机会就大。例如 1.001 夹在 1.0 和 1.0078 之间，走了约 13% 的路，就有 13% 的机会进到 1.0078；平均起来正好是 1.001。做法巧得惊人：给低 16 位加一个 0 到 65535 的随机数，再砍掉，进位就以恰好的概率发生。
 
 # %% [markdown] tags=["en"]
 # ## 2. Adding 0.001 a thousand times
@@ -158,7 +160,7 @@ axis.legend(frameon=False)
 draw.show(made, "In bf16 the sum never leaves 1.0; rounded at random it is right on average")
 
 # %% [markdown] tags=["zh"]
-# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，加 0.001 还不到一半，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉，所以答案是 1.0。fp16 够细，只是每步都偏一点，全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧。
+# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，两者的中点是 1.0039，加 0.001 还没到中点，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉，所以答案是 1.0。fp16 够细，只是每步都偏一点，而且全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧。
 #
 # 训练里的更新正是这样的小数加在大数上。AdamW 的一步约等于学习率（第 14 课）。如果权重只用 bf16 存放，自带模型有多少权重会纹丝不动？
 
@@ -183,13 +185,13 @@ draw.bars(axis, still, "", "% of weights", ["wrong"] * 3, ".1f")
 draw.show(made, "Weights that one AdamW step would not move, if they were kept in bf16")
 
 # %% [markdown] tags=["zh"]
-# 学习率 1e-5（微调大模型时常用），97.7% 的权重根本不动；随机舍入下，平均移动恰是学习率。所以通常的办法是：**可训练的参数用 fp32 存放，只在做乘法时临时转成 16 位**。更新加在 fp32 上，不会整个丢掉。
+# 学习率 1e-5（微调大模型时常用），97.7% 的权重根本不动；随机舍入下，平均移动约等于学习率（打印的三行）。所以通常的办法是：**可训练的参数用 fp32 存放，只在做乘法时临时转成 16 位**。更新加在 fp32 上，不会整个丢掉。
 #
 # 账要算清楚。全用 fp32 时，每个可训练参数要 4 字节存自己、4 字节存梯度、8 字节存 AdamW 的两个动量，共 16 字节。autocast 并不减少这 16 字节：它省的是激活（activation）的内存，快的是矩阵乘法。要减少参数本身的内存，得把权重存成 bf16，那时梯度也是 bf16，共 2 + 2 + 8 = 12 字节，代价是必须随机舍入。冻结的参数没有更新可丢，直接存成 16 位即可。
 #
 # ## 三、手写 autocast
 #
-# 「临时转成 16 位」就是 autocast。拿语言模型第一层的 MLP 来试：每个矩阵乘法之前，输入和权重都转成 bf16。转换本身可导，梯度回来时又成为 fp32。
+# 「临时转成 16 位」就是 autocast：存的是 fp32，算的是 16 位。拿语言模型第一层的 MLP 来试：每个矩阵乘法之前，输入和权重都转成 bf16。转换本身可导，梯度回来时又成为 fp32，所以优化器不用改一个字。
 
 # %% [markdown] tags=["en"]
 # At 1e-5, a usual rate for fine-tuning large models, 97.7 % of the weights do not move at all. With stochastic rounding the mean move is the learning rate. The usual answer is therefore: **trainable parameters stay in fp32 and are cast to 16 bits only for each product**. Updates are added in fp32, and none is swallowed.
@@ -224,7 +226,7 @@ print("equal to the last bit:", tuple(mine.shape), mine.dtype)
 print("weight:", mlp.up_proj.weight.dtype, " its gradient:", mlp.up_proj.weight.grad.dtype)
 
 # %% [markdown] tags=["zh"]
-# 这里容差为零：做的是同样的运算，连舍入的位置都一样。autocast 主要管矩阵乘法。归一化里的平方和、损失里的 log-sum-exp 这类把许多数加起来的运算，仍在 fp32 里做：第二节说过，大的和再加小的数，正是 16 位最怕的事。
+# 这里容差为零：做的是同样的运算，连舍入的位置都一样。打印的最后一行是这个办法的要点：权重是 fp32，它的梯度也是 fp32。autocast 主要管矩阵乘法。归一化里的平方和、损失里的 log-sum-exp 这类把许多数加起来的运算，仍在 fp32 里做：第二节说过，大的和再加小的数，正是 16 位最怕的事。
 #
 # ## 四、fp16：消失的梯度
 #
@@ -277,11 +279,11 @@ for dtype in (torch.bfloat16, torch.float16):
     print(f"{dtype}: {zeros:6.1%} of the gradients are zero, relative error {error:.3f}")
 
 # %% [markdown] tags=["zh"]
-# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数，不到那条线一半的舍成零，过半的凑成最小的那个数。打印的 19.9% 就是成了零的。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是损失看不出差别，反向却悄悄坏了：一大批梯度变成零，剩下的也因为落在「非正规数」（两条线之间）而丢了精度。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
+# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数，不到那条线一半的舍成零，过半的凑成最小的那个数。打印的 19.9% 就是成了零的。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是损失看不出差别，反向却悄悄坏了。前向的数大多在 1 上下，fp16 装得下；太小的是反向的数。结果是：一大批梯度变成零，剩下的也因为落在「非正规数」（两条线之间）而丢了精度。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
 #
 # ## 五、损失缩放
 #
-# 反向传播是线性的：损失乘以 S，所有梯度都乘以 S。于是先乘后除，让小数越过门槛。S 取多大？从 1 试到 2 的 36 次方：
+# 反向传播是线性的：损失乘以 S，所有梯度都乘以 S。于是先乘后除，让小数越过门槛。S 用 2 的幂：乘它、除它都只改指数，尾数一位也不动，没有新的舍入误差。S 取多大？从 1 试到 2 的 36 次方：
 
 # %% [markdown] tags=["en"]
 # Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains: 19.9 % of the gradients became zero, and the others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
@@ -305,7 +307,7 @@ axis.set(xlabel="log2 of the scale", ylabel="relative error of the gradient", ys
 draw.show(made, "Too small a scale loses gradients, too large a scale overflows")
 
 # %% [markdown] tags=["zh"]
-# 从 2 的 9 次方到 27 次方，误差都不到 1%，难的只是：训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
+# 从 2 的 9 次方到 27 次方，误差都不到 1%，可取的范围很宽。难处在于训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
 
 # %% [markdown] tags=["en"]
 # A wide range in the middle works, here from 2⁹ to 2²⁷, with an error below half a per cent. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
@@ -332,7 +334,7 @@ class LossScaler:
 # %% [markdown] tags=["zh"]
 # ## 六、与库代码核对
 #
-# 从过大的 2 的 36 次方出发，每两步加倍（好让它在几步里露出全部行为；库的默认是 1000 步），与库的 `LossScaler` 并排走 14 步。除以 2 的幂只改指数，所以容差为零。随机舍入也用同一个种子核对。
+# 从过大的 2 的 36 次方出发，每两步加倍（好让它在几步里露出全部行为；库的默认是 1000 步），与库的 `LossScaler` 并排走 14 步。除以 2 的幂没有舍入，所以容差为零。随机舍入也用同一个种子核对。
 
 # %% [markdown] tags=["en"]
 # ## 6. Proven equal
@@ -375,7 +377,7 @@ axis.legend(frameon=False)
 draw.show(made, "The scaler falls to where nothing overflows, and knocks again from time to time")
 
 # %% [markdown] tags=["zh"]
-# 被扔掉的步不是故障。每次加倍都是一次试探，试过了头就白算一步，换来的是尽可能大的缩放。连续几十步都在溢出，才是真出了事：缩放一路减半到 1，还在溢出，那就是梯度本身已经不是有限的数了。另外，每一步都要问一遍「有没有溢出」，显卡就得停下来等这个答案；bf16 不需要缩放，也就不需要等，这是它如今更常用的原因之一。
+# 被扔掉的步不是故障。每次加倍都是一次试探，试过了头就白算一步，换来的是尽可能大的缩放。连续几十步都在溢出，才是真出了事：缩放一路减半到 1，还在溢出，那就是梯度本身已经不是有限的数了。另外，每一步都要问一遍「有没有溢出」，显卡就得停下来等这个答案；bf16 不需要缩放，也就不需要等，这是它如今更常用的原因之一。怎样选？显卡支持 bf16 就用 bf16；只支持 fp16 的老卡，才要配上损失缩放。
 #
 # **故意弄坏：先裁剪，后还原。** 缩放过的梯度要先除回来，才能裁剪（第 14 课）。把两步颠倒：
 
@@ -397,7 +399,7 @@ print(f"unscale, then clip:         {clip(scaled / scale).norm():.2e}")
 print(f"clip, then unscale:         {(clip(scaled) / scale).norm():.2e}")
 
 # %% [markdown] tags=["zh"]
-# 颠倒之后，梯度的范数不管原来多大，都成了 1/65536。AdamW 会把它放大回来，所以训练照样进行，只是每一步都被「裁」了，`eps` 也不再可以忽略；换成 SGD 就几乎不动。没有任何报错。
+# 缩放过的梯度，范数是原来的 65,536 倍，几乎总是超过阈值 1，于是先被裁到 1，再除一次，不管原来多大，都只剩 1/65536。AdamW 会把它放大回来，所以训练照样进行，只是每一步都被「裁」了，`eps` 也不再可以忽略；换成 SGD 就几乎不动。没有任何报错。
 #
 # ## 练习
 
