@@ -155,7 +155,7 @@ draw.tokens(axes[1], right_one, ["word"] * len(right_one), "the reference")
 draw.show(made, "BLEU counts runs of tokens in common")
 
 # %% [markdown] tags=["zh"]
-# 上面打印的一行「10 of 11」是说：回答里有 11 个二元组，其中 10 个在标准答案里。两个 `Counter` 的 `&` 取较小的次数，这叫**截断**（clipping）：回答里写了五遍的词，标准答案里只有一个，就只算一个。四个比例取几何平均，再乘一个**过短惩罚**（brevity penalty），就是 BLEU-4。注意：次数是**全部回答加在一起**数的，不是每句算一个 BLEU 再平均。
+# 上面打印的每一行是说：回答里一共有多少个 n 元组，其中多少个也在标准答案里。两个 `Counter` 的 `&` 取较小的次数，这叫**截断**（clipping）：回答里写了五遍的词，标准答案里只有一个，就只算一个。四个比例取几何平均，再乘一个**过短惩罚**（brevity penalty），就是 BLEU-4。注意：次数是**全部回答加在一起**数的，不是每句算一个 BLEU 再平均。
 
 # %% [markdown] tags=["en"]
 # `&` of two `Counter`s keeps the smaller count: **clipping**. The geometric mean of the four shares, times a **brevity penalty**, is BLEU-4. Note that the counts are summed **over all answers** first; it is not a mean of one BLEU for each sentence.
