@@ -345,7 +345,7 @@ print(f"{len(changed)} of 24 answers change, in rows {changed}")
 # %% [markdown] tags=["zh"]
 # 变了 10 个答案，都在第 8 行及以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。可怕之处就在这里。
 #
-# 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数。下面故意少给一个座位：
+# 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数。下面故意少给一个座位，看它怎么说：
 
 # %% [markdown] tags=["en"]
 # None of the rows 0 to 7 is among them: up to 7 foreign seats do no visible harm here. From row 8 on, 10 of 16 answers change. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.
