@@ -314,7 +314,7 @@ for mistake in mistakes:
     print(f"{mistake:27} objects named {share:4.0%}   largest difference {off:.0e}")
 
 # %% [markdown] tags=["zh"]
-# 右边一列除了第一行处处不小，中间一列却分成两类。
+# 右边一列，除第一行外，数都不小；中间一列却分成两类。
 #
 # 前三种把模型弄瞎了。没有残差，原来的内容被替换掉；没有归一化，运算面对的是从没见过的大小；归一化放错位置，残差那条路被截断。
 #

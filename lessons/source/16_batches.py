@@ -282,7 +282,7 @@ for axis, grid, title in (
 draw.show(made, "Prefix P, branches a and b, another sample Q, padding ·")
 
 # %% [markdown] tags=["zh"]
-# 读图时，一行是一个 token 能看到谁，一列是谁能看到它。左图沿对角线是一块一块的，所以叫块对角掩码（block-diagonal mask）；分支 b 那两行跳过了 a，就像 a 那个问题从来没有问过。右图里，后面的样本什么都看得到。
+# 读图时，一行是一个 token 能看到谁，一列是谁能看到它。左图沿对角线是一块一块的，所以叫块对角掩码（block-diagonal mask）；分支 b 那两行跳过了 a，就像 a 那个问题从来没有问过。右图里，后面的样本把前面的全都看在眼里。
 #
 # 位置也从掩码来：**一个 token 的位置，等于它能看到的之前的 token 数**。于是每条分支都从前缀之后接着数，每个样本都从 0 数起，就像它独占一行。对照打印的 0 1 2 3 4 3 4 0 1 2 0：分支 b 又从 3 数起，样本 1 又从 0 数起。填充的位置看得到自己，是为了 softmax 不出 `nan`：一整行都是 −∞ 时，0 除以 0。
 #

@@ -206,7 +206,7 @@ print("图中有   BLEU-3  without penalty ",
       f"  with {bleu(only_start, reference_tokens, 3):.2f}")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 少了任何一个，什么都没说的答卷得满分。一个分数的细节，往往是前人抓到的一种作弊。
+# 少了任何一个，什么都没说的答卷得满分。分数定义里的细枝末节，往往是为了堵住前人发现的一种作弊。
 #
 # ## 五、CIDEr-D：少见的片段更值钱
 #
