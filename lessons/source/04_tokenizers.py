@@ -491,7 +491,7 @@ decoded = ...
 check("04.1", decoded, "图中有一只猫 🙂")
 
 # %% [markdown] tags=["zh"]
-# **04.2 换一种行为。** 让合并不跨越标点 `。？，：、`：训练之前先把每一行切开（标点自成一段），得到 `words`。提示：`re.findall`。
+# **04.2 换一种行为。** 让合并不跨越标点 `。？，：、`：训练之前先把每一行切开（标点自成一段），得到一个字符串列表 `words`；全部接起来仍是原文。提示：`re.findall`。
 
 # %% [markdown] tags=["en"]
 # **04.2 Change a behaviour.** Let no merge cross the punctuation `。？，：、`: before training, cut every line so that each such mark stands alone, into `words`. Hint: `re.findall`.

@@ -280,7 +280,7 @@ model.load_state_dict(renamed)  # strict is PyTorch's default
 print(f"loss {text_loss(model):.2f}")
 
 # %% [markdown] tags=["zh"]
-# PyTorch 的 `strict=False` 只放过前两个问题；形状不符，它仍然报错。所以宽度不同的权重立刻报错，只有名字不同的权重，却一声不响。
+# PyTorch 的 `strict=False` 只放过前两个问题；形状不符，它仍然报错。所以宽度不同的权重立刻报错，只有名字不同的权重，却始终一声不响。
 #
 # 这次损失从 6.37 降到了 3.07。没有图片，描述里的物体只能猜，所以离 0 还远；但它比 ln V 低了一大截，说明语言已经在里面。
 #
