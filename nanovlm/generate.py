@@ -1,4 +1,7 @@
-"""Writing an answer: one pass over the prompt (prefill), then a token at a time (decode)."""
+"""Writing an answer: one pass over the prompt (prefill), then a token at a time (decode).
+
+Lesson: lessons/source/10_generation.py.
+"""
 
 import codecs
 import contextlib

@@ -1,4 +1,7 @@
-"""Token sequences and pixels → a batch, and the whole way from conversations in one call."""
+"""Token sequences and pixels → a batch, and the whole way from conversations in one call.
+
+Lessons: lessons/source/05_conversations.py, lessons/source/16_batches.py.
+"""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,6 +1,8 @@
 """Several token sequences in one row, and rows divided among batches and processes.
 
 Each of them is to get about the same amount of work, with little padding in it.
+
+Lesson: lessons/source/16_batches.py.
 """
 
 from collections.abc import Sequence

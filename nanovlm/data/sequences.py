@@ -1,4 +1,7 @@
-"""Samples → token sequences. Samples with a common prefix, image included, can share it."""
+"""Samples → token sequences. Samples with a common prefix, image included, can share it.
+
+Lesson: lessons/source/16_batches.py.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

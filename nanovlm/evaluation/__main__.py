@@ -6,6 +6,8 @@ prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. P
 exact answers for each `kind` of record go to stderr. Records of kind "describe" add the rates of
 wrong objects, {"chair_i": …, "chair_s": …}. `--control blind` and `--control shuffled` take the
 image away.
+
+Lesson: lessons/source/17_measuring.py.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""A model's answers to records, many at a time, with the image as it is or under a control."""
+"""A model's answers to records, many at a time, with the image as it is or under a control.
+
+Lessons: lessons/source/00_does_it_see.py, lessons/source/17_measuring.py.
+"""
 
 import random
 from collections.abc import Iterator, Sequence

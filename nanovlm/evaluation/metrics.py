@@ -1,6 +1,8 @@
 """Scores of answers: exact match, CIDEr-D, BLEU and wrong objects.
 
 Given the same tokens, CIDEr-D and BLEU equal those of `pycocoevalcap`.
+
+Lesson: lessons/source/17_measuring.py.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Strict loading: a checkpoint's tensors become a module's parameters, and none is held twice."""
+"""Strict loading: a checkpoint's tensors become a module's parameters, and none is held twice.
+
+Lesson: lessons/source/12_weights.py.
+"""
 
 from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass

@@ -3,6 +3,8 @@
 The tables read from left (the published name) to right (ours); `{}` stands for the block's number,
 None marks a tensor that is not used. `translate` applies a table, `invert` turns it round for
 writing a published folder; VISION_FAMILIES and LANGUAGE_FAMILIES give the table of a model_type.
+
+Lesson: lessons/source/12_weights.py.
 """
 
 import re

@@ -8,6 +8,8 @@
 
 The tensors lie side by side and fill the rest exactly, so every byte of the file is accounted for.
 Format description: https://github.com/huggingface/safetensors#format
+
+Lesson: lessons/source/12_weights.py.
 """
 
 import json

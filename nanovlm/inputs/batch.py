@@ -1,4 +1,7 @@
-"""What one forward pass takes."""
+"""What one forward pass takes.
+
+Lesson: lessons/source/09_splice.py.
+"""
 
 import dataclasses
 from collections.abc import Callable

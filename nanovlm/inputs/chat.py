@@ -1,6 +1,8 @@
 """A conversation → token ids and labels.
 
 Special tokens come from the template and the images' places alone, never from what a user typed.
+
+Lesson: lessons/source/05_conversations.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,6 +1,8 @@
 """An image file → the pixels that the vision encoder takes.
 
 Open safely, turn upright, resize, crop or cut into tiles, normalise.
+
+Lesson: lessons/source/01_patches.py.
 """
 
 import io

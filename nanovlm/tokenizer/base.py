@@ -1,4 +1,7 @@
-"""The interface of all tokenizers, and what they share."""
+"""The interface of all tokenizers, and what they share.
+
+Lesson: lessons/source/05_conversations.py.
+"""
 
 import re
 from abc import ABC, abstractmethod

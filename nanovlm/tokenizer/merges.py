@@ -3,6 +3,8 @@
 The method is that of Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909), on bytes as in
 GPT-2. A vocabulary file spells each byte as one printable character: the byte's own in Latin-1 if
 that prints, otherwise one from U+0100 on (a space is `Ġ`).
+
+Lesson: lessons/source/04_tokenizers.py.
 """
 
 import heapq

@@ -4,6 +4,8 @@ The package finds a model's user-defined symbols in any text, so that a user cou
 full-width letters, which normalization turns into ASCII). They are therefore given to the package
 as control symbols, which it never finds in a text: one byte per symbol is changed in memory, and
 the user's spelling of one is encoded as ordinary text.
+
+Lesson: lessons/source/04_tokenizers.py.
 """
 
 import json

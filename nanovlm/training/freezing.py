@@ -1,4 +1,7 @@
-"""Which parameters are trained, and a table of what each part of the model takes in memory."""
+"""Which parameters are trained, and a table of what each part of the model takes in memory.
+
+Lesson: lessons/source/18_two_stages.py.
+"""
 
 import torch
 from torch import nn

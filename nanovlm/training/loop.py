@@ -1,4 +1,7 @@
-"""The training loop: data, forward, backward, step; then log, validate, save."""
+"""The training loop: data, forward, backward, step; then log, validate, save.
+
+Lessons: lessons/source/13_accumulation.py, lessons/source/14_training_loop.py.
+"""
 
 import math
 import shlex

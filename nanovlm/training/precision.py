@@ -1,4 +1,7 @@
-"""The compute dtype of a run: autocast, and loss scaling for fp16."""
+"""The compute dtype of a run: autocast, and loss scaling for fp16.
+
+Lesson: lessons/source/15_mixed_precision.py.
+"""
 
 import contextlib
 from collections.abc import Callable

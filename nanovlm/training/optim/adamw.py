@@ -1,4 +1,7 @@
-"""AdamW in less memory: moments in 8 bits, weights in bf16 without an fp32 copy, or both."""
+"""AdamW in less memory: moments in 8 bits, weights in bf16 without an fp32 copy, or both.
+
+Lessons: lessons/source/14_training_loop.py, lessons/source/15_mixed_precision.py.
+"""
 
 import math
 from collections.abc import Iterable, Iterator

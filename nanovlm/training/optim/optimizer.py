@@ -1,4 +1,7 @@
-"""AdamW with a learning rate for each part of the model, and the schedule of the rates."""
+"""AdamW with a learning rate for each part of the model, and the schedule of the rates.
+
+Lessons: lessons/source/14_training_loop.py, lessons/source/18_two_stages.py.
+"""
 
 import math
 from dataclasses import dataclass
