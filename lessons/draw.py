@@ -169,7 +169,7 @@ def tokens(
     below: Sequence[str] = (),
 ) -> None:
     """Tokens as boxes with their text; `parts` colours them, `below` is written under each."""
-    axes.set_title(title)
+    axes.set_title(title, loc="left")
     axes.axis("off")
     left, line, widest = 0.0, 0, 62.0
     for number, (text, part) in enumerate(zip(texts, parts)):

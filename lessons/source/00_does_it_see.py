@@ -65,7 +65,7 @@ draw.strip("image", "answer")
 #
 # We will set more than two hundred small questions: what colour, what shape, how many, which is on the left. Then we **replace every image by plain grey** and ask the same again.
 #
-# Which share does a model get right that cannot see? Write it down first.
+# What share does a model that cannot see get right? Write it down first.
 
 # %% [markdown] tags=["zh"]
 # ## 一、问几句
@@ -75,7 +75,7 @@ draw.strip("image", "answer")
 # %% [markdown] tags=["en"]
 # ## 1. Ask
 #
-# Load the model, put image and question into a conversation, have it write the answer. The function `ask` does this for up to 64 questions at a time.
+# Load the model, put image and question into a conversation, have it write the answer. The function `ask` takes any number of questions and runs 64 of them at a time.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -96,6 +96,7 @@ def ask(images, asked, blind=False):
     return answers
 
 
+# %%
 for text in ("描述图片", "最左边的物体是什么？", "图里有几个物体？", "What colour is the star?"):
     print(f"{text:26}", ask([image], [text])[0])
 made, axes = draw.figure(height=2.2)
@@ -114,7 +115,9 @@ draw.show(made, "scene.png travels through all lessons")
 # 判分用**完全正确率**（exact match）：回答与标准答案一致才算对，大小写和句尾的标点不计（第 17 课）。
 
 # %% [markdown] tags=["en"]
-# It has fewer than three million parameters, in three parts. The **vision encoder** turns the image into 64 vectors, the **projector** turns these into 64 visual tokens that a language model can take, and the **language model** lines them up with the question and continues the text, token by token. Lessons 01 to 03 are about the first part, 08 about the second, 04 to 07 about the third, and 09 and 10 put all three together. None of it is needed today.
+# In English: asked to describe the image, it names a big red ring, a big blue star and a small orange triangle, from left to right. Asked which object is leftmost, it says "red ring"; asked how many there are, "three".
+#
+# The model has fewer than three million parameters, in three parts. The **vision encoder** turns the image into 64 vectors, the **projector** turns these into 64 visual tokens that a language model can take, and the **language model** lines them up with the question and continues the text, token by token. Lessons 01 to 03 are about the first part, 08 about the second, 04 to 07 about the third, and 09 and 10 put all three together. None of it is needed today.
 #
 # So does it look? A few right answers prove little. Three objects and a red ring may be what it likes to say. To find out, one needs an exam, and a way to **take the image away**.
 #
@@ -133,6 +136,8 @@ for _ in range(40):
         references.append(question.answer)
         kinds.append(question.kind)
 print(len(asked), "questions:", dict(Counter(kinds)))
+
+# %%
 made, axes = draw.figure(4, height=3.2)
 for axis, number in zip(axes, (0, 60, 120, 180)):
     text = textwrap.fill(asked[number], 24) + f"\n→ {references[number]}"
@@ -179,7 +184,7 @@ for number in (0, 60, 120):
 # 灰图有一个毛病：训练时从没出现过，模型可能因为意外而失常，分数低也许只是这个缘故。所以还有第二种，**打乱对照**（shuffled control）：每道题配上**别的场景**的图。图都是正常的图，只是不对题。
 
 # %% [markdown] tags=["en"]
-# That is the answer to the question at the top. Look at what it says: **without an image it answers as confidently as before**, and never "I cannot see". What it gets right, the question gave away: "left or right" has two possible answers, and so has "is there".
+# That is the answer to the question at the top. Look at what it says (the last line asks whether there is a heart, and the answer is "no"): **without an image it answers as confidently as before**, and never "I cannot see". What it still gets right is given away by the question: "left or right" has two possible answers, and so has "is there".
 #
 # Grey images have one flaw: training never showed any, and the model may be thrown off by the surprise. Hence a second one, the **shuffled control**: each question gets the image of **another scene**. The images are ordinary, only not the right ones.
 
@@ -197,7 +202,7 @@ print(len(scenes), "scenes; shuffled:", f"{results['shuffled'].mean():.1%} right
 # 最后一个对照根本不用模型：**最佳猜测**。它回答的是：单凭问法能得多少分？把训练题里的颜色和形状抹掉，只留问法；每种问法猜训练题里最常见的答案。问「甲和乙，哪个……」时，就猜「前一个」或「后一个」。
 
 # %% [markdown] tags=["en"]
-# The last control needs no model at all: the **best guess**. Take the colours and shapes out of training questions, so that only the wording is left, and for each wording guess the most common answer. Where a question asks "which one, A or B?", the guess is "the first" or "the second".
+# The last control needs no model at all: the **best guess**. Take the questions on 4,000 other scenes, remove the colours and shapes so that only the wording is left, and for each wording guess the most common answer. Where a question asks "which one, A or B?", the guess is "the first" or "the second".
 
 # %%
 WORDS = "|".join([*COLOURS, *SHAPES, *COLOURS.values(), *SHAPES.values()])
@@ -246,9 +251,9 @@ draw.show(made, "Four bars tell whether it sees")
 # 图片要经过投影层才能到语言模型那里（第 08 课）。把投影层的权重换成随机数，会报错吗？用前 96 题，试三个种子：
 
 # %% [markdown] tags=["en"]
-# Look at the left. The three controls are low: that is the **floor**, and only what rises above it comes from the image. Some points between the three mean nothing: with two hundred questions, another set would differ by as much (lesson 17 computes it). On the right, by kind of question: where there are two possible answers (left or right, above or below, larger or smaller, is there), blind gets about half; where there are eight, as with colours and shapes, it gets much less.
+# Look at the left. The three controls are low: that is the **floor**, and only what rises above it comes from the image. The differences between the three mean little: with 225 questions, a share near 30% may be off by six points either way (lesson 17 computes it). On the right, by kind of question: where there are two possible answers (left or right, above or below, larger or smaller, is there), blind gets about half; where there are eight, as with colours and shapes, it gets much less.
 #
-# So one number is not enough. "60% right" may be skill or nothing but guessing: on an exam of yes-or-no questions, closed eyes get half. From now on, whenever a model is trained, look at two numbers side by side: with the image, and blind.
+# So one number is not enough. "60% right" may be skill or nothing but guessing: on an exam of yes-or-no questions, blind guessing gets half. From now on, whenever a model is trained, look at two numbers side by side: with the image, and blind.
 #
 # ## 4. Broken on purpose: a random projector
 #
@@ -271,7 +276,7 @@ model.projector = kept
 # 库里的 `answer_records` 有同样两种对照，`python -m nanovlm.evaluation --control blind` 用的就是它。核对是为了确认：上面亲手写的考试，和以后训练时自动跑的评测，是同一回事。`answer_records` 从文件读图，所以先把前 48 题的图存下来。两边的回答应当一字不差；像素也要相同，容差为 0：PNG 不丢信息。
 
 # %% [markdown] tags=["en"]
-# Nothing complains. The sentences are fluent, the grammar is right, and the score is back on the floor. **Fluency is no evidence of seeing.** A language model talks well without eyes, so reading a few answers does not reveal such a fault. A control does at once.
+# Nothing complains. The sentences are fluent, the grammar is right, and the score is back on the floor. **Fluency is no evidence of seeing.** A language model talks well without seeing, so reading a few answers does not reveal such a fault. A control does at once.
 #
 # ## 5. Proven equal
 #
@@ -302,7 +307,7 @@ print("48 blind answers equal the package's; no image of the shuffled control st
 # %% [markdown] tags=["en"]
 # ## 6. Change the image
 #
-# The controls show that it does not work without the image. One can also ask the other way round: **if one thing in the image changes, does that one word of the answer change?** Paint the ring's pixels in another colour and leave every other pixel alone:
+# The controls show that it does not work without the image. One can also ask the other way round: **if one thing in the image changes, does that one word of the answer change?** Paint the ring's pixels in another colour, leave every other pixel alone, and ask 圆环是什么颜色的？ ("what colour is the ring?"). The right answers are 红色 red, 绿色 green, 蓝色 blue, 紫色 purple, 黄色 yellow and 白色 white:
 
 # %%
 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3)
@@ -330,7 +335,7 @@ draw.show(made, f"{int(ring.sum())} pixels change, and the answer to 圆环是�
 # 每格最后一行的 `check` 会告诉你差多少：`exact`（完全一致）、`close`（接近）或 `not yet`（还没有）。它从不中断运行。
 
 # %% [markdown] tags=["en"]
-# The six images differ in these two hundred odd pixels, and the answers follow. This is the strongest kind of evidence, because we **moved the cause and saw the effect**, and did not only see two things together.
+# The six images differ in the ring's pixels alone, and the answers follow. This is the strongest kind of evidence, because we **moved the cause and saw the effect**, and did not only see two things together.
 #
 # How does it do it? How do pixels become vectors, how do vectors get into a sentence, and how does the language model write an answer token by token? Lesson 01 starts the walk, station by station.
 #
@@ -344,7 +349,7 @@ draw.show(made, f"{int(ring.sum())} pixels change, and the answer to 圆环是�
 # **00.1 补一行。** 一张卷子一半是二选一的题，一半是八选一的题。完全乱猜，平均能对多少（写成小数）？
 
 # %% [markdown] tags=["en"]
-# **00.1 Fill in a line.** Half of an exam has two possible answers to a question, the other half has eight. Which share does blind chance get right?
+# **00.1 Fill in a line.** Half of an exam has two possible answers to a question, the other half has eight. What share does guessing at random get right?
 
 # %% tags=["exercise"]
 chance = ...

@@ -18,7 +18,7 @@
 #
 # The model is trained. How good is it? This lesson writes three common scores by hand, shows how one "safe sentence" fools one of them, and then asks how much of a score is skill and how much is luck.
 #
-# **In**: 100 unseen images, and for each a description that the model wrote and a reference, both strings. **Out**: three numbers (exact match, BLEU-4, CIDEr-D), and how far each may be off.
+# **In**: 100 unseen images, and for each a description that the model wrote and a reference, both strings. **Out**: three numbers (exact match, BLEU-4, CIDEr-D), and how far the first of them may be off.
 
 # %% tags=["setup"]
 import sys
@@ -55,9 +55,9 @@ draw.strip("answer")
 # %% [markdown] tags=["en"]
 # ## Predict
 #
-# Here is a "model" that never looks: whatever the image, it gives one and the same description. We pick the sentence that pays best and score it on 100 images.
+# Here is a "model" that never looks: whatever the image, it gives one and the same description. We pick the sentence that scores best on other images, and hand it in for all of 100 new ones.
 #
-# BLEU-4 goes up to 1. How much does the sentence get? And which share of the objects that it names is right? Write both numbers down.
+# BLEU-4 goes up to 1. How much does the sentence get? And what share of the objects that it names is right? Write both numbers down.
 
 # %% [markdown] tags=["zh"]
 # ## 一、考卷
@@ -76,6 +76,7 @@ images = [draw_scene(scene) for scene in scenes]
 references = [describe(scene, "zh") for scene in scenes]
 
 
+# %%
 def answer(images):
     answers, question = [], [Message("user", [IMAGE, "描述图片"])]
     for start in range(0, len(images), 50):
@@ -128,13 +129,13 @@ print(f"exact match of {tuple(right.shape)} answers: {right.mean():.2f}")
 # 把回答切成 token（中文一字一个，去掉标点），取出所有连续的 1、2、3、4 个 token，叫 n 元组（n-gram）。**BLEU** 问：回答里的 n 元组，有多大比例也出现在标准答案里？
 
 # %% [markdown] tags=["en"]
-# The last pair means the same and is marked wrong. **A strict rule gives a low score, never a flattering one**; what matters is that it is fixed beforehand, not while looking at the answers. For descriptions nanovlm is milder in one respect: the order of the objects does not count (`same_items`).
+# The two sides of the last pair both mean "two", and still it is marked wrong. **A strict rule gives a low score, never a flattering one**; what matters is that it is fixed beforehand, not while looking at the answers. For descriptions nanovlm is milder in one respect: the order of the objects does not count (`same_items`).
 #
 # Exact match has one drawback: one wrong word in thirty scores 0, as nonsense does. To grade "almost right" one has to look at pieces.
 #
 # ## 3. BLEU: count the pieces in common
 #
-# Cut the answer into tokens (a Chinese character each, no punctuation) and take all runs of 1, 2, 3 and 4 tokens, the n-grams. **BLEU** asks: which share of the answer's n-grams stands in the reference, too?
+# Cut the answer into tokens (a Chinese character each, no punctuation) and take all runs of 1, 2, 3 and 4 tokens, the n-grams. **BLEU** asks: what share of the answer's n-grams is in the reference, too?
 
 
 # %%
@@ -194,7 +195,7 @@ print(f"BLEU-4 of the shipped model: {bleu(tokens, reference_tokens):.3f}")
 #
 # ## 4. Broken on purpose
 #
-# Clipping and the brevity penalty look like details. Take one away each time, and hand in two papers that cheat: one writes nothing but 的, the other nothing but 图中有 ("the image shows").
+# Clipping and the brevity penalty look like details. Take one away each time, and hand in two sets of answers that cheat: one holds nothing but 的 (a particle, the most common Chinese character), the other nothing but 图中有 ("the image shows"). The second has three tokens an answer, so its score is BLEU-3.
 
 # %%
 only_de = [["的"] * len(reference) for reference in reference_tokens]
@@ -213,11 +214,11 @@ print("图中有   BLEU-3  without penalty ",
 # 「图中有」在每一句里都出现，说对它不说明什么；「圆环」才说明看见了东西。下图里，「图」「中」「有」的柱子高度为 0，颜色和形状的字最高。**CIDEr-D** 给每个 n 元组一个权重：它出现在 N 个标准答案中的 m 个里，权重就是 log(N/m)。每句里都有的片段，权重是 log 1 = 0。
 
 # %% [markdown] tags=["en"]
-# Without either, a paper that says nothing gets full marks. The details of a score are often cheats that someone caught.
+# Without clipping the first gets full marks, without the penalty the second, and neither says anything. Such details of a score are often there because someone found a cheat.
 #
 # ## 5. CIDEr-D: rare pieces are worth more
 #
-# 图中有 stands in every sentence, so saying it proves nothing; 圆环 ("ring") proves that something was seen. **CIDEr-D** gives each n-gram a weight: if it stands in m of the N references, log(N/m). A piece that stands in all of them weighs log 1 = 0.
+# 图中有 is in every reference, so saying it proves nothing; 圆环 ("ring") is in few, and saying it in the right place tells more. **CIDEr-D** gives each n-gram a weight: if it is in m of the N references, log(N/m). A piece that is in all of them weighs log 1 = 0; one that is in none weighs log N.
 
 # %%
 seen_in = Counter()  # n-gram → in how many references
@@ -236,7 +237,7 @@ draw.show(made, "Words that stand in every reference weigh nothing")
 # 于是每句话变成四个很长的稀疏向量（1 到 4 元组各一个），分数是回答与标准答案的**余弦相似度**，四个取平均，再乘 10。D 是改进版，多了两条防作弊：回答的分量超过标准答案的部分不算（又是截断），长度不同要罚（高斯函数，σ = 6 个 token）。
 
 # %% [markdown] tags=["en"]
-# Each sentence becomes four long sparse vectors, one for each order. The score is the **cosine** between answer and reference, averaged over the four and multiplied by 10. The D stands for a version with two guards against cheating: an n-gram counts for at most its weight in the reference (clipping again), and another length is punished (a Gaussian, σ = 6 tokens).
+# Each sentence becomes four long sparse vectors, one for each order. The score is the **cosine** between answer and reference, averaged over the four and multiplied by 10. The D stands for a version with two guards against cheating: an n-gram counts for at most its weight in the reference (clipping again), and an answer longer or shorter than the reference is marked down (a Gaussian, σ = 6 tokens).
 
 
 # %%
@@ -249,6 +250,7 @@ def length(vector):
     return math.sqrt(sum(value**2 for value in vector.values()))
 
 
+# %%
 def cider_d(answers, references):
     total = 0.0
     for mine, reference in zip(answers, references):
@@ -271,7 +273,7 @@ print(f"CIDEr-D of the shipped model: {cider_d(tokens, reference_tokens):.2f} of
 # %% [markdown] tags=["en"]
 # ## 6. Proven equal
 #
-# The package's functions in `nanovlm.evaluation.metrics` are in turn compared with `pycocoevalcap`, which most papers use. They take several references for a question, hence the extra list. The tolerance is 1e-6, because the package adds 1e-9 to denominators so as never to divide by zero.
+# The package's functions in `nanovlm.evaluation.metrics` are in turn tested against `pycocoevalcap`, the implementation in common use. They take several references for a question, hence the extra list. The tolerance is 1e-6, because the package adds 1e-9 to denominators so as never to divide by zero.
 
 # %%
 grouped = [[each] for each in reference_tokens]
@@ -290,7 +292,7 @@ for name, mine, theirs in (
 # %% [markdown] tags=["en"]
 # ## 7. One safe sentence
 #
-# Now for the question at the top. Out of 60 descriptions we take the one with the highest BLEU, measured on **another** 60 scenes, so that nobody has peeked at the exam. Two more papers are scored beside it: the **shuffled control** (the model describes carefully, but another image), and one that is "colour-blind": the reference itself with every colour replaced by another, so that hardly an object is right.
+# Now for the question at the top. Out of 60 descriptions we take the one with the highest BLEU, measured on **another** 60 scenes, so that nobody has peeked at the exam. Two more sets of answers are scored beside it: the **shuffled control** (the model describes carefully, but another image), and one that is "colour-blind": the reference itself with every colour replaced by another, so that hardly an object is right.
 
 # %%
 others = [describe(random_scene(Random(f"other {number}")), "zh") for number in range(120)]
@@ -298,7 +300,7 @@ practice = [metrics.tokenize(text) for text in others[60:]]
 safe = max(others[:60], key=lambda text: bleu([metrics.tokenize(text)] * 60, practice))
 print("the safe sentence:", safe)
 following = dict(zip(COLOURS.values(), [*COLOURS.values()][1:] + [*COLOURS.values()][:1]))
-papers = {
+sheets = {
     "the model": answers,
     "colour-blind": [re.sub("|".join(following), lambda m: following[m[0]], r)
                      for r in references],
@@ -308,9 +310,9 @@ papers = {
 
 # %%
 rows = {"objects right": {}, "BLEU-4": {}, "CIDEr-D / 10": {}}
-for name, paper in papers.items():
-    split = [metrics.tokenize(text) for text in paper]
-    wrong_share = metrics.wrong_objects(paper, [[r] for r in references])["chair_i"]
+for name, sheet in sheets.items():
+    split = [metrics.tokenize(text) for text in sheet]
+    wrong_share = metrics.wrong_objects(sheet, [[r] for r in references])["chair_i"]
     rows["objects right"][name] = 1 - wrong_share
     rows["BLEU-4"][name] = bleu(split, reference_tokens)
     rows["CIDEr-D / 10"][name] = cider_d(split, reference_tokens) / 10
@@ -333,7 +335,7 @@ draw.show(made, "BLEU pays for the form of a sentence")
 # 换 100 张图再考一次，分数会变多少？不必真的再考：从这 100 个结果里**有放回地**抽 100 个，算一次平均；重复 2,000 次，看平均数散得多开。这叫**自助法**（bootstrap），中间 95% 的范围就是误差范围。
 
 # %% [markdown] tags=["en"]
-# Look at the middle. What one sentence earns without seeing is out of all proportion to the share of objects that it gets right. The colour-blind paper, which names hardly an object correctly, earns even more BLEU, since the form, the sizes and the shapes are right. CIDEr-D marks the safe sentence down and stays lenient with the colour-blind one: it knows which words are rare, not which ones **matter**.
+# Your two numbers are the bars of "safe sentence": BLEU in the middle, objects on the left. What one sentence earns without seeing is out of all proportion to the share of objects that it gets right. The colour-blind answers, which name hardly an object correctly, earn even more BLEU, since the form, the sizes and the shapes are right. CIDEr-D marks the safe sentence down and stays lenient with the colour-blind answers: it knows which words are rare, not which ones **matter**.
 #
 # Why? Descriptions in the toy world have a fixed form, and its words, the same for everyone, make up about half of the sentence. Captions of photographs are not so different: "a man standing in …", "a picture of …". The score rewards being **like the reference**, while we care about being **true of the image**.
 #
@@ -369,11 +371,11 @@ draw.show(made, "One exam of 100 questions leaves this much open")
 # 自助法只回答「换一批题会怎样」，不回答「换一个种子再训练一遍会怎样」。后者要真的训练几遍，光靠重抽题目算不出来。下面的结果是**录制**的：第 1 阶段的短训练，只有 80 步（预设是 335 步），两种设置各用五个种子，只差一个开关：取视觉编码器最后的归一化之前还是之后（`--vision-norm`）。十个模型答同样的 256 道验证题。
 
 # %% [markdown] tags=["en"]
-# Where two models differ by two or three percent, 100 questions cannot tell them apart. The width shrinks as 1/√n: half the width takes four times the questions. For a share there is a formula (exercise 17.1) and no need of the bootstrap. Its merit is that it works for any score; BLEU and CIDEr-D have no such formula.
+# Where two models differ by two or three points, 100 questions cannot tell them apart. The width shrinks as 1/√n: half the width takes four times the questions. For a share there is a formula (exercise 17.1) and no need of the bootstrap. Its merit is that it works for any score; BLEU and CIDEr-D have no such formula.
 #
 # ## 9. Five seeds (recorded)
 #
-# The bootstrap asks what other questions would have done. It does not ask what another seed would have done; for that one has to train again. What follows is **recorded**: short runs of stage 1, 80 steps where the preset takes 335, five seeds of two settings that differ in one switch, whether the projector gets what the vision encoder gives before its final norm or after (`--vision-norm`). All ten models answer the same 256 questions of val.
+# The bootstrap asks what other questions would have done. It does not ask what another seed would have done; for that one has to train again. What follows is **recorded**: short runs of stage 1, 80 steps where the preset takes 335, five seeds of two settings that differ in one switch, whether the projector gets what the vision encoder gives before its final norm or after (`--vision-norm`). All ten models answer the same 256 questions of the validation set.
 
 # %%
 recorded = json.load(open("../recorded/17.json", encoding="utf-8"))
@@ -389,6 +391,11 @@ for name, row in zip(("before the norm", "after the norm "), accuracy):
     print(name, [f"{value:.3f}" for value in row], f"mean {row.mean():.3f}, std {row.std():.3f}")
 
 # %%
+difference = accuracy[1] - accuracy[0]  # (seeds,): both settings share seed and questions
+half = 2.776 * difference.std() / math.sqrt(5)  # Student's t, 4 degrees of freedom, 95%
+print(f"difference {difference.mean():+.3f} ± {half:.3f} (95%, over seeds)")
+
+# %%
 made, axes = draw.figure(2, height=3.0, width_ratios=(1.4, 1))
 for setting, (name, colour) in enumerate((("before", draw.VISION), ("after", draw.PROJECTOR))):
     spread = [bootstrap(row).quantile(torch.tensor([0.025, 0.975])) for row in results[setting]]
@@ -398,13 +405,10 @@ for setting, (name, colour) in enumerate((("before", draw.VISION), ("after", dra
 axes[0].set(title="bars: 95% over questions", xlabel="seed", ylabel="exact match")
 axes[0].margins(y=0.2)
 axes[0].legend(frameon=False, ncols=2, loc="upper right")
-difference = accuracy[1] - accuracy[0]  # (seeds,): both settings share seed and questions
 axes[1].bar(range(5), difference, color=draw.WORD)
 axes[1].axhline(0, color=draw.INK, lw=0.8)
 axes[1].set(title="after − before", xlabel="seed")
 draw.show(made, "Five seeds of two settings")
-half = 2.776 * difference.std() / math.sqrt(5)  # Student's t, 4 degrees of freedom, 95%
-print(f"difference {difference.mean():+.3f} ± {half:.3f} (95%, over seeds)")
 
 # %% [markdown] tags=["zh"]
 # 假如只跑了种子 0：「归一化之后」高出 14 个百分点，两条误差线毫不重叠，任谁都会写进论文。假如只跑了种子 3：低了 6 个百分点，结论正好相反。五个种子合起来是 +4.5 ± 9 个百分点，范围里包含 0：**看不出差别**。同一种设置换一个种子，成绩的标准差是 4 到 5 个百分点，和要测的差别一样大。
@@ -418,9 +422,9 @@ print(f"difference {difference.mean():+.3f} ± {half:.3f} (95%, over seeds)")
 # 每格最后一行的 `check` 会告诉你差多少。
 
 # %% [markdown] tags=["en"]
-# Had we run seed 0 alone: "after the norm" is 14 points higher, the bars do not overlap, and anyone would have published it. Had we run seed 3 alone: 6 points lower, the opposite conclusion. Five seeds together give +4.5 ± 9 points, and 0 is in that range: **no difference can be seen**. Between two short runs luck is larger than the thing to be measured.
+# With seed 0 alone, "after the norm" is 14 points higher, the bars do not overlap, and anyone would publish it. With seed 3 alone it is 6 points lower: the opposite conclusion. Five seeds together give +4.5 ± 9 points (95%), and 0 is in that range: **no difference can be seen**. Between two short runs luck is larger than the thing to be measured.
 #
-# Two kinds of error are easily confused. The bootstrap is about other questions, seeds are about training again. With ten thousand questions the bars on the left would shrink, and the five seeds would disagree as before. One thing helped here: both settings share seeds and questions, and the difference is taken **in pairs**, so that much of how hard the questions are cancels.
+# Two kinds of error are easily confused. The bootstrap is about other questions, seeds are about training again. With ten thousand questions the bars on the left would shrink, and the five seeds would disagree as before. One thing helped here: both settings share seeds and questions, and the difference is taken **in pairs**, so that most of what makes the questions easy or hard cancels.
 #
 # Say also what was measured: the score at step 80. Learning faster is not ending better. After full training the two settings show no clear difference either (`nanovlm/assets/README.md`).
 #
