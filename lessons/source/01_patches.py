@@ -329,7 +329,7 @@ draw.show(made, "The same patches in another order are another image")
 # 每格最后一行的 `check` 会告诉你差多少：`exact`（完全一致）、`close`（接近）或 `not yet`（还没有）。它从不中断运行。
 
 # %% [markdown] tags=["en"]
-# That is the answer: 3 for the whole image, and 1.15 on average once shuffled (23 hits in 20 shuffles; one shuffle, seed 19, even gets all three). Even that is partly luck: all three answers printed above say "red ring". A shape is a **relation** between patches, while a colour can be seen within one. So in the three answers every colour is one of the image's, and 7 of the 12 shapes do not go with it. Without the position table not one pixel changed, yet the encoder cannot tell where each patch lies, and the answer is as bad: 1 of 3.
+# That is the answer: 3 for the whole image, and 1.15 on average once shuffled (23 hits in 20 shuffles; one shuffle, seed 19, even gets all three). Even that is partly luck: all three answers printed above say "red ring", so some of the hits may be habit. A shape is a **relation** between patches, while a colour can be seen within one. So in the three answers every colour is one of the image's, and 7 of the 12 shapes do not go with it. Without the position table not one pixel changed, yet the encoder cannot tell where each patch lies, and the answer is as bad: 1 of 3.
 #
 # ## Exercises
 #

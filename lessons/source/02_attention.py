@@ -64,7 +64,7 @@ draw.strip("patch vectors", "hidden states")
 # %% [markdown] tags=["en"]
 # ## 1. How one token looks at the others
 #
-# First a real input. A hook on the attention of block 2 (counted from 0) keeps what goes in and what comes out. What comes out is the answer that we have to reach.
+# First a real input. A hook on the attention of each block keeps what goes in and what comes out. We take block 2, counted from 0: what comes out there is the answer that we have to reach.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -396,8 +396,8 @@ def effective(weights):
     return torch.special.entr(weights).sum(dim=-1).exp()  # entr(w) = -w ln w
 
 
-print("the heads above:", [round(effective(table).mean().item(), 1) for table in mine.weights(
-    hidden_states)[0]])  # fmt: skip
+counts = effective(mine.weights(hidden_states)[0]).mean(dim=-1)  # (H,)
+print("the heads above:", [round(count, 1) for count in counts.tolist()])
 
 # %%
 WIDTHS, looked = (4, 16, 48, 128, 512), {"divided by √D": [], "not divided": []}
@@ -420,7 +420,7 @@ for width in WIDTHS:
 # %% [markdown] tags=["en"]
 # The standard deviation of the scores follows √D, because a sum of D independent products of variance 1 has variance D. Divided by √D, the scores have spread 1 whatever D is.
 #
-# Why does that matter? Whoever starts by staring at one arbitrary token learns slowly. A small task: of 16 vectors, one is the query with noise added, and attention has to find it. The query and key matrices start at random and are trained for 100 steps, with 5 seeds.
+# Why does that matter? Whoever starts by staring at one arbitrary token learns slowly. A small task: the query is one of 16 vectors with noise added, and attention has to find which. The query and key matrices start at random and are trained for 100 steps, with 5 seeds.
 
 
 # %%

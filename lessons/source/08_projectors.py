@@ -266,7 +266,7 @@ draw.show(made, "Which patches make a token, with the transpose and without")
 # %% [markdown] tags=["en"]
 # Without the `transpose`, four neighbours **of one row** are merged; at scale 4 a token is a strip across the whole image. Such a projector can still be trained. But each token sees something more scattered: an object is cut into more tokens, and two objects end up in one token more often.
 #
-# By how much? Make 600 random scenes and count over how many tokens the area of each object is spread (crumbs below 2 % are not counted). The experiment below uses these scenes again.
+# By how much? Make 600 random scenes and count over how many tokens the area of each object is spread (crumbs below 2% are not counted). The experiment below uses these scenes again.
 
 # %%
 scenes = [random_scene(Random(seed)) for seed in range(600)]
@@ -379,7 +379,7 @@ for name, projector in (("mlp", trained), ("resampler", resampler)):
 # 五种投影层放在一起。左边是本模型的 8×8 网格，右边是 LLaVA-1.5 的 24×24：
 
 # %% [markdown] tags=["en"]
-# The last two lines hold the difference that matters. The MLP's tokens move along with the patches. The resampler's tokens **do not change at all** (about 1e-6 is rounding): it averages over a set and cannot see an order. "Where" has to come with the patch vectors themselves, to which the encoder has added it (lesson 03).
+# The last two lines hold the difference that matters. The MLP's tokens move along with the patches. The resampler's tokens **do not change at all** (what is printed, less than 1e-6, is rounding): it averages over a set and cannot see an order. "Where" has to come with the patch vectors themselves, to which the encoder has added it (lesson 03).
 #
 # All five projectors side by side, for the 8×8 grid of this model and the 24×24 grid of LLaVA-1.5:
 
@@ -496,12 +496,12 @@ draw.show(made, "What one matrix reads off, by number of tokens; a dot is one sp
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# Follow the orange line: its two ends are your two numbers, 66 % from 64 vectors and 42 % from one. From 64 to 16 and to 4, little is lost (66, 68 and 64 %, with a spread of 3 to 4). With 16 tokens a cell has 16×16 pixels, with 4 it has 32×32, and in this small world an image has at most four objects, so that a cell mostly holds one or two. In a single vector all objects lie on top of each other, and which colour goes with which shape is hard to read. Do not conclude that 4 tokens are enough for a photo: a page of text has far more to tell apart.
+# Follow the orange line: its two ends are your two numbers, 66% from 64 vectors and 42% from one. From 64 to 16 and to 4, little is lost (66, 68 and 64%, with a spread of 3 to 4). With 16 tokens a cell has 16×16 pixels, with 4 it has 32×32, and in this small world an image has at most four objects, so that a cell mostly holds one or two. In a single vector all objects lie on top of each other, and which colour goes with which shape is hard to read. Do not conclude that 4 tokens are enough for a photo: a page of text has far more to tell apart.
 #
 # Two things may surprise:
 #
 # - **Pixel shuffle is below the mean.** It has not lost a single number. But its reader has 4 to 64 times as many weights, and 450 images are too few to settle them. The information is there; the price has moved to learning. A real model learns this matrix from millions of images, so this line is no proof that pixel shuffle is bad.
-# - **The trained MLP (blue diamonds) is above the encoder's own vectors**, 81 % against 66 %. A projector has no other source of information, yet it makes what is there easier to read: training has turned it into something that one matrix understands.
+# - **The trained MLP (blue diamonds) is above the encoder's own vectors**, 81% against 66%. A projector has no other source of information, yet it makes what is there easier to read: training has turned it into something that one matrix understands.
 #
 # The gap between green and red is the price of one `transpose`. With 16 tokens it is 1 point and drowns in the spread of 3 to 4; with 4 tokens it is 6 points, 52 against 46. At both ends, 64 and 1, the two ways are the same.
 #

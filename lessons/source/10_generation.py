@@ -107,6 +107,7 @@ draw.show(made, "One pass for each token; below, the probability it was chosen w
 
 # %%
 D = language.config.head_dim
+HIDDEN = -1e9  # the score of what is hidden; why not −∞, the text below says
 
 
 def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 where padding
@@ -120,7 +121,7 @@ def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 
     kept[:] = k, v  # (B, H_kv, S, D): of all tokens so far
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / D**0.5  # (B, H, T, S)
     earlier = torch.ones(scores.shape[-2:]).tril(scores.shape[3] - scores.shape[2])
-    scores = scores.masked_fill((earlier * mask[:, None, None]) == 0, -1e9)
+    scores = scores.masked_fill((earlier * mask[:, None, None]) == 0, HIDDEN)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return part.out_proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
 
@@ -195,7 +196,7 @@ print(f"Qwen2.5-7B: {large / 1024:.0f} KiB a token, {576 * large / 2**20:.0f} Mi
 
 # %% tags=["time"]
 lengths = [68, 200, 400, 600, 800, 1000]
-again, cached = [1e9] * len(lengths), [1e9] * len(lengths)  # the best of five rounds
+again, cached = [torch.inf] * len(lengths), [torch.inf] * len(lengths)  # best of five rounds
 for number, length in list(enumerate(lengths)) * 5:
     x = torch.randn(1, length, 192)
     kv = language.new_cache(1, length)
@@ -341,7 +342,7 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
 
 
 settings = {"temperature 0.5": (0.5, 1.0), "temperature 1": (1.0, 1.0),
-            "temperature 2": (2.0, 1.0), "temperature 1, top-p 0.8": (1.0, 0.8)}  # fmt: skip
+            "temperature 2": (2.0, 1.0), "temperature 1,\ntop-p 0.8": (1.0, 0.8)}  # fmt: skip
 likely = probabilities(logits).topk(8).indices
 names = [tokenizer.decode([int(token)]) for token in likely]
 print("logits:", tuple(logits.shape), " the 8 likeliest:", names)
@@ -397,7 +398,7 @@ for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8)):
 # 边生成边显示时还有一个坑。「猫」不在这个小词表里，分词器把它的 UTF-8 编码拆成三个字节，一个字节一个 token（第 04 课）。一个一个解码，就会得到：
 
 # %% [markdown] tags=["en"]
-# At temperature 2, one step that draws a token from the tail is enough, and the rest goes astray: a mistake is read as context. If 5 % of the draws at each step come from the tail, the chance of at least one in 20 steps is 1 − 0.95²⁰ ≈ 64 %. Top-p at 0.8 repairs little of it here: the temperature has raised the tail to 68%, so whatever reaches 0.8 has much of the tail in it. So the two are tuned together. A grey image has no object, and the model names one all the same. That has nothing to do with sampling: in training it never saw an image without an object.
+# At temperature 2, one step that draws a token from the tail is enough, and the rest goes astray: a mistake is read as context. If 5% of the draws at each step come from the tail, the chance of at least one in 20 steps is 1 − 0.95²⁰ ≈ 64%. Top-p at 0.8 repairs little of it here: the temperature has raised the tail to 68%, so whatever reaches 0.8 has much of the tail in it. So the two are tuned together. A grey image has no object, and the model names one all the same. That has nothing to do with sampling: in training it never saw an image without an object.
 #
 # ## 6. One character after another
 #
@@ -463,7 +464,7 @@ check("10.2", top_k(torch.tensor([0.1, 0.4, 0.2, 0.3]), 2), torch.tensor([0, 4 /
 # **10.3 找错。** 这个 top-p 有时一个 token 都不留：当最大的概率已经超过 `top_p` 时。改好它。
 
 # %% [markdown] tags=["en"]
-# **10.3 Find the bug.** This top-p sometimes keeps no token at all: when the largest probability alone exceeds `top_p`. Mend it.
+# **10.3 Find the bug.** This top-p sometimes keeps no token at all: when the largest probability alone exceeds `top_p`. Mend it (what is kept need not be normalised here).
 
 
 # %% tags=["exercise"]

@@ -80,7 +80,7 @@ print("targets       (M,):  ", tuple(targets.shape), words)
 # 先看「绿色」那个位置。隐藏状态与输出层的每一行做内积，得到 V 个 logits；取指数、除以总和，成为概率；正确 token 的概率取负对数，就是损失。
 
 # %% [markdown] tags=["en"]
-# Start with the position of 绿色. The dot product of its hidden state with each row of the head gives V logits. Exponentials divided by their sum are probabilities. Minus the logarithm of the target's probability is the loss.
+# Start with the position of 绿色. The inner product of its hidden state and each row of the head is a logit; there are V of them. Exponentials divided by their sum are probabilities. Minus the logarithm of the target's probability is the loss.
 
 # %%
 place = words.index("绿色")
@@ -429,7 +429,7 @@ check("11.1", most_labels, 14134)
 # **11.2 改一个行为。** 标签平滑（label smoothing）把目标从 one-hot 换成：0.9 给正确 token，余下 0.1 平分给全部 V 个 token。写出 logits 的梯度 `(M, V)`。
 
 # %% [markdown] tags=["en"]
-# **11.2 Change a behaviour.** Label smoothing replaces the one-hot target: 0.9 for the right token, and the remaining 0.1 shared equally by all V tokens. Compute the gradient of the logits, `(M, V)`.
+# **11.2 Change a behaviour.** Label smoothing replaces the one-hot target: 0.9 for the right token, and the remaining 0.1 shared equally by all tokens, the right one included. Compute the gradient of `all_logits`, `(22, 640)`. (Beware: `V` has been 151,936 since section 5.)
 
 # %% tags=["exercise"]
 smoothed = ...

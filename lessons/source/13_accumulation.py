@@ -196,7 +196,7 @@ draw.show(made, "How much of the step each conversation decides")
 # 改法只有一个除数：用**整个优化步的标签总数**，而不是自己这一份的。所以要先拿到全部 k 个小批次，数完，再开始反向。
 
 # %% [markdown] tags=["en"]
-# That is the answer to the prediction: 22 / 3, about 7.3 times. The description should decide 69 % of the step and decides 25 %. One 有。 ("there is") weighs as much as a whole description. A micro-batch with a single label would decide a quarter of the step with it.
+# That is the answer to the prediction: 22 / 3, about 7.3 times. The description should decide 69% of the step and decides 25%. One 有。 ("there is") weighs as much as a whole description. A micro-batch with a single label would decide a quarter of the step with it.
 #
 # That is not absurd in itself: "every conversation counts the same" is an objective one may choose. The trouble is that nobody chose it, and that it **depends on how the batch is cut**. With the same data and the same steps, `batch_size=4` and `batch_size=1` with 4 accumulations train different models.
 #

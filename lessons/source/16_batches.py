@@ -58,7 +58,7 @@ draw.strip("sequence", "hidden states")
 #
 # The shipped model is good at these questions: after the right words before it, about 99% of the answers' tokens are predicted right. Now put samples of several scenes one after another into one row, with the plain causal mask. The later ones can see the images, questions and answers of the earlier ones.
 #
-# How many per cent of the answers' tokens are still right? Write a number down. Section 6 measures it.
+# What percentage of the answers' tokens is still right? Write a number down. Section 6 measures it.
 
 # %% [markdown] tags=["zh"]
 # ## 一、长短不一的序列
@@ -311,30 +311,29 @@ for group, mine in zip(groups, shared):
     assert theirs.input_ids == mine.input_ids and theirs.attention_mask == mine.attention_mask
 their_rows = packing.first_fit_decreasing(shared, 600)
 assert [packing.join(row) for row in their_rows] == packed
-batch = collate(
-    packed, placeholder, patches=[patches[int(str(path))] for row in packed for path in row.images]
-)
+
+# %%
+features = [patches[int(str(path))] for row in packed for path in row.images]
+batch = collate(packed, placeholder, patches=features)
 masks = torch.stack([mask_of(row) for row in batch.attention_mask])  # (B, T, T)
 assert torch.equal(masks, causal_mask(batch.attention_mask, masks.shape[1]))
 print("sequences, rows and masks", tuple(masks.shape), "equal the package's")
 
 # %%
-language_model = model.language_model
+language_model, config = model.language_model, model.config.language_model
 
 
 @torch.no_grad()
 def losses(batch, masks, position_ids):
     """The loss of each label (M,), and whether the likeliest token is the right one (M,)."""
     hidden_states = model.embed(batch)  # (B, T, C)
-    frequencies = rotary_frequencies(
-        language_model.config.head_dim, language_model.config.rope_theta
-    )
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
     rotary = rotary_embedding(position_ids, frequencies)
     inputs = AttentionInputs(additive_mask(masks[:, None], torch.float32), rotary=rotary)
     for block in language_model.blocks:
         hidden_states = block(hidden_states, inputs)
-    hidden_states = language_model.norm(hidden_states).flatten(0, 1)[batch.target_positions]
-    logits = language_model.logits(hidden_states)  # (M, V)
+    chosen = language_model.norm(hidden_states).flatten(0, 1)[batch.target_positions]
+    logits = language_model.logits(chosen)  # (M, V)
     right = logits.argmax(dim=1) == batch.targets
     return F.cross_entropy(logits, batch.targets, reduction="none"), right
 
@@ -392,13 +391,15 @@ by_place = {}
 for name, (_, good) in results.items():
     found = [good[places == place].float().mean() * 100 for place in range(places.max() + 1)]
     by_place[name.replace("\n", " ")] = found
-made, axes = draw.figure(2, height=3.0)
+
+# %%
+made, axes = draw.figure(2, height=3.2)
+parts = ["right", "projector", "wrong", "word"]
 share_right = {name: good.float().mean() * 100 for name, (_, good) in results.items()}
-draw.bars(
-    axes[0], share_right, "all labels", "% right", ["right", "projector", "wrong", "word"], ".1f"
-)
-draw.curves(axes[1], by_place, "by place in the row", "samples before it", "% right",
-            parts=["right", "projector", "wrong", "word"])  # fmt: skip
+draw.bars(axes[0], share_right, "all labels", "% right", parts, ".1f")
+draw.curves(axes[1], by_place, "by place in the row", "samples before it", "% right", parts=parts)
+axes[1].set_ylim(0, 104)
+axes[1].legend(frameon=False, loc="lower left")
 axes[0].tick_params(axis="x", labelsize=8)
 draw.show(made, "What leaks from one sample into the next")
 
@@ -416,7 +417,7 @@ draw.show(made, "What leaks from one sample into the next")
 # %% [markdown] tags=["en"]
 # That is the answer: the bar on the right, with mask and positions both forgotten, is at 91.3% instead of 99.7%. The right picture says where. The first sample of a row has nobody before it and is unharmed at 100%. The later a sample comes, the more images and answers lie before it, and the more goes wrong: 75% with four before it. No shape is wrong, and nothing warns.
 #
-# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**, 77.7% against 91.3%. Three other sets of scenes, made with `Random(1)`, `Random(2)` and `Random(3)`, gave the same order: 77 to 79% against 92 to 94%. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own.
+# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**, 77.7% against 91.3%. Other sets of scenes give the same order; put `Random(1)`, `Random(2)` or `Random(3)` into section 1 to see it. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own.
 #
 # The other way round, the mask alone, with positions counted on, costs almost nothing. Rotary positions look at **differences** only (lesson 07), and within the prefix and within a branch they stay the same. What changed is how far a later branch is from its prefix, so the loss is 0.009 instead of 0.007. The mask comes first, then the positions.
 #
@@ -445,7 +446,7 @@ print(f"({masks.sum() / masks.numel():.0%})")
 # **16.1 补一行。** 把 `lengths` 里的序列填充成一个批次，其中真正是 token 的占多少？写成 `lengths` 的式子。
 
 # %% [markdown] tags=["en"]
-# **16.1 Fill in a line.** When the sequences of `lengths` are padded into one batch, which share of it are tokens? Write an expression of `lengths`.
+# **16.1 Fill in a line.** When the sequences of `lengths` are padded into one batch, what share of it is tokens? Write an expression of `lengths`.
 
 # %% tags=["exercise"]
 filled = ...
