@@ -2,7 +2,7 @@
 # Solutions of lesson 09: one cell for each exercise, in order.
 
 # %%
-positions = (many.input_ids == 2).flatten().nonzero()[:, 0]
+positions = (many.input_ids == placeholder).flatten().nonzero()[:, 0]
 check("09.1", positions, many.image_positions)
 
 # %%
@@ -14,7 +14,7 @@ check("09.2", apart, expected)
 def splice_rows(ids, visual_tokens):
     embeddings = model.language_model.embed_tokens(ids)
     for row in range(len(ids)):
-        embeddings[row, ids[row] == 2] = visual_tokens[row]
+        embeddings[row, ids[row] == placeholder] = visual_tokens[row]
     return embeddings
 
 

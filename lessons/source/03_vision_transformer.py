@@ -16,7 +16,7 @@
 # %% [markdown] tags=["en"]
 # # 03 · The vision transformer
 #
-# Lesson 01 made patch vectors, lesson 02 attention. This lesson builds the rest of the vision encoder: normalisation, MLP, residual connections, class token, position table, less than 40 lines together. Then it looks, layer by layer, at what the encoder has learned.
+# Lesson 01 made patch vectors, lesson 02 attention. This lesson builds the rest of the vision encoder: normalisation, MLP, residual connections, class token, position table, fewer than 40 lines together. Then it looks, layer by layer, at what the encoder has learned.
 #
 # **In**: pixels `(1, 3, 64, 64)`, `float32`, from −1 to 1. **Out**: `(1, 64, 192)`, one vector for each patch, which now knows more than its own pixels: it knows the object it belongs to.
 
@@ -222,6 +222,8 @@ draw.curves(axis, sizes, x="blocks passed", y="std of a token's numbers", parts=
 axis.set_xticks(range(5))
 axis.set_ylim(bottom=0)
 draw.show(made, "The vectors grow; what a block is given does not grow with them")
+for name, values in sizes.items():
+    print(f"{name:15}", *(f"{value:.1f}" for value in values))
 
 # %% [markdown] tags=["zh"]
 # 绿线不正好是 1，因为归一化之后还乘了学到的 `weight`。
@@ -231,7 +233,7 @@ draw.show(made, "The vectors grow; what a block is given does not grow with them
 # 一层一层地比：进入第一层之前、每一层之后、最后的归一化之后。容差 1e-4：每层的误差会累积，向量的数值又在个位数，`float32` 还剩下 5 位左右可信。
 
 # %% [markdown] tags=["en"]
-# From the first block to the last, the hidden states grow from 0.3 to 3.5, more than tenfold; what the blocks are given stays between 0.6 and 1.4. The green line is not exactly 1, because after the normalisation comes the learned `weight`.
+# From the first block to the last, the hidden states grow from 0.3 to 3.5, more than tenfold; what the blocks are given stays between 0.6 and 1.4 (the printed lines). The green line is not exactly 1, because after the normalisation comes the learned `weight`.
 #
 # ## 5. Proven equal
 #
@@ -312,6 +314,8 @@ for mistake in mistakes:
     off = (wrong_encoder(mistake, pixels) - right).abs().max()
     share = named(images[:12], scenes[:12], partial(wrong_encoder, mistake))
     print(f"{mistake:27} objects named {share:4.0%}   largest difference {off:.0e}")
+scales = torch.cat([torch.cat((part.attention_scale, part.mlp_scale)) for part in vision.blocks])
+print(f"factors of LayerScale: from {scales.min():.1f} to {scales.max():.1f}")
 
 # %% [markdown] tags=["zh"]
 # 右边一列，除第一行外，数都不小；中间一列却分成两类。
@@ -327,7 +331,7 @@ for mistake in mistakes:
 #
 # The first three make the model blind. Without the residual, what was there is replaced. Without norms, the operations meet sizes that they have never seen. With the norm in the wrong place, the path of the residual is cut.
 #
-# The others **hardly show**. The factors of LayerScale lie between 0.5 and 1.2 in this model, GELU and ReLU differ only near 0, and the projector that follows bears a change of size. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. It still names 100%. So the place has been written **into** each vector, and the language model reads that and cares little about the order (lesson 09 tests it).
+# The others **hardly show**. The factors of LayerScale lie between 0.5 and 1.2 in this model (the last line printed), GELU and ReLU differ only near 0, and the projector that follows tolerates a change of size. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. It still names 100%. So the place has been written **into** each vector, and the language model reads that and cares little about the order (lesson 09 tests it).
 #
 # The moral: "the model still answers" does not mean "the code is right". Only numbers compared layer by layer tell, and so section 5 is the real test.
 

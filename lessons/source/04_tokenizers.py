@@ -18,7 +18,7 @@
 #
 # This lesson leaves the image's way and follows the text. A language model knows no Chinese characters and no letters; it knows numbers. A tokenizer turns text into numbers, and numbers back into text.
 #
-# **In**: the string `描述图片` ("describe the picture"). **Out**: a row of integers, each a token of the vocabulary, and for each token a row of 192 numbers in the embedding table.
+# **In**: the string `描述图片` ("describe the image"). **Out**: a row of integers, each a token of the vocabulary, and for each token a row of 192 numbers in the embedding table.
 
 # %% tags=["setup"]
 import sys
@@ -213,7 +213,7 @@ draw.show(made, "The same four characters after more and more merges")
 # 先后次序能不能省？换成看上去更聪明的办法：每次取词表里最长的 token。
 
 # %% [markdown] tags=["en"]
-# Green are whole characters, grey are bytes. 描述图片 is frequent in the corpus and ends up as one token. In 图中有一只猫 ("there is a cat in the picture") the characters 只 and 猫 never occurred; they fall back to bytes, but **they can still be written**.
+# Green are whole characters, grey are bytes. 描述图片 is frequent in the corpus and ends up as one token. In 图中有一只猫 ("there is a cat in the image") the characters 只 and 猫 never occurred; they fall back to bytes, but **they can still be written**.
 #
 # Does the order matter? Here is what looks like a cleverer way: always take the longest token of the vocabulary.
 
@@ -265,6 +265,7 @@ made, axis = draw.figure(1, height=3.0)
 draw.curves(axis, lines, x="merges", y="bytes a token", parts=["right", "language", "wrong"])
 axis.set_ylim(bottom=0)
 draw.show(made, "A vocabulary is short on what it was learned from, and only there")
+print("bytes a token:", {name: round(values[-1], 1) for name, values in lines.items()})
 
 # %% [markdown] tags=["zh"]
 # 绿线和蓝线一路上升，红线几乎不动：这个词表只对玩具世界划算。所以真实模型的词表用海量、多语言的文字来学，也大得多：Qwen2.5 的有 151,936 行。大词表让序列变短，代价是嵌入表变大：151,936 × 896（0.5B 模型的宽度）约 1.36 亿个参数，而这里只有 640 × 192 约 12 万个。
@@ -274,7 +275,7 @@ draw.show(made, "A vocabulary is short on what it was learned from, and only the
 # 库里的 `BytePairEncoder` 用堆和链表，快得多，规则相同。它的词表文件要求每个字节写成一个可见字符（空格写成 `Ġ`），`bytes_to_token` 负责转写。编号是整数，所以要求**完全相等**，没有容差可言。
 
 # %% [markdown] tags=["en"]
-# The red line ends at 1.4 bytes a token, the other two above 5: this vocabulary pays on the toy world alone. Real ones are learned from huge amounts of text in many languages and are far larger: Qwen2.5's has 151,936 rows. A large vocabulary makes sequences short, and the embedding table large: 151,936 × 896 (the width of the 0.5B model) is about 136 million parameters. Here it is 640 × 192, about 120 thousand.
+# The red line ends at 1.4 bytes a token, the other two above 5 (printed above): this vocabulary pays on the toy world alone. Real ones are learned from huge amounts of text in many languages and are far larger: Qwen2.5's has 151,936 rows. A large vocabulary makes sequences short, and the embedding table large: 151,936 × 896 (the width of the 0.5B model) is about 136 million parameters. Here it is 640 × 192, about 120 thousand.
 #
 # ## 4. Proven equal
 #
@@ -463,7 +464,7 @@ draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 # 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字：同一句话，两边各编一次，应当一个不差。
 
 # %% [markdown] tags=["en"]
-# The text is the same, and the answers change. Cut into two words, the question gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
+# The text is the same, and the answers change. Cut into two words, the question about the first image gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
 #
 # So a changed tokenizer, a new version of its library, or one more space around a prompt may make a model worse, without any error. Compare **ids**, not texts.
 

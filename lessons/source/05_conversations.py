@@ -39,6 +39,7 @@ from nanovlm import IMAGE, ImageTokens, LanguageModel, LanguageModelConfig, Mess
 from nanovlm import load_model, open_image, prepare
 
 ASSETS = "../../nanovlm/assets"
+IGNORED = -100  # in place of a label
 draw.strip("sequence")
 
 # %% [markdown] tags=["zh"]
@@ -51,7 +52,7 @@ draw.strip("sequence")
 # %% [markdown] tags=["en"]
 # ## Predict
 #
-# The output of a language model at position t is to predict token t + 1: outputs and labels are **one place apart**. We will train three equal small models from zero, on the same data for as many steps. One thing differs, how far outputs and labels are apart: 0, 1 or 2 places.
+# The output of a language model at position t is to predict token t + 1: outputs and labels are **one place apart**. We will train three identical small models from zero, on the same data and for the same number of steps. One thing differs, how far outputs and labels are apart: 0, 1 or 2 places.
 #
 # The vocabulary has 640 tokens, so a model that gives all of them the same probability has a loss of ln 640 ≈ 6.46. What is the loss of each after 120 steps, and **whose is lowest?** Write three numbers down.
 
@@ -108,7 +109,7 @@ def boxes(ids, labels=None, below=None):
                 continue
             text, part = f"<image> × {K}", "projector"
         else:
-            labelled = labels is not None and labels[place] != -100
+            labelled = labels is not None and labels[place] != IGNORED
             text, part = tokenizer.decode([id]), "right" if labelled else "word"
         texts, parts = [*texts, text], [*parts, part]
         under.append(str(id) if below is None else below[place])
@@ -140,7 +141,7 @@ for row, ids, name in ((0, unsafe, "one long string"), (1, safe, "in pieces")):
     texts = [tokenizer.decode([id]) for id in ids]
     forged = [id in controls and 0 < place < len(ids) - 2 for place, id in enumerate(ids)]
     draw.tokens(axes[row], texts, ["wrong" if it else "word" for it in forged])
-    axes[row].set_title(f"{name}: {sum(forged)} special tokens are the user's", fontsize=10)
+    axes[row].set_title(f"{name}: {sum(forged)} special tokens are the user's", loc="left")
 draw.show(made, "A user types the spelling of special tokens")
 
 # %% [markdown] tags=["zh"]
@@ -161,10 +162,8 @@ draw.show(made, "A user types the spelling of special tokens")
 #
 # So we go piece by piece: the program puts the special tokens, text goes through `encode`. At this moment it is known who wrote each piece, so the labels can be written along with it:
 
+
 # %%
-IGNORED = -100  # in place of a label
-
-
 def encode(messages, image_length, add_generation_prompt=False):
     input_ids, labels = [], []
 
@@ -220,7 +219,7 @@ draw.show(made, "Green: the loss looks here. The number below is the label")
 #
 # ## 4. One place apart
 #
-# Note that a label is the id itself: `labels[t] == input_ids[t]`. But when the model has read token t, token t lies before its eyes, and there is nothing to guess. What is to be guessed is the next one. So the shift is made where the loss is computed: **label t is predicted by the output at position t − 1**.
+# Note that a label is the id itself: `labels[t] == input_ids[t]`. But at position t the model has already read token t, so there is nothing to guess. What it has to guess is the next one. So the shift is made where the loss is computed: **label t is predicted by the output at position t − 1**.
 
 # %%
 ids, label = torch.tensor(input_ids), torch.tensor(labels)  # (T,), (T,)
@@ -233,7 +232,8 @@ for position, target in zip(target_positions.tolist(), targets.tolist()):
 asks = torch.full_like(label, IGNORED).index_fill(0, target_positions, 0)
 made, axes = draw.figure(1, height=1.9)
 start = K + 1  # after the placeholders
-draw.tokens(axes, *boxes(input_ids[start:], asks[start:].tolist(), following[start:]))
+texts, parts, _, below = boxes(input_ids[start:], asks[start:].tolist(), following[start:])
+draw.tokens(axes, ["…", *texts], ["word", *parts], "", ["", *below])
 draw.show(made, "Green: the output here is trained. Below: what it has to predict")
 
 # %% [markdown] tags=["zh"]
@@ -360,7 +360,7 @@ def write(small_model, length=24):
 
 for (shift, seed), (small_model, losses) in trained.items():
     end = sum(losses[-10:]) / 10
-    print(f"apart by {shift}, seed {seed}: loss {end:.3f}  {write(small_model)}")
+    print(f"apart by {shift}, seed {seed}: loss {losses[0]:.1f} → {end:.3f}  {write(small_model)}")
 
 # %% [markdown] tags=["zh"]
 # 三行三行地看：
@@ -376,7 +376,7 @@ for (shift, seed), (small_model, losses) in trained.items():
 # %% [markdown] tags=["en"]
 # Three lines at a time:
 #
-# - **Apart by 0**: the loss is 0.003 or 0.004, and within a few tokens the text gets stuck on one and repeats it. What was learned is "copy the token before your eyes". That takes no language, and was learned within 30 steps. It even starts lower, at 5.3: the small model uses one table for reading and for writing (lesson 06), so before any training it leans to the token it has just read.
+# - **Apart by 0**: the loss is 0.003 or 0.004, and within a few tokens the text gets stuck on one and repeats it. What was learned is "copy the token just read". That takes no language, and was learned within 30 steps. It even starts lower, at 5.2 to 5.4 and not near 6.46: the small model uses one table for reading and for writing (lesson 06), so before any training it leans to the token it has just read.
 # - **Apart by 1**: the loss stays near 0.7, and out comes a sentence. The 0.7 are the price of guessing objects, which cannot be guessed away.
 # - **Apart by 2**: the loss is **nearly that of 1**, but words are missing. What is written each time is the token after the next: the opening "图中有" is lost, and the rest comes in jumps. The loss hides this, most likely because sizes, colours and shapes are drawn independently: to guess them one place earlier is hardly harder.
 #

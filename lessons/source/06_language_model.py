@@ -117,6 +117,8 @@ axes.semilogy(rms(normalised)[0], "--", color=draw.LANGUAGE, label="after RMSNor
 axes.set(xlabel="position", ylabel="root mean square")
 axes.legend(frameon=False)
 draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equal")
+for name, chosen in (("words", words), ("visual tokens", ~words)):
+    print(f"{name}: median size {rms(embeddings)[0, chosen].median():.2f}")
 
 # %% [markdown] tags=["zh"]
 # 图里中间一段是视觉 token，两头是文字，两者大小相差二三十倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
@@ -128,7 +130,7 @@ draw.show(made, "Words and visual tokens differ in size; RMSNorm makes them equa
 # MLP 分别处理每个位置。第 03 课的 MLP 是「升维、GELU、降维」；这里升维升两次，一路经过 SiLU 当作**门**，和另一路逐个相乘，再降维（SwiGLU）。SiLU 是 x · sigmoid(x)，形状和 GELU 差不多。门接近零的维，另一路有什么都过不去；而门是由输入自己算出来的，所以每个 token 打开的维不同。
 
 # %% [markdown] tags=["en"]
-# The middle stretch is visual tokens, of size 2 to 6; words are at both ends, of size 0.1 to 0.2. They differ about 20-fold. Nothing obliges the projector to match them, since every layer begins by normalising.
+# The middle stretch is visual tokens; words are at both ends. Their typical sizes are printed: they differ more than 20-fold. Nothing obliges the projector to match them, since every layer begins by normalising.
 #
 # As a formula: `y = x / sqrt(mean(x²) + eps) · weight`.
 #
@@ -422,7 +424,7 @@ for row, column in torch.cartesian_prod(*map(torch.arange, right.shape)).tolist(
     text = tokenizer.decode([guesses[row, column].item()])
     axes.text(column, row, text, ha="center", va="center", fontsize=8 if len(text) < 6 else 6)
 axes.set_xticks(range(14), [tokenizer.decode([id]) for id in batch.targets[:14]], fontsize=7)
-axes.set_xlabel("the right token")
+axes.set_xlabel(f"the right token (the first 14 of {guesses.shape[1]})")
 draw.show(made, "The likeliest token after each block (green: right)")
 
 # %% [markdown] tags=["zh"]
@@ -469,7 +471,7 @@ draw.show(made, "24 scenes: how many guesses are right after each block")
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# The purple line jumps in block 2. Before it, colours and shapes are about as good as chance (14.4 %; 1 in 8 is 12.5 %); after it, 96.6 % are known, most likely because its attention fetches from the visual tokens what is needed. The grey line is at 63 % from block 1 on, since much of the frame follows from the last few tokens. We had expected the frame to be ahead everywhere, and complete before the last block. It is not: sizes and number are ahead of it after block 1, colours and shapes after block 2, and it rises from 77 % to 100 % only in the last block.
+# The purple line jumps in block 2. Before it, colours and shapes are about as good as chance (14.4%; 1 in 8 is 12.5%); after it, 96.6% are known, most likely because its attention fetches from the visual tokens what is needed. The grey line is at 63% from block 1 on, since much of the frame follows from the last few tokens. We had expected the frame to be ahead everywhere, and complete before the last block. It is not: sizes and number are ahead of it after block 1, colours and shapes after block 2, and it rises from 77% to 100% only in the last block.
 #
 # Read such pictures with care. The middle is seen through a head that was not trained for it. A wrong guess need not mean "does not know yet": it may be known, and written in another direction.
 #

@@ -151,6 +151,7 @@ axes[1].axhline(1, color=draw.WRONG, linestyle="--")
 axes[1].text(23, 1.2, "one full turn", ha="right", color=draw.WRONG)
 axes[1].set(yscale="log", xlabel="pair", title="turns within 120 positions")
 draw.show(made, "Fast pairs tell neighbours apart, slow ones near from far")
+print(int((full_turns < 1).sum()), "of", D // 2, "pairs do not complete a turn")
 
 # %% [markdown] tags=["zh"]
 # 右图先记住：120 个位置以内，24 对里有 16 对**一圈都没转完**。第七节要用到。
@@ -187,7 +188,7 @@ print("all at once:", rotate(one, torch.tensor([5]))[0, 0, 0, [3, 27]])
 # %% [markdown] tags=["en"]
 # ## 4. Into a block: grouped queries
 #
-# The shipped model has 4 query heads but only 2 heads of keys and values; two neighbouring query heads share one (lesson 02). That is for inference. The KV cache keeps keys and values alone, so half the heads make half the cache (lesson 10). The rotation is for queries and keys. **Values are not turned**: what is fetched should not change with its place.
+# The shipped model has 4 query heads but only 2 heads of keys and values; two neighbouring query heads share one (lesson 02). This pays at inference: the KV cache keeps keys and values alone, so half the heads make half the cache (lesson 10). The rotation is for queries and keys. **Values are not turned**: what is fetched should not change with its place.
 #
 # This is all of attention, with the names of the shipped weights. `q_norm` and `k_norm` are RMSNorms (lesson 06) over the 48 numbers of each head; many models leave them out.
 
@@ -438,7 +439,7 @@ check("07.1", full_turn, 2 * math.pi * theta ** (torch.arange(0, D, 2) / D), tol
 # **07.2 改一个行为。** 手里的权重是按相邻配对学的，代码却对半配对。不改代码，只要把每个头的维重新排列，`rotate` 就能得到与 `interleaved` 相同的内积。写出排列 `order`，使 `rotate(x[..., order], p)` 等于 `interleaved(x, p)[..., order]`。
 
 # %% [markdown] tags=["en"]
-# **07.2 Change a behaviour.** The weights at hand were learned with neighbours paired, and the code pairs halves. No code has to change: reorder the dimensions of each head, and `rotate` gives the inner products of `interleaved`. Write the `order` for which `rotate(x[..., order], p)` equals `interleaved(x, p)[..., order]`.
+# **07.2 Change a behaviour.** Suppose you are given weights that were learned with neighbours paired, while your code pairs halves. No code has to change: reorder the dimensions of each head, and `rotate` gives the inner products of `interleaved`. Write the `order`, 48 indices, for which `rotate(x[..., order], p)` equals `interleaved(x, p)[..., order]`.
 
 # %% tags=["exercise"]
 order = ...
