@@ -35,18 +35,8 @@ import torch.nn.functional as F
 
 from lessons import draw
 from lessons.check import check
-from nanovlm import (
-    IMAGE,
-    LanguageModel,
-    Message,
-    VisionLanguageModel,
-    load_language_model,
-    load_model,
-    load_tokenizer,
-    load_vision_encoder,
-    open_image,
-    prepare,
-)
+from nanovlm import IMAGE, LanguageModel, Message, VisionLanguageModel, load_language_model
+from nanovlm import load_model, load_tokenizer, load_vision_encoder, open_image, prepare
 
 ASSETS = Path("../../nanovlm/assets")
 draw.strip("hidden states", "logits")

@@ -99,7 +99,7 @@ draw.show(made, "0.1 in memory: sign (grey), exponent (orange), fraction (blue)"
 # 用整数运算手写 fp32 → bf16：留下高 16 位，低 16 位过半就进一（恰好一半时取偶）。
 
 # %% [markdown] tags=["en"]
-# Compare the first row and the third: **bf16 is fp32 with its last 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows, and below about 6e-8 it is zero. One is not fine enough, the other not wide enough.
+# Compare the first row and the third: **bf16 is fp32 with its last 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows, and between 0 and about 6e-8 it has no numbers. One is not fine enough, the other not wide enough.
 #
 # Rounding from fp32 to bf16 by hand, with whole numbers: keep the upper 16 bits, and carry one if the lower 16 are more than half (at exactly half, to even).
 
@@ -194,7 +194,7 @@ draw.show(made, "Weights that one AdamW step would not move, if they were kept i
 # 「临时转成 16 位」就是 autocast：存的是 fp32，算的是 16 位。拿语言模型第一层的 MLP 来试：每个矩阵乘法之前，输入和权重都转成 bf16。转换本身可导，梯度回来时又成为 fp32，所以优化器不用改一个字。
 
 # %% [markdown] tags=["en"]
-# At 1e-5, a usual rate for fine-tuning large models, 97.7 % of the weights do not move at all. With stochastic rounding the mean move is the learning rate. The usual answer is therefore: **trainable parameters stay in fp32 and are cast to 16 bits only for each product**. Updates are added in fp32, and none is swallowed.
+# At 1e-5, a usual rate for fine-tuning large models, 97.7% of the weights do not move at all. With stochastic rounding the mean move is the learning rate. The usual answer is therefore: **trainable parameters stay in fp32 and are cast to 16 bits only for each product**. Updates are added in fp32, and none is swallowed.
 #
 # What does it cost? All in fp32, a trainable parameter takes 4 bytes for itself, 4 for its gradient and 8 for AdamW's two moments: 16 in all. Autocast does not lower these 16. It saves memory of activations, and time in matrix products. To save memory of parameters, weights have to be kept in bf16; then gradients are bf16, too, which makes 2 + 2 + 8 = 12 bytes, and rounding has to be stochastic. Frozen parameters have no updates to lose and are stored in 16 bits right away.
 #
@@ -286,7 +286,7 @@ for dtype in (torch.bfloat16, torch.float16):
 # 反向传播是线性的：损失乘以 S，所有梯度都乘以 S。于是先乘后除，让小数越过门槛。S 用 2 的幂：乘它、除它都只改指数，尾数一位也不动，没有新的舍入误差。S 取多大？从 1 试到 2 的 36 次方：
 
 # %% [markdown] tags=["en"]
-# Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains: 19.9 % of the gradients became zero, and the others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
+# Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains: 19.9% of the gradients became zero, and the others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
 #
 # ## 5. Loss scaling
 #
@@ -305,12 +305,14 @@ axis.axvspan(fine[-1] + 1.5, 37, color=draw.PALE["wrong"])
 axis.text(36.5, max(errors[:3]), "overflow", color=draw.WRONG, ha="right", va="top")
 axis.set(xlabel="log2 of the scale", ylabel="relative error of the gradient", yscale="log")
 draw.show(made, "Too small a scale loses gradients, too large a scale overflows")
+small = [power for power, error in zip(powers, errors) if error < 0.005]
+print(f"error below 0.5%: from 2^{small[0]} to 2^{small[-1]}")
 
 # %% [markdown] tags=["zh"]
 # 从 2 的 9 次方到 27 次方，误差都不到 1%，可取的范围很宽。难处在于训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
 
 # %% [markdown] tags=["en"]
-# A wide range in the middle works, here from 2⁹ to 2²⁷, with an error below half a per cent. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
+# A wide range in the middle works, here from 2⁹ to 2²⁷, with an error below 0.5%. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
 
 
 # %%
@@ -374,7 +376,7 @@ for good, marker, colour in ((True, "o", draw.RIGHT), (False, "x", draw.WRONG)):
     axis.plot(chosen, [heights[step] for step in chosen], marker, color=colour, label=label)
 axis.set(xlabel="step", ylabel="log2 of the scale")
 axis.legend(frameon=False)
-draw.show(made, "The scaler falls to where nothing overflows, and knocks again from time to time")
+draw.show(made, "The scaler falls to where nothing overflows, and tries higher from time to time")
 
 # %% [markdown] tags=["zh"]
 # 被扔掉的步不是故障。每次加倍都是一次试探，试过了头就白算一步，换来的是尽可能大的缩放。连续几十步都在溢出，才是真出了事：缩放一路减半到 1，还在溢出，那就是梯度本身已经不是有限的数了。另外，每一步都要问一遍「有没有溢出」，显卡就得停下来等这个答案；bf16 不需要缩放，也就不需要等，这是它如今更常用的原因之一。怎样选？显卡支持 bf16 就用 bf16；只支持 fp16 的老卡，才要配上损失缩放。
@@ -382,7 +384,7 @@ draw.show(made, "The scaler falls to where nothing overflows, and knocks again f
 # **故意弄坏：先裁剪，后还原。** 缩放过的梯度要先除回来，才能裁剪（第 14 课）。把两步颠倒：
 
 # %% [markdown] tags=["en"]
-# A dropped step is no fault: the scaler knocks, loses one step, and so keeps the scale as large as it can be. Dozens of overflows in a row would be a fault: when the scale has been halved down to 1 and still overflows, the gradients themselves are not finite. And each step has to ask whether there was an overflow, so the GPU waits for the answer. bf16 needs no scaling and no waiting, one reason why it is used more often today.
+# A dropped step is no fault: the scaler tries a larger scale, loses one step, and so keeps the scale as large as it can be. Dozens of overflows in a row would be a fault: when the scale has been halved down to 1 and still overflows, the gradients themselves are not finite. And each step has to ask whether there was an overflow, so the GPU waits for the answer. bf16 needs no scaling and no waiting, one reason why it is used more often today.
 #
 # **Broken on purpose: clip first, unscale later.** Scaled gradients have to be divided again before they are clipped (lesson 14). The other way round:
 
