@@ -418,7 +418,8 @@ draw.show(made, "The shipped model predicts the next token and nothing else")
 
 # %% tags=["exercise"]
 shifted = ...
-check("05.1", shifted, torch.cat([label[1:], torch.tensor([IGNORED])]))
+after = [label[place + 1] if place + 1 < len(label) else IGNORED for place in range(len(label))]
+check("05.1", shifted, torch.tensor(after))
 
 # %% [markdown] tags=["zh"]
 # **05.2 改一个行为。** 有的数据只想训练对话的**最后**一个回答。写 `last_only(labels)`：最后一段连续的标签保留，其余变成 −100。
