@@ -70,12 +70,12 @@ draw.strip("image", "answer")
 # %% [markdown] tags=["zh"]
 # ## 一、问几句
 #
-# 载入模型，把图和问题放进一段对话，让它写回答。函数 `ask` 分三步：`prepare` 把问题变成编号，把图变成像素，备成一个批次（第 05 课）；`generate` 一个 token 一个 token 地续写，最多 40 个（第 10 课）；`decode` 把编号变回文字。token 是模型读写文字的单位，一个 token 常常是一个词（第 04 课）。一次最多 64 题，多了就分几批。
+# 载入模型，把图和问题放进一段对话，让它写回答。函数 `ask` 分三步：`prepare` 把问题变成编号，把图变成像素，备成一个批次（第 05 课）；`generate` 一个 token 一个 token 地续写，最多 40 个（第 10 课）；`decode` 把编号变回文字。token 是模型读写文字的单位，一个 token 常常是一个词（第 04 课）。`ask` 收多少题都行，每 64 题跑一批。
 
 # %% [markdown] tags=["en"]
 # ## 1. Ask
 #
-# Load the model, put image and question into a conversation, have it write the answer. The function `ask` takes any number of questions and runs 64 of them at a time.
+# Load the model, put image and question into a conversation, have it write the answer. The function `ask` takes three steps. `prepare` turns questions into numbers and images into pixels, as one batch (lesson 05). `generate` continues the text token by token, 40 at most (lesson 10); a token is the unit in which the model reads and writes, often a word (lesson 04). `decode` turns numbers back into text. `ask` takes any number of questions and runs 64 of them at a time.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -123,7 +123,9 @@ draw.show(made, "scene.png travels through all lessons")
 #
 # ## 2. An exam
 #
-# The toy world can draw any number of scenes and knows the one right answer to each question. Here are 40 scenes that the model has not seen, with several short questions each (no descriptions):
+# The toy world can draw any number of scenes and knows the one right answer to each question. Here are 40 scenes that the model has not seen, with several short questions each. There are no descriptions among them: a description can be right in some places and wrong in others, a short answer is either.
+#
+# The score is **exact match**: an answer counts if it equals the reference, apart from capitals and the full stop (lesson 17).
 
 # %%
 random, images, asked, references, kinds = Random("exam"), [], [], [], []
@@ -167,7 +169,7 @@ print(f"with the image: {results['with the image'].mean():.1%} right")
 #
 # ## 3. Take the image away
 #
-# The **blind control**: the same questions with plain grey images. The pixels that the model gets are normalised, so that 0 is medium grey:
+# The **blind control**: the same questions with plain grey images. The pixels that the model gets are normalised to lie between −1 and 1 (lesson 01), so 0 is medium grey:
 
 # %%
 grey = preprocess(Image.new("RGB", (64, 64), (128, 128, 128)), model.config.image)
@@ -199,10 +201,12 @@ print(len(scenes), "scenes; shuffled:", f"{results['shuffled'].mean():.1%} right
 # %% [markdown] tags=["zh"]
 # 两种对照的分数很接近，可见灰图并没有让模型失常。
 #
-# 最后一个对照根本不用模型：**最佳猜测**。它回答的是：单凭问法能得多少分？把训练题里的颜色和形状抹掉，只留问法；每种问法猜训练题里最常见的答案。问「甲和乙，哪个……」时，就猜「前一个」或「后一个」。
+# 最后一个对照根本不用模型：**最佳猜测**。它回答的是：单凭问法能得多少分？另取 4000 个场景的题，抹掉颜色和形状，只留问法；每种问法都猜其中最常见的答案。问「甲和乙，哪个……」时，就猜「前一个」或「后一个」。
 
 # %% [markdown] tags=["en"]
-# The last control needs no model at all: the **best guess**. Take the questions on 4,000 other scenes, remove the colours and shapes so that only the wording is left, and for each wording guess the most common answer. Where a question asks "which one, A or B?", the guess is "the first" or "the second".
+# The two controls give nearly the same score, so grey did not throw the model off.
+#
+# The last control needs no model at all: the **best guess**. It tells what the wording alone is worth. Take the questions on 4,000 other scenes, remove the colours and shapes so that only the wording is left, and for each wording guess the most common answer. Where a question asks "which one, A or B?", the guess is "the first" or "the second".
 
 # %%
 WORDS = "|".join([*COLOURS, *SHAPES, *COLOURS.values(), *SHAPES.values()])
@@ -242,7 +246,7 @@ axes[1].legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 
 draw.show(made, "Four bars tell whether it sees")
 
 # %% [markdown] tags=["zh"]
-# 看左图。三根对照的柱子都矮，那是**地板**；第一根高出地板的部分，才是从图里来的。三根柱子之间差几个百分点不必当真：两百多道题，换一批就会差这么多（第 17 课算给你看）。右图按题型分开：二选一的题（左右、上下、大小、有没有），置空也有一半左右；「有几个」（count）有四种可能，置空约为四分之一；颜色和形状各有八种，`what` 要两样都说对，置空几乎全错。
+# 看左图。三根对照的柱子都矮，那是**地板**；第一根高出地板的部分，才是从图里来的。三根柱子之间的差别不必当真：225 道题，三成上下的比例，误差有上下 6 个百分点（第 17 课算给你看）。右图按题型分开：二选一的题（左右、上下、大小、有没有），置空也有一半左右；「有几个」（count）有四种可能，置空约为四分之一；颜色和形状各有八种，`what` 要两样都说对，置空几乎全错。
 #
 # 所以只报一个数是不够的。「准确率六成」可能是真本领，也可能几乎全是猜的：在一张全是二选一的卷子上，闭着眼睛就有五成。以后每一次训练，都把两个数放在一起看：看图的，和置空的。
 #
@@ -251,13 +255,13 @@ draw.show(made, "Four bars tell whether it sees")
 # 图片要经过投影层才能到语言模型那里（第 08 课）。把投影层的权重换成随机数，会报错吗？用前 96 题，试三个种子：
 
 # %% [markdown] tags=["en"]
-# Look at the left. The three controls are low: that is the **floor**, and only what rises above it comes from the image. The differences between the three mean little: with 225 questions, a share near 30% may be off by six points either way (lesson 17 computes it). On the right, by kind of question: where there are two possible answers (left or right, above or below, larger or smaller, is there), blind gets about half; where there are eight, as with colours and shapes, it gets much less.
+# Look at the left. The three controls are low: that is the **floor**, and only what rises above it comes from the image. The differences between the three mean little: with 225 questions, a share near 30% may be off by six points either way (lesson 17 computes it). On the right, by kind of question: where there are two possible answers (left or right, above or below, larger or smaller, is there), blind gets about half; with four, as in counting, about a quarter. There are eight colours and eight shapes, and `what` asks for both: there blind gets almost nothing.
 #
 # So one number is not enough. "60% right" may be skill or nothing but guessing: on an exam of yes-or-no questions, blind guessing gets half. From now on, whenever a model is trained, look at two numbers side by side: with the image, and blind.
 #
 # ## 4. Broken on purpose: a random projector
 #
-# To reach the language model, an image has to cross a small bridge, the projector (lesson 08). Put a random one in its place. Will anything complain?
+# To reach the language model, an image has to pass the projector (lesson 08). Fill its weights with random numbers. Will anything complain? The first 96 questions, with three seeds:
 
 # %%
 kept = model.projector
@@ -276,11 +280,11 @@ model.projector = kept
 # 库里的 `answer_records` 有同样两种对照，`python -m nanovlm.evaluation --control blind` 用的就是它。核对是为了确认：上面亲手写的考试，和以后训练时自动跑的评测，是同一回事。`answer_records` 从文件读图，所以先把前 48 题的图存下来。两边的回答应当一字不差；像素也要相同，容差为 0：PNG 不丢信息。
 
 # %% [markdown] tags=["en"]
-# Nothing complains. The sentences are fluent, the grammar is right, and the score is back on the floor. **Fluency is no evidence of seeing.** A language model talks well without seeing, so reading a few answers does not reveal such a fault. A control does at once.
+# Nothing complains. The sentences are fluent, the grammar is right, and the score is back on the floor. Read the answers printed (橙色 orange, 紫色 purple, 黄色 yellow; 左边 left, 右边 right; 十字形 cross, 五角星 star; 一个, 两个, 三个 one, two, three): asked for a colour it names a colour, asked for a side it names a side, whatever the image shows. **Fluency is no evidence of seeing.** A language model talks well without seeing, so reading a few answers does not reveal such a fault. A control does at once.
 #
 # ## 5. Proven equal
 #
-# The package's `answer_records` has the same two controls; `python -m nanovlm.evaluation --control blind` uses it. It reads images from files, so those of the first 48 questions are saved. The answers of both sides have to be equal to the letter, and so have the pixels, with a tolerance of 0: PNG loses nothing.
+# The package's `answer_records` has the same two controls; `python -m nanovlm.evaluation --control blind` uses it. Is the exam above the same thing as the evaluation that training will run? `answer_records` reads images from files, so those of the first 48 questions are saved. The answers of both sides have to be equal to the letter, and so have the pixels, with a tolerance of 0: PNG loses nothing.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -307,7 +311,7 @@ print("48 blind answers equal the package's; no image of the shuffled control st
 # %% [markdown] tags=["en"]
 # ## 6. Change the image
 #
-# The controls show that it does not work without the image. One can also ask the other way round: **if one thing in the image changes, does that one word of the answer change?** Paint the ring's pixels in another colour, leave every other pixel alone, and ask 圆环是什么颜色的？ ("what colour is the ring?"). The right answers are 红色 red, 绿色 green, 蓝色 blue, 紫色 purple, 黄色 yellow and 白色 white:
+# The controls show that it does not work without the image. One can also ask the other way round: **if one thing in the image changes, does that one word of the answer change?** The ring's pixels are those with much red and little green and blue. Paint them in another colour, leave every other pixel alone (the first is painted red again, as a control), and ask 圆环是什么颜色的？ ("what colour is the ring?"). The right answers are 红色 red, 绿色 green, 蓝色 blue, 紫色 purple, 黄色 yellow and 白色 white:
 
 # %%
 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3)
@@ -349,7 +353,7 @@ draw.show(made, f"{int(ring.sum())} pixels change, and the answer to 圆环是�
 # **00.1 补一行。** 一张卷子一半是二选一的题，一半是八选一的题。完全乱猜，平均能对多少（写成小数）？
 
 # %% [markdown] tags=["en"]
-# **00.1 Fill in a line.** Half of an exam has two possible answers to a question, the other half has eight. What share does guessing at random get right?
+# **00.1 Fill in a line.** Half of an exam has two possible answers to a question, the other half has eight. What share does guessing at random get right, on average, as a decimal?
 
 # %% tags=["exercise"]
 chance = ...

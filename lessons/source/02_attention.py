@@ -47,7 +47,7 @@ draw.strip("patch vectors", "hidden states")
 #
 # 注意力给每个 token 发 65 个权重，和为 1，表示它看别的 token 各看多少。权重来自 48 维向量的内积，内积要先**除以 √48 ≈ 6.9**，再做 softmax。
 #
-# 如果忘了除，一个 token 实际上大约看着几个 token？（全部均匀地看是 65 个，只盯一个是 1 个。）再猜一个：训练好的模型如果忘了除，16 张图里的物体还能说对百分之几？把两个数写下来。
+# 假如向量都是随机数，又忘了除，一个 token 实际上大约看着几个 token？（全部均匀地看是 65 个，只盯一个是 1 个。）再猜一个：训练好的模型如果忘了除，16 张图里的物体还能说对百分之几？把两个数写下来。
 
 # %% [markdown] tags=["en"]
 # ## Predict
@@ -59,7 +59,7 @@ draw.strip("patch vectors", "hidden states")
 # %% [markdown] tags=["zh"]
 # ## 一、一个 token 怎样看别人
 #
-# 先从模型里截一份真实的输入：在第 2 层（从 0 数起）的注意力上挂一个钩子（hook），把进来的和出去的都记下来。出去的留着最后对答案。
+# 先从模型里截一份真实的输入：给每一层的注意力挂一个钩子（hook），把进来的和出去的都记下来。这里用第 2 层（从 0 数起）的；出去的那份留着最后对答案。
 
 # %% [markdown] tags=["en"]
 # ## 1. How one token looks at the others
@@ -191,7 +191,7 @@ draw.show(made, "All of attention in one table; framed, the row of patch 21")
 # 代码里头是一个维度：`(1, T, 192)` 先拆成 `(1, T, 4, 48)`，再把头挪到前面。
 
 # %% [markdown] tags=["en"]
-# A dark diagonal means that every token looks at a fixed distance: the main diagonal is the token itself, and 8 columns to the left lies the patch above. A dark vertical bar would be one patch that many look at. Each row of the right table sums to 1. As a formula, where Q, K and V are `queries`, `keys` and `values`:
+# A dark diagonal means that every token looks at a fixed distance: the main diagonal is the token itself, and 8 columns to the left lies the patch above. A short dark vertical stroke is one patch that several look at. Each row of the right table sums to 1; weights above 0.4 are drawn as 0.4, or the few largest would hide the rest. As a formula, where Q, K and V are `queries`, `keys` and `values`:
 #
 # > **softmax(Q Kᵀ / √D) · V**
 #
@@ -240,14 +240,14 @@ for head in range(4):
 draw.show(made, "Four heads look to different places")
 
 # %% [markdown] tags=["zh"]
-# 比一比四张图：深色的格子在红框的哪一边？0 号头看自己和上面，1 号头看左右，2 号头看右边，3 号头看下面。同一个图块，四个头看的地方不同，轮廓就是这样一点一点拼出来的。
+# 比一比四张图：深色的格子在红框的哪一边？0 号头看自己和上面，1 号头看左右，2 号头看右边和右下，3 号头看下面。同一个图块，四个头看的地方不同，轮廓就是这样一点一点拼出来的。
 #
 # ## 四、故意弄坏
 #
-# 先看三个改动各自的结果，再解释。每次都换掉视觉编码器全部 4 层的注意力，然后让整个模型描述图片。
+# 三个改动：合并头时不转置；softmax 弄错维度；所有分数乘以 0。先看结果，再解释。每次都换掉视觉编码器全部 4 层的注意力，然后让整个模型描述图片。
 
 # %% [markdown] tags=["en"]
-# Compare the four maps: on which side of the frame are the dark squares? Head 0 looks at the patch itself and up, head 1 to the left and right, head 2 to the lower right, head 3 down. One patch, and four heads that look at different places. This is how an outline is put together from pieces.
+# Compare the four maps: on which side of the frame are the dark squares? Head 0 looks at the patch itself and up, head 1 to the left and right, head 2 to the right and lower right, head 3 down. One patch, and four heads that look at different places. This is how an outline is put together from pieces.
 #
 # ## 4. Broken on purpose
 #
@@ -333,7 +333,7 @@ print(f"equal to the package's Attention (largest difference {difference:.1e})")
 # %% [markdown] tags=["en"]
 # ## 6. Grouped queries
 #
-# The language model does one thing differently: it has 4 heads of queries and only 2 of keys and values. **Two neighbouring query heads share a key head.** This is grouped-query attention. While text is generated, the keys and values of all earlier tokens are kept (the KV cache, lesson 10), so half the heads means half the memory.
+# The language model does one thing differently: it has 4 heads of queries and only 2 of keys and values. **Two neighbouring query heads share a key head and a value head.** This is grouped-query attention. While text is generated, the keys and values of all earlier tokens are kept (the KV cache, lesson 10), so half the heads means half the memory.
 #
 # Each key head is repeated in place: 0, 0, 1, 1. That is `repeat_interleave`; `repeat` would give 0, 1, 0, 1.
 
@@ -415,10 +415,10 @@ for width in WIDTHS:
 # %% [markdown] tags=["zh"]
 # 上面那四个头，平均看着 8 到 14 个 token。随机的查询和键又怎样？先看分数的标准差：它跟着 √D 走。原因是 D 个独立的、方差为 1 的乘积相加，方差就是 D。除以 √D，分数的标准差回到 1，与 D 无关。
 #
-# 那又怎样？一开始就只盯着一个随便的 token，会学得慢。下面是一个小任务：16 个向量里有一个是加了噪声的查询，注意力要找到它。查询矩阵和键矩阵从随机开始训练 100 步，5 个种子。
+# 那又怎样？一开始就只盯着一个随便的 token，会学得慢。下面是一个小任务：查询是 16 个向量之一加上噪声，注意力要找出是哪一个。查询矩阵和键矩阵从随机开始训练 100 步，5 个种子。
 
 # %% [markdown] tags=["en"]
-# The standard deviation of the scores follows √D, because a sum of D independent products of variance 1 has variance D. Divided by √D, the scores have spread 1 whatever D is.
+# The four heads above look at 8 to 14 tokens on average. And random queries and keys? The standard deviation of the scores follows √D, because a sum of D independent products of variance 1 has variance D. Divided by √D, the scores have spread 1 whatever D is.
 #
 # Why does that matter? Whoever starts by staring at one arbitrary token learns slowly. A small task: the query is one of 16 vectors with noise added, and attention has to find which. The query and key matrices start at random and are trained for 100 steps, with 5 seeds.
 
@@ -461,7 +461,7 @@ draw.curves(axes[1], learned, "learning to find one of 16", "step", "weight on t
 draw.show(made, "Undivided, attention starts out staring, and learns later")
 
 # %% [markdown] tags=["zh"]
-# 原因在 softmax 的导数里：权重 w 对自己的分数求导是 w(1 − w)，对别人的分数求导是 −w·w′（w′ 是别人的权重）。一个权重是 1、其余是 0 时，这些导数全是 0，梯度就传不回来。它终究还是会学会，只是晚一些；模型越大、层越多，这段路越长。
+# 原因在 softmax 的导数里：权重 w 对自己的分数求导是 w(1 − w)，对别人的分数求导是 −w·w′（w′ 是别人的权重）。一个权重是 1、其余是 0 时，这些导数全是 0，梯度就传不回来。第 20 步前后，不除的只给对的那个 0.16 到 0.23 的权重，除了的给 0.30 到 0.34。它终究还是会学会（最后是 0.89 对 0.94），只是晚一些。
 #
 # ## 八、训练好的模型呢
 #
@@ -503,7 +503,7 @@ draw.show(made, "A trained model stands sharper weights better than flatter ones
 # %% [markdown] tags=["zh"]
 # 第一个问题的答案在第七节的输出里：D = 48 时，除以 √D，一个 token 大约看着 40 个；忘了除，只看着 2 到 3 个。
 #
-# 第二个问题的答案多半出乎意料：不除，物体照样说对 100%，**训练好的模型照样看得见**。本来分数高的图块还是分数最高，权重更尖而已。反过来，权重一抹平（左边两根柱，只说对三四成），位置和形状的信息就被平均掉了。所以 √D 首先是为**训练**准备的，并不是「少了它就算错」。但不要由此得出「用哪个都行」：模型是按 1/√D 训练的，读别人的权重时，只有这一个系数是对的。
+# 第二个问题的答案多半出乎意料：不除，物体照样说对 100%，**训练好的模型照样看得见**，虽然一个 token 平均只看 2.7 个，不再是 18.9 个。本来分数高的图块还是分数最高，权重更尖而已。反过来，权重一抹平（左边两根柱，只说对 31% 和 38%），位置和形状的信息就被平均掉了。所以 √D 首先是为**训练**准备的，并不是「少了它就算错」。但不要由此得出「用哪个都行」：模型是按 1/√D 训练的，读别人的权重时，只有这一个系数是对的。
 #
 # ## 练习
 
@@ -560,7 +560,7 @@ check("02.3", attend(queries, keys, values), F.scaled_dot_product_attention(quer
 #
 # [lucidrains/vit-pytorch#65](https://github.com/lucidrains/vit-pytorch/issues/65)：代码里的系数是 `dim ** -0.5`，用了整个模型的宽度；提问的人指出应该是每个头的宽度 `dim_head ** -0.5`。作者当天就改了，还说自己写了将近一年注意力，仍会犯新手的错误。[karpathy/ng-video-lecture#6](https://github.com/karpathy/ng-video-lecture/pull/6) 修的是同一个地方。
 #
-# 这种错为什么能藏那么久？上面的柱状图说明了：`1/√C` 只是把权重抹平了一些，从零训练的模型能适应它。怎么发现：载入别人的权重，逐层比较输出，就像第五节那样。
+# 这种错为什么能藏那么久？上面的柱状图说明了：`1/√C` 把权重从 18.9 个 token 抹平到 32.3 个，在这里一个物体也没少说对；从零训练的模型更能适应它。怎么发现：载入别人的权重，逐层比较输出，就像第五节那样。
 #
 # ## 到库里看看
 #

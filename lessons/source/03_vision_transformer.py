@@ -116,7 +116,7 @@ for axis, place in zip(axes, (0, 12, 27, 40, 63)):
 draw.show(made, "A learned map: places that are neighbours have similar vectors")
 
 # %% [markdown] tags=["zh"]
-# 每张小图里，红框是一个位置，颜色是它的向量和其他位置的相似度（紫色高，橙色低）。没有人告诉模型第 27 号的下面是第 35 号，它自己学出了一张地图。
+# 每张小图里，红框是一个位置，颜色是它的向量和其他位置的相似度（紫色高，橙色低）。没有人告诉模型第 27 号的下面是第 35 号，它自己学出了一张地图。两个角（0 号和 63 号）和整圈边框都有些像，多半因为那里几乎从来没有东西。
 #
 # ## 二、LayerNorm
 #
@@ -152,7 +152,7 @@ print("equal to the package's LayerNorm:", tuple(mine.shape))
 # %% [markdown] tags=["en"]
 # ## 3. MLP
 #
-# Attention moves information **between** tokens; the MLP works **within** each: from 192 numbers up to 384, through a GELU, and back to 192. GELU is a rounded ReLU: x times the probability that a standard normal variable is below x, which is what the line with `erf` computes.
+# Attention moves information **between** tokens; the MLP works **within** each: from 192 numbers up to 384, through a GELU, and back to 192. Why up? Each of the 384 is a small detector: its inner product with the input is pressed to about zero by GELU where it is negative and passes where it is positive, and on the way back the detectors that fired are summed with weights. Without GELU, two matrices in a row would be one (lesson 08). GELU is a rounded ReLU: x times the probability that a standard normal variable is below x, which is what the line with `erf` computes.
 
 
 # %%
@@ -176,7 +176,7 @@ print("gelu(-3, -1, 0, 1, 3) =", gelu(torch.tensor([-3.0, -1, 0, 1, 3])).numpy()
 # 一层只有两步：归一化、注意力、加回去；归一化、MLP、加回去。
 #
 # - **残差**：结果是**加**到原来的向量上的，不是替换它。
-# - **pre-norm**：归一化放在运算之前，残差那条路上没有归一化，从头到尾畅通。
+# - **先归一化**（pre-norm）：归一化放在运算之前，残差那条路上没有归一化，从头到尾畅通。
 # - **LayerScale**：加回去之前，每一维先乘一个学到的系数。深的模型（DINOv2 有 40 层的）把它初始化得很小，训练一开始每层几乎什么都不做，会稳得多。
 
 # %% [markdown] tags=["en"]
@@ -226,7 +226,7 @@ for name, values in sizes.items():
     print(f"{name:15}", *(f"{value:.1f}" for value in values))
 
 # %% [markdown] tags=["zh"]
-# 绿线不正好是 1，因为归一化之后还乘了学到的 `weight`。
+# 从第一层到最后，隐藏状态从 0.3 长到 3.5，十倍有余；每一层收到的却一直在 0.6 到 1.4 之间（打印的两行）。绿线不正好是 1，因为归一化之后还乘了学到的 `weight`。
 #
 # ## 五、与库代码核对
 #
@@ -250,7 +250,7 @@ print("after the final norm: equal")
 # %% [markdown] tags=["zh"]
 # ## 六、故意弄坏
 #
-# 八种写错的编码器，每一种输出的形状都对。（最后的归一化用不用，由模型的 `vision_norm` 决定；第八种错误是选反了。）对 12 张图各问一次「描述图片」，数说对了多少物体，同时看输出和正确的相差多少。先看表，再解释。
+# 八种写错的编码器，每一种输出的形状都对。（最后的归一化用不用，由模型的设置 `vision_norm` 决定，默认是用；自带的模型不用，所以投影层拿到的是 `states[-1]`，不是第四节的 `features`。第八种错误是选反了。）对 12 张图各问一次「描述图片」，数说对了多少物体，同时看输出和正确的相差多少。先看表，再解释。
 
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose
@@ -322,7 +322,7 @@ print(f"factors of LayerScale: from {scales.min():.1f} to {scales.max():.1f}")
 #
 # 前三种把模型弄瞎了。没有残差，原来的内容被替换掉；没有归一化，运算面对的是从没见过的大小；归一化放错位置，残差那条路被截断。
 #
-# 后面五种**几乎看不出来**，物体仍能说对九成到全部。LayerScale 的系数大多在 1 附近，GELU 和 ReLU 只在 0 附近不同；最后的归一化主要改变向量的大小，而语言模型每一层一上来都会自己归一化（第 06 课），所以受得了。最值得琢磨的是 `class token kept`：取了前 64 个而不是后 64 个 token，所有图块错开一位。表里它毫无影响（100%），说明位置已经写进了每个向量**里面**，语言模型读的是内容，不太在意次序。
+# 后面五种**几乎看不出来**，物体仍能说对九成到全部。LayerScale 的系数在 0.5 到 1.2 之间（打印的最后一行），GELU 和 ReLU 只在 0 附近不同；最后的归一化主要改变向量的大小，后面的投影层和语言模型受得了。最值得琢磨的是 `class token kept`：取了前 64 个而不是后 64 个 token，所有图块错开一位。表里它毫无影响（100%），说明位置已经写进了每个向量**里面**，语言模型读的是内容，不太在意次序（第 09 课再试）。
 #
 # 教训：「模型还能回答」不等于「写对了」。只有逐层比较数值才说得清，所以第五节才是真正的检验。
 
@@ -331,7 +331,7 @@ print(f"factors of LayerScale: from {scales.min():.1f} to {scales.max():.1f}")
 #
 # The first three make the model blind. Without the residual, what was there is replaced. Without norms, the operations meet sizes that they have never seen. With the norm in the wrong place, the path of the residual is cut.
 #
-# The others **hardly show**. The factors of LayerScale lie between 0.5 and 1.2 in this model (the last line printed), GELU and ReLU differ only near 0, and the projector that follows tolerates a change of size. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. It still names 100%. So the place has been written **into** each vector, and the language model reads that and cares little about the order (lesson 09 tests it).
+# The others **hardly show**. The factors of LayerScale lie between 0.5 and 1.2 in this model (the last line printed), GELU and ReLU differ only near 0, and the final norm mostly changes the size of the vectors, which the projector and the language model tolerate. The most curious is `class token kept`: the first 64 tokens instead of the last 64, every patch shifted by one place. It still names 100%. So the place has been written **into** each vector, and the language model reads that and cares little about the order (lesson 09 tests it).
 #
 # The moral: "the model still answers" does not mean "the code is right". Only numbers compared layer by layer tell, and so section 5 is the real test.
 
@@ -343,7 +343,7 @@ print(f"factors of LayerScale: from {scales.min():.1f} to {scales.max():.1f}")
 # %% [markdown] tags=["en"]
 # ## 7. Images of another size
 #
-# The position table has 8×8 = 64 rows. An image of 96×96 has 12×12 = 144 patches, and the table is too short. The remedy: treat the table as an "image" of 8×8 with 192 channels, and resize it with bicubic interpolation.
+# The position table has 8×8 = 64 rows. An image of 96×96 has 12×12 = 144 patches, and the table is too short. The remedy: treat the table as an "image" of 8×8 with 192 channels, and resize it with bicubic interpolation. Such a table was not learned, but neighbours still resemble neighbours: the encoder works with it at once, and better after a little fine-tuning.
 
 # %%
 from nanovlm.model.layers import resize_positions
@@ -380,14 +380,14 @@ draw.show(made, "Resized, the map stays a map; cut off, it wraps around")
 #
 # ## 八、一层一层地看
 #
-# 现在回到开头。先用颜色看：对 401 张图（例图和 400 个随机场景）的所有图块做主成分分析（PCA），取最主要的三个方向，当成红、绿、蓝。同一列里颜色相同，就是向量相近。
+# 现在回到开头。先用颜色看：编码 401 张图（例图和 400 个随机场景），对前 201 张的所有图块做主成分分析（PCA），取差别最大的三个方向，当成红、绿、蓝。同一列里颜色相同，就是向量相近。
 
 # %% [markdown] tags=["en"]
 # Enlarged or reduced, neighbours stay neighbours. On the right are the first 36 rows: a row held 8 places and now holds 6, so the map is torn. Its shape is still `(36, 192)`.
 #
 # ## 8. Layer by layer
 #
-# Back to the beginning. First with colours: take all patches of 200 images, find the three directions in which they differ most (PCA), and use them as red, green and blue. Within a column, equal colours are similar vectors.
+# Back to the beginning. First with colours: encode 401 images (the lesson's own and 400 random scenes), take all patches of the first 201, find the three directions in which they differ most (PCA), and use them as red, green and blue. Within a column, equal colours are similar vectors.
 
 # %%
 batch = torch.stack([preprocess(one, model.config.image) for one in images])  # (400, 3, 64, 64)
@@ -422,12 +422,12 @@ def show_layers(layers, title):
 show_layers(layers, "Three main directions of the patch vectors, layer by layer")
 
 # %% [markdown] tags=["zh"]
-# 中间几列，两张不同的图看上去差不多：最主要的方向是**位置**，左上一种颜色，右下另一种。到最后一列物体才浮出来，而且一个物体大致是一种颜色；背景仍然花花绿绿，那是位置还在里面。
+# 中间几列，两张不同的图看上去差不多：最主要的方向是**位置**，左上一种颜色，右下另一种。后面几列里物体渐渐浮出来，最后一列里一个物体大致是一种颜色；背景仍然花花绿绿，那是位置还在里面。
 #
 # 把位置的影响去掉再看一次：每个位置减去 401 张图在这个位置上的平均。
 
 # %% [markdown] tags=["en"]
-# In the middle columns the two images look alike: the main directions are **where** a patch is, one colour at the upper left and another at the lower right. In the later columns the objects come out, each mostly in one colour.
+# In the middle columns the two images look alike: the main directions are **where** a patch is, one colour at the upper left and another at the lower right. In the later columns the objects come out, and in the last each is mostly of one colour. The background stays colourful: the places are still in it.
 #
 # Now without the places: from each place subtract its mean over all 401 images.
 

@@ -178,7 +178,7 @@ print(len(vocabulary), "tokens;", len(partial), "merged ones begin or end inside
 #
 # ## 3. Encoding
 #
-# To encode a new text is to replay the merges in the **order of learning**: of all neighbouring pairs, the one that was learned first is merged first.
+# To encode a new text is to replay the merges in the **order of learning**: of all neighbouring pairs, the one that was learned first is merged first. Later merges build on earlier ones, as 色 builds on `e8 89`, so only this order cuts a text as it was cut in training.
 
 # %%
 rank = {pair: number for number, pair in enumerate(merges)}
@@ -210,12 +210,12 @@ draw.show(made, "The same four characters after more and more merges")
 # %% [markdown] tags=["zh"]
 # 绿色的是完整的字，灰色的还是字节。「描述图片」在语料里常见，最后成了一个 token；「图中有一只猫」里的「只」「猫」从没出现过，只好退回字节，但**仍然写得出来**。
 #
-# 先后次序能不能省？换成看上去更聪明的办法：每次取词表里最长的 token。
+# 先后次序能不能省？换成看上去更聪明的办法：从左边起，每次取词表里最长的 token。
 
 # %% [markdown] tags=["en"]
 # Green are whole characters, grey are bytes. 描述图片 is frequent in the corpus and ends up as one token. In 图中有一只猫 ("there is a cat in the image") the characters 只 and 猫 never occurred; they fall back to bytes, but **they can still be written**.
 #
-# Does the order matter? Here is what looks like a cleverer way: always take the longest token of the vocabulary.
+# Does the order matter? Here is what looks like a cleverer way: from the left, always take the longest token of the vocabulary.
 
 
 # %%
@@ -242,7 +242,7 @@ for way in (encode, encode_longest):
 # %% [markdown] tags=["en"]
 # Both decode to the same text, so the usual test, encode and decode and compare, does not notice. But the ids differ, and in training the model saw only one of the two. Section 7 shows what comes of it.
 #
-# How many merges are right? Measure how many bytes a token holds on average:
+# How many merges are right? Measure how many bytes a token holds on average; the more, the less room a text takes. There are three kinds of text: the corpus, new questions, and three sentences that have nothing to do with the toy world:
 
 # %%
 elsewhere = [
@@ -268,7 +268,7 @@ draw.show(made, "A vocabulary is short on what it was learned from, and only the
 print("bytes a token:", {name: round(values[-1], 1) for name, values in lines.items()})
 
 # %% [markdown] tags=["zh"]
-# 绿线和蓝线一路上升，红线几乎不动：这个词表只对玩具世界划算。所以真实模型的词表用海量、多语言的文字来学，也大得多：Qwen2.5 的有 151,936 行。大词表让序列变短，代价是嵌入表变大：151,936 × 896（0.5B 模型的宽度）约 1.36 亿个参数，而这里只有 640 × 192 约 12 万个。
+# 绿线和蓝线一路升到每个 token 5 个字节以上，红线停在 1.4：这个词表只对玩具世界划算。所以真实模型的词表用海量、多语言的文字来学，也大得多：Qwen2.5 的有 151,936 行。大词表让序列变短，代价是嵌入表变大：151,936 × 896（0.5B 模型的宽度）约 1.36 亿个参数，而这里只有 640 × 192 约 12 万个。
 #
 # ## 四、与库代码核对
 #
@@ -295,7 +295,7 @@ print("equal on", len(corpus + unseen) + 4, "lines, such as", theirs.encode("图
 # 还差一步：真实的分词器先用一条正则表达式把文字切成「词」，合并不跨越词的边界。否则就会像我们这样学出 `形的右边吗？` 甚至整句的 token，标点和词粘在一起。下面先打印我们最长的几个，再看 Qwen 怎样切。在 Qwen 的结果里留意两处：数字一位一切；`。What` 连在一起，因为它的正则允许一个词前面带一个标点或空格。
 
 # %% [markdown] tags=["en"]
-# One step is missing. Real tokenizers first cut a text into "words" with a regular expression, and no merge crosses a border. Otherwise tokens come out as ours did, `形。` and whole sentences, with punctuation glued to words.
+# One step is missing. Real tokenizers first cut a text into "words" with a regular expression, and no merge crosses a border. Otherwise tokens come out as ours did, `形的右边吗？` and whole sentences, with punctuation glued to words. The cell prints our longest, then Qwen's cuts. Note two things in these: digits are cut one by one, and `。What` stays together, because Qwen's expression lets a word begin with one mark or space.
 
 # %%
 from nanovlm.tokenizer.pretokenize import QWEN_PATTERN, pre_tokenize, translate_pattern
@@ -383,7 +383,7 @@ for line in (text, "Describe the picture.", "图中有一只猫", elsewhere[1], 
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose: half a character
 #
-# While a model generates, tokens come one at a time. What happens if each is decoded as it comes?
+# While a model generates, tokens come one at a time. What happens if each is decoded as it comes? 图中有一只猫 is 8 tokens: the first two hold whole characters, the other six one byte each.
 
 # %%
 cat = tokenizer.encode("图中有一只猫")
@@ -459,14 +459,14 @@ draw.bars(axis, share, "", "% named in Chinese", ["right", "word", "word", "wron
 draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 
 # %% [markdown] tags=["zh"]
-# 文字一模一样，回答却变了。看打印的这张图：切成「描述」「图片」两个词，模型改用英文作答；切成单字或字节，它就胡言乱语。16 张图合起来，用中文说对的物体从 100% 掉到 28% 至 38%。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个问题，甚至是从没见过的东西。
+# 文字一模一样，回答却变了。看打印的这张图：切成「描述」「图片」两个词，模型改用**英文**作答，而且答对了；切成单字或字节，它就胡言乱语。16 张图合起来，用中文说对的物体从 100% 掉到 28% 至 38%。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个问题，甚至是从没见过的东西。
 #
 # 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字：同一句话，两边各编一次，应当一个不差。
 
 # %% [markdown] tags=["en"]
 # The text is the same, and the answers change. Cut into two words, the question about the first image gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.
 #
-# So a changed tokenizer, a new version of its library, or one more space around a prompt may make a model worse, without any error. Compare **ids**, not texts.
+# So a changed tokenizer, a new version of its library, or one more space around a prompt may make a model worse, without any error. Compare **ids**, not texts: encode the same sentence on both sides, and not one id may differ. Last, what the model reads, a row of the embedding table for each id:
 
 # %%
 table = model.language_model.embed_tokens.weight  # (V, C)

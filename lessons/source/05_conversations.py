@@ -82,7 +82,7 @@ print("special tokens:", special)
 # 怎样用它们写出对话，叫做**对话模板**（chat template）。自带模型的模板最省：每轮只多花两个 token。最笨的写法是先拼成一整个字符串，再让分词器去认：
 
 # %% [markdown] tags=["en"]
-# The vocabulary has a few **special tokens**, which are not text but signs around it: `<user>` and `<assistant>` open a turn, `</s>` closes one, and `<image>` is a placeholder. An image takes K of them, and K visual tokens will stand in their place later (lesson 09).
+# The vocabulary has a few **special tokens**, which are not text but signs around it: `<user>` and `<assistant>` open a turn, `</s>` closes one, and `<image>` is a placeholder. An image takes K of them, and K visual tokens will stand in their place later (lesson 09). Why K and not one? So the length of the sequence and the place of every token are settled when the text is encoded.
 #
 # How a conversation is written down with them is called the **chat template**. The shipped model's is the cheapest there is: two extra tokens a turn. The plainest way to apply it is to write one long string, and let the tokenizer find the special tokens in it. The user says "describe the image" (描述图片), and the assistant names the ring, the star and the triangle, as in lesson 01:
 
@@ -156,7 +156,7 @@ draw.show(made, "A user types the spelling of special tokens")
 # %% [markdown] tags=["en"]
 # Above, the red `</s>`, `<assistant>` and `<user>` are **one** id each, the same that the template writes. The model has no way to tell: the assistant seems to have said "一个" (one). In training it is worse. If what is to be learned is looked for after `<assistant>`, what a user typed becomes the right answer.
 #
-# The lower sequence is much longer, because `<`, `/`, `s` and `>` are characters like any others. There is one rule: **the program alone puts special tokens in, as the template says, and a user's text only ever passes `encode`**, which never gives one. That is why a string comes too late.
+# The lower sequence is much longer, because `<`, `/`, `s` and `>` are characters like any others. There is one rule: **the program alone puts special tokens in, as the template says, and a user's text only ever passes `encode`**, which never gives one. Once all is one string, it is too late. To test your own code, put `</s>` into a user's words and count the special tokens that come out: only the template's may be there.
 #
 # ## 3. In pieces, with labels on the way
 #
@@ -244,7 +244,7 @@ draw.show(made, "Green: the output here is trained. Below: what it has to predic
 # %% [markdown] tags=["en"]
 # Against the last picture, the green has moved one box to the left. The first output to be trained is that of `<assistant>`, which has to predict the first token of the answer; the last is that of "。", which has to predict `</s>`. (The picture leaves out the placeholders.)
 #
-# Now the loss: the M positions alone need to pass the output head. The shipped model can do this one, so its loss per token is small.
+# Now the loss. The answer has 21 tokens, with `</s>` that makes M = 22 labels, and these positions alone need to pass the output head (the matrix that gives every token of the vocabulary a score, lesson 06). The shipped model can do this one, so its loss per token is small.
 
 # %%
 image = open_image(f"{ASSETS}/scene.png")
@@ -288,7 +288,7 @@ print("ids, labels, positions and the loss equal those of the package")
 # %% [markdown] tags=["en"]
 # ## 6. Apart by 0, 1 and 2
 #
-# Back to the question at the top. The material is 512 descriptions of random scenes, text without images; which objects come can only be guessed, so the loss cannot go to zero. The small model has one block and 64 hidden numbers. Its inside is the matter of the next two lessons; here ids `(B, T)` go in and logits `(B, T, V)` come out.
+# Back to the question at the top. The material is 512 descriptions of random scenes, text without images; which objects come can only be guessed, so the loss cannot go to zero. Shorter rows are padded on the right, with id 0 and label −100, which the loss passes over. The small model has one block and 64 hidden numbers. Its inside is the matter of the next two lessons; here ids `(B, T)` go in and logits `(B, T, V)` come out.
 
 # %%
 random = Random(0)
@@ -340,7 +340,7 @@ axes.legend(frameon=False, loc="center right")
 draw.show(made, "Three seeds each: the lowest loss is the wrong one's")
 
 # %% [markdown] tags=["zh"]
-# 错开 0 位的模型赢了，损失几乎是零。它的起点也比 ln 640 低：小模型的输出层和词嵌入表是同一个矩阵（第 06 课），还没训练，就已经偏向眼前的那个 token。
+# 错开 0 位的模型赢了，损失几乎是零。它的起点也比 ln 640 低，是 5.2 到 5.4：小模型的输出层和词嵌入表是同一个矩阵（第 06 课），还没训练，就已经偏向眼前的那个 token。
 #
 # 那么让它写一句看看。提示都是 `<user>描述图片</s><assistant>`，每次取最可能的 token，最多写 24 个：
 
@@ -365,9 +365,9 @@ for (shift, seed), (small_model, losses) in trained.items():
 # %% [markdown] tags=["zh"]
 # 三行三行地看：
 #
-# - **0 位**：损失约 0.00，写不了几个 token 就卡住，从此重复同一个。它学会的是「抄下眼前的 token」，这件事用不着语言，几十步就学完了。
+# - **0 位**：损失是 0.003 到 0.004，写不了几个 token 就卡住，从此重复同一个。它学会的是「抄下眼前的 token」，这件事用不着语言，几十步就学完了。
 # - **1 位**：损失停在 0.7 左右，写出来的是通顺的句子。剩下的 0.7 是猜物体的代价，猜不掉。
-# - **2 位**：损失和 1 位**几乎一样**，写出来的却缺字：每次写下的都是再下一个 token，开头的「图中有」不见了，后面的字也跳着出现。
+# - **2 位**：损失和 1 位**几乎一样**，写出来的却缺字：每次写下的都是再下一个 token，开头的「图中有」不见了，后面的字也跳着出现。损失看不出来，多半因为大小、颜色和形状各自独立地随机：早猜一位，并不难多少。
 #
 # 所以损失低不说明标签对，损失正常也不说明。错开两位最常见的来历是：数据代码移了一位，模型内部又移了一位。
 #
@@ -397,7 +397,7 @@ axes.set_xlabel("places by which the output lies before its label")
 draw.show(made, "The shipped model predicts the next token and nothing else")
 
 # %% [markdown] tags=["zh"]
-# 只有 +1 低，别处都在 17 上下，远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，先画这张图，一秒钟就够：最低的一根应当在 +1，在别处就是错开了。
+# 只有 +1 低，别处都在 16 到 18，远高于 ln 640 ≈ 6.46：模型不是不知道，而是很确定地知道另一个位置的答案。接手别人的权重和数据代码时，先画这张图，一秒钟就够：最低的一根应当在 +1，在别处就是错开了。
 #
 # ## 练习
 #
