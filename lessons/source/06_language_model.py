@@ -121,7 +121,7 @@ for name, chosen in (("words", words), ("visual tokens", ~words)):
     print(f"{name}: median size {rms(embeddings)[0, chosen].median():.2f}")
 
 # %% [markdown] tags=["zh"]
-# 图里中间一段是视觉 token，两头是文字，两者大小相差二三十倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
+# 图里中间一段是视觉 token，两头是文字。打印的是两者的典型大小，相差二十多倍。投影层没有义务让它们一样大，因为每一层一上来就会归一化。
 #
 # 写成式子：`y = x / sqrt(mean(x²) + eps) · weight`。
 #
@@ -136,7 +136,7 @@ for name, chosen in (("words", words), ("visual tokens", ~words)):
 #
 # ## 3. The gated MLP
 #
-# An MLP works on each position by itself. That of lesson 03 went up, through a GELU, and down. Here it goes up twice. One way passes a SiLU, x times the sigmoid of x, and becomes a **gate**, by which the other is multiplied, number by number; then down (SwiGLU). Where a gate is near zero, nothing of the other way gets through.
+# An MLP works on each position by itself. That of lesson 03 went up, through a GELU, and down. Here it goes up twice. One way passes a SiLU, x times the sigmoid of x, and becomes a **gate**, by which the other is multiplied, number by number; then down (SwiGLU). Where a gate is near zero, nothing of the other way gets through; and as the gate comes from the input itself, each token opens other dimensions.
 
 
 # %%
@@ -162,7 +162,7 @@ class GatedMLP(nn.Module):
 # %% [markdown] tags=["en"]
 # ## 4. The causal mask, and how it breaks
 #
-# Lesson 05 said that the output at position t has to predict token t + 1. In training the whole text goes in at once, and without a limit attention lets position t look at t + 1, the answer. The causal mask says: yourself and what is earlier. It **adds** −∞ to the forbidden scores **before** the softmax; `exp(−∞) = 0`, so their weight is zero.
+# Lesson 05 said that the output at position t has to predict token t + 1. In training the whole text goes in at once, and without a limit attention lets position t look at t + 1, the answer. The causal mask says: yourself and what is earlier. So one forward pass poses T questions, and each sees no more than it may. The mask **adds** −∞ to the forbidden scores **before** the softmax; `exp(−∞) = 0`, so their weight is zero.
 #
 # Here it is done right, and then in a way that looks much the same: forbidden scores are **multiplied** by 0.
 
@@ -198,12 +198,12 @@ for name, weights in (("−∞ added", added), ("times 0", multiplied)):
 #
 # 一层（block）有两步，每一步都是「归一化、计算、**加回去**」。输入本身不被替换，只被加上一点东西；它从第一层一路流到最后，叫做残差流（residual stream）。反向传播时，梯度也沿着这条「加」的路原样传回最早的层，不会一层一层地变小。各层不过是从流里读，再往流里写。
 #
-# 注意力是第 02 课的，拿来就用；`rotary` 是第 07 课的内容，这里先当作「告诉注意力各个位置在哪里」。
+# 注意力是第 02 课的，拿来就用；`rotary` 是第 07 课的内容，这里先当作「告诉注意力各个位置在哪里」。`AttentionInputs` 把注意力除了隐藏状态以外还要的东西包在一起，这里是「因果不因果」和 `rotary`。
 
 # %% [markdown] tags=["en"]
 # ## 5. Blocks and the residual stream
 #
-# A block takes two steps, and each is "normalise, compute, **add**". Its input is not replaced; something is added to it. It flows from the first block to the last and is called the residual stream. Blocks read from the stream and write into it, no more.
+# A block takes two steps, and each is "normalise, compute, **add**". Its input is not replaced; something is added to it. It flows from the first block to the last and is called the residual stream. Blocks read from the stream and write into it, no more. In the backward pass, gradients return along the additions to the earliest blocks without shrinking at each.
 #
 # Attention is that of lesson 02, ready for use. `rotary` belongs to lesson 07; for now it tells attention where each position is. `AttentionInputs` is a bundle of what attention needs besides the hidden states: here, whether it is causal, and `rotary`.
 
@@ -294,7 +294,7 @@ draw.bars(axes, sizes, "", "root mean square", number=".1f")
 draw.show(made, "The residual stream grows as blocks write into it (positions of words)")
 
 # %% [markdown] tags=["zh"]
-# 流越来越大：从 0.2 到约 39，各层写进去的东西很少互相抵消。词嵌入到最后只占很小的一份，却从头到尾都在里面。
+# 流越来越大：从 0.2 到 38.7，各层写进去的东西很少互相抵消。词嵌入到最后只占很小的一份，却从头到尾都在里面。
 #
 # ## 七、没有掩码的损失
 #
@@ -395,7 +395,7 @@ for (causal, seed), (small_model, losses) in trained.items():
     print(write(small_model, causal))
 
 # %% [markdown] tags=["zh"]
-# 有掩码的模型，两个数几乎相等：训练时它看到的和推理时一样多。没有掩码的，训练时几乎为零，照推理的样子一量却有 2.5 到 4.0，写出来的句子颠三倒四。它把唯一的一层用来抄下一个 token，而推理时那个 token 还不存在。
+# 有掩码的模型，两个数几乎相等（平均 0.72 和 0.74）：训练时它看到的和推理时一样多。没有掩码的，训练时是 0.003，照推理的样子一量却有 2.5 到 4.0，写出来的句子颠三倒四。它把唯一的一层用来抄下一个 token，而推理时那个 token 还不存在。
 #
 # 这就是开头问题的答案，也是读损失曲线的一条经验：**好得不真实的损失，先查漏**，办法在第四节。
 #
@@ -404,7 +404,7 @@ for (causal, seed), (small_model, losses) in trained.items():
 # 输出层可以接在流的任何一处，不必等到最后。把每一层之后的流都归一化、乘输出层，看看最可能的 token 是什么，这叫做 logit lens。
 
 # %% [markdown] tags=["en"]
-# With the mask both numbers are nearly equal, 0.72 and 0.74: in training the model sees as much as at inference. Without it, the loss in training is 0.003 and the honest one 2.5 to 4.0, and the sentences are confused. The one block was spent on copying the next token, which at inference does not exist yet.
+# With the mask both numbers are nearly equal, 0.72 and 0.74 on average: in training the model sees as much as at inference. Without it, the loss in training is 0.003 and the honest one 2.5 to 4.0, and the sentences are confused. The one block was spent on copying the next token, which at inference does not exist yet.
 #
 # That answers the question at the top, and makes a rule for reading curves: **if a loss is too good to be true, look for the leak first**, as in section 4.
 #
@@ -430,7 +430,7 @@ draw.show(made, "The likeliest token after each block (green: right)")
 # %% [markdown] tags=["zh"]
 # 先看第一行：输出层直接接在词嵌入上，每个位置最像的 token 正是**它自己**，因为两张表是同一张。模型要做的，就是沿着流把「我是谁」改写成「下一个是谁」。
 #
-# 往下看，句子的骨架（「图中有」「个物体」「从左到右是」）和图里才有的内容（颜色、形状）不是同时出现的。一句话不足为凭，换 24 个随机场景，各画一张图，分三类统计猜对的比例：颜色和形状各有 8 种，大小 2 种，其余是骨架。
+# 往下看，句子的骨架（「图中有」「个物体」「从左到右是」）和图里才有的内容（颜色、形状）不是同时出现的。一句话不足为凭，换 24 个随机场景，各画一张图，分三类统计猜对的比例：颜色和形状（各有 8 种），大小（2 种）和个数，其余是骨架。
 
 # %% [markdown] tags=["en"]
 # The first row first. With the head put to the embeddings, the token that each position is most like is **itself**, since the two tables are one. What the model has to do along the stream is to rewrite "who I am" into "who comes next".
@@ -464,7 +464,7 @@ axes.set_xticks(range(len(names)), names)
 draw.show(made, "24 scenes: how many guesses are right after each block")
 
 # %% [markdown] tags=["zh"]
-# 先看紫线：第 1 层之后，颜色和形状还和瞎猜差不多（14.4%，8 选 1 是 12.5%）；到第 2 层突然会了（96.6%），多半是注意力在那里从视觉 token 取来了需要的东西。灰线从第 1 层起就不低，因为骨架只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了，结果不是：从第 2 层起它反而落在颜色和形状后面（74.2% 对 96.6%），到最后一层才齐。
+# 先看紫线：第 1 层之后，颜色和形状还和瞎猜差不多（14.4%，8 选 1 是 12.5%）；到第 2 层突然会了（96.6%），多半是注意力在那里从视觉 token 取来了需要的东西。灰线从第 1 层起就有 63%，因为骨架多半只要前面几个字就能接下去。我们原以为骨架处处领先，最后一层之前就该齐了，结果不是：第 1 层之后它落在大小和个数后面，第 2 层起又落在颜色和形状后面（74.2% 对 96.6%），到最后一层才从 77% 一下子升到 100%。
 #
 # 读这种图要留个心眼：中间层是透过最后的输出层去看的，那一层不是为它们训练的。「猜错」不等于「还不知道」，也可能是知道了，但写在别的方向上。
 #

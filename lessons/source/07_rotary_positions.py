@@ -92,6 +92,8 @@ print("largest difference after the shuffle:", f"{(outputs[0] - outputs[1]).abs(
 # %% [markdown] tags=["en"]
 # The difference is in the last digit. "Red ring, blue star" and "blue ring, red star" are the same bag of tokens to it. Positions have to be told some other way.
 #
+# Lesson 03 learned a position table and added it. That has two drawbacks: beyond the table there is no vector; and "3 apart" at the beginning and at the end are two different things, each to be learned. What follows writes "how far apart" straight into the inner product.
+#
 # ## 2. Turning two numbers
 #
 # The way is to **turn**. Take two numbers of a vector as an arrow in the plane, and turn it by a fixed angle for each position. The inner product of two arrows depends on their lengths and on the angle between them. Turned together it stays; what changes it is the **difference** of their positions. A query and a key are turned each by its own position, so their inner product knows how far apart they are.
@@ -128,9 +130,15 @@ draw.show(made, "Along each diagonal one number: only the difference counts")
 # 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。最慢的一对有多慢，由底数 `rope_theta` 决定：底数越大，转得越慢，分得清的距离越远。长文本的模型常把它调大，例如 Qwen2.5 用 1,000,000。
 
 # %% [markdown] tags=["en"]
+# Along a diagonal of the right table all numbers are equal: row 0, column 2 and row 5, column 7 both hold 0.54, because both are 2 apart. As a formula, with the query at position m, the key at n, an angle a between the two arrows at first, and ω a position:
+#
+# > inner product once turned = product of the lengths × cos(a + (m − n) ω)
+#
+# m and n come as a difference and in no other way.
+#
 # ## 3. 24 pairs, 24 speeds
 #
-# A head has 48 dimensions, paired into 24. One speed would not do: a fast one repeats itself after a turn, a slow one hardly differs from one token to the next. So each pair has its own, from 1 radian a position down to little more than a ten-thousandth. Like the hands of a clock, together they tell neighbours apart and far from near.
+# A head has 48 dimensions, paired into 24. One speed would not do: a fast one repeats itself after a turn, a slow one hardly differs from one token to the next. So each pair has its own, from 1 radian a position down to little more than a ten-thousandth. Like the hands of a clock, together they tell neighbours apart and far from near. How slow the slowest is depends on the base, `rope_theta`: the larger, the slower, and the farther distances can be told. Models for long texts raise it; Qwen2.5's is 1,000,000.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -183,14 +191,14 @@ print("all at once:", rotate(one, torch.tensor([5]))[0, 0, 0, [3, 27]])
 #
 # 自带模型有 4 个查询头，却只有 2 个键头和值头：相邻两个查询头共用一个（第 02 课）。这样做是为了推理：KV 缓存只存键和值，头数减半，缓存也减半（第 10 课）。旋转只作用于查询和键；**值不转**，取出来的内容不该随位置变样。
 #
-# 下面是整个注意力，按自带权重的名字写。留意形状：查询是 `(1, 4, T, 48)`，键和值是 `(1, 2, T, 48)`，要各重复一次，才和查询的 4 个头对得上；先转再重复，可以少转一半。
+# 下面是整个注意力，按自带权重的名字写。`q_norm` 和 `k_norm` 是对每个头的 48 个数做的 RMSNorm（第 06 课），很多模型没有。留意形状：查询是 `(1, 4, T, 48)`，键和值是 `(1, 2, T, 48)`，要各重复一次，才和查询的 4 个头对得上；先转再重复，可以少转一半。
 
 # %% [markdown] tags=["en"]
 # ## 4. Into a block: grouped queries
 #
 # The shipped model has 4 query heads but only 2 heads of keys and values; two neighbouring query heads share one (lesson 02). This pays at inference: the KV cache keeps keys and values alone, so half the heads make half the cache (lesson 10). The rotation is for queries and keys. **Values are not turned**: what is fetched should not change with its place.
 #
-# This is all of attention, with the names of the shipped weights. `q_norm` and `k_norm` are RMSNorms (lesson 06) over the 48 numbers of each head; many models leave them out.
+# This is all of attention, with the names of the shipped weights. `q_norm` and `k_norm` are RMSNorms (lesson 06) over the 48 numbers of each head; many models leave them out. Keys and values are repeated to match the 4 heads of the queries, after the keys were turned: so only half as many have to be.
 
 
 # %%
@@ -225,7 +233,7 @@ def run(embeddings, positions, rotation=rotate):
 # 老规矩，同一张图、同一个问题。先看一眼旋转之后的头喜欢什么**距离**：固定第一层里一个 token 的查询和键，让查询站在不同的位置上，分数随距离变化。看图时先找每条线的最高点，那是这个头最喜欢的距离。
 
 # %% [markdown] tags=["en"]
-# The same image and question as ever. First a look at which **distance** a rotated head likes: take query and key of one token in the first block, let the query stand at different positions, and watch the score change with the distance.
+# The same image and question as ever. First a look at which **distance** a rotated head likes: take query and key of one token in the first block, let the query stand at different positions, and watch the score change with the distance. The highest point of each curve is the distance that this head likes most.
 
 # %%
 image = open_image(f"{ASSETS}/scene.png")
@@ -292,7 +300,7 @@ for name, given in (("halves", logits), ("neighbours", wrong), ("no rotation", w
 print("difference at positions 0, 1, 2, 70:", (logits - wrong).abs().amax(dim=1)[[0, 1, 2, 70]])
 
 # %% [markdown] tags=["zh"]
-# 打印的是在标准答案的每个位置上最可能的下一个 token。形状全对，不报任何错；位置 0 的角度是零，两种配法在那里**完全相同**，越往后差得越多。所以这种错的样子是：开头像话，后面胡说。完全不转也一样：词都认得，却分不清谁配谁、谁先谁后。
+# 打印的是在标准答案的每个位置上最可能的下一个 token。形状全对，不报任何错；位置 0 的角度是零，两种配法在那里**完全相同**，越往后差得越多。所以这种错的样子是：开头像话，后面胡说。完全不转也是词都认得，却分不清谁配谁、谁先谁后；配错了对（损失 1.92）在这里竟比完全不转（1.66）还糟。
 #
 # ## 六、与库代码核对
 #
@@ -330,7 +338,7 @@ print("weights", tuple(weights.shape), " logits", tuple(logits.shape), " equal t
 # %% [markdown] tags=["en"]
 # ## 7. Only differences matter, up to those never seen
 #
-# Back to the question at the top. 48 random scenes, each with an image and a question; "right" means that every token of the right answer is the likeliest one at its place.
+# Back to the question at the top. 48 random scenes, each with an image and a question; "right" means that every token of the right answer, given those before it, is the likeliest one. So one forward pass marks a question, without writing the answer token by token.
 
 # %%
 random, asked = Random(1), []
@@ -393,7 +401,7 @@ draw.show(made, "A shift of everything is free; a distance never seen is not")
 # %% [markdown] tags=["zh"]
 # （括号里是每个 token 的损失。）所有位置一起加 1,000、加 100,000，48 个一个也不少：token 之间的距离没变，注意力就看不出来。图片之后加一段空隙却不行，空隙越大错得越多：加 1,000 时只剩 24 个。
 #
-# 错在哪里？看后两条线：空隙只加在**快**的对上，几乎没有影响，它们反正转了很多圈，什么角度都见过；只加在**慢**的对上，和加在全部上差不多一样坏。慢的对在训练时从没转到过这么大的角度（第三节右图），权重不知道怎么读。这就是「**超出训练长度**」的意思：旋转编码在任何位置上都有定义，不等于在那里学过。
+# 错在哪里？看后两条线：空隙只加在**快**的对上，几乎没有影响，它们反正转了很多圈，什么角度都见过；只加在**慢**的对上，和加在全部上差不多一样坏（加 1,000 时对 23 个和 24 个）。慢的对在训练时从没转到过这么大的角度（第三节右图），权重不知道怎么读。这就是「**超出训练长度**」的意思：旋转编码在任何位置上都有定义，不等于在那里学过。
 #
 # 有一个常见的补救办法叫位置插值（position interpolation）：把所有位置等比例压缩，让最大的距离回到见过的范围。不再训练，直接压，行吗？
 
@@ -436,7 +444,7 @@ full_turn = ...
 check("07.1", full_turn, 2 * math.pi * theta ** (torch.arange(0, D, 2) / D), tolerance=1e-4)
 
 # %% [markdown] tags=["zh"]
-# **07.2 改一个行为。** 手里的权重是按相邻配对学的，代码却对半配对。不改代码，只要把每个头的维重新排列，`rotate` 就能得到与 `interleaved` 相同的内积。写出排列 `order`，使 `rotate(x[..., order], p)` 等于 `interleaved(x, p)[..., order]`。
+# **07.2 改一个行为。** 假设手里有一份按相邻配对学出来的权重，而代码是对半配对的。代码不用改，只要把每个头的维重新排列，`rotate` 就能得到与 `interleaved` 相同的内积。写出排列 `order`（48 个下标），使 `rotate(x[..., order], p)` 等于 `interleaved(x, p)[..., order]`。
 
 # %% [markdown] tags=["en"]
 # **07.2 Change a behaviour.** Suppose you are given weights that were learned with neighbours paired, while your code pairs halves. No code has to change: reorder the dimensions of each head, and `rotate` gives the inner products of `interleaved`. Write the `order`, 48 indices, for which `rotate(x[..., order], p)` equals `interleaved(x, p)[..., order]`.

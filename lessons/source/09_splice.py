@@ -63,12 +63,12 @@ draw.strip("visual tokens", "sequence", "hidden states", "logits")
 # %% [markdown] tags=["zh"]
 # ## 一、给图片留座位
 #
-# 文字变成 id 时，图片的位置上写着 64 个一模一样的占位 token（placeholder），id 都是 2。它们只占座位。68 = 1 + 64 + 1 + 2：`<user>`、图片、问题，最后是 `</s>` 和 `<assistant>`。
+# 文字变成 id 时，图片的位置上写着 64 个一模一样的占位 token（placeholder），id 都相同（代码里的 `placeholder`，这里是 2）。它们只占座位。68 = 1 + 64 + 1 + 2：`<user>`、图片、问题，最后是 `</s>` 和 `<assistant>`。
 
 # %% [markdown] tags=["en"]
 # ## 1. Keeping seats for the image
 #
-# When the text becomes ids, 64 placeholders stand where the image goes, all with the same id (`placeholder`, here 2). They only keep the seats.
+# When the text becomes ids, 64 placeholders stand where the image goes, all with the same id (`placeholder`, here 2). They only keep the seats. 68 = 1 + 64 + 1 + 2: `<user>`, the image, the question, and at the end `</s>` and `<assistant>`.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -97,7 +97,7 @@ draw.show(made, "68 places: 64 of them for the image")
 # %% [markdown] tags=["zh"]
 # 一张图占了 68 个位置中的 64 个，问题本身只有 1 个 token（「描述图片」在词表里恰好是一整个 token）。
 #
-# 为什么要先占座，而不是等向量来了再塞进去？因为座位一定，序列的长度 T 就定了：注意力掩码、位置编号、标签都可以在造批次时按 id 算好，模型里不必再移动任何东西。早期的 LLaVA 走的是另一条路：文本里只放一个 `<image>`，到了模型里再展开成 576 个向量，长度随之改变，标签和掩码都得跟着重排。占座的代价是：**座位数必须事先算对**。它等于投影层的 K 乘以子图（tile）的个数，与图片内容无关，只与尺寸有关，所以在分词时就能知道。
+# 为什么要先占座，而不是等向量来了再塞进去？因为座位一定，序列的长度 T 就定了：注意力掩码、位置编号、标签都可以在造批次时按 id 算好，模型里不必再移动任何东西。早期的 LLaVA 走的是另一条路：文本里只放一个 `<image>`，到了模型里再展开成 576 个向量，长度随之改变，标签和掩码都得跟着重排。占座的代价是：**座位数必须事先算对**。它等于投影层的 K 乘以子图（tile）的个数（大图可以切成几块子图，每块当作一张图来编码；这里只有一块），与图片内容无关，只与尺寸有关，所以在分词时就能知道。
 #
 # ## 二、换上视觉 token
 #
@@ -148,7 +148,7 @@ draw.show(made, "Before, 64 equal rows; after, the image")
 # %% [markdown] tags=["en"]
 # On the left, the 64 orange bars are equally high: 64 copies of one row of the table, which know nothing of the image and are about to be thrown away. On the right they are visual tokens, each one different.
 #
-# A batch has many rows and many images, and a loop is slow. The package flattens `(B, T)` into one dimension, keeps the **flat indices** of all placeholders in `image_positions`, and writes everything with one `index_copy`.
+# A batch has many rows and many images, and a loop is slow. The package flattens `(B, T)` into one dimension, keeps the **flat indices** of all placeholders in `image_positions`, and writes everything with one `index_copy`. With T = 68, for example, row 2, column 5 (both counted from 0) has the flat index 2 × 68 + 5 = 141.
 
 
 # %%
@@ -171,7 +171,7 @@ print("loop = index_copy, to the last bit")
 # %% [markdown] tags=["en"]
 # ## 3. The whole model in 40 lines
 #
-# The pieces of the lessons so far are complete now. The next three cells are the whole model. Its linear layers and LayerNorms are the loaded ones; there is no other help. First the attention that both transformers share (lesson 02):
+# The pieces of the lessons so far are complete now. The next three cells are the whole model. Its linear layers and LayerNorms are the loaded ones; there is no other help. First the attention that both transformers share (lesson 02). For the image it gets no `rotary`, and then it has no causal mask: all patches see each other. For the sentence it gets `rotary`, and each place sees itself and what is earlier:
 
 
 # %%
@@ -242,10 +242,10 @@ def read(x, language):  # (B, T, C_t) → (B, T, V)
 
 
 # %% [markdown] tags=["zh"]
-# 四步连起来：看、投影、插入、读，一步一行，再与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多。我们第一次写这一课时，以为编码器最后的 LayerNorm 总要做，而这由配置 `vision_norm` 决定；logits 差了好几个单位，对例图的描述却照样正确。看答案发现不了这种错，比数字才行。
+# 四步连起来：看、投影、插入、读，一步一行，再与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多。一种容易犯的错是总做编码器最后的 LayerNorm，而做不做由设置 `vision_norm` 决定。第 03 课故意犯过一次：编码器的输出差了 10 左右，物体却几乎全都说对。看答案发现不了这种错，比数字才行。
 
 # %% [markdown] tags=["en"]
-# The four steps in a row, compared with the package. The tolerance is 1e-3: over 8 blocks the differences of another summing order add up, in fact to about 1e-5. A real mistake is far larger. An easy one is to apply the encoder's last LayerNorm always, while the setting `vision_norm` decides. Lesson 03 made it on purpose: the numbers were off by about 10, and nearly all objects were still named correctly. Reading answers does not find such a mistake; comparing numbers does.
+# The four steps in a row, compared with the package. The tolerance is 1e-3: over 8 blocks the differences of another summing order add up, in fact to about 1e-5. A real mistake is far larger. An easy one is to apply the encoder's last LayerNorm always, while the setting `vision_norm` decides. Lesson 03 made it on purpose: the encoder's output was off by about 10, and nearly all objects were still named correctly. Reading answers does not find such a mistake; comparing numbers does.
 
 # %%
 patches = see(batch.pixels, model.vision_encoder)
@@ -287,11 +287,11 @@ for place in (0, 1, 64, 65, 67):
 # 编码器输出的是 65 个向量：class token 加 64 个图块。假设有人忘了去掉 class token。`index_copy` 会立刻报错，因为 65 对不上 64。可是不少代码用的是 `masked_scatter`，它只管从头取，**多出来的不声不响地留下**。取 24 张至少有两个物体的图来试：
 
 # %% [markdown] tags=["en"]
-# Place 0, `<user>`, comes before the image, and its change is exactly 0; the question and `<assistant>` come after it, and both change. The other way round, **the image cannot see the question**: the question comes later, so the 64 visual tokens pass the language model without knowing what will be asked. That is why, for many questions about one image, the image's part can be computed once (the cache of lesson 10 and the packing of lesson 16 use it).
+# Place 0, `<user>`, comes before the image, and its change is exactly 0; place 1 sees a single visual token and changes little; the question and `<assistant>` come after it, and both change. The other way round, **the image cannot see the question**: the question comes later, so the 64 visual tokens pass the language model without knowing what will be asked. That is why, for many questions about one image, the image's part can be computed once (the cache of lesson 10 and the packing of lesson 16 use it).
 #
 # ## 4. Broken on purpose: one vector too many
 #
-# The encoder gives 65 vectors: the class token and 64 patches. Suppose someone forgets to drop the class token. `index_copy` complains at once, as 65 do not fit 64. But much code uses `masked_scatter`, which takes what it needs from the front and **leaves the rest without a word**:
+# The encoder gives 65 vectors: the class token and 64 patches. Suppose someone forgets to drop the class token. `index_copy` complains at once, as 65 do not fit 64. But much code uses `masked_scatter`, which takes what it needs from the front and **leaves the rest without a word**. On 24 images with at least two objects each:
 
 # %%
 scenes = [random_scene(Random(seed)) for seed in range(200)]
@@ -325,7 +325,7 @@ draw.show(made, "Red: a vector of the image in the row above")
 # `masked_scatter` 把 24 × 65 个向量排成一队，依次填进 24 × 64 个座位。第 0 行多出一个，挤进了第 1 行；第 1 行又多出一个，两个一起挤进第 2 行。所以第 0 行只错开一位，第 23 行已经有 23 个座位坐着**上一张图**的向量。它们对答案有多大影响？写一个函数，把任意的视觉 token 插进去再生成。
 
 # %% [markdown] tags=["en"]
-# Row 0 is off by one seat; in row 23, 23 seats hold vectors of **the image before**. What does that do to the answers? Write a function that splices in any visual tokens and generates.
+# `masked_scatter` lines up 24 × 65 vectors and fills 24 × 64 seats in that order. Row 0 has one left over, which gets into row 1; row 1 leaves another, and two get into row 2. So row 0 is off by one seat, and in row 23, 23 seats hold vectors of **the image before**. What does that do to the answers? Write a function that splices in any visual tokens and generates.
 
 
 # %%
@@ -352,7 +352,7 @@ print(f"{len(changed)} of 24 answers change, in rows {changed}")
 # %% [markdown] tags=["en"]
 # None of the rows 0 to 7 is among them: up to 7 foreign seats do no visible harm here. From row 8 on, 10 of 16 answers change. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.
 #
-# So nanovlm counts before it computes anything, and an inequality is an error that names both numbers:
+# So nanovlm counts before it computes anything, and an inequality is an error that names both numbers. Here one seat is taken away on purpose:
 
 # %%
 short = prepare(model, [question], [[image]], add_generation_prompt=True)
@@ -370,7 +370,7 @@ except NanoVLMError as error:
 # %% [markdown] tags=["en"]
 # ## 5. Exchanges
 #
-# The most direct check first: let the visual tokens of two images change seats, and the answers should follow.
+# The most direct check first: let the visual tokens of two images change seats, and the answers should follow. If they did not, the model would not use the visual tokens at all, and the rest would be idle.
 
 # %%
 pair = prepare(model, [question] * 2, [[drawn[0]], [drawn[1]]], add_generation_prompt=True)
@@ -383,7 +383,7 @@ for row in range(2):
 # 现在做开头的实验。「对调上下」在像素上是交换前 32 行与后 32 行像素；在视觉 token 上，第 0 到 31 个来自上半部，第 32 到 63 个来自下半部，交换即可。对调之后，每一半内部的次序还在，所以再加一种更狠的：把 64 个视觉 token **彻底打乱**，三个种子。
 
 # %% [markdown] tags=["en"]
-# Now the experiment of the beginning. In pixels, exchanging the halves means rows 0 to 31 against rows 32 to 63. In visual tokens, 0 to 31 come from the upper half and 32 to 63 from the lower one. And something harsher: **shuffle** all 64 visual tokens, with three seeds.
+# Now the experiment of the beginning. In pixels, exchanging the halves means rows 0 to 31 against rows 32 to 63. In visual tokens, 0 to 31 come from the upper half and 32 to 63 from the lower one. Within each half the order remains, hence something harsher: **shuffle** all 64 visual tokens, with three seeds.
 
 # %%
 swapped = torch.cat((pixels[:, :, 32:], pixels[:, :, :32]), dim=2)  # (24, 3, 64, 64)
@@ -434,7 +434,7 @@ draw.show(made, "Where a patch was is written in its vector, not in its seat")
 # ## Exercises
 
 # %% [markdown] tags=["zh"]
-# **09.1 补一行。** 从 `many.input_ids`（24 行）求出所有占位 token 的展平下标。占位 token 的 id 是 2。
+# **09.1 补一行。** 从 `many.input_ids`（24 行）求出所有占位 token 的展平下标。占位 token 的 id 就是 `placeholder`。
 
 # %% [markdown] tags=["en"]
 # **09.1 Fill in a line.** From `many.input_ids` (24 rows) compute the flat indices of all placeholders, whose id is `placeholder`.
