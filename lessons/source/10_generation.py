@@ -103,7 +103,7 @@ draw.show(made, "One pass for each token; below, the probability it was chosen w
 #
 # The language model is causal: later tokens cannot affect earlier ones. So when a token is added, the keys and values of all earlier places are **the same as before**, and computing them again is waste. What the new token needs is its own query, and everybody's keys and values. Keep those two, and you have a KV cache.
 #
-# Here is attention with a cache. `kept` is the pair of tensors that this block has kept; at the first call it is empty.
+# Here is attention with a cache. `kept` is the pair of tensors that this block has kept, both `(1, 2, S, 48)`: 2 key heads, the S tokens so far, 48 numbers each. At the first call it is empty.
 
 # %%
 D = language.config.head_dim
@@ -127,7 +127,7 @@ def attend(x, part, kept, angles, mask):  # x: the T new tokens; mask (B, S): 0 
 
 
 # %% [markdown] tags=["zh"]
-# `tril(S − T)` 那一行是因果掩码的一般写法：T 个新 token 是全文 S 个里的最后 T 个，第一个新 token 能看到 S − T + 1 个。T = 1 时整行都是 1，什么也不用遮。
+# `tril(S − T)` 那一行是因果掩码的一般写法：T 个新 token 是全文 S 个里的最后 T 个，第一个新 token 能看到 S − T + 1 个。T = 1 时整行都是 1，什么也不用遮。遮住的分数写成 −1e9 而不是 −∞：填充在左边时（第四节），最前面几行谁也看不到，整行都是 −∞ 的 softmax 会得到 `nan`。
 #
 # 旋转位置编码要知道新 token 是**第几个**，而不是这次输入里的第几个，所以位置由外面传进来：
 
@@ -157,7 +157,7 @@ def step(x, cache, positions, mask):  # (B, T, C), (B, T), (B, S) → logits (B,
 # 第一次调用读完整个提示，叫**预填充**（prefill）；以后每次只读一个 token，叫**解码**（decode）。提示里的 token 都已知道，可以一起算；回答里的 token 要等前一个选定了才有，只能逐个算。两种写法的 logits 应当相等，也应当等于库里的 `Steps`。容差 1e-3，理由同第 09 课。
 
 # %% [markdown] tags=["en"]
-# The first call reads the whole prompt: **prefill**. Every later call reads one token: **decode**. Both ways should give the same logits, and those of the package's `Steps`. The tolerance is 1e-3, for the reason of lesson 09.
+# The first call reads the whole prompt: **prefill**. Every later call reads one token: **decode**. The prompt's tokens are all known and can be computed together; a token of the answer has to wait until the one before it is chosen. Both ways, with the cache and without, should give the same logits, and those of the package's `Steps`. The tolerance is 1e-3, for the reason of lesson 09.
 
 # %%
 cache, steps, length = [[] for _ in language.blocks], Steps(language), prompt.shape[1]
@@ -225,13 +225,15 @@ draw.show(made, "Without the cache, every token costs more than the one before")
 #
 # 生成因此有两个脾气不同的阶段。预填充一次读几十到几千个 token，矩阵乘法又大又满，瓶颈在算力；解码每步只有一个 token，却要把全部权重和整个缓存从内存里过一遍，瓶颈在内存带宽。所以「第一个字出来要多久」和「之后每秒几个字」是两个指标，常常分开报告；一次多答几个问题，解码几乎不变慢，因为权重反正要读一遍。
 #
-# 缓存不是免费的，它用内存换时间；一张图在缓存里占的地方，正是第 08 课里大家想减少视觉 token 的原因之一。分组查询（第 07 课）让键和值的头只有查询的一半，缓存也就小一半。
+# 缓存不是免费的，它用内存换时间；一张图在缓存里占的地方，正是第 08 课里大家想减少视觉 token 的原因之一。分组查询（第 02、07 课）让键和值的头只有查询的一半，缓存也就小一半。
 #
 # ## 四、故意弄坏：填充
 #
 # 一次回答许多问题时，各行长短不一，短的要填充。填在哪边、位置怎么数，这里有五种写法。先看结果。24 个问题：4 张图，各问 6 个；标准是单独问时的答案。
 
 # %% [markdown] tags=["en"]
+# The first question at the top: 33,500 against 267, about 125 times as many.
+#
 # Times differ between machines; look at the shapes: one rises with the length, the other is nearly flat.
 #
 # So generation has two phases of different character. Prefill reads tens to thousands of tokens at once, in large products of matrices, and is limited by computing. Decoding has one token a step, for which all weights and the whole cache have to come from memory, and is limited by bandwidth. That is why the time to the first token and the tokens a second after it are reported apart, and why answering several questions at once hardly slows decoding down: the weights are read anyway.
@@ -301,10 +303,10 @@ draw.show(made, "Five ways to pad, none of which raises an error")
 # %% [markdown] tags=["zh"]
 # 开头的第二问：填在右边，24 个答案里只剩 7 个与单独问时相同。从右往左解释：
 #
-# - **填在右边，取最后一个位置**：短行的最后一个位置是填上去的空位，它的 logits 不是问题的下文。因此生成时习惯填在左边，让各行一起结束。
-# - **解码从 0 数起**：忘了新 token 接在提示后面，每一步都当自己是开头。没有填充的行也受影响。手写缓存时很容易犯。
-# - **解码时把填充也数进去**：预填充时跳过了填充，第一个新 token 却从 T 接着数，中间凭空多出一段距离。旋转位置编码看的是距离差，于是错乱。这就是「左填充的陷阱」：填对了边，位置却前后不一致。
-# - **忘了掩码**：全文都向右平移了同样多，距离差没有变，只是每个 token 还会看见一些没有意义的空位。这个模型受的影响不大，别的模型未必。不报错、影响小，正是它难以发现的原因。
+# - **填在右边，取最后一个位置**（7 个）：短行的最后一个位置是填上去的空位，它的 logits 不是问题的下文。因此生成时习惯填在左边，让各行一起结束。
+# - **解码从 0 数起**（10 个）：忘了新 token 接在提示后面，每一步都当自己是开头。没有填充的行也受影响。手写缓存时很容易犯。
+# - **解码时把填充也数进去**（12 个）：预填充时跳过了填充，第一个新 token 却从 T 接着数，中间凭空多出一段距离。旋转位置编码看的是距离差，于是错乱。这就是「左填充的陷阱」：填对了边，位置却前后不一致。
+# - **忘了掩码**（23 个）：全文都向右平移了同样多，距离差没有变，只是每个 token 还会看见一些没有意义的空位。这个模型受的影响不大，别的模型未必。不报错、影响小，正是它难以发现的原因。
 #
 # 库里的做法：位置就是「前面能看见的 token 数」，从掩码里数出来，填在哪边都对。
 #
@@ -360,12 +362,12 @@ axes[0].invert_yaxis()
 draw.show(made, "Temperature sharpens or flattens; top-p cuts the tail off")
 
 # %% [markdown] tags=["zh"]
-# 温度（temperature）除在 softmax 之前：小于 1，强者更强；大于 1，大家拉平，词表里那 600 多个本来几乎不可能的 token 也分走一截（每张图下面的 others：温度为 1 时是 10%，为 2 时是 68%）。top-p 从最大的开始往下留，留够 0.8 为止，剩下的**一律归零**，再重新归一。例如概率依次是 0.5、0.2、0.15、0.1、0.05：前两个合计 0.7，不够 0.8；加上第三个是 0.85，够了，于是留三个。这两样常常一起用：温度给变化，top-p 去掉尾巴上的胡话。
+# 温度（temperature）除在 softmax 之前：小于 1，强者更强；大于 1，大家拉平，词表里其余 632 个本来几乎不可能的 token 也分走一截（每张图下面的 others：温度为 0.5 时是 0%，为 1 时是 10%，为 2 时是 68%）。top-p 从最大的开始往下留，留够 0.8 为止，剩下的**一律归零**，再重新归一。例如概率依次是 0.5、0.2、0.15、0.1、0.05：前两个合计 0.7，不够 0.8；加上第三个是 0.85，够了，于是留三个。这两样常常一起用：温度给变化，top-p 去掉尾巴上的胡话。
 #
 # 和库里的 `sample` 核对，没法比单次结果，就比频率：抽 20,000 次。频率的标准误差最多是 √(0.25 / 20000) ≈ 0.004，容差取它的 4 倍。
 
 # %% [markdown] tags=["en"]
-# The temperature divides before the softmax. Below 1, the strong get stronger; above 1, all come closer, and the other 632 tokens of the vocabulary, each of them next to impossible, get a large share together: 0% at temperature 0.5, 10% at 1, 68% at 2 ("others" under each picture). Top-p keeps tokens from the largest down until they have 0.8; the others are **set to zero**, and the rest is normalised again. The two go together well: temperature for variety, top-p against nonsense from the tail.
+# The temperature divides before the softmax. Below 1, the strong get stronger; above 1, all come closer, and the other 632 tokens of the vocabulary, each of them next to impossible, get a large share together: 0% at temperature 0.5, 10% at 1, 68% at 2 ("others" under each picture). Top-p keeps tokens from the largest down until they have 0.8; the others are **set to zero**, and the rest is normalised again. Of 0.5, 0.2, 0.15, 0.1 and 0.05, for example, the first two make 0.7, which is not enough; with the third it is 0.85, so three are kept. The two go together well: temperature for variety, top-p against nonsense from the tail.
 #
 # A single draw cannot be compared with the package's `sample`, so compare frequencies: 20,000 draws. The standard error of a frequency is at most √(0.25 / 20000) ≈ 0.004, and the tolerance is 4 times that.
 
@@ -391,7 +393,7 @@ for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8)):
         print("   ", tokenizer.decode(generate(model, batch, 30, chosen)[0]))
 
 # %% [markdown] tags=["zh"]
-# 温度为 2 时，只要有一步抽到了尾巴上的 token，后面就跟着走样：错误会被当作上文读进去。如果每一步有 5% 的可能抽到尾巴，20 步里至少出一次错的可能就是 1 − 0.95²⁰ ≈ 64%。再看 top-p 救回了多少：温度已经把尾巴抬高，留够 0.8 时常常已经留下了不少尾巴，所以温度和 top-p 要一起调。灰图上本来没有物体，模型还是说了一个，这一点和采样无关：它训练时从没见过没有物体的图。
+# 温度为 2 时，只要有一步抽到了尾巴上的 token，后面就跟着走样：错误会被当作上文读进去。如果每一步有 5% 的可能抽到尾巴，20 步里至少出一次错的可能就是 1 − 0.95²⁰ ≈ 64%。再看 top-p，它在这里没救回多少：温度已经把尾巴抬到 68%，留够 0.8 时也就留下了不少尾巴，所以温度和 top-p 要一起调。灰图上本来没有物体，模型还是说了一个，这一点和采样无关：它训练时从没见过没有物体的图。
 #
 # ## 六、一个字一个字地出现
 #
@@ -431,7 +433,7 @@ assert "".join(mine) == "".join(theirs).strip() == "红色的猫"
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# Bytes wait until their character is complete. The package uses the standard library's `codecs.getincrementaldecoder`, which handles more, such as an answer cut off within a character.
+# Bytes wait until their character is complete: in the printed list the first two give an empty string each, and with the third 猫 appears. The package uses the standard library's `codecs.getincrementaldecoder`, which handles more, such as an answer cut off within a character.
 #
 # ## Exercises
 
@@ -461,7 +463,7 @@ def top_k(chances, k):
 check("10.2", top_k(torch.tensor([0.1, 0.4, 0.2, 0.3]), 2), torch.tensor([0, 4 / 7, 0, 3 / 7]))
 
 # %% [markdown] tags=["zh"]
-# **10.3 找错。** 这个 top-p 有时一个 token 都不留：当最大的概率已经超过 `top_p` 时。改好它。
+# **10.3 找错。** 这个 top-p 有时一个 token 都不留：当最大的概率已经超过 `top_p` 时。改好它（留下的这里不必重新归一）。
 
 # %% [markdown] tags=["en"]
 # **10.3 Find the bug.** This top-p sometimes keeps no token at all: when the largest probability alone exceeds `top_p`. Mend it (what is kept need not be normalised here).

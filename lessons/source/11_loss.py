@@ -54,7 +54,7 @@ draw.strip("hidden states", "logits")
 # %% [markdown] tags=["zh"]
 # ## 一、一个位置的损失
 #
-# 拿那张熟悉的图，问「描述图片」，但在参考答案里放一个错：图上的五角星是蓝色的，我们写成绿色。模型的 `forward` 允许换掉损失函数；让它原样交出三个输入，正好得到本课的起点。
+# 拿那张熟悉的图，问「描述图片」，但在参考答案里放一个错：图上的五角星是蓝色的，我们写成绿色。模型的 `forward` 允许换掉损失函数；换成 `lambda *inputs: inputs`，让它原样交出三个输入，正好得到本课的起点。
 
 # %% [markdown] tags=["en"]
 # ## 1. The loss at one position
@@ -101,7 +101,9 @@ print(f"loss at this position: {loss_here:.2f}")
 # 上面的写法有一个隐患：`exp` 在 `float32` 里到 88.7 就溢出。所有 logits 同加一个常数，概率本来不变，看看会怎样：
 
 # %% [markdown] tags=["en"]
-# A loss of 0 means probability 1; with every 2.3 more, the probability is ten times smaller. The model is almost certain that 蓝色 comes here, so our 绿色 is expensive.
+# A loss of 0 means probability 1; probability 0.5 costs about 0.69 and 0.1 about 2.3, and with every 2.3 more it is ten times smaller. Why the logarithm? The probability of a sentence is the product of its tokens' probabilities. Logarithms turn the product into a sum, so losses can be added token by token.
+#
+# The model is almost certain that 蓝色 comes here, so our 绿色 is expensive.
 #
 # The code above has a weak spot: in `float32`, `exp` overflows at 88.7. Adding one constant to all logits leaves the probabilities as they are. Or does it?
 
@@ -156,14 +158,14 @@ axis.text(place + 0.7, losses[place] * 0.9, f"{losses[place]:.1f}", color=draw.W
 draw.show(made, "One wrong word in the reference carries nearly all of the loss")
 
 # %% [markdown] tags=["zh"]
-# 其余的词几乎不花代价，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看：是每个 token 都差一点，还是几个 token 差得离谱？前者要接着训练，后者往往是数据写错了。
+# 其余的词几乎不花代价，合起来只有 0.02，因为模型早已确信。平均值会把这一点掩盖掉：一个词全错、其余全对，和每个词都差一点，可以有相同的平均损失。所以看损失时，值得偶尔像这样按 token 打开看看：是每个 token 都差一点，还是几个 token 差得离谱？前者要接着训练，后者往往是数据写错了。
 #
 # ## 三、什么都不知道时：ln V
 #
 # 一个什么也没学过的模型，对 V 个 token 一视同仁，每个概率为 1/V，损失就是 ln V。这是训练开始时应该看到的数。五个随机种子：
 
 # %% [markdown] tags=["en"]
-# The other words cost almost nothing, 0.02 together: the model is sure of them. (The perplexity in the printed line is e to the power of the mean loss: among how many equally likely tokens the model would waver with such a loss.) A mean hides this. One word all wrong and the rest right can have the same mean as every word a little wrong. So it pays to open up a loss by token now and then, as here.
+# The other words cost almost nothing, 0.02 together: the model is sure of them. (The perplexity in the printed line is e to the power of the mean loss: among how many equally likely tokens the model would waver with such a loss.) A mean hides this. One word all wrong and the rest right can have the same mean as every word a little wrong. So it pays to open up a loss by token now and then, as here. If every token is a little off, train on. If a few are far off, it is often the data that is wrong.
 #
 # ## 3. Knowing nothing: ln V
 #
@@ -182,7 +184,7 @@ for seed in range(5):
 print(f"with Qwen's vocabulary: ln 151936 = {math.log(151936):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 都在 ln V 附近，平均略高：logits 并不完全相等，随机的起伏有时让损失高一点，有时低一点，平均起来偏高，约为方差的一半。**起点比 ln V 高很多**，多半是初始化太大或标签错位；**训练很久仍在 ln V**，多半是权重没有装进去（第 12 课）或梯度没有传到。**一开始就远低于 ln V**，要么装了预训练权重，要么答案漏进了输入。
+# 都在 ln V 附近，平均略高：logits 并不完全相等，随机的起伏有时让损失高一点，有时低一点，平均起来偏高，大约高出方差的一半。**起点比 ln V 高很多**，多半是初始化太大或标签错位；**训练很久仍在 ln V**，多半是权重没有装进去（第 12 课）或梯度没有传到。**一开始就远低于 ln V**，要么装了预训练权重，要么答案漏进了输入。
 #
 # ## 四、反向：概率减去 one-hot
 #
@@ -193,7 +195,7 @@ print(f"with Qwen's vocabulary: ln 151936 = {math.log(151936):.2f}")
 # 不需要自动求导，两行就够：
 
 # %% [markdown] tags=["en"]
-# All are near ln V and on average a little above: random logits are not quite equal, which can only raise the expected loss, by about half their variance. **A start far above ln V** usually means too large an initialisation or shifted labels. **A loss that stays at ln V** usually means weights that were never loaded (lesson 12) or a gradient that does not arrive. **A start far below ln V** means pretrained weights, or an answer that leaks into the input.
+# All are near ln V and on average a little above: random logits are not quite equal, which raises the loss at one seed and lowers it at another, but on average raises it, by about half their variance. **A start far above ln V** usually means too large an initialisation or shifted labels. **A loss that stays at ln V** usually means weights that were never loaded (lesson 12) or a gradient that does not arrive. **A start far below ln V** means pretrained weights, or an answer that leaks into the input.
 #
 # ## 4. Backward: probabilities minus one-hot
 #
@@ -232,7 +234,7 @@ draw.show(made, "Gradient of four logits at three positions: pull up (blue), pus
 #
 # $$\frac{\partial\,\text{loss}}{\partial z_v} = p_v - [v = t].$$
 #
-# The logits are `hidden_states @ head.T`, so one step further back there are two matrix products:
+# The logits are `hidden_states @ head.T`, so one step further back there are two matrix products. The first tells the language model where each hidden state should move, the second tells the head where each of its rows should. Where the head is tied to the embeddings, the second is also added to the gradient of the embedding table:
 
 # %%
 grad_rows = gradient @ head  # (M, C), what the language model gets
@@ -251,7 +253,7 @@ print("for the hidden states:", tuple(grad_rows.shape), " for the head:", tuple(
 # %% [markdown] tags=["en"]
 # ## 5. Chunks, and chunks that save nothing
 #
-# Both gradients are much smaller than the logits of shape `(M, V)`. With a large V the logits are the largest tensor of all, and only passing through. So take a few rows at a time and drop them.
+# Both gradients are much smaller than the logits of shape `(M, V)`. With a large V the logits are the largest tensor of all, and only passing through. With V = 151,936 a single position has 151,936 logits, and a hidden state of some hundreds or thousands of numbers. So take a few rows at a time, and drop their logits once the loss is computed.
 #
 # First **broken on purpose**: the forward pass in chunks, the backward pass left to autograd. `saved_tensors_hooks` counts the bytes that PyTorch keeps for the backward pass, without hidden states and head themselves.
 
@@ -299,7 +301,7 @@ for function in (whole, chunks_with_autograd):
 # %% [markdown] tags=["en"]
 # Not one byte was saved. The graph keeps the log-softmax of every chunk for the backward pass, and 8 chunks are as large as the whole. The code looks right, and the loss is right; only measuring tells.
 #
-# The way out is in section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped:
+# The way out is in section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped. `size` is the number of rows in a chunk: the smaller, the smaller the logits of a moment, and the smaller the products of matrices. On a CPU the package takes 128 rows, 78 MB for a vocabulary of 151,936:
 
 
 # %%
@@ -324,6 +326,8 @@ print("in chunks of 8:", f"{loss_and_gradients(hidden_states, head, targets, 8)[
 # 剩下的是告诉自动求导：「这个函数的反向我自己算好了。」`forward` 存下两个梯度，`backward` 只需乘上传回来的 `grad_loss`。它不一定是 1：训练时损失还要除以标签总数（第 13 课）。
 
 # %% [markdown] tags=["en"]
+# Why can the gradient be computed in the forward pass at all? The loss is the last step, and a single number comes back to it, by which everything is multiplied. A layer in the middle cannot do it: its gradient is known only when the later layers have computed theirs.
+#
 # What remains is to tell autograd that this function brings its own backward pass. `forward` keeps the two gradients, and `backward` multiplies them with the `grad_loss` that comes back. That is not always 1: in training the loss is divided by the number of labels (lesson 13).
 
 
@@ -426,7 +430,7 @@ most_labels = ...
 check("11.1", most_labels, 14134)
 
 # %% [markdown] tags=["zh"]
-# **11.2 改一个行为。** 标签平滑（label smoothing）把目标从 one-hot 换成：0.9 给正确 token，余下 0.1 平分给全部 V 个 token。写出 logits 的梯度 `(M, V)`。
+# **11.2 改一个行为。** 标签平滑（label smoothing）把目标从 one-hot 换成：0.9 给正确 token，余下 0.1 平分给全部 640 个 token，正确的也在内。写出 `all_logits` 的梯度，形状 `(22, 640)`。（当心：第五节以后，变量 `V` 是 151,936。）
 
 # %% [markdown] tags=["en"]
 # **11.2 Change a behaviour.** Label smoothing replaces the one-hot target: 0.9 for the right token, and the remaining 0.1 shared equally by all tokens, the right one included. Compute the gradient of `all_logits`, `(22, 640)`. (Beware: `V` has been 151,936 since section 5.)

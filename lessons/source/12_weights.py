@@ -69,7 +69,9 @@ draw.strip("hidden states", "logits")
 # %% [markdown] tags=["en"]
 # ## 1. What is in the file
 #
-# The safetensors format is short enough to learn by heart. 8 bytes are a whole number N. The next N bytes are a header in JSON: type, shape, begin and end of each tensor. All the rest is numbers.
+# The safetensors format is short enough to learn by heart. 8 bytes are a whole number N. The next N bytes are a header in JSON: type, shape, begin and end of each tensor. All the rest is numbers. Why not `torch.save`? Its file is a Python pickle, and reading one may run code that is hidden in it. A safetensors file holds nothing but numbers, and a single tensor can be read from it.
+#
+# The low bytes of a whole number come first: the `38 13` printed below is read backward, hexadecimal 1338, which is 4920.
 
 # %%
 folder = ASSETS / "tiny-language-model"
@@ -100,14 +102,14 @@ draw.show(made, "46 tensors side by side, without gaps")
 #
 # ## 二、两个字节是一个数
 #
-# `BF16` 即 `bfloat16`：1 位符号、8 位指数、7 位尾数。它就是 `float32` 砍掉低位的两个字节，范围不变，精度约剩两到三位十进制数字。看下面打印的例子：指数 01111110 是 126，减去 127 得 −1；尾数 0111010 是 58；于是数值是 2⁻¹ × (1 + 58/128) = 0.7266。
+# `BF16` 即 `bfloat16`：1 位符号、8 位指数、7 位尾数。它就是 `float32` 砍掉低位的两个字节（低位在前，所以是存在前面的两个），范围不变，精度约剩两到三位十进制数字。看下面打印的例子：指数 01111110 是 126，减去 127 得 −1；尾数 0111010 是 58；于是数值是 2⁻¹ × (1 + 58/128) = 0.7266。
 
 # %% [markdown] tags=["en"]
 # Attention (blue) and MLP (orange) of the four blocks take turns; the weights of the norms are slivers. Offsets count **from the end of the header**, and the tensors leave no gap. No byte is left over, so a truncated file is easy to notice.
 #
 # ## 2. Two bytes are a number
 #
-# `BF16` is `bfloat16`: 1 bit for the sign, 8 for the exponent, 7 for the fraction. It is a `float32` without its last two bytes: the same range, and a precision of two to three decimal digits.
+# `BF16` is `bfloat16`: 1 bit for the sign, 8 for the exponent, 7 for the fraction. It is a `float32` without its two low bytes, those that are stored first: the same range, and a precision of two to three decimal digits. In the example printed below, the exponent 01111110 is 126, less 127 makes −1; the fraction 0111010 is 58; so the value is 2⁻¹ × (1 + 58/128) = 0.7266.
 
 # %%
 begin, _ = header["model.norm.weight"]["data_offsets"]
@@ -122,7 +124,7 @@ print("PyTorch reads:", torch.frombuffer(bytearray(pair), dtype=torch.bfloat16).
 # 有了这些，整个读取器只要十行。位置都是现成的：第 start + begin 个字节到第 start + end 个字节，按类型解释，再按形状排好：
 
 # %% [markdown] tags=["en"]
-# With that, the whole reader is one short function:
+# With that, the whole reader is one short function. The places are given: the bytes from start + begin to start + end, read as their type and laid out in their shape:
 
 # %%
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
@@ -152,7 +154,7 @@ print(len(tensors), "tensors,", sum(tensor.numel() for tensor in tensors.values(
 # %% [markdown] tags=["en"]
 # ## 3. Broken on purpose: `strict=False`
 #
-# Now do what the question described. First a yardstick: the mean loss of predicting each next token in five descriptions. A model that knows nothing has about ln V (lesson 11).
+# Now do what the question described. First a yardstick: the mean loss of predicting each next token in five descriptions, text without images. A model that knows nothing has about ln V (lesson 11).
 
 # %%
 from data_tools.scenes_text import describe  # the toy world, on which the model was trained
@@ -206,7 +208,7 @@ for theirs, ours in zip(list(tensors)[:2], list(places)[:2]):
 # 每个系列的模型有自己的命名习惯。对照表从左（发布的名字）到右（我们的名字），层号用正则表达式取出。有一处容易看错：`post_attention_layernorm` 字面上是「注意力之后」，其实是 MLP 之前的那个归一化：
 
 # %% [markdown] tags=["en"]
-# The answer is 0. The file says `model.layers.0.mlp.up_proj.weight`, the model `blocks.0.mlp.up_proj.weight`. `strict=False` passes over every name without a partner, and here no name has one.
+# The answer is 0. The file says `model.layers.0.mlp.up_proj.weight`, the model `blocks.0.mlp.up_proj.weight`. The leading `model.` is missing, and `layers` has become `blocks`. `strict=False` passes over every name without a partner, and here no name has one.
 #
 # Note the two counts in the return value: `missing` and `unexpected` are both 46. When both are large, the names are nearly always to blame. When only one is, the file really lacks something, or has more than it should.
 #
@@ -214,7 +216,7 @@ for theirs, ours in zip(list(tensors)[:2], list(places)[:2]):
 #
 # ## 4. A table of names
 #
-# Each family of models has its own names. The table leads from left (published) to right (ours), and a regular expression takes the block's number out:
+# Each family of models has its own names. The table leads from left (published) to right (ours), and a regular expression takes the block's number out. One name is easily misread: `post_attention_layernorm`, "after attention", is the norm before the MLP:
 
 # %%
 BLOCK = {
@@ -245,7 +247,7 @@ for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.o_proj.weigh
 # 严格就是三个问题，答案都必须是「没有」：模型需要而文件没有的？文件有而模型没处放的？名字对上而形状不同的？
 
 # %% [markdown] tags=["en"]
-# There is no `lm_head.weight`: the output head of this model is its embedding table. Two names mean one tensor (they are tied), and the file holds it once.
+# There is no `lm_head.weight`: the output head of this model is its embedding table. Two names mean one tensor (they are tied), and the file holds it once. For a model whose two are not tied, the file must have it.
 #
 # ## 5. Strict
 #
@@ -272,7 +274,7 @@ print(f"loss {text_loss(model):.2f}")
 # %% [markdown] tags=["zh"]
 # PyTorch 的 `strict=False` 只放过前两个问题；形状不符，它仍然报错。所以宽度不同的权重立刻报错，只有名字不同的权重，却始终一声不响。
 #
-# 这次损失从 6.37 降到了 3.07。没有图片，描述里的物体只能猜，所以离 0 还远；但它比 ln V 低了一大截，说明语言已经在里面。
+# 这次损失从 6.37 降到了 3.07，比 ln V 低了一大截，说明语言已经在里面。可它离第 05 课那些小模型的 0.7 还远：它们只学描述，别的不学；这个模型学的是照着写在前面的便签来描述，而这里前面什么也没有，开头的话和物体都出乎它的意料。
 #
 # 库里的加载函数 `load_into` 做同样的检查，把所有问题**一次列全**，而且在动模型之前。给它原来的名字，看看它怎么说：
 
@@ -322,7 +324,7 @@ print("46 tensors and the logits equal to the last bit")
 # %% [markdown] tags=["en"]
 # ## 7. Training a model that was never loaded
 #
-# Nobody measures the loss of a sentence first. One starts training and watches the curve. So train: vision encoder and language model frozen, the projector trainable (stage 1), 24 steps of 8 images. Once loaded properly, three times with `strict=False` (three seeds):
+# Nobody measures the loss of a sentence first. One starts training and watches the curve. So train: vision encoder and language model frozen, the projector trainable (stage 1, lesson 18), 24 steps of 8 images. A frozen language model is the one that is least often checked, and training will not mend it. Once loaded properly, three times with `strict=False` (three seeds):
 
 # %%
 vlm = load_model(ASSETS / "tiny-vlm").float().eval()
@@ -377,14 +379,14 @@ for name, history in histories.items():
     print(f"{name:21} first {history[0]:.2f}, last {history[-1]:.2f}")
 
 # %% [markdown] tags=["zh"]
-# 三条红线并不是一动不动，它们**降了一点**，从 6.5 到 5.7 左右：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。怎样区分「学得慢」和「没装进去」？看第一步：装好的是 2.01，没装的约为 6.5。第一步的损失在训练之前就能量。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
+# 三条红线并不是一动不动，它们**降了一点**，从 6.5 到 5.75 左右：冻结的随机网络后面，投影层仍能让常见的 token 稍微多一些。正是这一点下降最能骗人，让人去调学习率、加数据、再等一天。怎样区分「学得慢」和「没装进去」？看第一步：装好的是 2.01，没装的约为 6.5。第一步的损失在训练之前就能量。看到损失停在 ln V 附近（这里 6.46，词表 6,400 时是 8.76，Qwen 是 11.93），先查权重。
 #
 # ## 八、只少一个张量呢
 #
 # 全都没装进去，起码曲线很难看。更难发现的是少一个。把训练好的视觉语言模型里语言部分的张量，逐个换成随机初始化（三个种子取平均），看描述那张图的损失：
 
 # %% [markdown] tags=["en"]
-# The red lines do not stand still, they **fall a little**, from 6.5 to about 5.75: through a frozen random network, the projector can still make frequent tokens somewhat likelier. This small fall is what misleads: one tunes the learning rate, adds data, waits another day. When a loss stays near ln V (6.46 here; 8.76 for a vocabulary of 6,400; 11.93 for Qwen), check the weights first.
+# The red lines do not stand still, they **fall a little**, from 6.5 to about 5.75: through a frozen random network, the projector can still make frequent tokens somewhat likelier. This small fall is what misleads: one tunes the learning rate, adds data, waits another day. How to tell "learns slowly" from "was never loaded"? By the first step, 2.01 against 6.5, and its loss can be measured before any training. When a loss stays near ln V (6.46 here; 8.76 for a vocabulary of 6,400; 11.93 for Qwen), check the weights first.
 #
 # ## 8. One tensor missing
 #
@@ -429,12 +431,12 @@ print(f"embed_tokens: {loss_without('embed_tokens.weight'):.2f}, ",
       f"final norm: {loss_without('norm.weight'):.2f}")  # fmt: skip
 
 # %% [markdown] tags=["zh"]
-# 深色的格子一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；有些格子里是一整个矩阵换成了随机数，损失也只有千分之几。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁，不管它重不重要，缺了就说出名字。
+# 深色的格子（最高 9.6）一训练就看得出来，第 0 层尤其如此；缺了词嵌入，损失也到 6.48。浅色的看不出来：归一化的权重缺了就是 1，在这句描述上几乎没有差别；第 1、2 层的 MLP 里，一整个矩阵换成了随机数，损失也只有 0.001 或 0.002。一句容易的描述考不出它们学到的东西，换成难的问题也许就会错。这样的模型能用，只是差一点，没有人知道为什么。严格检查对 46 个张量一视同仁，不管它重不重要，缺了就说出名字。
 #
 # 严格也有它**查不出**的：名字和形状都对、内容放错。把每层的 `gate_proj` 和 `up_proj` 互换，两者形状相同：
 
 # %% [markdown] tags=["en"]
-# The dark cells, up to 9.6, show up as soon as one trains, those of block 0 above all. The pale ones do not. A missing norm is a row of ones, which on this sentence makes almost no difference. In the MLPs of blocks 1 and 2 a whole matrix has become random numbers, and the loss moved by 0.001 or 0.002. One easy description does not test what they had learned; a harder question may. Such a model works, a little worse, and nobody knows why. The strict check treats all 46 tensors alike.
+# The dark cells, up to 9.6, show up as soon as one trains, those of block 0 above all; without the embeddings it is 6.48. The pale ones do not. A missing norm is a row of ones, which on this sentence makes almost no difference. In the MLPs of blocks 1 and 2 a whole matrix has become random numbers, and the loss moved by 0.001 or 0.002. One easy description does not test what they had learned; a harder question may. Such a model works, a little worse, and nobody knows why. The strict check treats all 46 tensors alike and names whatever is missing, important or not.
 #
 # There is something that strict **cannot** find: right names, right shapes, wrong contents. Swap `gate_proj` and `up_proj` of each block, which have the same shape:
 

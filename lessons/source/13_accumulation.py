@@ -61,7 +61,7 @@ draw.strip("logits")
 # %% [markdown] tags=["en"]
 # ## 1. `backward` adds
 #
-# Gradient accumulation needs no new machinery. `backward()` never overwrites `.grad`; it **adds** to it. Usually one does not notice, because every step ends by clearing it.
+# Gradient accumulation needs no new machinery. `backward()` never overwrites `.grad`; it **adds** to it. Usually one does not notice, because every step ends by clearing it. Below, 3w goes backward and then 5w: the gradient is 3, then 3 + 5 = 8. So to accumulate, clear it later, and that is all.
 
 # %%
 weight = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -112,7 +112,7 @@ for batch in micro_batches:
 # 大批次里短的几行填充到同样长度，填充的位置没有标签，所以总共仍是 32 个标签。标准答案就是大批次的梯度：32 个损失之和除以 32。后面的每一种写法，都拿「相对误差」来比：两个梯度之差的长度，除以标准答案的长度。
 
 # %% [markdown] tags=["en"]
-# In the large batch the short rows are padded. Padding has no labels, so there are 32 in all. The right answer is the gradient of the large batch: the sum of 32 losses, divided by 32.
+# In the large batch the short rows are padded. Padding has no labels, so there are 32 in all. The right answer is the gradient of the large batch: the sum of 32 losses, divided by 32. Every scheme that follows is compared with it by its relative error: the length of the difference of the two gradients, divided by the length of the right one.
 
 
 # %%
@@ -163,7 +163,7 @@ print(f"relative error of the gradient: {relative_error(mean_of_means, right):.1
 # %% [markdown] tags=["en"]
 # The error is not in the last digits; it is 72% of the gradient's own length. Nothing complains and the loss falls. It is just **another objective** that is being trained.
 #
-# The weight of each token explains it. The right weight is 1/32 for everyone. In the mean of means, a token of micro-batch i gets 1/(k·nᵢ):
+# The weight of each token explains it. The right weight is 1/32 for everyone. In the mean of means, a token of micro-batch i gets 1/(k·nᵢ): one of the description 1/(4 × 22), about 0.011, one of the shortest answer 1/(4 × 3), about 0.083. In the picture the description is grey, the three short answers are red:
 
 # %%
 k, total = len(counts), sum(counts)
@@ -214,7 +214,7 @@ print(f"sum over tokens:  {relative_error(accumulated, right):.1e}")
 torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 
 # %% [markdown] tags=["zh"]
-# 误差归零，只剩 64 位浮点的舍入。因为求导是线性的，和的梯度就是梯度的和，前提是大家除以**同一个数**：
+# 误差归零，只剩 64 位浮点的舍入。因为求导是线性的，和的梯度就是梯度的和，前提是大家除以**同一个数**。记第 i 个小批次的损失之和为 $L_i$，标签数为 $n_i$：
 #
 # $$\nabla \frac{\sum_i L_i}{\sum_i n_i} = \sum_i \nabla \frac{L_i}{\sum_j n_j}, \qquad \text{但} \qquad \frac{1}{k}\sum_i \frac{L_i}{n_i} \ne \frac{\sum_i L_i}{\sum_i n_i}.$$
 #
@@ -232,6 +232,8 @@ torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 # The error is gone, down to the rounding of 64-bit floats, because differentiation is linear. With $L_i$ for the summed loss of micro-batch i and $n_i$ for its labels:
 #
 # $$\nabla \frac{\sum_i L_i}{\sum_i n_i} = \sum_i \nabla \frac{L_i}{\sum_j n_j}, \qquad \text{but} \qquad \frac{1}{k}\sum_i \frac{L_i}{n_i} \ne \frac{\sum_i L_i}{\sum_i n_i}.$$
+#
+# On a school report nobody makes this mistake: 11 wrong of 22 and 3 wrong of 3 are 14 wrong of 25, 56%; the mean of 50% and 100% would be 75%.
 #
 # Counting first costs little memory: what waits are k batches of data (ids, labels, pixels), and no activations yet. The loss in the log has to be computed alike: add up losses and labels separately, and divide once at the end. So does the loss of a validation set.
 #
@@ -267,18 +269,18 @@ draw.bars(axis, megabytes, "", "MB", ["wrong", "wrong", "right"], ".1f")
 draw.show(made, "Activations kept at once (64-bit)")
 
 # %% [markdown] tags=["zh"]
-# 一个大批次反而最费：短的几行填充到 90，填充的位置同样留下激活。只有**每个小批次之后就反向**才省内存：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）换句话说，内存由最大的那个小批次决定。累积省的是内存，不是时间：四次前向和四次反向，一次也少不了。
+# 一个大批次反而最费：短的几行填充到 90，填充的位置同样留下激活。只有**每个小批次之后就反向**才省内存，15 MB 对 59 和 55 MB：它的激活用完即丢，同时活着的只有一份。把损失攒起来最后反向，梯度是对的，累积却白做了。（15.1 MB 是四份里最大的一份，即描述那一份；它最长，一份就占了总数 54.6 MB 的四分之一强。）换句话说，内存由最大的那个小批次决定。累积省的是内存，不是时间：四次前向和四次反向，一次也少不了。
 #
 # ## 六、与库代码核对
 #
 # 库里的训练循环 `train` 写的是 `loss / max(target_count, 1)`，然后 `backward`；`max` 防的是一个标签也没有的优化步，那时除以 0 会得到 `nan`。现在用 `float32`、自带的权重和库自己的分块损失（第 11 课）：左边逐个小批次，右边一个大批次。容差：相对误差 1e-4。两边求和的次序不同，而训练好的模型在这些答案上梯度很小，是大数相减剩下的，所以舍入显得大一些。
 
 # %% [markdown] tags=["en"]
-# Only **backward after each micro-batch** saves memory, 15 MB instead of 59 or 55: its activations are dropped when they have been used, and one set is alive at a time. With the losses saved up, the gradient is right, and the accumulation was for nothing. (The description alone takes a bit over a quarter, being the longest.)
+# One large batch takes most: short rows are padded to 90 places, and padding keeps activations, too. Only **backward after each micro-batch** saves memory, 15 MB instead of 59 or 55: its activations are dropped when they have been used, and one set is alive at a time. With the losses saved up, the gradient is right, and the accumulation was for nothing. (The 15.1 MB are the largest of the four, the description, a bit over a quarter of the 54.6 MB.) So the largest micro-batch decides the memory. Accumulation saves memory, not time: four forward and four backward passes have to be computed all the same.
 #
 # ## 6. Proven equal
 #
-# The package's training loop, `train`, computes `loss / max(target_count, 1)`, then `backward`. Now in `float32`, with the shipped weights and the package's own chunked loss (lesson 11): micro-batches on one side, one large batch on the other. The tolerance is a relative error of 1e-4. The two sides add up in different orders, and a trained model's gradient on these answers is small, what remains of large numbers that cancel; so rounding weighs more.
+# The package's training loop, `train`, computes `loss / max(target_count, 1)`, then `backward`; the `max` is for a step without a single label, where a division by 0 would give `nan`. Now in `float32`, with the shipped weights and the package's own chunked loss (lesson 11): micro-batches on one side, one large batch on the other. The tolerance is a relative error of 1e-4. The two sides add up in different orders, and a trained model's gradient on these answers is small, what remains of large numbers that cancel; so rounding weighs more.
 
 # %%
 model = model.float()
@@ -299,7 +301,7 @@ print(f"relative error {error:.1e}: micro-batches and the large batch agree")
 # %% [markdown] tags=["en"]
 # ## 7. The less equal the answers, the larger the error
 #
-# The last experiment: two micro-batches, one always the description of 4 objects, the other shorter and shorter. The model is newly initialised, as at the start of training. Compute the gradients g₁ and g₂ of the **summed** losses once; both schemes can be put together from them. Six random scenes for each point.
+# The last experiment: two micro-batches, one always the description of 4 objects, the other shorter and shorter. The model is newly initialised, as at the start of training: then every token has a sizeable gradient, and the effect of length shows. Compute the gradients g₁ and g₂ of the **summed** losses once; both schemes can be put together from them: the right one is (g₁ + g₂)/(n₁ + n₂), the mean of means (g₁/n₁ + g₂/n₂)/2. Six pairs of random scenes for each length.
 
 # %%
 from data_tools.scenes_text import describe  # the toy world, on which the model was trained
@@ -386,7 +388,7 @@ print(f"mean of means at {n1} : {n2}: cosine with the right gradient {cosine:.2f
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# AdamW divides a gradient by its own size, so a common factor cancels. But the logged gradient norm is 4 times too large, and the threshold of clipping (lesson 14) is in effect a quarter of what it says. The mean of means, on the other hand, does **not** cancel: it changes the direction too. The last line is the cosine for the last pair of section 7, 0.71; only the same direction gives 1.
+# AdamW divides a gradient by its own size, so a common factor cancels. But the logged gradient norm is 4 times too large, and the threshold of clipping (lesson 14) is in effect a quarter of what it says. How would you notice? Take the same samples with 1 accumulation and with 4: the logged norm has to stay. The mean of means, on the other hand, does **not** cancel: it changes the direction too. The last line is the cosine for the last pair of section 7, 0.71, an angle of about 45 degrees; only the same direction gives 1.
 #
 # ## Exercises
 
