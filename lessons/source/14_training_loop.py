@@ -140,18 +140,18 @@ ratio = sizes[ordered[-1]] / sizes[ordered[0]]
 draw.show(made, f"Gradients differ {ratio:.0f}-fold between tensors")
 
 # %% [markdown] tags=["zh"]
-# 损失在降，但图里有个麻烦：各个张量的梯度大小最多相差两百多倍（橙色是投影层，蓝色是语言模型）。同一个学习率，对一个张量太大，对另一个又太小；只好迁就最大的那个，其余的就都学得慢。
+# 六步里损失从 6.5 降到 5.5 左右，但图里有个麻烦：各个张量的梯度大小最多相差 213 倍（橙色是投影层，蓝色是语言模型）。同一个学习率，对一个张量太大，对另一个又太小；只好迁就最大的那个，其余的就都学得慢。
 #
 # ## 二、AdamW：给每个数自己的尺度
 #
 # Adam 为每个参数记两个滑动平均，合称动量（moments）：梯度的平均 `average`，和梯度平方的平均 `square`。前者除以后者的平方根，得到的量与梯度的单位无关。`beta1` 是 0.9，大约记得最近 1/(1 − 0.9) = 10 步；`beta2` 是 0.95，大约记得最近 20 步。先看一个数：
 
 # %% [markdown] tags=["en"]
-# The loss falls, from 6.5 to about 5.5 in six steps, but the picture shows a difficulty: gradients of different tensors differ in size up to 213-fold (orange is the projector, blue the language model). One learning rate is too large for some and too small for others.
+# The loss falls, from 6.5 to about 5.5 in six steps, but the picture shows a difficulty: gradients of different tensors differ in size up to 213-fold (orange is the projector, blue the language model). One learning rate is too large for some and too small for others. It has to suit the largest, and the others learn slowly.
 #
 # ## 2. AdamW: each number gets its own scale
 #
-# Adam keeps two running averages for every parameter, its moments: `average` of the gradient and `square` of the squared gradient. The first divided by the root of the second no longer depends on the gradient's unit. For a single number:
+# Adam keeps two running averages for every parameter, its moments: `average` of the gradient and `square` of the squared gradient. The first divided by the root of the second no longer depends on the gradient's unit. With `beta1` = 0.9 the first remembers about the last 1/(1 − 0.9) = 10 steps, with `beta2` = 0.95 the second about 20. For a single number:
 
 # %%
 beta1, beta2, eps = 0.9, 0.95, 1e-8
@@ -178,7 +178,7 @@ for gradient in (5.0, 0.001):
 # %% [markdown] tags=["zh"]
 # 梯度是 5 还是 0.001，走的都是一个学习率。除以 $1-\beta^t$ 叫偏差修正：两个平均从 0 起步，头几步偏小，偏小的程度又不一样。不修正的话，第一步只有 0.447，后来又会走过头，超过 1。
 #
-# 写成公式，$m$、$v$ 就是 `average` 与 `square`，$\eta$ 是学习率，$\lambda$ 是权重衰减：
+# 写成公式，$m$、$v$ 就是 `average` 与 `square`，$t$ 是第几步，$\eta$ 是学习率，$\lambda$ 是权重衰减：
 #
 # $$w \leftarrow (1-\eta\lambda)\,w - \eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)}+\epsilon}.$$
 #
@@ -216,7 +216,7 @@ class AdamW:
 # %% [markdown] tags=["zh"]
 # ## 三、学习率的一生：预热，再下降
 #
-# 第一步的 $m/\sqrt{v}$ 恰好是梯度的**符号**：每个参数都走满一个学习率，不管它的梯度是信号还是噪声。所以头几步让学习率从小升到峰值，这叫预热；此后沿余弦降到零，让最后的步子小到足以停稳。
+# 第一步修正之后的 $m/\sqrt{v}$ 恰好是梯度的**符号**：每个参数都走满一个学习率，不管它的梯度是信号还是噪声。所以头几步让学习率从小升到峰值，这叫预热；此后沿余弦降到零，让最后的步子小到足以停稳。
 
 # %% [markdown] tags=["en"]
 # ## 3. The life of a learning rate: up, then down
@@ -242,7 +242,7 @@ def schedule(step, total, warmup=0.1, min_lr=0.0):
 # %% [markdown] tags=["en"]
 # ## 4. Clipping
 #
-# Take all gradients together as one long vector and compute its length, the norm. If it exceeds `largest`, all of them shrink by the same factor; the direction stays.
+# Take all gradients together as one long vector and compute its length, the norm. If it exceeds `largest`, all of them shrink by the same factor, so the direction stays; clipped one by one, it would not. In the picture below, on the left, is the life of a learning rate; on the right, norms below 1 pass as they are, and larger ones become 1.
 
 
 # %%
@@ -269,7 +269,7 @@ draw.show(made, "Warm-up and cosine; clipping shortens only what is too long")
 # %% [markdown] tags=["en"]
 # ## 5. The loop
 #
-# All together:
+# All together, in an order that matters: forward, backward, clip, step, clear. Clip after the backward pass and before the step; clear before the next backward pass. `model(batch)` returns a sum, so it is divided by the number of labels first (lesson 13):
 
 
 # %%
@@ -297,12 +297,12 @@ trained, losses, norms = train(0, 1e-2)
 print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}, on new scenes {validate(trained):.2f}")
 
 # %% [markdown] tags=["zh"]
-# 40 步之后，损失从 6.47（ln 640 附近）降到 1.30，在新场景上是 1.13；两个数来自不同的题，不一定谁高谁低。这几十步学会的主要是语言：有哪些问法、答案长什么样；看图要久得多。
+# 40 步之后，损失从 6.47（ln 640 附近）降到 1.30，在新场景上是 1.13；两个数来自不同的题，不一定谁高谁低。这几十步学会的，多半是语言：有哪些问法、答案长什么样；看图要久得多。
 #
 # **故意弄坏。** `AdamW.step` 的最后一行把梯度清掉。忘了它会怎样？
 
 # %% [markdown] tags=["en"]
-# After 40 steps the loss is 1.30, a fifth of the ln 640 where it began. What is learned so fast is most likely language: which questions there are and what answers look like.
+# After 40 steps the loss is 1.30, a fifth of the ln 640 where it began, and on new scenes 1.13; the two come from different questions, so either may be the lower one. What is learned so fast is most likely language: which questions there are and what answers look like. Seeing takes much longer.
 #
 # **Broken on purpose.** The last line of `AdamW.step` forgets the gradient. What if it is left out?
 
@@ -327,7 +327,7 @@ for name, values in (
 print("norms, kept, no clipping:", "  ".join(f"{value:.1f}" for value in leaking_norms[3::6]))
 
 # %% [markdown] tags=["zh"]
-# 比较打印的前三行：没有报错，损失照样下降，只是更慢：每一步用的都是从头到现在全部梯度之和，早已过时的方向也一直在投票。裁剪甚至把症状盖住了一大半。这类错误只有和「对的」放在一起才看得出来，所以下一节不看曲线，而看数。
+# 比较打印的前三行：没有报错，损失照样下降，只是更慢，最后是 1.66 而不是 1.30：每一步用的都是从头到现在全部梯度之和，早已过时的方向也一直在投票。裁剪甚至把症状盖住了一大半。这类错误只有和「对的」放在一起才看得出来，所以下一节不看曲线，而看数。
 #
 # ## 六、与库代码核对
 #
@@ -392,7 +392,7 @@ draw.show(made, "Too small is slow, too large is restless; between them lies a v
 print({f"{rate:g}": [round(value, 1) for value in pair] for rate, pair in ladder.items()})
 
 # %% [markdown] tags=["zh"]
-# 左边太慢：40 步还没走到。右边在谷的两侧跳来跳去，停不下来。谷底在 0.01 附近：往大差三倍还过得去，往小差三倍，40 步就明显不够，差十倍则两边都不行。这也是为什么粗的阶梯值得先爬一遍。有了裁剪和 AdamW，学习率过大并没有变成 `nan`，只是悄悄变差。
+# 左边太慢：40 步还没走到。右边在谷的两侧跳来跳去，停不下来。看打印的数：谷底从 0.01 到 0.03，损失是 1.1 到 1.3；往下一级，0.003，是 2.5；往上一级，0.1，看种子，是 1.9 或 3.1。这也是为什么粗的阶梯值得先爬一遍。有了裁剪和 AdamW，学习率过大并没有变成 `nan`，只是悄悄变差。
 #
 # 这里的最佳值只属于这个模型、这个批次大小、这 40 步。自带模型用的是 5e-4 到 2e-3（`presets/tiny.toml`）。
 #
@@ -411,7 +411,7 @@ print({f"{rate:g}": [round(value, 1) for value in pair] for rate, pair in ladder
 #
 # ## 8. One bad batch
 #
-# Back to the question at the top. Train for 30 good steps and keep model and optimizer. Three branches leave from there: no bad batch, a bad one that is clipped, a bad one that is not. The bad batch has random tokens as labels, and somebody forgot to divide by their number (lesson 13), which makes the gradient a hundred times larger again. Three seeds.
+# Back to the question at the top. Train for 30 good steps and keep model and optimizer. Three branches leave from there: no bad batch, a bad one that is clipped, a bad one that is not. The bad batch has random tokens as labels, and somebody forgot to divide by their number (lesson 13), which makes the gradient a hundred times larger again. The validation loss is measured after every step, on three seeds.
 
 
 # %%
@@ -462,10 +462,10 @@ axes[0].set(ylabel="validation loss", ylim=(0, None))
 draw.show(made, "Clipped, one bad batch is a bump; unclipped, it rules for many steps")
 
 # %% [markdown] tags=["zh"]
-# 答案：不裁剪时，最糟的不是当步，而是 **3 到 4 步之后**，三个种子都如此；到图的右端也还没恢复。裁剪的那一支（绿线）只有一个小坎，与没有坏批次的几乎重合。AdamW 的单步确实不超过几个学习率，但坏梯度留在了两个动量里，要很多步才会淡去：每过一步，`average` 里的只打九折，`square` 里的只打九五折。用第二节的 `updates` 看一个数：正常梯度是 +1，第 20 步来一个 −500。
+# 答案：不裁剪时，最糟的不是当步，而是 **3 到 4 步之后**，三个种子都如此；到图的右端也还没恢复，是 2.3 到 2.4，而不是 0.8。裁剪的那一支（绿线）只有一个小坎，与没有坏批次的几乎重合。AdamW 的单步确实不超过几个学习率，但坏梯度留在了两个动量里，要很多步才会淡去：每过一步，`average` 里的只打九折，`square` 里的只打九五折。用第二节的 `updates` 看一个数：正常梯度是 +1，第 20 步来一个 −500。
 
 # %% [markdown] tags=["en"]
-# The answer: without clipping the worst moment is not the bad step itself but comes **3 or 4 steps later**, on each of the seeds, and at the right end the loss has not recovered: 2.3 to 2.4 instead of 0.8. A single AdamW step is indeed never more than a few learning rates, but the bad gradient stays in both moments. Watch one number with the `updates` of section 2: the usual gradient is +1, and in step 20 comes a −500.
+# The answer: without clipping the worst moment is not the bad step itself but comes **3 or 4 steps later**, on each of the seeds, and at the right end the loss has not recovered: 2.3 to 2.4 instead of 0.8. Clipped (green), it is a small bump, and then nearly the same as without the bad batch. A single AdamW step is indeed never more than a few learning rates, but the bad gradient stays in both moments and fades slowly, in `average` by a tenth a step, in `square` by a twentieth. Watch one number with the `updates` of section 2: the usual gradient is +1, and in step 20 comes a −500.
 
 # %%
 gradients = torch.ones(100)

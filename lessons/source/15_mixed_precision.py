@@ -99,7 +99,9 @@ draw.show(made, "0.1 in memory: sign (grey), exponent (orange), fraction (blue)"
 # 用整数运算手写 fp32 → bf16：留下高 16 位，低 16 位过半就进一（恰好一半时取偶）。
 
 # %% [markdown] tags=["en"]
-# Compare the first row and the third: **bf16 is fp32 with its last 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows, and between 0 and about 6e-8 it has no numbers. One is not fine enough, the other not wide enough.
+# Read one number first. In the third row the exponent 01111011 is 123, less 127 makes −4; the fraction 1001101 is 77; so what is stored is 2⁻⁴ × (1 + 77/128) = 0.10009766, the 0.1 of bf16 printed above.
+#
+# Compare the first row and the third: **bf16 is fp32 with its last 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows; its smallest positive number is about 6e-8, and what is less than half of that becomes 0. One is not fine enough, the other not wide enough.
 #
 # Rounding from fp32 to bf16 by hand, with whole numbers: keep the upper 16 bits, and carry one if the lower 16 are more than half (at exactly half, to even).
 
@@ -124,7 +126,7 @@ print(tuple(values.shape), "numbers from 1e-20 to 1e20: to_bf16 is .bfloat16(), 
 # %% [markdown] tags=["en"]
 # ## 2. Adding 0.001 a thousand times
 #
-# Now the question at the top. Beside it, a strange way of rounding: not to the nearest number but up or down **at random**, the more often to a side the nearer it is. The trick is short. Add a random number from 0 to 65535 to the lower 16 bits and cut them off. The carry happens with exactly the right probability.
+# Now the question at the top. Beside it, a strange way of rounding: not to the nearest number but up or down **at random**, the more often to a side the nearer it is. 1.001 lies between 1.0 and 1.0078, about 13% of the way, so it has a chance of 13% to become 1.0078; on average it is 1.001. The trick is short. Add a random number from 0 to 65535 to the lower 16 bits and cut them off. The carry happens with exactly the right probability.
 
 
 # %%
@@ -160,7 +162,7 @@ axis.legend(frameon=False)
 draw.show(made, "In bf16 the sum never leaves 1.0; rounded at random it is right on average")
 
 # %% [markdown] tags=["zh"]
-# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，两者的中点是 1.0039，加 0.001 还没到中点，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉，所以答案是 1.0。fp16 够细，只是每步都偏一点，而且全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧。
+# 最近舍入的 bf16 **一步也没动**：1 上方的下一个 bf16 数是 1.0078，两者的中点是 1.0039，加 0.001 还没到中点，每次都退回 1.0。误差不是慢慢积累的，而是更新被整个吞掉，所以答案是 1.0。fp16 够细，只是每步都偏一点，而且全偏向同一侧。随机舍入的每一步都很粗，但平均不偏，五个种子散布在 2 的两侧，从 1.91 到 2.16。
 #
 # 训练里的更新正是这样的小数加在大数上。AdamW 的一步约等于学习率（第 14 课）。如果权重只用 bf16 存放，自带模型有多少权重会纹丝不动？
 
@@ -200,7 +202,7 @@ draw.show(made, "Weights that one AdamW step would not move, if they were kept i
 #
 # ## 3. Autocast by hand
 #
-# "Cast only for each product" is autocast. Take the MLP of the language model's first block. Before every matrix product, input and weight are cast to bf16. The cast is differentiable, and on its way back the gradient becomes fp32 again.
+# "Cast only for each product" is autocast. Take the MLP of the language model's first block. Before every matrix product, input and weight are cast to bf16. The cast is differentiable, and on its way back the gradient becomes fp32 again, so not a word of the optimizer has to change.
 
 # %%
 mlp = model.language_model.blocks[0].mlp
@@ -233,7 +235,7 @@ print("weight:", mlp.up_proj.weight.dtype, " its gradient:", mlp.up_proj.weight.
 # 换成 fp16 会怎样？拿那张熟悉的图，问「描述图片」，答案全对。先看 fp32 的梯度有多大：
 
 # %% [markdown] tags=["en"]
-# The tolerance is zero here: the operations are the same and round in the same places. Autocast is mostly about matrix products. What adds up many numbers, such as the squares in a norm or the log-sum-exp of the loss, is still done in fp32: section 2 showed that a small number added to a large sum is what 16 bits do worst.
+# The tolerance is zero here: the operations are the same and round in the same places. The last line printed is the point: the weight is fp32, and so is its gradient. Autocast is mostly about matrix products. What adds up many numbers, such as the squares in a norm or the log-sum-exp of the loss, is still done in fp32: section 2 showed that a small number added to a large sum is what 16 bits do worst.
 #
 # ## 4. fp16: gradients that vanish
 #
@@ -279,18 +281,18 @@ for dtype in (torch.bfloat16, torch.float16):
     print(f"{dtype}: {zeros:6.1%} of the gradients are zero, relative error {error:.3f}")
 
 # %% [markdown] tags=["zh"]
-# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数，不到那条线一半的舍成零，过半的凑成最小的那个数。打印的 19.9% 就是成了零的。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是损失看不出差别，反向却悄悄坏了。前向的数大多在 1 上下，fp16 装得下；太小的是反向的数。结果是：一大批梯度变成零，剩下的也因为落在「非正规数」（两条线之间）而丢了精度。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
+# 注意左边那条线左侧的部分：它们在 fp16 里没有对应的数，不到那条线一半的舍成零，过半的凑成最小的那个数。打印的 19.9% 就是成了零的。参数的梯度虽然存成 fp32，却是由 fp16 的中间结果算出来的；中间结果一旦成了零，转回 fp32 也还是零。于是没有任何报错，反向却悄悄坏了。前向的数大多在 1 上下，fp16 装得下；太小的是反向的数。结果是：一大批梯度变成零，剩下的有不少落在两条线之间，成了「非正规数」，丢了精度。相对误差是 0.68，bf16 只有 0.05。模型训练得越好，损失越小，梯度越小，这个问题就越严重；所以它常在训练顺利时才出现。bf16 没有这个问题，它够得和 fp32 一样远；它的误差来自粗糙，与大小无关。
 #
 # ## 五、损失缩放
 #
 # 反向传播是线性的：损失乘以 S，所有梯度都乘以 S。于是先乘后除，让小数越过门槛。S 用 2 的幂：乘它、除它都只改指数，尾数一位也不动，没有新的舍入误差。S 取多大？从 1 试到 2 的 36 次方：
 
 # %% [markdown] tags=["en"]
-# Look at the part left of the left line: fp16 has no numbers there. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains: 19.9% of the gradients became zero, and the others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
+# Look at the part left of the left line: fp16 has no numbers there, and rounds what is below half of that line to zero, the rest up to its smallest number. Gradients of parameters are stored in fp32, but they are computed from intermediate results in fp16, and a zero stays a zero when it is cast back. So the backward pass is quietly broken, and nothing complains; the numbers of the forward pass are mostly near 1, where fp16 is at ease. 19.9% of the gradients became zero, and many others lost digits between the two lines, below the smallest normal number. The relative error is 0.68, against 0.05 with bf16. The better a model is trained, the smaller its loss and its gradients, and the worse this gets. It can appear late, in a run that goes well. bf16 has no such trouble, since it reaches as far as fp32. Its error comes from coarseness, whatever the size.
 #
 # ## 5. Loss scaling
 #
-# The backward pass is linear: multiply the loss by S, and every gradient is multiplied by S. So multiply first and divide afterwards, and small numbers clear the threshold. How large is a good S? From 1 to 2 to the power of 36:
+# The backward pass is linear: multiply the loss by S, and every gradient is multiplied by S. So multiply first and divide afterwards, and small numbers clear the threshold. S is a power of two, because then both change the exponent alone, without another rounding. How large is a good S? From 1 to 2 to the power of 36:
 
 # %%
 powers = list(range(0, 37, 3))
@@ -309,7 +311,7 @@ small = [power for power, error in zip(powers, errors) if error < 0.005]
 print(f"error below 0.5%: from 2^{small[0]} to 2^{small[-1]}")
 
 # %% [markdown] tags=["zh"]
-# 从 2 的 9 次方到 27 次方，误差都不到 1%，可取的范围很宽。难处在于训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
+# 从 2 的 9 次方到 27 次方，误差都不到 0.5%，可取的范围很宽。难处在于训练中梯度的大小会变，边界也跟着动。所以让 S 自己去找：溢出就扔掉这一步、S 减半；连续若干步没事就加倍。
 
 # %% [markdown] tags=["en"]
 # A wide range in the middle works, here from 2⁹ to 2²⁷, with an error below 0.5%. The difficulty is that gradients change in size during training, and the borders move. So let S find its own value: after an overflow drop the step and halve S; after a number of good steps double it.
@@ -384,7 +386,7 @@ draw.show(made, "The scaler falls to where nothing overflows, and tries higher f
 # **故意弄坏：先裁剪，后还原。** 缩放过的梯度要先除回来，才能裁剪（第 14 课）。把两步颠倒：
 
 # %% [markdown] tags=["en"]
-# A dropped step is no fault: the scaler tries a larger scale, loses one step, and so keeps the scale as large as it can be. Dozens of overflows in a row would be a fault: when the scale has been halved down to 1 and still overflows, the gradients themselves are not finite. And each step has to ask whether there was an overflow, so the GPU waits for the answer. bf16 needs no scaling and no waiting, one reason why it is used more often today.
+# A dropped step is no fault: the scaler tries a larger scale, loses one step, and so keeps the scale as large as it can be. Dozens of overflows in a row would be a fault: when the scale has been halved down to 1 and still overflows, the gradients themselves are not finite. And each step has to ask whether there was an overflow, so the GPU waits for the answer. bf16 needs no scaling and no waiting, one reason why it is used more often today. Which to choose? bf16 where the GPU has it; fp16 with a scaler on older ones that have nothing else.
 #
 # **Broken on purpose: clip first, unscale later.** Scaled gradients have to be divided again before they are clipped (lesson 14). The other way round:
 
@@ -406,7 +408,7 @@ print(f"clip, then unscale:         {(clip(scaled) / scale).norm():.2e}")
 # ## 练习
 
 # %% [markdown] tags=["en"]
-# In the wrong order the norm comes out as 1/65536, however large the gradient was. AdamW magnifies it again, so training goes on. But now every step is "clipped", and `eps` no longer counts for nothing. With SGD hardly anything would move. Nothing complains.
+# The scaled gradient has 65,536 times the norm and nearly always exceeds the threshold of 1. So it is clipped to 1 and then divided: in the wrong order the norm comes out as 1/65536, however large the gradient was. AdamW magnifies it again, so training goes on. But now every step is "clipped", and `eps` no longer counts for nothing. With SGD hardly anything would move. Nothing complains.
 #
 # ## Exercises
 

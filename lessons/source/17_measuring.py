@@ -11,7 +11,7 @@
 #
 # 模型已经训练好了，它有多好？这一课把三种常用的分数亲手写一遍，看一句「保险的话」怎样骗过其中一种，再算一算：一个分数里有多少是本领，多少是运气。
 #
-# **进来的**：100 张没见过的图，每张一个模型写的描述和一个标准答案，都是字符串。**出去的**：三个数（完全正确率、BLEU-4、CIDEr-D），以及它们的误差范围。
+# **进来的**：100 张没见过的图，每张一个模型写的描述和一个标准答案，都是字符串。**出去的**：三个数（完全正确率、BLEU-4、CIDEr-D），以及第一个数的误差范围。
 
 # %% [markdown] tags=["en"]
 # # 17 · Measuring honestly
@@ -159,7 +159,7 @@ draw.show(made, "BLEU counts runs of tokens in common")
 # 上面打印的每一行是说：回答里一共有多少个 n 元组，其中多少个也在标准答案里。两个 `Counter` 的 `&` 取较小的次数，这叫**截断**（clipping）：回答里写了五遍的词，标准答案里只有一个，就只算一个。四个比例取几何平均，再乘一个**过短惩罚**（brevity penalty），就是 BLEU-4。注意：次数是**全部回答加在一起**数的，不是每句算一个 BLEU 再平均。
 
 # %% [markdown] tags=["en"]
-# `&` of two `Counter`s keeps the smaller count: **clipping**. The geometric mean of the four shares, times a **brevity penalty**, is BLEU-4. Note that the counts are summed **over all answers** first; it is not a mean of one BLEU for each sentence.
+# Each line printed says how many n-grams the answer has, and how many of them are in the reference, too. `&` of two `Counter`s keeps the smaller count: **clipping**. A word that the answer has five times and the reference once counts once. The geometric mean of the four shares, times a **brevity penalty**, is BLEU-4. Note that the counts are summed **over all answers** first; it is not a mean of one BLEU for each sentence.
 
 
 # %%
@@ -186,7 +186,7 @@ print(f"BLEU-4 of the shipped model: {bleu(tokens, reference_tokens):.3f}")
 #
 # ## 四、故意弄坏
 #
-# 截断和过短惩罚看上去像细枝末节。各去掉一个，再交两份作弊的答卷：一份通篇是「的」，一份只写「图中有」。
+# 截断和过短惩罚看上去像细枝末节。各去掉一个，再交两份作弊的答卷：一份通篇是「的」，一份只写「图中有」。后者每份只有三个 token，没有 4 元组，所以算 BLEU-3。
 
 # %% [markdown] tags=["en"]
 # > BLEU = exp(min(0, 1 − r/c)) · (p₁ p₂ p₃ p₄)^¼
@@ -195,7 +195,7 @@ print(f"BLEU-4 of the shipped model: {bleu(tokens, reference_tokens):.3f}")
 #
 # ## 4. Broken on purpose
 #
-# Clipping and the brevity penalty look like details. Take one away each time, and hand in two sets of answers that cheat: one holds nothing but 的 (a particle, the most common Chinese character), the other nothing but 图中有 ("the image shows"). The second has three tokens an answer, so its score is BLEU-3.
+# Clipping and the brevity penalty look like details. Take one away each time, and hand in two sets of answers that cheat: one holds nothing but 的 (a particle, the most common Chinese character), the other nothing but 图中有 ("the image shows"). The second has three tokens an answer and so no 4-grams: its score is BLEU-3.
 
 # %%
 only_de = [["的"] * len(reference) for reference in reference_tokens]
@@ -211,14 +211,14 @@ print("图中有   BLEU-3  without penalty ",
 #
 # ## 五、CIDEr-D：少见的片段更值钱
 #
-# 「图中有」在每一句里都出现，说对它不说明什么；「圆环」才说明看见了东西。下图里，「图」「中」「有」的柱子高度为 0，颜色和形状的字最高。**CIDEr-D** 给每个 n 元组一个权重：它出现在 N 个标准答案中的 m 个里，权重就是 log(N/m)。每句里都有的片段，权重是 log 1 = 0。
+# 「图中有」在每一句里都出现，说对它不说明什么；「圆环」才说明看见了东西。下图里，「图」「中」「有」的柱子高度为 0，颜色和形状的字最高。**CIDEr-D** 给每个 n 元组一个权重：它出现在 N 个标准答案中的 m 个里，权重就是 log(N/m)。每句里都有的片段，权重是 log 1 = 0；哪一句里都没有的，权重是 log N。
 
 # %% [markdown] tags=["en"]
 # Without clipping the first gets full marks, without the penalty the second, and neither says anything. Such details of a score are often there because someone found a cheat.
 #
 # ## 5. CIDEr-D: rare pieces are worth more
 #
-# 图中有 is in every reference, so saying it proves nothing; 圆环 ("ring") is in few, and saying it in the right place tells more. **CIDEr-D** gives each n-gram a weight: if it is in m of the N references, log(N/m). A piece that is in all of them weighs log 1 = 0; one that is in none weighs log N.
+# 图中有 is in every reference, so saying it proves nothing; 圆环 ("ring") is in few, and saying it in the right place tells more. **CIDEr-D** gives each n-gram a weight: if it is in m of the N references, log(N/m). A piece that is in all of them weighs log 1 = 0; one that is in none weighs log N. In the picture below, 图, 中 and 有 have no height, and the characters of colours and shapes stand highest.
 
 # %%
 seen_in = Counter()  # n-gram → in how many references
@@ -324,7 +324,7 @@ for axis, (title, values) in zip(axes, rows.items()):
 draw.show(made, "BLEU pays for the form of a sentence")
 
 # %% [markdown] tags=["zh"]
-# 先看左栏和中栏的第三根柱子，这就是开头的答案：没看过图的一句话，物体只说对 3%，BLEU 却有 0.43。「色盲」答卷里的物体几乎全错，BLEU 反而更高，因为句式、大小、形状都对。CIDEr-D 压低了保险的话，但对「色盲」仍然宽容：它只知道哪些字少见，不知道哪些字**要紧**。
+# 开头要猜的两个数，都在第三根柱子（safe sentence）上：中间一栏是 BLEU-4，0.43；左边一栏是说对的物体，3%。「色盲」答卷里的物体只对 2%，BLEU 反而更高，0.77，因为句式、大小、形状都对。CIDEr-D 压低了保险的话（0.10），但对「色盲」仍然宽容（0.56）：它只知道哪些字少见，不知道哪些字**要紧**。
 #
 # 为什么会这样？玩具世界的描述有固定的格式。拿那句保险的话来数：不算标点 25 个字，「图中有两个物体从左到右是」就占了 12 个，人人都写得对。真实的图片描述也差不多：「一个人站在……」「照片里有……」，套话占的比例不小。分数奖励的是与标准答案**像**，而我们关心的是与图片**合**。
 #
@@ -335,9 +335,9 @@ draw.show(made, "BLEU pays for the form of a sentence")
 # 换 100 张图再考一次，分数会变多少？不必真的再考：从这 100 个结果里**有放回地**抽 100 个，算一次平均；重复 2,000 次，看平均数散得多开。这叫**自助法**（bootstrap），中间 95% 的范围就是误差范围。
 
 # %% [markdown] tags=["en"]
-# Your two numbers are the bars of "safe sentence": BLEU in the middle, objects on the left. What one sentence earns without seeing is out of all proportion to the share of objects that it gets right. The colour-blind answers, which name hardly an object correctly, earn even more BLEU, since the form, the sizes and the shapes are right. CIDEr-D marks the safe sentence down and stays lenient with the colour-blind answers: it knows which words are rare, not which ones **matter**.
+# Your two numbers are the bars of "safe sentence": BLEU-4 in the middle, 0.43, and objects right on the left, 3%. The colour-blind answers, with 2% of the objects right, earn even more BLEU, 0.77, since the form, the sizes and the shapes are right. CIDEr-D marks the safe sentence down (0.10) and stays lenient with the colour-blind answers (0.56): it knows which words are rare, not which ones **matter**.
 #
-# Why? Descriptions in the toy world have a fixed form, and its words, the same for everyone, make up about half of the sentence. Captions of photographs are not so different: "a man standing in …", "a picture of …". The score rewards being **like the reference**, while we care about being **true of the image**.
+# Why? Descriptions in the toy world have a fixed form, and its words, the same for everyone, make up about half of the sentence: 12 of the 25 characters of the safe one, 图中有两个物体从左到右是. Captions of photographs are not so different: "a man standing in …", "a picture of …". The score rewards being **like the reference**, while we care about being **true of the image**.
 #
 # What to do? **Ask where the floor is.** A score means something beside the score of not looking: a safe sentence, blind, shuffled (lesson 00). Where exact match can be used, use it. For descriptions also count the wrong objects (CHAIR).
 #
@@ -368,7 +368,7 @@ draw.show(made, "One exam of 100 questions leaves this much open")
 #
 # ## 九、五个种子（录制）
 #
-# 自助法只回答「换一批题会怎样」，不回答「换一个种子再训练一遍会怎样」。后者要真的训练几遍，光靠重抽题目算不出来。下面的结果是**录制**的：第 1 阶段的短训练，只有 80 步（预设是 335 步），两种设置各用五个种子，只差一个开关：取视觉编码器最后的归一化之前还是之后（`--vision-norm`）。十个模型答同样的 256 道验证题。
+# 自助法只回答「换一批题会怎样」，不回答「换一个种子再训练一遍会怎样」。要回答后者，只有真的再训练几遍。下面的结果是**录制**的：第 1 阶段的短训练，只有 80 步（预设是 335 步），两种设置各用五个种子，只差一个开关：取视觉编码器最后的归一化之前还是之后（`--vision-norm`）。十个模型答同样的 256 道验证题。
 
 # %% [markdown] tags=["en"]
 # Where two models differ by two or three points, 100 questions cannot tell them apart. The width shrinks as 1/√n: half the width takes four times the questions. For a share there is a formula (exercise 17.1) and no need of the bootstrap. Its merit is that it works for any score; BLEU and CIDEr-D have no such formula.
@@ -411,7 +411,7 @@ axes[1].set(title="after − before", xlabel="seed")
 draw.show(made, "Five seeds of two settings")
 
 # %% [markdown] tags=["zh"]
-# 假如只跑了种子 0：「归一化之后」高出 14 个百分点，两条误差线毫不重叠，任谁都会写进论文。假如只跑了种子 3：低了 6 个百分点，结论正好相反。五个种子合起来是 +4.5 ± 9 个百分点，范围里包含 0：**看不出差别**。同一种设置换一个种子，成绩的标准差是 4 到 5 个百分点，和要测的差别一样大。
+# 假如只跑了种子 0：「归一化之后」高出 14 个百分点，两条误差线毫不重叠，任谁都会写进论文。假如只跑了种子 3：低了 6 个百分点，结论正好相反。五个种子合起来是 +4.5 ± 9 个百分点（95%），范围里包含 0：**看不出差别**。同一种设置换一个种子，成绩的标准差是 0.038 到 0.048，和要测的差别 0.045 一样大。
 #
 # 误差有两层，别弄混：自助法说的是「换一批题」，种子说的是「再训练一遍」。题目加到一万道，左图的误差线会缩短，五个种子仍然各说各的。这里还帮了自己一把：两种设置用同样的种子、同样的题，**成对**相减，题目难易的影响就抵消了大半。
 #
@@ -422,7 +422,7 @@ draw.show(made, "Five seeds of two settings")
 # 每格最后一行的 `check` 会告诉你差多少。
 
 # %% [markdown] tags=["en"]
-# With seed 0 alone, "after the norm" is 14 points higher, the bars do not overlap, and anyone would publish it. With seed 3 alone it is 6 points lower: the opposite conclusion. Five seeds together give +4.5 ± 9 points (95%), and 0 is in that range: **no difference can be seen**. Between two short runs luck is larger than the thing to be measured.
+# With seed 0 alone, "after the norm" is 14 points higher, the bars do not overlap, and anyone would publish it. With seed 3 alone it is 6 points lower: the opposite conclusion. Five seeds together give +4.5 ± 9 points (95%), and 0 is in that range: **no difference can be seen**. Between seeds of one setting the standard deviation is 0.038 to 0.048: luck is as large as the thing to be measured, 0.045.
 #
 # Two kinds of error are easily confused. The bootstrap is about other questions, seeds are about training again. With ten thousand questions the bars on the left would shrink, and the five seeds would disagree as before. One thing helped here: both settings share seeds and questions, and the difference is taken **in pairs**, so that most of what makes the questions easy or hard cancels.
 #

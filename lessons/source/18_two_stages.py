@@ -131,14 +131,14 @@ axes[1].set_xlabel("million parameters")
 draw.show(made, "Stage 1 trains the smallest part")
 
 # %% [markdown] tags=["zh"]
-# 第 1 阶段训练的参数不到全部的 3%。优化器只需为这些参数保存梯度和动量，所以它省内存。换成真正的大模型来算账，每个可训练参数按 16 字节（第 15 课）：70 亿参数的语言模型全部训练，要 112 GB；LLaVA-1.5 的投影层约 2,100 万参数，只要 0.34 GB。
+# 第 1 阶段训练的参数不到全部的 3%。只有这些参数要存梯度和动量，所以它省内存。换成真正的大模型来算账，每个可训练参数按 16 字节（第 15 课）：70 亿参数的语言模型全部训练，要 112 GB；LLaVA-1.5 的投影层约 2,100 万参数，只要 0.34 GB。
 #
 # ## 二、手写训练
 #
 # 数据：每步 8 道题，关于 4 个新场景。视觉编码器一直冻结，每张图的图块向量算一次就够了。
 
 # %% [markdown] tags=["en"]
-# Stage 1 trains less than 3% of the parameters. The optimizer keeps its moments for these alone, which makes the stage fast and small: with a language model of 7 billion parameters, the moments would take 8 bytes each, 56 GB, and stage 1 needs none of them.
+# Stage 1 trains less than 3% of the parameters. Gradients and moments are kept for these alone, which makes the stage small. To count for a large model, at 16 bytes a trainable parameter (lesson 15): all of a language model of 7 billion takes 112 GB, the projector of LLaVA-1.5 with its 21 million 0.34 GB.
 #
 # ## 2. Training by hand
 #
@@ -168,10 +168,10 @@ print("ids:", tuple(batches[0].input_ids.shape), " patches:", tuple(batches[0].p
 print("labelled tokens in a step:", len(batches[0].targets))
 
 # %% [markdown] tags=["zh"]
-# 训练循环是第 14 课的缩写：前向、反向、裁剪、走一步。两个阶段唯一的差别是 `parts`。
+# 训练循环是第 14 课的缩写：前向、反向、裁剪、走一步。在这里，两个阶段只差一个 `parts`；预设在第 2 阶段还把投影层的学习率调低了（第五节）。
 
 # %% [markdown] tags=["en"]
-# The loop is lesson 14's in short: forward, backward, clip, step. Here the two stages differ in `parts` alone; the preset also lowers the projector's learning rate in stage 2 (section 5).
+# The loop is lesson 14's in short: forward, backward, clip, step. Here the two stages differ in `parts` alone; in stage 2 the preset also lowers the projector's learning rate (section 5).
 
 
 # %%
@@ -199,7 +199,7 @@ def loss_of(model, batch):
 
 
 # %% [markdown] tags=["zh"]
-# 训练之前，语言模型从随机的投影层听到了什么？把它的视觉 token 全部换成零，比较损失；再看一次反向传播给两个部分的梯度有多大。
+# 训练之前，随机的投影层给了语言模型什么？把它的视觉 token 全部换成零，比较损失；再看一次反向传播给两个部分的梯度有多大。
 
 # %% [markdown] tags=["en"]
 # Before any training, what does the language model get from a random projector? Replace all its visual tokens by zeros and compare the losses; then see how large a gradient one backward pass gives to each part.
@@ -218,7 +218,7 @@ for part in STAGE_2:
 model.zero_grad()
 
 # %% [markdown] tags=["zh"]
-# 两个损失差不多：随机投影的视觉 token 和没有一样，语言模型只能凭问题猜。可是语言模型的梯度不是零。如果一开始就让它训练，它会为这些还毫无意义的输入改动自己的权重。分两个阶段的理由就在这里：**先让投影层把话说清楚，再让语言模型学着听。** 这个理由听上去有道理，对不对要看第六节。
+# 两个损失差不多：随机投影的视觉 token 和没有一样，语言模型只能凭问题猜。可是语言模型的梯度不是零。如果一开始就让它训练，它会为这些还毫无意义的输入改动自己的权重。分两个阶段的理由通常就是这一条：**先训练投影层，等视觉 token 有了意义，再训练语言模型。** 听上去有道理，对不对要看第六节。
 
 # %% [markdown] tags=["en"]
 # The two losses are about equal: visual tokens of a random projector are worth as much as none, and the language model guesses from the question. Yet its gradient is not zero. Trained from the first step, it changes its weights for inputs that mean nothing yet. That is the usual reason for two stages: **first train the projector until its visual tokens mean something, and only then the language model.** It sounds right. Section 6 tells whether it is.
@@ -226,7 +226,7 @@ model.zero_grad()
 # %% [markdown] tags=["zh"]
 # ## 三、故意弄坏：语言模型什么都不懂
 #
-# 第 1 阶段要求投影层学会「说语言模型听得懂的话」。那么语言模型自己得先懂点什么。跑 60 步：一次用预训练的语言模型，一次把它换成随机权重，其余不变。
+# 第 1 阶段要让投影层学会写出语言模型看得懂的视觉 token。那么语言模型自己得先懂点什么。跑 60 步：一次用预训练的语言模型，一次把它换成随机权重，其余不变。
 
 # %% [markdown] tags=["en"]
 # ## 3. Broken on purpose: a language model that knows nothing
@@ -249,12 +249,12 @@ axes.set_ylim(bottom=0)
 draw.show(made, "Sixty steps of stage 1: the projector cannot teach a language")
 
 # %% [markdown] tags=["zh"]
-# 下面那条从很低的地方开始，因为语言模型本来就知道回答是什么样子。上面那条从 ln V（随便猜一个 token 的损失，第 11 课）开始，走了 60 步，还在 5 上下：投影层只能改变输入，语言模型不会说话，它改变不了。
+# 下面那条从很低的地方开始，因为语言模型本来就知道回答是什么样子。上面那条从 ln V（随便猜一个 token 的损失，第 11 课）开始，走了 60 步，还在 5 上下：投影层只能改变输入，教不会语言模型写句子。
 #
-# 下面那条降下来了，是不是说明它已经在看图？把留出的 64 道题的图互相调换，再算一次损失：
+# 下面那条降下来了吗？每步只有 8 道题，起伏太大，看不清，所以换留出的 64 道题来量。如果降了，是因为它在看图吗？把这些题的图互相调换，再算一次损失：
 
 # %% [markdown] tags=["en"]
-# The lower curve starts low, because the language model knows what an answer looks like. The upper one starts at ln V, the loss of guessing any token (lesson 11), and sixty steps later is still above 4.5: a projector can change what goes in, but it cannot teach a language model to write.
+# The lower curve starts low, because the language model knows what an answer looks like. The upper one starts at ln V, the loss of guessing any token (lesson 11), and sixty steps later is still at about 5: a projector can change what goes in, but it cannot teach a language model to write.
 #
 # Does the lower one come down? With 8 questions a step it is hard to see, so take 64 held-out questions. And if it does, is that because the model looks at the image? Give the questions each other's images and compute the loss again:
 
@@ -266,14 +266,14 @@ print(f"after 60 steps, own image   {loss_of(pretrained, held_out):.3f}")
 print(f"after 60 steps, another's   {loss_of(pretrained, shuffled):.3f}")
 
 # %% [markdown] tags=["zh"]
-# 第三个数比第一个低的那一段，是配上别人的图也能得到的：模型学到的是「这类问题一般怎么答」。第三个数与第二个数之差才来自图片。比一比哪一段长。**损失下降不等于看见**，第 00 课的对照在训练途中同样有用；第六节会看到，80 步之后模型答题，比置空高不了几个百分点。
+# 第三个数比第一个低的那一段，是配上别人的图也能得到的：模型学到的是「这类问题一般怎么答」。第三个数与第二个数之差才来自图片。比一比哪一段长：前一段是 0.6，后一段还不到 0.2。**损失下降不等于看见**，第 00 课的对照在训练途中同样有用；第六节会看到，80 步之后模型答题，比置空高不了几个百分点。
 #
 # ## 四、另一种坏法：没有冻结
 #
-# 还有一个 PyTorch 的陷阱。下面一行想冻结语言模型，**不报错，也不起作用**：
+# 还有一个 PyTorch 的陷阱。下面的第二行想冻结语言模型，**不报错，也不起作用**：
 
 # %% [markdown] tags=["en"]
-# The fall from the first number to the third needs no image, or not the right one: there the model learned how such questions are usually answered. Only the fall from the third to the second comes from the image. See which is larger. **A falling loss is not seeing**, and the controls of lesson 00 are as useful during training; section 6 will show that after 80 steps the answers are still about as good as blind ones.
+# The fall from the first number to the third needs no image, or not the right one: there the model learned how such questions are usually answered. Only the fall from the third to the second comes from the image. The one is 0.6, the other less than 0.2. **A falling loss is not seeing**, and the controls of lesson 00 are as useful during training; section 6 will show that after 80 steps the score is only a few points above the blind one.
 #
 # ## 4. Another way to break it: not frozen
 #
@@ -292,11 +292,11 @@ print(
 del model.language_model.requires_grad
 
 # %% [markdown] tags=["zh"]
-# 少一条下划线，「第 1 阶段」就成了一起训练。怎么发现？训练前数一数可训练的参数，nanovlm 开始训练时会打印这张表。
+# 给属性赋值，而不是调用方法 `requires_grad_`，「第 1 阶段」就成了全部一起训练。怎么发现？训练前数一数可训练的参数，nanovlm 开始训练时会打印这张表。
 #
 # ## 五、与库代码核对
 #
-# 库里是 `freeze` 和 `build_optimizer`，预设 `tiny` 给出每个阶段训练什么、学习率多少。先核对两个阶段可训练的参数是否相同，再用自带的权重各走一步第 2 阶段，比较更新之后的权重。容差取 1e-6：库里用的是融合的 AdamW，运算次序不同。
+# 库里是 `freeze` 和 `build_optimizer`，预设 `tiny` 给出每个阶段训练什么、学习率多少。先核对两个阶段可训练的参数是否相同，再用自带的权重各走一步第 2 阶段，比较更新之后的权重。容差是 1e-6 再加上权重大小的 1e-5：库里用的是融合的 AdamW，运算次序不同。
 
 # %% [markdown] tags=["en"]
 # Set the attribute instead of calling the method, and "stage 1" trains everything. How would you notice? Count the trainable parameters before training; nanovlm prints that table when a run begins.
@@ -379,11 +379,11 @@ middle = [f"{100 * run['after_stage_1']:.0f}%" for run in arms["two stages"]]
 print("two stages, exact match between them:", *middle)
 
 # %% [markdown] tags=["zh"]
-# 先看最明显的：**语言模型懂不懂，差别最大。** 语言模型从随机权重开始，同样的 300 步只答对三成多，置空也有两成。这正是前面那条红线的结局：第 1 阶段的 80 步它什么都没学到，第 2 阶段又得从头学说话。
+# 先看最明显的：**语言模型懂不懂，差别最大。** 语言模型从随机权重开始，同样的 300 步只答对 32%，置空也有 21%。这正是第三节那条红线的结局：第 1 阶段的 80 步里投影层几乎无能为力，第 2 阶段语言模型又得从头学语言。
 #
-# 其余三种都在 92% 到 97% 之间，开头问的第 2 种（只有第 1 阶段）平均约 96%。「一个阶段」和「只有第 1 阶段」在两个种子里各赢一次；「两个阶段」两次都排第三，差 2 到 5 个百分点，而 192 道题的误差也有这么大（第 17 课）。所以**三者谁更好，这里分不清；但「两个阶段」没有赢**，与我们原来想的不同。在这个玩具世界里，一开始就一起训练没有坏处，只训练投影层也几乎够了。若看上面的验证损失，「一个阶段」在两个种子里都最低，但那也只是两个种子。
+# 其余三种都在 92% 到 97% 之间，开头问的第 2 种（只有第 1 阶段）平均约 96%。「一个阶段」和「只有第 1 阶段」在两个种子里各赢一次；「两个阶段」两次都排第三，差 2 到 5 个百分点。可是 192 道题，每个成绩都有上下 3 个百分点左右的误差（第 17 课），种子也只有两个。所以**三者谁更好，这里分不清；但「两个阶段」没有赢**，与我们原来想的不同。在这个玩具世界里，一开始就一起训练没有坏处，只训练投影层也几乎够了。若看上面的验证损失，「一个阶段」在两个种子里都最低，但那也只是两个种子。
 #
-# 为什么？自带的语言模型在预训练时读的是场景的「便签」：一个物体一张，写着大小、颜色、形状和位置；便签后面问的正是这些问题，所以只要投影层把图说成它听得懂的话，它就会答。真正的语言模型没见过这样的题，只训练投影层就不够。两个阶段中间那次考试（最后一行）也说明 80 步太短：学习率已经降到 0，投影层还没学会，那时的分数比置空高不了几个百分点。
+# 为什么？自带的语言模型在预训练时读的是场景的「便签」：一个物体一张，写着大小、颜色、形状和位置；便签后面问的正是这些问题，所以只要视觉 token 像它认得的便签，它就会答。真正的语言模型没见过这样的题，只训练投影层就不够。两个阶段中间那次考试（最后一行）也说明 80 步太短：学习率已经降到 0，投影层还没学会，那时的分数比置空高不了几个百分点。
 #
 # 那么为什么大家还分两个阶段？实验支持的理由有两条。其一是**便宜**：第 1 阶段只训练 74,112 个参数，可以用许多只有一句描述的图片，先让投影层学个大概。其二是**少动语言模型**：两个阶段里，它的权重移动得比一个阶段少一些（看打印的百分数），只训练投影层则完全不动。移动得少，原有的本领就丢得少。至于「不分就学坏」，这里没有看到；Prismatic 的作者在大模型上比较过，结论也是可以省去第 1 阶段。
 #
@@ -392,11 +392,11 @@ print("two stages, exact match between them:", *middle)
 # 每格最后一行的 `check` 会告诉你差多少。
 
 # %% [markdown] tags=["en"]
-# The plainest first: **what matters most is whether the language model knows anything.** Started from random weights, it gets about a third of the questions right in the same 300 steps, against about a fifth blind. This is where the red line of section 3 leads: in the 80 steps of stage 1 the projector can do next to nothing, and in stage 2 the language model has to learn the language from the beginning.
+# The plainest first: **what matters most is whether the language model knows anything.** Started from random weights, it gets 32% of the questions right in the same 300 steps, against 21% blind. This is where the red line of section 3 leads: in the 80 steps of stage 1 the projector can do next to nothing, and in stage 2 the language model has to learn the language from the beginning.
 #
-# The other three lie between 92% and 97%. "One stage" and "stage 1 only" win one seed each; two stages come third in both, 2 to 5 points behind the other two. With 192 questions each of these scores may be off by about 3 points either way (lesson 17), and there are only two seeds. So **which of the three is best cannot be told here, but two stages did not win**, and we had expected them to. In this toy world training both from the first step does no harm, and the projector alone is almost enough.
+# The other three lie between 92% and 97%. "One stage" and "stage 1 only" win one seed each; two stages come third in both, 2 to 5 points behind the other two. With 192 questions each of these scores may be off by about 3 points either way (lesson 17), and there are only two seeds. So **which of the three is best cannot be told here, but two stages did not win**, and we had expected them to. In this toy world training both from the first step does no harm, and the projector alone is almost enough; it is the second way, with 96% on average. By the validation loss above, one stage is the lowest in both seeds, but those are two seeds, too.
 #
-# Why? The language model that ships was pretrained on written notes about scenes and was asked these very questions, so it can answer as soon as the visual tokens resemble what it knows. A real language model has not met such questions, and there the projector alone does not suffice. The exam between the two stages (the last line) also shows that 80 steps are too few: the learning rate has come down to 0, the projector is not done, and the score is only a few points above the blind one.
+# Why? The language model that ships was pretrained on notes about scenes, one for each object, with its size, colour, shape and place. These very questions followed the notes, so it can answer as soon as the visual tokens resemble what it knows. A real language model has not met such questions, and there the projector alone does not suffice. The exam between the two stages (the last line) also shows that 80 steps are too few: the learning rate has come down to 0, the projector is not done, and the score is only a few points above the blind one.
 #
 # So why do people use two stages? The experiment supports two reasons. First, stage 1 is **cheap**: it trains 74,112 parameters and can take many images with no more than a caption each, to bring the projector half the way. Second, it **moves the language model less**: with two stages its weights move somewhat less than with one (see the percentages), and with the projector alone not at all. What moves less forgets less. That training goes wrong without it was not seen here; the authors of Prismatic compared the two on large models and also found that stage 1 can be left out.
 #
