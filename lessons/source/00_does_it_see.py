@@ -186,7 +186,7 @@ for number in (0, 60, 120):
 # 灰图有一个毛病：训练时从没出现过，模型可能因为意外而失常，分数低也许只是这个缘故。所以还有第二种，**打乱对照**（shuffled control）：每道题配上**别的场景**的图。图都是正常的图，只是不对题。
 
 # %% [markdown] tags=["en"]
-# That is the answer to the question at the top. Look at what it says (the last line asks whether there is a heart, and the answer is "no"): **without an image it answers as confidently as before**, and never "I cannot see". What it still gets right is given away by the question: "left or right" has two possible answers, and so has "is there".
+# That is the answer to the question at the top: about a third, not zero. Look at what it says (the last line asks whether there is a heart, and the answer is "no"): **without an image it answers as confidently as before**, and never "I cannot see". What it still gets right is given away by the question: "left or right" has two possible answers, and so has "is there".
 #
 # Grey images have one flaw: training never showed any, and the model may be thrown off by the surprise. Hence a second one, the **shuffled control**: each question gets the image of **another scene**. The images are ordinary, only not the right ones.
 

@@ -59,7 +59,7 @@ draw.strip("image", "patches", "patch vectors")
 # %% [markdown] tags=["en"]
 # ## 1. From a file to numbers
 #
-# Once decoded, an image is a table of numbers: three whole numbers from 0 to 255 for each pixel, in the order red, green, blue.
+# Once decoded, an image is a table of numbers: three whole numbers from 0 to 255 for each pixel, in the order red, green, blue. Its shape is `(H, W, 3)`, rows before columns: `values[18, 44]` is row 18 from the top and column 44 from the left, both counted from 0.
 
 # %%
 image = Image.open(f"{ASSETS}/scene.png").convert("RGB")
@@ -89,6 +89,8 @@ draw.show(made, "An image is three tables of numbers")
 # Row 18, column 44 lies inside the blue star: little red, much blue.
 #
 # Whole numbers make poor inputs. A network is used to numbers around 0 and of about size 1, so each value is divided by 255, then a mean is subtracted and the result divided by a standard deviation. Both belong to the model's files. Here they are 0.5 and 0.5 for all three channels, so 0 becomes −1 and 255 becomes 1. DINOv2, a large public vision encoder that returns in later lessons, uses the statistics of ImageNet. **The wrong pair raises no error**; the answers get worse, that is all.
+#
+# Networks in PyTorch want the colours first, so `(H, W, 3)` becomes `(3, H, W)`, and a dimension for the batch goes before it.
 
 # %%
 mean, std = 0.5, 0.5
@@ -208,7 +210,7 @@ draw.show(made, "What the matrix looks for: its 24 largest rows as 8×8 images")
 # 最容易犯、又最难发现的错：直接 `reshape`，忘了 `permute`。形状完全正确，不报任何错。
 
 # %% [markdown] tags=["en"]
-# Each row of the matrix is a small pattern of 8×8 pixels: the more a patch looks like it, the larger that number of its vector. Large models often show clear colours and edges here. This small one does not: single rows look like noise, and what they find is spread over all 192.
+# The picture shows 24 rows of the matrix. The 192 numbers of a row make a small coloured pattern of 8×8 pixels: the more a patch looks like it, the larger that number of its vector. Large models often show clear colours and edges here. This small one does not: single rows look like noise, and what they find is spread over all 192.
 #
 # ## 4. Broken on purpose
 #
@@ -351,7 +353,7 @@ count = ...
 check("01.1", count, 256)
 
 # %% [markdown] tags=["zh"]
-# **01.2 换一种写法。** `F.unfold` 可以一次取出所有滑动窗口，返回 `(1, 3·8·8, P)`。用它得到 `vectors`。
+# **01.2 换一种写法。** `F.unfold` 可以一次取出所有滑动窗口，返回 `(1, 3·8·8, P)`，只要核与步长都取 `SIZE`。用它得到 `vectors`。
 
 # %% [markdown] tags=["en"]
 # **01.2 Another way.** `F.unfold` takes out all windows at once and returns `(1, 3·8·8, P)`, when its kernel and its stride are both `SIZE`. Compute `vectors` with it.

@@ -316,7 +316,7 @@ for kind in (NoTranspose, OverQueries):
 #
 # ## 5. Proven equal
 #
-# `expected` came from the model's own attention in section 1. The package calls a fused kernel of PyTorch that never keeps the whole table of 65×65 and adds up in another order. So the tolerance is 1e-4: the outputs are of size 1, `float32` has 7 digits, and a few hundred products and sums use up two or three of them.
+# `expected` came from the model's own attention in section 1. The package calls a fused kernel of PyTorch, `F.scaled_dot_product_attention`, which never keeps the whole table of 65×65 and adds up in another order. So the tolerance is 1e-4: the outputs are of size 1, `float32` has 7 digits, and a few hundred products and sums use up two or three of them.
 
 # %%
 torch.testing.assert_close(mine(hidden_states), expected, rtol=1e-4, atol=1e-4)

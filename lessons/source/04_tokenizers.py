@@ -99,7 +99,7 @@ draw.show(made, "Four characters, twelve bytes (in hexadecimal)")
 #
 # ## 2. Merges
 #
-# Training byte-pair encoding (BPE) is one sentence: **count which two neighbouring tokens occur most often, join them into a new token, repeat.** The corpus: questions and answers on 40 scenes of the toy world, in both languages.
+# Training byte-pair encoding (BPE) is one sentence: **count which two neighbouring tokens occur most often, join them into a new token, repeat.** The corpus: questions and answers on 40 scenes of the toy world, in both languages. The cells below write `merge`, which joins one pair, and then `learn`, which counts, joins the most frequent pair, notes it down and starts over.
 
 
 # %%
@@ -378,7 +378,7 @@ for line in (text, "Describe the picture.", "图中有一只猫", elsewhere[1], 
 # %% [markdown] tags=["zh"]
 # ## 六、故意弄坏：半个字
 #
-# 生成时 token 一个一个地来。如果来一个就解码一个，会怎样？「图中有一只猫」是 8 个 token：前两个是完整的字，后六个各是一个字节。
+# 生成时 token 一个一个地来。如果来一个就解码一个，会怎样？「图中有一只猫」是 8 个 token：前两个装着完整的字，后六个各是一个字节。
 
 # %% [markdown] tags=["en"]
 # ## 6. Broken on purpose: half a character
@@ -461,7 +461,7 @@ draw.show(made, "One text, four ways to cut it (tokens): the model knows one")
 # %% [markdown] tags=["zh"]
 # 文字一模一样，回答却变了。看打印的这张图：切成「描述」「图片」两个词，模型改用**英文**作答，而且答对了；切成单字或字节，它就胡言乱语。16 张图合起来，用中文说对的物体从 100% 掉到 28% 至 38%。对模型来说，`描述图片` 是词表里的**某一行向量**，而不是四个字；训练时它只见过自带的那种切法，别的切法对它就是另一个问题，甚至是从没见过的东西。
 #
-# 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字：同一句话，两边各编一次，应当一个不差。
+# 所以：换分词器、升级分词库、在提示前后多加一个空格，都可能让模型变差而不报任何错。检查的办法是比较**编号**，不是比较文字：同一句话，两边各编一次，应当一个不差。最后看一眼模型真正读到的东西，每个编号在嵌入表里的那一行：
 
 # %% [markdown] tags=["en"]
 # The text is the same, and the answers change. Cut into two words, the question about the first image gets a right answer **in English**. Cut into characters or bytes, it gets a mixture of both languages that means nothing. In Chinese, 100% of the objects are named with the shipped ids, and 28% to 38% with the others. To the model, `描述图片` is not four characters but **one row of its table**. In training it saw one way of cutting; any other is a different question, or one that it has never met.

@@ -47,7 +47,7 @@ draw.strip("sequence")
 #
 # 语言模型在第 t 个位置的输出，应当预测第 t + 1 个 token：输出和标签之间**错开 1 位**。我们从零训练三个一样的小模型，数据一样、步数一样，只有错开的位数不同：0、1、2。
 #
-# 词表有 640 个 token，一开始的损失是 ln 640 ≈ 6.46。120 步以后，三个模型的损失各是多少？**谁最低？** 写下三个数。
+# 词表有 640 个 token，对它们一视同仁的模型，损失是 ln 640 ≈ 6.46。120 步以后，三个模型的损失各是多少？**谁最低？** 写下三个数。
 
 # %% [markdown] tags=["en"]
 # ## Predict
@@ -82,7 +82,7 @@ print("special tokens:", special)
 # 怎样用它们写出对话，叫做**对话模板**（chat template）。自带模型的模板最省：每轮只多花两个 token。最笨的写法是先拼成一整个字符串，再让分词器去认：
 
 # %% [markdown] tags=["en"]
-# The vocabulary has a few **special tokens**, which are not text but signs around it: `<user>` and `<assistant>` open a turn, `</s>` closes one, and `<image>` is a placeholder. An image takes K of them, and K visual tokens will stand in their place later (lesson 09). Why K and not one? So the length of the sequence and the place of every token are settled when the text is encoded.
+# The vocabulary has a few **special tokens**, which are not text but signs around it: `<user>` and `<assistant>` open a turn, `</s>` closes one, and `<image>` is a placeholder. An image takes K of them, and K visual tokens will stand in their place later (lesson 09). Why K and not one? Because then the length of the sequence and the place of every token are settled when the text is encoded.
 #
 # How a conversation is written down with them is called the **chat template**. The shipped model's is the cheapest there is: two extra tokens a turn. The plainest way to apply it is to write one long string, and let the tokenizer find the special tokens in it. The user says "describe the image" (描述图片), and the assistant names the ring, the star and the triangle, as in lesson 01:
 
@@ -288,7 +288,7 @@ print("ids, labels, positions and the loss equal those of the package")
 # %% [markdown] tags=["en"]
 # ## 6. Apart by 0, 1 and 2
 #
-# Back to the question at the top. The material is 512 descriptions of random scenes, text without images; which objects come can only be guessed, so the loss cannot go to zero. Shorter rows are padded on the right, with id 0 and label −100, which the loss passes over. The small model has one block and 64 hidden numbers. Its inside is the matter of the next two lessons; here ids `(B, T)` go in and logits `(B, T, V)` come out.
+# Back to the question at the top. The material is 512 descriptions of random scenes, text without images; which objects come can only be guessed, so the loss cannot go to zero. Shorter rows are padded on the right, with id 0 and label −100, which the loss passes over. The small model has one block and 64 hidden numbers. The logarithm of the loss is the natural one, so its unit in the picture is the nat. The model's inside is the matter of the next two lessons; here ids `(B, T)` go in and logits `(B, T, V)` come out.
 
 # %%
 random = Random(0)

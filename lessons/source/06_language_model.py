@@ -198,7 +198,7 @@ for name, weights in (("−∞ added", added), ("times 0", multiplied)):
 #
 # 一层（block）有两步，每一步都是「归一化、计算、**加回去**」。输入本身不被替换，只被加上一点东西；它从第一层一路流到最后，叫做残差流（residual stream）。反向传播时，梯度也沿着这条「加」的路原样传回最早的层，不会一层一层地变小。各层不过是从流里读，再往流里写。
 #
-# 注意力是第 02 课的，拿来就用；`rotary` 是第 07 课的内容，这里先当作「告诉注意力各个位置在哪里」。`AttentionInputs` 把注意力除了隐藏状态以外还要的东西包在一起，这里是「因果不因果」和 `rotary`。
+# 注意力是第 02 课的，拿来就用；`rotary` 是第 07 课的内容，这里先当作「告诉注意力各个位置在哪里」。`AttentionInputs` 把注意力除了隐藏状态以外还要的东西包在一起，这里是「要不要因果掩码」和 `rotary`。
 
 # %% [markdown] tags=["en"]
 # ## 5. Blocks and the residual stream

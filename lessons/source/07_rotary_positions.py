@@ -92,7 +92,7 @@ print("largest difference after the shuffle:", f"{(outputs[0] - outputs[1]).abs(
 # %% [markdown] tags=["en"]
 # The difference is in the last digit. "Red ring, blue star" and "blue ring, red star" are the same bag of tokens to it. Positions have to be told some other way.
 #
-# Lesson 03 learned a position table and added it. That has two drawbacks: beyond the table there is no vector; and "3 apart" at the beginning and at the end are two different things, each to be learned. What follows writes "how far apart" straight into the inner product.
+# The way of lesson 03 is a learned position table, added to the vectors. It has two drawbacks: beyond the table there is no vector; and "3 apart" at the beginning and at the end are two different things, each to be learned. What follows writes "how far apart" straight into the inner product.
 #
 # ## 2. Turning two numbers
 #
@@ -127,10 +127,10 @@ draw.show(made, "Along each diagonal one number: only the difference counts")
 #
 # ## 三、24 对数，24 种转速
 #
-# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，隔一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。最慢的一对有多慢，由底数 `rope_theta` 决定：底数越大，转得越慢，分得清的距离越远。长文本的模型常把它调大，例如 Qwen2.5 用 1,000,000。
+# 一个头有 48 维，配成 24 对。只用一种转速不行：转得快，多转一圈就分不清；转得慢，相邻两个几乎没有差别。所以每对一种，从每个位置 1 弧度，慢到每个位置约 0.00015 弧度。像钟表的秒针、分针和时针，合起来既看得清相邻，又认得出远近。最慢的一对有多慢，由底数 `rope_theta` 决定：底数越大，转得越慢，分得清的距离越远。长文本的模型常把它调大，例如 Qwen2.5 用 1,000,000。
 
 # %% [markdown] tags=["en"]
-# Along a diagonal of the right table all numbers are equal: row 0, column 2 and row 5, column 7 both hold 0.54, because both are 2 apart. As a formula, with the query at position m, the key at n, an angle a between the two arrows at first, and ω a position:
+# Along a diagonal of the right table all numbers are equal: row 0, column 2 and row 5, column 7 both hold 0.54, because both are 2 apart. As a formula, with the query at position m, the key at n, an angle a between the two arrows at first, and a turn of ω for each position:
 #
 # > inner product once turned = product of the lengths × cos(a + (m − n) ω)
 #
@@ -138,7 +138,7 @@ draw.show(made, "Along each diagonal one number: only the difference counts")
 #
 # ## 3. 24 pairs, 24 speeds
 #
-# A head has 48 dimensions, paired into 24. One speed would not do: a fast one repeats itself after a turn, a slow one hardly differs from one token to the next. So each pair has its own, from 1 radian a position down to little more than a ten-thousandth. Like the hands of a clock, together they tell neighbours apart and far from near. How slow the slowest is depends on the base, `rope_theta`: the larger, the slower, and the farther distances can be told. Models for long texts raise it; Qwen2.5's is 1,000,000.
+# A head has 48 dimensions, paired into 24. One speed would not do: a fast one repeats itself after a turn, a slow one hardly differs from one token to the next. So each pair has its own, from 1 radian a position down to about 0.00015. Like the hands of a clock, together they tell neighbours apart and far from near. How slow the slowest is depends on the base, `rope_theta`: the larger, the slower, and the farther distances can be told. Models for long texts raise it; Qwen2.5's is 1,000,000.
 
 # %%
 model = load_model(f"{ASSETS}/tiny-vlm").float().eval()  # the file holds bfloat16
@@ -198,7 +198,7 @@ print("all at once:", rotate(one, torch.tensor([5]))[0, 0, 0, [3, 27]])
 #
 # The shipped model has 4 query heads but only 2 heads of keys and values; two neighbouring query heads share one (lesson 02). This pays at inference: the KV cache keeps keys and values alone, so half the heads make half the cache (lesson 10). The rotation is for queries and keys. **Values are not turned**: what is fetched should not change with its place.
 #
-# This is all of attention, with the names of the shipped weights. `q_norm` and `k_norm` are RMSNorms (lesson 06) over the 48 numbers of each head; many models leave them out. Keys and values are repeated to match the 4 heads of the queries, after the keys were turned: so only half as many have to be.
+# This is all of attention, with the names of the shipped weights. `q_norm` and `k_norm` are RMSNorms (lesson 06) over the 48 numbers of each head; many models leave them out. Queries are `(1, 4, T, 48)`, keys and values `(1, 2, T, 48)`, and these are repeated to match the 4 heads. The keys are turned before they are repeated, which saves half of the turns.
 
 
 # %%

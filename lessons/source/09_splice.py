@@ -245,7 +245,7 @@ def read(x, language):  # (B, T, C_t) → (B, T, V)
 # 四步连起来：看、投影、插入、读，一步一行，再与库代码核对。容差取 1e-3：经过 8 层，求和次序不同带来的误差会累积，实际大约是 1e-5。真正写错的差别大得多。一种容易犯的错是总做编码器最后的 LayerNorm，而做不做由设置 `vision_norm` 决定。第 03 课故意犯过一次：编码器的输出差了 10 左右，物体却几乎全都说对。看答案发现不了这种错，比数字才行。
 
 # %% [markdown] tags=["en"]
-# The four steps in a row, compared with the package. The tolerance is 1e-3: over 8 blocks the differences of another summing order add up, in fact to about 1e-5. A real mistake is far larger. An easy one is to apply the encoder's last LayerNorm always, while the setting `vision_norm` decides. Lesson 03 made it on purpose: the encoder's output was off by about 10, and nearly all objects were still named correctly. Reading answers does not find such a mistake; comparing numbers does.
+# The four steps in a row, see, project, splice, read, a line each, compared with the package. The tolerance is 1e-3: over 8 blocks the differences of another summing order add up, in fact to about 1e-5. A real mistake is far larger. An easy one is to apply the encoder's last LayerNorm always, while the setting `vision_norm` decides. Lesson 03 made it on purpose: the encoder's output was off by about 10, and nearly all objects were still named correctly. Reading answers does not find such a mistake; comparing numbers does.
 
 # %%
 patches = see(batch.pixels, model.vision_encoder)
@@ -280,14 +280,14 @@ for place in (0, 1, 64, 65, 67):
     print(f"place {place:2} {texts[place]:12} {change[0, place].abs().max():8.4f}")
 
 # %% [markdown] tags=["zh"]
-# 第 0 个位置 `<user>` 在图片之前，变化正好是 0；第 1 个位置只看得到一个视觉 token，变得不多；问题和 `<assistant>` 在图片之后，都变了。反过来，**图片看不到问题**：问题排在后面，64 个视觉 token 经过语言模型各层时，并不知道你要问什么。所以同一张图问许多问题时，图片的那一段可以只算一次（第 10 课的缓存、第 16 课的打包都用到这一点）。
+# 第 0 个位置 `<user>` 在图片之前，变化正好是 0；第 1 个位置只看得到一个视觉 token，变得较少；问题和 `<assistant>` 在图片之后，都变了。反过来，**图片看不到问题**：问题排在后面，64 个视觉 token 经过语言模型各层时，并不知道你要问什么。所以同一张图问许多问题时，图片的那一段可以只算一次（第 10 课的缓存、第 16 课的打包都用到这一点）。
 #
 # ## 四、故意弄坏：多出来的一个向量
 #
 # 编码器输出的是 65 个向量：class token 加 64 个图块。假设有人忘了去掉 class token。`index_copy` 会立刻报错，因为 65 对不上 64。可是不少代码用的是 `masked_scatter`，它只管从头取，**多出来的不声不响地留下**。取 24 张至少有两个物体的图来试：
 
 # %% [markdown] tags=["en"]
-# Place 0, `<user>`, comes before the image, and its change is exactly 0; place 1 sees a single visual token and changes little; the question and `<assistant>` come after it, and both change. The other way round, **the image cannot see the question**: the question comes later, so the 64 visual tokens pass the language model without knowing what will be asked. That is why, for many questions about one image, the image's part can be computed once (the cache of lesson 10 and the packing of lesson 16 use it).
+# Place 0, `<user>`, comes before the image, and its change is exactly 0; place 1 sees a single visual token and changes less; the question and `<assistant>` come after it, and both change. The other way round, **the image cannot see the question**: the question comes later, so the 64 visual tokens pass the language model without knowing what will be asked. That is why, for many questions about one image, the image's part can be computed once (the cache of lesson 10 and the packing of lesson 16 use it).
 #
 # ## 4. Broken on purpose: one vector too many
 #
@@ -345,14 +345,14 @@ changed = [row for row, (one, other) in enumerate(pairs) if one != other]
 print(f"{len(changed)} of 24 answers change, in rows {changed}")
 
 # %% [markdown] tags=["zh"]
-# 变了 10 个答案，都在第 8 行及以后，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。可怕之处就在这里。
+# 第 0 到 7 行一个也没变：至多 7 个座位坐错，在这里看不出害处。从第 8 行起，16 个答案变了 10 个，正是上面那张图里红色较多的行。批次越大，混进来的别人的向量越多；用一张图试的时候（第 0 行），几乎看不出来。训练时也没有任何提示。可怕之处就在这里。
 #
 # 所以 nanovlm 在做任何计算之前先数一数，不相等就报错，并说出两个数。下面故意少给一个座位，看它怎么说：
 
 # %% [markdown] tags=["en"]
 # None of the rows 0 to 7 is among them: up to 7 foreign seats do no visible harm here. From row 8 on, 10 of 16 answers change. The larger the batch, the more of another image's vectors get in; and whoever tries it with one image, row 0, hardly notices. In training nothing would complain either. That is what makes this mistake so nasty.
 #
-# So nanovlm counts before it computes anything, and an inequality is an error that names both numbers. Here one seat is taken away on purpose:
+# So nanovlm counts before it computes anything, and a mismatch is an error that names both numbers. Here one seat is taken away on purpose:
 
 # %%
 short = prepare(model, [question], [[image]], add_generation_prompt=True)
@@ -370,7 +370,7 @@ except NanoVLMError as error:
 # %% [markdown] tags=["en"]
 # ## 5. Exchanges
 #
-# The most direct check first: let the visual tokens of two images change seats, and the answers should follow. If they did not, the model would not use the visual tokens at all, and the rest would be idle.
+# The most direct check first: let the visual tokens of two images change seats, and the answers should follow. If they did not, the model would not use the visual tokens at all, and there would be no point in the experiments below.
 
 # %%
 pair = prepare(model, [question] * 2, [[drawn[0]], [drawn[1]]], add_generation_prompt=True)
