@@ -219,7 +219,7 @@ axis.set_ylim(0)
 draw.show(made, "Without the cache, every token costs more than the one before")
 
 # %% [markdown] tags=["zh"]
-# 开头的第一问：33,500 个对 267 个，约 125 倍。
+# 所以第一问的答案是约 125 倍：33,500 个对 267 个。
 #
 # 时间因机器而异，要看的是形状：一条随长度上升，另一条几乎是平的。
 #
@@ -232,7 +232,7 @@ draw.show(made, "Without the cache, every token costs more than the one before")
 # 一次回答许多问题时，各行长短不一，短的要填充。填在哪边、位置怎么数，这里有五种写法。先看结果。24 个问题：4 张图，各问 6 个；标准是单独问时的答案。
 
 # %% [markdown] tags=["en"]
-# The first question at the top: 33,500 against 267, about 125 times as many.
+# So the first answer is about 125 times: 33,500 tokens against 267.
 #
 # Times differ between machines; look at the shapes: one rises with the length, the other is nearly flat.
 #

@@ -120,7 +120,7 @@ print(f"naive: {naive}, stable: {stable:.4f}, before the shift: {loss_here:.4f}"
 #
 # $$\text{loss} = -\log\frac{e^{z_t}}{\sum_v e^{z_v}} = \log\sum_v e^{z_v} - z_t .$$
 #
-# 这个式子里的第一项叫 log-sum-exp，PyTorch 的 `logsumexp` 就这样算。
+# 式中 z 是 `logits`，t 是正确的 token。右边的第一项叫 log-sum-exp，PyTorch 的 `logsumexp` 就这样算。
 #
 # ## 二、所有位置
 #
@@ -301,7 +301,7 @@ for function in (whole, chunks_with_autograd):
 # %% [markdown] tags=["en"]
 # Not one byte was saved. The graph keeps the log-softmax of every chunk for the backward pass, and 8 chunks are as large as the whole. The code looks right, and the loss is right; only measuring tells.
 #
-# The way out is in section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped. `size` is the number of rows in a chunk: the smaller, the smaller the logits of a moment, and the smaller the products of matrices. On a CPU the package takes 128 rows, 78 MB for a vocabulary of 151,936:
+# The way out is in section 4: the gradient is "probabilities minus one-hot", and can be computed in the forward pass, while the logits are at hand. So each chunk yields its loss and both gradients, and its logits are dropped. `size` is the number of rows in a chunk. The smaller it is, the fewer logits exist at a time, and the more the products of matrices are chopped up. On a CPU the package takes 128 rows, 78 MB for a vocabulary of 151,936:
 
 
 # %%

@@ -235,7 +235,7 @@ torch.testing.assert_close(accumulated, right, rtol=1e-9, atol=1e-12)
 #
 # On a school report nobody makes this mistake: 11 wrong of 22 and 3 wrong of 3 are 14 wrong of 25, 56%; the mean of 50% and 100% would be 75%.
 #
-# Counting first costs little memory: what waits are k batches of data (ids, labels, pixels), and no activations yet. The loss in the log has to be computed alike: add up losses and labels separately, and divide once at the end. So does the loss of a validation set.
+# Counting first costs little memory: what waits are k batches of data (ids, labels, pixels), and no activations yet. The loss in the log has to be computed alike: add up losses and labels separately, and divide once at the end. So has the loss of a validation set.
 #
 # This is also why the package's `forward` returns a **sum**: the divisor is chosen by whoever knows the total, the training loop.
 #

@@ -304,7 +304,7 @@ print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}, on new scenes {validate(train
 # %% [markdown] tags=["en"]
 # After 40 steps the loss is 1.30, a fifth of the ln 640 where it began, and on new scenes 1.13; the two come from different questions, so either may be the lower one. What is learned so fast is most likely language: which questions there are and what answers look like. Seeing takes much longer.
 #
-# **Broken on purpose.** The last line of `AdamW.step` forgets the gradient. What if it is left out?
+# **Broken on purpose.** The last line of `AdamW.step` clears the gradient. What if it is left out?
 
 
 # %%
@@ -550,7 +550,7 @@ check("14.3", first_step(before, weight.grad), weight.detach(), tolerance=1e-6)
 #
 # ## Look in the package
 #
-# - [`nanovlm/training/loop.py`](../../nanovlm/training/loop.py), `train`: the same loop with gradient accumulation, mixed precision (lesson 15), several processes, a log and checkpoints. A step that is not finite changes nothing.
+# - [`nanovlm/training/loop.py`](../../nanovlm/training/loop.py), `train`: the same loop with gradient accumulation, mixed precision (lesson 15), several processes, a log and checkpoints. A step with an infinity or a `nan` in its loss or gradients is skipped and changes no parameter.
 # - [`nanovlm/training/optim/optimizer.py`](../../nanovlm/training/optim/optimizer.py), `build_optimizer`, `schedule` and `set_learning_rates`: every part can have a learning rate of its own.
 # - [`nanovlm/training/optim/adamw.py`](../../nanovlm/training/optim/adamw.py), `adamw_` and `LeanAdamW`: AdamW written out, with moments that may take only 8 bits.
 #

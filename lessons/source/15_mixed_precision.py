@@ -94,14 +94,14 @@ draw.show(made, "0.1 in memory: sign (grey), exponent (orange), fraction (blue)"
 # %% [markdown] tags=["zh"]
 # 先读一个数。第三行的指数 01111011 是 123，减去 127 得 −4；尾数 1001101 是 77；所以存下的是 2⁻⁴ × (1 + 77/128) = 0.10009766，正是上面打印的 0.1 的 bf16。
 #
-# 再看第一行和第三行：**bf16 就是 fp32 砍掉后 16 位**（外加舍入），指数一样长，所以够得一样远，但尾数只有 7 位。fp16 的尾数有 10 位，细 8 倍，可指数只有 5 位：大于 65504 就溢出；最小的正数约 6e-8，不到它一半的就成了零。一个不够细，一个不够宽。
+# 再看第一行和第三行：**bf16 就是 fp32 砍掉低 16 位**（外加舍入），指数一样长，所以够得一样远，但尾数只有 7 位。fp16 的尾数有 10 位，细 8 倍，可指数只有 5 位：大于 65504 就溢出；最小的正数约 6e-8，不到它一半的就成了零。一个不够细，一个不够宽。
 #
 # 用整数运算手写 fp32 → bf16：留下高 16 位，低 16 位过半就进一（恰好一半时取偶）。
 
 # %% [markdown] tags=["en"]
 # Read one number first. In the third row the exponent 01111011 is 123, less 127 makes −4; the fraction 1001101 is 77; so what is stored is 2⁻⁴ × (1 + 77/128) = 0.10009766, the 0.1 of bf16 printed above.
 #
-# Compare the first row and the third: **bf16 is fp32 with its last 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows; its smallest positive number is about 6e-8, and what is less than half of that becomes 0. One is not fine enough, the other not wide enough.
+# Compare the first row and the third: **bf16 is fp32 with its lower 16 bits cut off** (and rounded). The exponent is as long, so it reaches as far, but only 7 bits of fraction are left. fp16 has 10, which is 8 times finer, but only 5 bits of exponent: above 65504 it overflows; its smallest positive number is about 6e-8, and what is less than half of that becomes 0. One is not fine enough, the other not wide enough.
 #
 # Rounding from fp32 to bf16 by hand, with whole numbers: keep the upper 16 bits, and carry one if the lower 16 are more than half (at exactly half, to even).
 

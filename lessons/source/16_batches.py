@@ -239,16 +239,16 @@ draw.bars(axis, places, "", "positions, B · T", ["wrong", "projector", "right"]
 draw.show(made, "The same answers to learn from, in fewer and fewer positions")
 
 # %% [markdown] tags=["zh"]
-# ## 五、掩码与位置
-#
 # 三种装法要学的答案一样多，位置却从 4,800 个减到 2,160 个，再减到 1,800 个。
+#
+# ## 五、掩码与位置
 #
 # 现在一行里有好几个样本，样本里还有分支。谁能看谁？三条规则：不看后面的；不看别的样本；同一样本里，只看自己的分支和前缀。先用两重循环写在一个小例子 `small` 上。样本 0 的前缀编号是 1，两条分支是 2 和 3；样本 1 没有分支，编号是 SEGMENT + 1，除以 SEGMENT 的商说明是哪个样本，余数说明是前缀还是分支；最后一格 0 是填充。
 
 # %% [markdown] tags=["en"]
-# ## 5. Mask and positions
+# The three ways hold the same answers to learn from, in 4,800 positions, in 2,160, and in 1,800.
 #
-# The three ways teach the same answers, in 4,800 positions, in 2,160, and in 1,800.
+# ## 5. Mask and positions
 #
 # A row now holds several samples, and samples have branches. Who sees whom? Three rules: nobody looks to the right; nobody looks into another sample; within a sample a token sees its own branch and the prefix. First with two loops on an example, `small`. Sample 0 has 1 for its prefix and 2 and 3 for its two branches. Sample 1 has no branches, and all its numbers are SEGMENT + 1: divided by SEGMENT, the quotient says which sample it is, the remainder whether prefix or branch. The 0 at the end is padding.
 
@@ -408,9 +408,9 @@ draw.show(made, "What leaks from one sample into the next")
 # %% [markdown] tags=["zh"]
 # 这就是开头的答案：最右边的柱子，掩码和位置都忘了，正确率从 99.7% 掉到 91.3%。右图说明掉在哪里：行首的样本前面没有别人，安然无恙，还是 100%；越靠后，前面的图和问答越多，错得越多，前面有四个样本时只剩 75%。形状没有错，没有任何警告。
 #
-# 没想到的是第三根柱子。**只把位置归零、不改掩码，比什么都不做更糟**（77.7% 对 91.3%）；换几组随机场景，次序也是这样（在第一节写上 `Random(1)`、`Random(2)` 或 `Random(3)` 就能看到）。一个可能的解释：位置一路数下去时，自己的图至少是离自己最近的一张；位置归零以后，几张图的位置完全重合，模型靠位置再也分不清哪一张是自己的。右图的红线在行首就不到 100%，也说得通：同一样本的几条分支，位置也重合了。
+# 没想到的是第三根柱子。**只把位置归零、不改掩码，比什么都不做更糟**（77.7% 对 91.3%）；换几组随机场景，次序也是这样（在第一节写上 `Random(1)`、`Random(2)` 或 `Random(3)` 就能看到）。一个可能的解释：位置一路数下去时，自己的图至少是离自己最近的一张；位置归零以后，几张图的位置完全重合，模型靠位置再也分不清哪一张是自己的。右图的红线在行首就不到 100%，也说得通：行首的样本前面没有别人，可它自己的几条分支位置也重合了，后面的又看得见前面的。
 #
-# 反过来，只有掩码、位置一路数，几乎没有影响。旋转位置编码只看位置之**差**（第 07 课），同一样本内部的差没有变；变了的只是后面的分支与前缀的距离，所以损失略有不同，是 0.009 而不是 0.007。结论：先有掩码，再谈位置。
+# 反过来，只有掩码、位置一路数，几乎没有影响。旋转位置编码只看位置之**差**（第 07 课），前缀内部和每条分支内部的差没有变；变了的只是后面的分支与前缀的距离，所以损失略有不同，是 0.009 而不是 0.007。结论：先有掩码，再谈位置。
 #
 # 如果是在训练中漏呢？损失照样会下降，因为模型可以慢慢适应一行里有许多张图。可是推理时一行只有一个样本，这番适应就用错了地方。
 #
@@ -419,7 +419,7 @@ draw.show(made, "What leaks from one sample into the next")
 # %% [markdown] tags=["en"]
 # That is the answer: the bar on the right, with mask and positions both forgotten, is at 91.3% instead of 99.7%. The right picture says where. The first sample of a row has nobody before it and is unharmed at 100%. The later a sample comes, the more images and answers lie before it, and the more goes wrong: 75% with four before it. No shape is wrong, and nothing warns.
 #
-# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**, 77.7% against 91.3%. Other sets of scenes give the same order; put `Random(1)`, `Random(2)` or `Random(3)` into section 1 to see it. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own. That the red line is below 100% at place 0 already fits in: the first sample of a row has no other before it, but its own branches now lie at the same positions, and each sees those before it.
+# The third bar was a surprise. **Resetting the positions without the mask is worse than doing nothing**, 77.7% against 91.3%. Other sets of scenes give the same order; put `Random(1)`, `Random(2)` or `Random(3)` into section 1 to see it. A possible reason: while positions are counted on, a sample's own image is at least the nearest one. Reset, the images of a row lie at the same positions, and positions no longer tell which of them is one's own. That would also explain why the red line is below 100% at place 0 already. The first sample of a row has no other before it, but its own branches lie at the same positions now, and each sees those before it.
 #
 # The other way round, the mask alone, with positions counted on, costs almost nothing. Rotary positions look at **differences** only (lesson 07), and within the prefix and within a branch they stay the same. What changed is how far a later branch is from its prefix, so the loss is 0.009 instead of 0.007. The mask comes first, then the positions.
 #

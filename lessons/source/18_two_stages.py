@@ -383,9 +383,9 @@ print("two stages, exact match between them:", *middle)
 #
 # 其余三种都在 92% 到 97% 之间，开头问的第 2 种（只有第 1 阶段）平均约 96%。「一个阶段」和「只有第 1 阶段」在两个种子里各赢一次；「两个阶段」两次都排第三，差 2 到 5 个百分点。可是 192 道题，每个成绩都有上下 3 个百分点左右的误差（第 17 课），种子也只有两个。所以**三者谁更好，这里分不清；但「两个阶段」没有赢**，与我们原来想的不同。在这个玩具世界里，一开始就一起训练没有坏处，只训练投影层也几乎够了。若看上面的验证损失，「一个阶段」在两个种子里都最低，但那也只是两个种子。
 #
-# 为什么？自带的语言模型在预训练时读的是场景的「便签」：一个物体一张，写着大小、颜色、形状和位置；便签后面问的正是这些问题，所以只要视觉 token 像它认得的便签，它就会答。真正的语言模型没见过这样的题，只训练投影层就不够。两个阶段中间那次考试（最后一行）也说明 80 步太短：学习率已经降到 0，投影层还没学会，那时的分数比置空高不了几个百分点。
+# 为什么？自带的语言模型在预训练时读的是场景的「便签」：一个物体一张，写着大小、颜色、形状和位置；便签后面问的正是这些问题，所以只要视觉 token 像它认得的便签，它就会答。真正的语言模型没见过这样的题，只训练投影层就不够。两个阶段中间那次考试（最后一行）也说明 80 步太短：学习率已经降到 0，投影层还没学会，那时只答对 28% 和 30%，而置空（300 步之后测的）平均是 25%。
 #
-# 那么为什么大家还分两个阶段？实验支持的理由有两条。其一是**便宜**：第 1 阶段只训练 74,112 个参数，可以用许多只有一句描述的图片，先让投影层学个大概。其二是**少动语言模型**：两个阶段里，它的权重移动得比一个阶段少一些（看打印的百分数），只训练投影层则完全不动。移动得少，原有的本领就丢得少。至于「不分就学坏」，这里没有看到；Prismatic 的作者在大模型上比较过，结论也是可以省去第 1 阶段。
+# 那么为什么大家还分两个阶段？实验支持的理由有两条。其一是**便宜**：第 1 阶段只训练 74,112 个参数，可以用许多只有一句描述的图片，先让投影层学个大概。其二是**少动语言模型**：两个阶段里，它的权重移动得比一个阶段少一些（看打印的百分数），只训练投影层则完全不动。移动得少，原有的本领多半也丢得少，不过这里没有量。至于「不分就学坏」，这里没有看到；Prismatic 的作者在大模型上比较过，结论也是可以省去第 1 阶段。
 #
 # ## 练习
 #
@@ -394,11 +394,11 @@ print("two stages, exact match between them:", *middle)
 # %% [markdown] tags=["en"]
 # The plainest first: **what matters most is whether the language model knows anything.** Started from random weights, it gets 32% of the questions right in the same 300 steps, against 21% blind. This is where the red line of section 3 leads: in the 80 steps of stage 1 the projector can do next to nothing, and in stage 2 the language model has to learn the language from the beginning.
 #
-# The other three lie between 92% and 97%. "One stage" and "stage 1 only" win one seed each; two stages come third in both, 2 to 5 points behind the other two. With 192 questions each of these scores may be off by about 3 points either way (lesson 17), and there are only two seeds. So **which of the three is best cannot be told here, but two stages did not win**, and we had expected them to. In this toy world training both from the first step does no harm, and the projector alone is almost enough; it is the second way, with 96% on average. By the validation loss above, one stage is the lowest in both seeds, but those are two seeds, too.
+# The other three lie between 92% and 97%. "One stage" and "stage 1 only" win one seed each; two stages come third in both, 2 to 5 points behind the other two. With 192 questions each of these scores may be off by about 3 points either way (lesson 17), and there are only two seeds. So **which of the three is best cannot be told here, but two stages did not win**, and we had expected them to. In this toy world training both from the first step does no harm, and the projector alone, the second way, is almost enough: 96% on average. By the validation loss above, one stage is the lowest in both seeds, but those are two seeds, too.
 #
-# Why? The language model that ships was pretrained on notes about scenes, one for each object, with its size, colour, shape and place. These very questions followed the notes, so it can answer as soon as the visual tokens resemble what it knows. A real language model has not met such questions, and there the projector alone does not suffice. The exam between the two stages (the last line) also shows that 80 steps are too few: the learning rate has come down to 0, the projector is not done, and the score is only a few points above the blind one.
+# Why? The language model that ships was pretrained on notes about scenes, one for each object, with its size, colour, shape and place. These very questions followed the notes, so it can answer as soon as the visual tokens resemble what it knows. A real language model has not met such questions, and there the projector alone does not suffice. The exam between the two stages (the last line) also shows that 80 steps are too few: the learning rate has come down to 0, the projector is not done, and the scores are 28% and 30%, where blind answers (after all 300 steps) get 25% on average.
 #
-# So why do people use two stages? The experiment supports two reasons. First, stage 1 is **cheap**: it trains 74,112 parameters and can take many images with no more than a caption each, to bring the projector half the way. Second, it **moves the language model less**: with two stages its weights move somewhat less than with one (see the percentages), and with the projector alone not at all. What moves less forgets less. That training goes wrong without it was not seen here; the authors of Prismatic compared the two on large models and also found that stage 1 can be left out.
+# So why do people use two stages? The experiment supports two reasons. First, stage 1 is **cheap**: it trains 74,112 parameters and can take many images with no more than a caption each, to bring the projector half the way. Second, it **moves the language model less**: with two stages its weights move somewhat less than with one (see the percentages), and with the projector alone not at all. What moves less should forget less, though that was not measured here. That training goes wrong without it was not seen here; the authors of Prismatic compared the two on large models and also found that stage 1 can be left out.
 #
 # ## Exercises
 #
