@@ -32,17 +32,38 @@ PACKAGE_LINE = re.compile(r"^- \[`([^`]+)`\]\(\.\./\.\./([^)]+)\)(.*)$", re.MULT
 
 @pytest.fixture(scope="session")
 def seconds(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
-    """The seconds of each lesson, which are printed when all have run."""
+    """The seconds of each lesson, which are printed in a table when all have run."""
     taken: dict[str, float] = {}
     yield taken
-    lines = [f"{name:24} {value:6.1f} s" for name, value in sorted(taken.items())]
+    lines = [f"{'lesson':24} seconds  words  characters  lines  pictures     KB"]
+    for name, value in sorted(taken.items()):
+        numbers = f"{english_words(name):7} {chinese_characters(name):11} {len(code_lines(name)):6}"
+        size, drawn = notebook_path(name, "en").stat().st_size, len(pictures(notebook(name, "en")))
+        lines.append(f"{name:24} {value:7.1f} {numbers} {drawn:9} {size / 1000:6.0f}")
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write("\n" + "\n".join(lines) + "\n")
 
 
+def notebook_path(name: str, language: str) -> Path:
+    return FOLDER / language / f"{name}.ipynb"
+
+
+def english_words(name: str) -> int:
+    return len(re.findall(r"[A-Za-z0-9][\w'’.-]*", prose(name, "en")))
+
+
+def chinese_characters(name: str) -> int:
+    return len(re.findall(r"[\u4e00-\u9fff]", prose(name, "zh")))
+
+
+def code_lines(name: str) -> list[str]:
+    cells = [cell.source for cell in read_source(name).cells if cell.cell_type == "code"]
+    return [line for source in cells for line in source.splitlines() if line.strip()]
+
+
 def notebook(name: str, language: str) -> NotebookNode:
-    return nbformat.read(FOLDER / language / f"{name}.ipynb", as_version=4)
+    return nbformat.read(notebook_path(name, language), as_version=4)
 
 
 def prose(name: str, language: str) -> str:
@@ -83,7 +104,7 @@ def test_a_notebook_is_that_of_its_source(name: str, language: str):
     code = [cell for cell in made.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), rebuild
     assert 4 <= len(pictures(made)) <= 7, "the strip, and three to six pictures"
-    size = (FOLDER / language / f"{name}.ipynb").stat().st_size
+    size = notebook_path(name, language).stat().st_size
     assert size <= 150_000, f"{size} bytes"
 
 
@@ -111,10 +132,7 @@ def test_every_cell_of_prose_has_a_language_and_a_twin(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_has_the_length_of_a_lesson(name: str):
-    english = len(re.findall(r"[A-Za-z0-9][\w'’.-]*", prose(name, "en")))
-    chinese = len(re.findall(r"[\u4e00-\u9fff]", prose(name, "zh")))
-    cells = [cell.source for cell in read_source(name).cells if cell.cell_type == "code"]
-    code = [line for source in cells for line in source.splitlines() if line.strip()]
+    english, chinese, code = english_words(name), chinese_characters(name), code_lines(name)
     assert 1200 <= english <= 2500, f"{english} English words"
     assert 2000 <= chinese <= 4500, f"{chinese} Chinese characters"
     assert 100 <= len(code) <= 250, f"{len(code)} lines of code"
