@@ -3,7 +3,7 @@
 import ast
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -28,21 +28,6 @@ NAMES = lesson_names()
 LATER = {"lora", "quantization", "moe"}  # modules of the model that a later part teaches
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 PACKAGE_LINE = re.compile(r"^- \[`([^`]+)`\]\(\.\./\.\./([^)]+)\)(.*)$", re.MULTILINE)
-
-
-@pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
-    """The seconds of each lesson, which are printed in a table when all have run."""
-    taken: dict[str, float] = {}
-    yield taken
-    lines = [f"{'lesson':24} seconds  words  characters  lines  pictures     KB"]
-    for name, value in sorted(taken.items()):
-        numbers = f"{english_words(name):7} {chinese_characters(name):11} {len(code_lines(name)):6}"
-        size, drawn = notebook_path(name, "en").stat().st_size, len(pictures(notebook(name, "en")))
-        lines.append(f"{name:24} {value:7.1f} {numbers} {drawn:9} {size / 1000:6.0f}")
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write("\n" + "\n".join(lines) + "\n")
 
 
 def notebook_path(name: str, language: str) -> Path:
@@ -76,10 +61,21 @@ def printed(cell: NotebookNode) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_and_its_exercises_can_be_solved(name: str, seconds: dict[str, float]):
+def test_a_lesson_runs_and_its_exercises_can_be_solved(
+    name: str, record_property: Callable[[str, object], None]
+):
     started = time.perf_counter()
     ran = execute(read_source(name), read_solutions(name))
-    seconds[name] = time.perf_counter() - started
+    for column, value in (  # of the table that conftest.py prints
+        ("lesson", name),
+        ("seconds", f"{time.perf_counter() - started:.1f}"),
+        ("words", english_words(name)),
+        ("characters", chinese_characters(name)),
+        ("lines", len(code_lines(name))),
+        ("pictures", len(pictures(notebook(name, "en")))),
+        ("KB", notebook_path(name, "en").stat().st_size // 1000),
+    ):
+        record_property(column, value)
     solved = [cell for cell in ran.cells if has_tag(cell, "solution")]
     assert len(exercises(ran)) == len(solved) == 3
     for number, (cell, solution) in enumerate(zip(exercises(ran), solved), start=1):
