@@ -1,5 +1,15 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and values quoted in its message."""
+
+from typing import Any
+
+MAX_QUOTED = 200  # characters of a value in a message
 
 
 class NanoVLMError(Exception):
     """One line: what is wrong, where (file, line, tensor, key), and what to do about it."""
+
+
+def quoted(value: Any) -> str:
+    """A value as it stands in a message: as Python writes it, cut after MAX_QUOTED characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"

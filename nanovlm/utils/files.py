@@ -2,11 +2,23 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
+
+MAX_TEXT = 2**27  # bytes: four times the largest published tokenizer.json
+MAX_NESTING = 64  # lists and objects within each other; a tokenizer.json has 8
+_NOT_FILES = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
 
 
 @contextmanager
@@ -60,29 +72,94 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def read_text(path: str | Path) -> str:
-    """Read a text file; a `NanoVLMError` says why it cannot be read."""
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    A `NanoVLMError` says why it cannot be read. A pipe or a device is refused, because reading it
+    may wait for ever or never end.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((kind for test, kind in _NOT_FILES if test(mode)), "not a file")
+            raise NanoVLMError(f"{path}: is {kind}; give a regular file")
+        return open(path, "rb")
     except OSError as error:
         raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError:  # a NUL, or half of a UTF-16 pair
+        raise NanoVLMError(f"{path}: no file can have this name; check the path") from None
+
+
+def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
+    """Read a regular file of at most `limit` bytes; a `NanoVLMError` says why it cannot be read."""
+    with open_regular(path) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > limit:
+        raise NanoVLMError(f"{path}: is larger than {limit:,} bytes; it cannot be the right file")
+    return data
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
+    """Read a UTF-8 text file of at most `limit` bytes, without its byte order mark.
+
+    Line ends of Windows become line feeds. A `NanoVLMError` says why it cannot be read, or what
+    the file is if it is no text.
+    """
+    data = read_bytes(path, limit)
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise NanoVLMError(f"{path}: is not UTF-8 text; was it damaged or compressed?") from None
+        what = what_is(data[:FIRST_BYTES])
+        what = None if what in ("JSON", "YAML", "TOML") else what  # damaged further on
+        raise NanoVLMError(f"{path}: {_instead_of('UTF-8 text', what)}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError: JSONDecodeError, with the place, or without one for what is nested more than
+    MAX_NESTING deep and for numbers of thousands of digits.
+    """
+    too_deep = f"nested more than {MAX_NESTING} deep"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
+        ]
+    if level:
+        raise ValueError(too_deep)
+    return value
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object; a `NanoVLMError` names the file and the line that is broken."""
-    text, advice = read_text(path), "fetch or write the file again"
+    """Read a JSON object; a `NanoVLMError` names the file and the place that is broken."""
+    text = read_text(path)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
+        what = what_is(text[:FIRST_BYTES].encode(errors="replace"))
+        if what not in (None, "JSON"):
+            raise NanoVLMError(f"{path}: {_instead_of('JSON', what)}") from None
+        place, reason = "", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            place, reason = f":{error.lineno}:{error.colno}", error.msg
         raise NanoVLMError(
-            f"{path}:{error.lineno}: is not valid JSON ({error.msg}); {advice}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of nested lists
-        raise NanoVLMError(
-            f"{path}: is not usable JSON ({type(error).__name__}); {advice}"
+            f"{path}{place}: is not valid JSON ({reason}); fetch or write the file again"
         ) from None
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _instead_of(expected: str, what: str | None) -> str:
+    return f"is not {expected}" + (f" but {what}" if what else "; was it damaged or compressed?")
