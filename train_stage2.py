@@ -27,7 +27,7 @@ def main() -> None:
     # Before training, so that a mistake in a later stage costs nothing.
     commands = next_commands(recipe, settings)
     run_stage(settings)
-    say("next:  " + "\n  or:  ".join(commands))
+    say("next:  " + commands[0], *(f"  or:  {command}" for command in commands[1:]))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
 from data_tools.scenes_text import Question, questions
 from data_tools.scenes_world import TRAIN_PAIRS, draw, random_scene
@@ -34,7 +38,6 @@ from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.training.presets import load_settings
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.figures import plt
 from nanovlm.utils.files import read_json, write_atomically
 from nanovlm.utils.parser import CommandParser

@@ -15,16 +15,19 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
+from PIL import Image
 
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
 from nanovlm.inputs.image import open_image
 from nanovlm.training.monitor.samples import Answers, answers_at, draw_answers
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import atomic_path, read_jsonl
 from nanovlm.utils.parser import CommandParser
 

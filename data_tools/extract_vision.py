@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import first_line, run_command, say
+
+# isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.image_configs import read_processor
@@ -32,7 +36,6 @@ from nanovlm.hub.models import load_vision_encoder
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.shapes import VISION_ENCODERS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
-from nanovlm.utils.console import first_line, run_command, say
 from nanovlm.utils.files import read_json, write_json
 from nanovlm.utils.parser import CommandParser
 

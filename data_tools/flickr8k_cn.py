@@ -32,13 +32,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
+from tqdm import tqdm
 
 from data_tools.caption_questions import THINGS
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 

@@ -14,13 +14,16 @@ import io
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
-
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import write_atomically
 from nanovlm.utils.parser import CommandParser
 

@@ -27,9 +27,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
+from tqdm import tqdm
 
 from data_tools.caption_questions import things_named
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description
@@ -41,7 +45,6 @@ from nanovlm.generate import Sampling
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE_MARKER
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.device import add_device_flag, choose_device
 from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser

@@ -25,6 +25,10 @@ from random import Random
 if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 from tqdm import tqdm
 
 from data_tools.scenes_text import KINDS, questions
@@ -38,7 +42,6 @@ from data_tools.scenes_world import (
     random_scene,
 )
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import read_json, to_jsonl, write_atomically, write_json
 from nanovlm.utils.parser import CommandParser
 
@@ -78,7 +81,7 @@ def make_scenes(
         raise NanoVLMError(
             f"{where}: cannot be written ({error.strerror}); choose another --out"
         ) from None
-    say(summary(world))
+    say(*summary(world).split("\n"))
     return out
 
 

@@ -19,14 +19,17 @@ from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
+from tqdm import tqdm
 
 from nanovlm.data.records import read_entries, read_records, record_files
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 

@@ -19,10 +19,13 @@ from pathlib import Path
 if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 from data_tools.pretrain_language_model import pretrain_language_model
 from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.parser import CommandParser, flag
 
 FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-language-model"}

@@ -3,6 +3,10 @@
 Start reading at `model/vlm.py`.
 """
 
+# First, because the others take seconds, in which Ctrl-C should not show a traceback.
+from nanovlm.utils import interruption  # noqa: F401
+
+# isort: split
 from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate

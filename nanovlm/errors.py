@@ -6,7 +6,13 @@ MAX_QUOTED = 200  # characters of a value in a message
 
 
 class NanoVLMError(Exception):
-    """One line: what is wrong, where (file, line, tensor, key), and what to do about it."""
+    """One line: what is wrong, where (file, line, tensor, key), and what to do about it.
+
+    Further arguments are the lines of a list below it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def quoted(value: Any) -> str:

@@ -95,7 +95,8 @@ def check_skipped(skipped: Sequence[str], total: int) -> None:
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
         raise NanoVLMError(
             f"{len(skipped)} of {total} records cannot be used, more than {MAX_SKIPPED:.0%}; "
-            "mend or remove them:\n" + "\n".join(lines)
+            "mend or remove them:",
+            *lines,
         )
 
 

@@ -301,7 +301,7 @@ def _raise_problems(module: nn.Module, checkpoint: Checkpoint, problems: Problem
             report += [f"    {line}" for line in lines[:LINES_PER_KIND]]
         if len(lines) > LINES_PER_KIND:
             report.append(f"    … and {len(lines) - LINES_PER_KIND} more")
-    raise NanoVLMError("\n".join(report))
+    raise NanoVLMError(*report)
 
 
 def _renamed(stored: str, name: str) -> str:

@@ -80,7 +80,7 @@ def run_stage(settings: Settings) -> Path:
     if settings.cache_features:
         features = _cached_features(model, [*records, *held_out], precision, loading)
     _place(model, settings, precision, parallel)
-    say(describe(model, settings))
+    say(*describe(model, settings).split("\n"))
     batches, validation = _make_batches(model, records, held_out, settings, parallel, features)
     if validation is not None:
         validation = _usable(validation, loading)
@@ -346,7 +346,7 @@ def _save_results(run: Run) -> None:
     if whole is None:
         return
     if answers := last_answers(run.folder):
-        say(answers)
+        say(*answers.split("\n"))
     if run.settings.lora_rank:
         save_adapter(whole, run.folder / "adapter", lora_config(run.settings))
     _save_model(whole, run.folder, run.precision.dtype)

@@ -1,20 +1,40 @@
 """Messages of the commands, and how a command ends: its exit code and its one-line errors."""
 
+import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils import interruption
 from nanovlm.utils.processes import is_main, processes
 
+MAX_LINE = 2000  # characters of a message
+# Also what separates lines, or reverses the order of characters, and halves of UTF-16 pairs.
+_CONTROL_CHARACTER = re.compile(
+    "[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
-def say(message: str) -> None:
-    """Print a message to stderr from rank 0, above any progress bar; stdout is for answers."""
+
+def say(*lines: str) -> None:
+    """Print lines to stderr from rank 0, above any progress bar; stdout is for answers.
+
+    What stands in a line stays within it: control characters are escaped.
+    """
     if is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write("\n".join(map(printable, lines)), file=sys.stderr)
+
+
+def printable(line: str) -> str:
+    """A line as the terminal may get it: control characters escaped, at most MAX_LINE long."""
+    if len(line) > MAX_LINE:
+        line = f"{line[:MAX_LINE]}… ({len(line) - MAX_LINE:,} more characters)"
+    return _CONTROL_CHARACTER.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -23,18 +43,61 @@ def run_command(main: Callable[[], int | None]) -> None:
     0 when it returns None; 2, with one line on stderr, when its input, the memory or a disk was at
     fault; 130 on Ctrl-C; 141, quietly, when the reader closes our stdout (`infer.py … | head`).
     """
+    _set_up_streams()
     status = _status_of(main)
-    _, world_size = processes()
-    if world_size > 1 and status:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes it once more at exit, and a failure there would change the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status and _processes()[1] > 1:
         # No clean-up between processes: it would wait for this one. torchrun ends the others.
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
+class _Messages:
+    """A stderr that no message fails on: a full disk or a terminal that is gone ends no run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _set_up_streams() -> None:
+    """UTF-8, whatever the console says, and something in place of a stream that is closed.
+
+    A closed stdin is empty, and a closed stderr takes everything. Writing to a closed stdout fails,
+    as to a full disk, so that no answer is lost without a word.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+        if mode == "w":
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.stderr = _Messages(sys.stderr)
+
+
 def _status_of(main: Callable[[], int | None]) -> int:
     try:
-        status = main() or 0
+        with interruption.raised_as_exception():
+            processes()  # refuses numbers of torchrun that make no sense
+            status = main() or 0
         sys.stdout.flush()  # here, where a closed pipe is still caught
         return status
     except SystemExit as stopped:  # --help, or a signal after everything was saved
@@ -44,9 +107,10 @@ def _status_of(main: Callable[[], int | None]) -> int:
             print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give that flush somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except NanoVLMError as error:
+        _print_error(*error.args)
+        return 2
     except Exception as error:
         message = _message_of(error)
         if message is None:
@@ -57,13 +121,12 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 def _message_of(error: Exception) -> str | None:
     """One line about an error that the user can do something about; None for a bug."""
-    if isinstance(error, NanoVLMError):
-        return str(error)
     if isinstance(error, OSError):  # a full disk, a folder without write permission, a long name
         return f"{error.filename or 'the system'}: {error.strerror or error}"
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, (RuntimeError, MemoryError)):
         return None
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "can't allocate memory" in str(error):
         return (
             f"out of memory ({first_line(error)}); "
             "`python -m nanovlm.memory --gpu GB` with the same flags says what fits"
@@ -86,9 +149,19 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _print_error(message: str) -> None:
-    rank, world_size = processes()
+def _print_error(first: str, *others: str) -> None:
+    rank, world_size = _processes()
     if rank > 0:
         # Rank 0 reports what is wrong everywhere, and torchrun has ended this process by then.
         time.sleep(3)
-    print("error" + (f" (rank {rank})" if world_size > 1 else "") + f": {message}", file=sys.stderr)
+    of_rank = f" (rank {rank})" if world_size > 1 else ""
+    lines = (f"error{of_rank}: {first}", *others)
+    print("\n".join(map(printable, lines)), file=sys.stderr)
+
+
+def _processes() -> tuple[int, int]:
+    """As `processes`, but a single one where the environment makes no sense."""
+    try:
+        return processes()
+    except NanoVLMError:
+        return 0, 1

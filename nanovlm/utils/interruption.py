@@ -1,6 +1,36 @@
-"""Stopping after the current step on Ctrl-C (SIGINT) or on a scheduler's SIGTERM."""
+"""Ctrl-C (SIGINT) and a scheduler's SIGTERM: what a command does at any moment of its life.
 
+Importing this module arms a command, so the package does it before its slow imports: until its
+`main` begins, and once it has ended, Ctrl-C ends the process at once, because nothing is half done.
+"""
+
+import contextlib
+import os
 import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanovlm.utils.processes import is_main
+
+
+def end_at_once(number: int, _) -> None:
+    """Handle a signal: one line, and exit code 128 + its number."""
+    with contextlib.suppress(OSError):  # stderr may be closed
+        os.write(2, b"interrupted\n" if is_main() else b"")
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def raised_as_exception() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt within, so that what was begun is cleaned up."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Interruption:
@@ -25,3 +55,15 @@ class Interruption:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _is_command() -> bool:
+    """Whether this process runs `python -m nanovlm.NAME` or a script of this repository."""
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module, for which it imports us
+        return True
+    root, script = Path(__file__).parents[2], getattr(sys.modules["__main__"], "__file__", None)
+    return script is not None and Path(script).absolute().parent in (root, root / "data_tools")
+
+
+if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)

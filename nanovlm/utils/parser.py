@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import MAX_QUOTED, NanoVLMError
 from nanovlm.utils.config import RENAMED, RENAMED_VALUES
 
 
@@ -30,4 +30,5 @@ class CommandParser(argparse.ArgumentParser):
         choice = re.fullmatch(r"argument (\S+): invalid choice: '(\w+)' .*", message)
         if choice and (new := RENAMED_VALUES.get(choice[2])):
             raise NanoVLMError(f"{choice[1]} {choice[2]} is now {choice[1]} {new}")
+        message = re.sub(rf"(\S{{{MAX_QUOTED}}})\S+", r"\1…", message)  # no word is longer
         raise NanoVLMError(f"{message}; --help lists the flags")

@@ -2,22 +2,47 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 
 
 def processes() -> tuple[int, int]:
     """Rank and world size from torchrun's environment variables; without torchrun, 0 and 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise NanoVLMError(
+            f"RANK is {rank} and WORLD_SIZE {world_size} in the environment, so there is no such "
+            "process; unset both, or start the command with torchrun, which sets them"
+        )
+    return rank, world_size
 
 
 def processes_here() -> int:
-    """How many of torchrun's processes are on this machine; without torchrun, 1."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """How many of torchrun's processes are on this machine; all, where it does not say."""
+    return max(1, _from_torchrun("LOCAL_WORLD_SIZE", processes()[1]))
+
+
+def rank_here() -> int:
+    """Which of torchrun's processes on this machine this is; without torchrun, 0."""
+    return _from_torchrun("LOCAL_RANK", 0)
+
+
+def _from_torchrun(name: str, default: int) -> int:
+    """The number that a variable holds. One that is set but empty counts as unset."""
+    text = os.environ.get(name, "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return int(text)
+    if text:
+        raise NanoVLMError(
+            f"{name} is {quoted(text)} in the environment, expected a number; "
+            "unset it, or start the command with torchrun, which sets it"
+        )
+    return default
 
 
 def is_main() -> bool:

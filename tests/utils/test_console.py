@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import nanovlm
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.console import run_command
+from nanovlm.utils.console import MAX_LINE, run_command, say
 
 
 def end(main, capsys) -> tuple[int, str, str]:
@@ -61,6 +62,25 @@ def test_status_of_main(capsys):
                 "same bits in every run; take --no-deterministic, or another --device\n"
             ),
         ),
+        (
+            MemoryError("Unable to allocate 9 GiB"),
+            2,
+            (
+                "error: out of memory (Unable to allocate 9 GiB); "
+                "`python -m nanovlm.memory --gpu GB` with the same flags says what fits\n"
+            ),
+        ),
+        (
+            NanoVLMError("a\nerror: forged \x1b[2J\x9b\u2028\u202e\udc80 图"),
+            2,
+            "error: a\\nerror: forged \\x1b[2J\\x9b\\u2028\\u202e\\udc80 图\n",
+        ),
+        (NanoVLMError("a list:", "  1\r", "  2"), 2, "error: a list:\n  1\\r\n  2\n"),
+        (
+            NanoVLMError("x" * (MAX_LINE + 5000)),
+            2,
+            f"error: {'x' * (MAX_LINE - 7)}… (5,007 more characters)\n",
+        ),
         (SystemExit(143), 143, ""),
     ],
 )
@@ -73,10 +93,82 @@ def test_a_bug_keeps_its_traceback():
         run_command(lambda: 1 // 0)
 
 
+# Commands of a few lines, in processes of their own that load no PyTorch.
+PREAMBLE = f"""
+import sys, types
+package = types.ModuleType("nanovlm")
+package.__path__ = {list(nanovlm.__path__)}
+sys.modules["nanovlm"] = package
+from nanovlm.utils.console import run_command, say
+"""
+
+
+def run(main: str, redirections: str = "", **environment: str) -> tuple[int, bytes, bytes]:
+    """Exit code, stdout and stderr of a command with this `main`, started by a shell."""
+    code = f"{PREAMBLE}\ndef main():\n    {main}\nrun_command(main)"
+    shell = ["sh", "-c", f'exec "$0" -c "$1" {redirections}', sys.executable, code]
+    done = subprocess.run(
+        shell, capture_output=True, timeout=60, check=False, env=os.environ | environment
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+NO_ROOM = "error: the system: No space left on device\n"
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the redirections are a shell's")
+@pytest.mark.parametrize(
+    ("main", "redirections", "expected"),
+    [
+        ("print([sys.stdin.read()])", "<&-", (0, "['']\n", "")),
+        ("print('x')", ">&-", (2, "", "error: the system: Bad file descriptor\n")),
+        ("say('x')", ">&-", (0, "", "x\n")),
+        ("say('x'); print('y')", "2>&-", (0, "y\n", "")),
+        ("sys.exit(3)", "<&- >&- 2>&-", (3, "", "")),
+        ("say('x'); open('/none')", "<&- >&- 2>&-", (2, "", "")),
+        pytest.param("print('x')", ">/dev/full", (2, "", NO_ROOM), marks=needs_full),
+        pytest.param("print('x', flush=True)", ">/dev/full", (2, "", NO_ROOM), marks=needs_full),
+        pytest.param("say('x'); print('y')", "2>/dev/full", (0, "y\n", ""), marks=needs_full),
+        pytest.param("open('/none')", "2>/dev/full", (2, "", ""), marks=needs_full),
+    ],
+)
+def test_a_stream_that_is_closed_or_full(main, redirections, expected):
+    status, out, err = expected
+    assert run(main, redirections) == (status, out.encode(), err.encode())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="runs a shell")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "gbk"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_streams_are_utf_8_whatever_the_console_says(environment):
+    main = "say('\\u56fe'); print('\\u56fe \\udcff')"
+    assert run(main, **environment) == (0, "图 \\udcff\n".encode(), "图\n".encode())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="runs a shell")
+def test_the_environment_of_torchrun():
+    assert run("say('x')", RANK="", WORLD_SIZE=" ") == (0, b"", b"x\n")
+    status, out, err = run("say('x')", RANK="first")
+    assert (status, out) == (2, b"")
+    assert err.startswith(b"error: RANK is 'first' in the environment, expected a number; unset")
+
+
+def test_what_stands_in_a_line_stays_in_it(capsys):
+    say("skipped: a\nerror: b", "\tc")
+    assert capsys.readouterr() == ("", "skipped: a\\nerror: b\n\\tc\n")
+
+
 def test_a_closed_pipe_ends_the_command_quietly():
-    code = "from nanovlm.utils.console import run_command\nrun_command(lambda: print('x'))"
     reader, writer = os.pipe()
     os.close(reader)
+    code = PREAMBLE + "run_command(lambda: print('x'))"
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
     )

@@ -10,7 +10,6 @@ for.
 """
 
 import json
-import os
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from nanovlm.training.distributed.shares import total, wait
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import first_line
-from nanovlm.utils.processes import is_main, processes
+from nanovlm.utils.processes import is_main, processes, processes_here, rank_here
 
 # Gradients sent at once, 25 MB in fp32: large for the network, small beside the model.
 BUCKET = 25 * 2**20 // 4
@@ -76,7 +75,7 @@ class Parallel:
         if self.world == 1:
             return
         if device.type == "cuda":
-            number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            number, count = rank_here(), torch.cuda.device_count()
             if number >= count:
                 raise NanoVLMError(
                     f"process {number} of this machine has no GPU, there are {count}; "
@@ -95,8 +94,7 @@ class Parallel:
     @property
     def launcher(self) -> str:
         """What a command line of this run begins with."""
-        here = os.environ.get("LOCAL_WORLD_SIZE", str(self.world))
-        return "python" if self.world == 1 else f"torchrun --nproc_per_node {here}"
+        return "python" if self.world == 1 else f"torchrun --nproc_per_node {processes_here()}"
 
     def end(self) -> None:
         """Wait for all processes and disconnect. If one exited earlier, torchrun would end all."""
