@@ -28,6 +28,7 @@ from nanovlm.utils.parser import CommandParser
 TRAINED = Path("runs/stage2/model")
 # Refused in prompts for any model, because prompts copied from elsewhere often contain them.
 CHATML = ("<|im_start|>", "<|im_end|>")
+MAX_PROMPT = 2**20  # bytes of a line on stdin, which may come from a file or a device
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -121,7 +122,7 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
         )
     if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES:
         raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
-    return inputs[:-1], inputs[-1]
+    return inputs[:-1], _utf8(os.fsencode(inputs[-1]))  # the bytes, whatever the locale
 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
@@ -137,7 +138,19 @@ def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
 def _read_prompt() -> str:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.buffer.readline().decode(errors="replace").strip()
+    line = sys.stdin.buffer.readline(MAX_PROMPT + 1)
+    if len(line) > MAX_PROMPT:
+        raise NanoVLMError(f"the prompt has more than {MAX_PROMPT:,} bytes; shorten it")
+    return _utf8(line).strip()
+
+
+def _utf8(prompt: bytes) -> str:
+    try:
+        return prompt.decode()
+    except UnicodeDecodeError:
+        raise NanoVLMError(
+            "the prompt is not UTF-8 text; set the terminal, or save the file, to UTF-8"
+        ) from None
 
 
 def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:

@@ -158,7 +158,7 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--temperature -1", "temperature is -1.0; it has to be 0 or more"),
+        ("--temperature -1", "temperature is -1.0; it has to be 0 or from 0.000001"),
         ("--temperature nan", "temperature is nan"),
         ("--temperature hot", "invalid float value: 'hot'"),
         ("--top-p 0", "top_p is 0.0"),

@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import importlib
+import math
 import os
 from pathlib import Path
 
@@ -225,16 +226,36 @@ def test_the_same_seed_gives_the_same_answer(model):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"temperature": -0.1}, "temperature is -0.1; it has to be 0 or more"),
+        ({"temperature": -0.1}, "temperature is -0.1; it has to be 0 or from 0.000001 to 1000000"),
+        ({"temperature": 1e-45}, "temperature is 1e-45"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": math.nan}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; it has to be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": -1}, "top_k is -1; it has to be 0 or more"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it has to be above 0"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"top_k": -1}, "top_k is -1; it has to be from 0 to 2147483647"),
+        ({"top_k": 2**31}, "top_k is 2147483648"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it has to be from 0.001 to 1000"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
     ],
 )
 def test_invalid_sampling_settings_are_refused(setting, message):
     with pytest.raises(NanoVLMError, match=message):
         Sampling(**setting)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+def test_the_extremes_of_sampling_leave_finite_logits(temperature, penalty):
+    """Logits of thousands, as a large model has: whatever is drawn is a token of the vocabulary."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 1e4
+    seen = torch.arange(20).expand(4, 20)
+    sampling = Sampling(temperature, top_k=2**31 - 1, repetition_penalty=penalty)
+    tokens = sample(logits, seen, sampling, torch.Generator().manual_seed(1))
+    if temperature < 1:  # as good as greedy
+        assert tokens.tolist() == sample(logits, seen, Sampling(0, 1, 0, penalty), None).tolist()
+    assert tokens.min() >= 0 and tokens.max() < 50
 
 
 def test_a_prompt_that_is_too_long_is_refused(model):

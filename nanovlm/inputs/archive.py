@@ -45,7 +45,8 @@ def check(path: str | Path) -> None:
         with _opened(path):
             pass
     elif not os.path.isfile(path):  # takes a path of any length, unlike pathlib's
-        raise NanoVLMError("does not exist")
+        kind = "is a folder, a pipe, a device or a link to nothing, not a file"
+        raise NanoVLMError(kind if os.path.lexists(path) else "does not exist")
 
 
 def read_member(path: str | Path) -> bytes:

@@ -7,12 +7,12 @@ Lesson: lessons/source/01_patches.py.
 
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,16 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive
 from nanovlm.inputs.image_config import FILTERS, ImageConfig
+from nanovlm.utils.files import open_regular
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 T = TypeVar("T")
 
 # 8192 × 8192: more than a 50-megapixel photo, and 256 MiB decoded (four bytes a pixel).
 MAX_PIXELS = 2**26
+MAX_SIDE = 2**16  # pixels; pillow's resizing takes memory by the side
+MAX_BYTES = 2**29  # of a file: the pixels of the largest image, 8 bytes each
+MAX_SCANNED = 2**30  # pixels of all scans of a JPEG; a progressive one has about 10 scans
 # Formats that are decoded inside this process; EPS is not, because pillow starts ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -40,6 +45,11 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = [_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)]
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')
+LONG = 4  # EXIF's number of the type of 32 bits; an orientation usually has 16
+TEXT_CHUNKS = (b"iTXt", b"tEXt", b"zTXt")  # of a PNG
+# The byte after 0xff is 0, or counts to 7, within a scan; it is 0xff where a marker is filled up.
+_JPEG_MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])", re.DOTALL)
 
 
 def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
@@ -52,7 +62,8 @@ def open_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     seekable binary stream, read from its start.
 
     Raises NanoVLMError, one line naming the source, for anything that is not a complete image in
-    one of FORMATS with at most MAX_PIXELS. Nothing is decoded before the size is known.
+    one of FORMATS within the limits above. Nothing is decoded before the size is known. Long text
+    in a PNG is passed over.
     """
     return _read(source, _decode)
 
@@ -71,19 +82,15 @@ def _read(source: str | Path | bytes | BinaryIO, read: Callable[[BinaryIO], T]) 
     name = source if is_path else getattr(source, "name", "image in memory")
     try:
         if isinstance(source, bytes):
-            return read(io.BytesIO(source))
+            return _read_file(io.BytesIO(source), read)
         if not isinstance(source, (str, Path)):
-            return read(source)
+            return _read_file(source, read)
         if archive.is_member(source):
-            return read(io.BytesIO(archive.read_member(source)))
-        if not Path(source).is_file():  # reading a device or a pipe could never end
-            raise NanoVLMError("not a file" if Path(source).exists() else "no such file")
-        with Path(source).open("rb") as file:
-            return read(file)
+            return _read_file(io.BytesIO(archive.read_member(source)), read)
+        with open_regular(source) as file:
+            return _read_file(file, read)
     except NanoVLMError as error:
-        reason = str(error)
-    except Image.UnidentifiedImageError:
-        reason = f"not an image, or cut off in its header; can read {', '.join(FORMATS)}"
+        reason = str(error).removeprefix(f"{name}: ")
     except Image.DecompressionBombError:
         reason = f"more pixels than the limit of {MAX_PIXELS:,}; make the image smaller first"
     except Exception as error:  # pillow raises nearly every built-in exception on broken files
@@ -91,44 +98,114 @@ def _read(source: str | Path | bytes | BinaryIO, read: Callable[[BinaryIO], T]) 
     raise NanoVLMError(f"{name}: {reason}")
 
 
+def _read_file(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
+    size = file.seek(0, io.SEEK_END)
+    if size > MAX_BYTES:
+        raise NanoVLMError(f"has {size:,} bytes, more than the limit of {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        # Pillow warns about unusual metadata, and about sizes, which are checked here.
+        warnings.simplefilter("ignore")
+        try:
+            metered = _Metered(file, 4 * size + 2**20)
+            return read(metered)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):  # the names of pillow's limits
+                raise
+            return read(io.BytesIO(_without_text(file)))
+
+
+class _Metered:
+    """A file of which `limit` bytes are read, and no more: many tags may name the same bytes."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file, self._left = file, limit
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise NanoVLMError("its parts lie over each other, so that it has no end")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _without_text(file: BinaryIO) -> bytes:
+    """A PNG without its text and colour profile, of which pillow reads only so much."""
+    file.seek(0)
+    data = file.read()
+    kept, at = [data[:8]], 8  # the signature; then each chunk's length, name, data and checksum
+    while len(data) - at >= 8:
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + length + 12
+        kept += [] if name in (*TEXT_CHUNKS, b"iCCP") else [data[at:end]]
+        at = end
+    return b"".join(kept)
+
+
 def _open(file: BinaryIO) -> Image.Image:
     """The image with nothing decoded yet."""
     file.seek(0)
-    if not file.read(1):
+    start = file.read(FIRST_BYTES)
+    if not start:
         raise NanoVLMError("the file is empty")
-    image = Image.open(file, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        what = what_is(start)
+        if what and not re.match("an? (JPEG|PNG|WebP|GIF|BMP|TIFF) image", what):
+            raise NanoVLMError(f"is {what}") from None
         raise NanoVLMError(
-            f"{image.width} x {image.height} is more pixels than the limit of {MAX_PIXELS:,}; "
-            "make the image smaller first"
+            f"not an image, or cut off in its header; can read {', '.join(FORMATS)}"
+        ) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise NanoVLMError(
+            f"{width} x {height} is beyond the limits of {MAX_PIXELS:,} pixels in all and "
+            f"{MAX_SIDE:,} a side; make the image smaller first"
         )
     return image
 
 
 def _decode(file: BinaryIO) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns about unusual metadata, and about sizes, which are checked here.
-        warnings.simplefilter("ignore")
-        image = _open(file)
-        image.load()
-        transpose = _transpose(image.getexif)
-        image = _to_rgb(image)
-        return image if transpose is None else image.transpose(transpose)
+    image = _open(file)
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(file, MAX_SCANNED // (image.width * image.height))
+    image.load()
+    transpose = _transpose(image)
+    image = _to_rgb(image)
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _check_scans(file: BinaryIO, most: int) -> None:
+    """Refuse a JPEG of more than `most` scans, each of which takes as long as a whole image."""
+    file.seek(0)
+    data = file.read()
+    if data.count(b"\xff\xda") <= most:  # also within thumbnails and other data
+        return
+    at = scans = 0
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != b"\xd9":  # the image's end
+        at = marker.end()
+        if marker[1] != b"\xd8":  # its start; all others have a length
+            at += int.from_bytes(data[at : at + 2])
+        scans += marker[1] == b"\xda"
+        if scans > most:
+            raise NanoVLMError(
+                f"a JPEG of more than {most} scans, too many for its size; save it again"
+            )
 
 
 def _upright_size(file: BinaryIO) -> tuple[int, int]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(file)
-        width, height, getexif = *image.size, image.getexif
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # Pillow turns it by itself, and some versions its `size` already; this is the file's.
-            tags = image.tag_v2
-            width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
-        elif image.format == "PNG" and not _has_metadata_after_pixels(file):
-            # A PNG's own method decodes the image, to look for metadata after it.
-            getexif = partial(Image.Image.getexif, image)
-        return (height, width) if _transpose(getexif) in _SIDEWAYS else (width, height)
+    image = _open(file)
+    width, height = image.size
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow turns it by itself, and some versions its `size` already; this is the file's.
+        tags = image.tag_v2
+        width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
+    elif image.format == "PNG" and _has_metadata_after_pixels(file):
+        image.load()
+    return (height, width) if _transpose(image) in _SIDEWAYS else (width, height)
 
 
 def _has_metadata_after_pixels(file: BinaryIO) -> bool:
@@ -138,18 +215,47 @@ def _has_metadata_after_pixels(file: BinaryIO) -> bool:
     while not found and len(start := file.read(8)) == 8:
         length, name = struct.unpack(">I4s", start)
         pixels_seen |= name == b"IDAT"
-        found = pixels_seen and name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        found = pixels_seen and name in (b"eXIf", *TEXT_CHUNKS)
         file.seek(length + 4, io.SEEK_CUR)
     file.seek(position)
     return found
 
 
-def _transpose(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
+def _transpose(image: Image.Image) -> Image.Transpose | None:
     """What turns an image upright; None if it is, or if its EXIF is damaged (as viewers do)."""
     try:
-        return _TRANSPOSES.get(getexif().get(ExifTags.Base.Orientation, 1))
+        return _TRANSPOSES.get(_orientation(image))
     except Exception:
         return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF or, failing that, XMP has it; 1 is upright."""
+    info, orientation = image.info, None
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    if exif := info.get("exif"):
+        orientation = _exif_orientation(exif)
+    elif hexadecimal := info.get("Raw profile type exif"):  # as ImageMagick wrote it into PNGs
+        orientation = _exif_orientation(bytes.fromhex("".join(hexadecimal.split("\n")[3:])))
+    if orientation is None:
+        xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
+        xmp = xmp.encode() if isinstance(xmp, str) else xmp
+        orientation = int(found[2]) if (found := _XMP_ORIENTATION.search(xmp)) else 1
+    return orientation
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """The orientation tag alone: pillow reads all tags, and each may claim the whole file."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}[exif[:2]]
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    for at in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", exif, at)
+        if tag == ExifTags.Base.Orientation:
+            return struct.unpack_from(order + ("I" if kind == LONG else "H"), exif, at + 8)[0]
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,8 +6,8 @@ Lessons: lessons/source/13_accumulation.py, lessons/source/14_training_loop.py.
 import math
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from nanovlm.training.precision import Precision
 from nanovlm.training.recipes import Recipe
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import say
-from nanovlm.utils.interruption import Interruption
+from nanovlm.utils.interruption import Interrupted, Interruption
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def train(run: Run) -> None:
     The loss of a step is summed over the targets of its batches and divided by their number, so
     that k batches make the same step as one that is k times as large. A step whose loss or gradient
     is not finite changes nothing; its records are named in `bad_steps.jsonl`. Ctrl-C and SIGTERM
-    finish the step, save a checkpoint and exit with 130 and 143.
+    finish the step, or end the wait for data, save a checkpoint and exit with 130 and 143.
     """
     settings, model, precision, parallel = run.settings, run.model, run.precision, run.parallel
     optimizer = build_optimizer(model, settings)
@@ -113,7 +113,7 @@ def train(run: Run) -> None:
     model.train()
     with monitor.bar, closing(run.tracker), Interruption() as interruption:
         while progress.step < run.total_steps:
-            with monitor.log.waiting_for_data():
+            with monitor.waiting_for_data(interruption):
                 loaded = [next(loader) for _ in range(settings.accumulate)]
             target_count = monitor.count(loaded)  # in the whole step, all processes together
 
@@ -166,6 +166,28 @@ class Monitor:
         )
         run.tracker.start(step)
         self._unread: list[StepResult] = []  # steps since the last one that was read back
+
+    @contextmanager
+    def waiting_for_data(self, interruption: Interruption) -> Iterator[None]:
+        """Measure the wait for data, which a signal ends at once, and the run with it.
+
+        Not if there are other processes: they may be in the middle of the step.
+        """
+        if self.run.parallel.world > 1:
+            with self.log.waiting_for_data():
+                yield
+            return
+        try:
+            with self.log.waiting_for_data(), interruption.while_waiting():
+                yield
+        except Interrupted:
+            step, saved = self.progress.step, list_checkpoints(self.run.folder)
+            if step and not (saved and saved[-1].name == f"step_{step}"):
+                if self._unread:
+                    self._read_back()
+                save(self.run, self.optimizer, self.progress, None)
+                self.log.draw()
+            self._stop(interruption.signal)
 
     def count(self, loaded: Sequence[LoadedBatch]) -> int:
         """Count what all processes have loaded for a step, and name the records that they skipped.

@@ -33,6 +33,10 @@ def raised_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+class Interrupted(BaseException):
+    """A signal came while nothing was being done that has to be finished."""
+
+
 class Interruption:
     """Keeps the first SIGINT or SIGTERM as `signal`, for the loop to check after each step.
 
@@ -41,16 +45,30 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self.signal = 0  # the number of the signal received, or 0
+        self._waiting = False
         self._previous = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """Raise Interrupted at once within, and at the start for a signal that came before."""
+        self._waiting = True
+        try:
+            if self.signal:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
+
     def _receive(self, number: int, _) -> None:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
+        if self._waiting:
+            raise Interrupted
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():

@@ -117,6 +117,7 @@ def test_a_missing_archive_or_member_or_file_is_said(tmp_path):
         ("x.tar::../a.jpg", "the archive has no such member"),
         ("x.tar::", "the archive has no such member"),
         ("a.jpg", "does not exist"),
+        ("dir.tar", "is a folder, a pipe, a device or a link to nothing, not a file"),
     ):
         with pytest.raises(NanoVLMError, match=reason):
             archive.check(f"{tmp_path}/{name}")

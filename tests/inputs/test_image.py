@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import struct
 import warnings
@@ -49,16 +50,13 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 def png(width: int, height: int, data: bytes, bits: int = 1, colour: int = 0) -> bytes:
     """A PNG written by hand, so that its header can say anything."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def pixels_of(data: bytes) -> list[list[tuple[int, int, int]]]:
@@ -219,7 +217,7 @@ def test_a_size_is_read_without_the_pixels(tmp_path: Path) -> None:
     broken.write_bytes(data[:2])
     with pytest.raises(NanoVLMError, match="broken.png"):
         image_size(broken)
-    with pytest.raises(NanoVLMError, match="no such file"):
+    with pytest.raises(NanoVLMError, match="No such file"):
         image_size(tmp_path / "missing.png")
     with pytest.raises(NanoVLMError, match="limit"):
         image_size(png(9000, 9000, b""))
@@ -261,11 +259,27 @@ def assert_refused(source, *words: str) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "none.jpg", "none.jpg", "no such file")
-    assert_refused(str(tmp_path), str(tmp_path), "not a file")
-    assert_refused("/dev/null", "/dev/null", "not a file")
-    assert_refused("a\0b.png", "no such file")
-    assert_refused("x" * 5000)
+    assert_refused(tmp_path / "none.jpg", "none.jpg: cannot be read (No such file or directory)")
+    assert_refused(str(tmp_path), f"{tmp_path}: is a folder; give a regular file")
+    assert_refused("/dev/null", "/dev/null: is a device; give a regular file")
+    assert_refused("a\0b.png", "no file can have this name")
+    assert_refused("x" * 5000, "cannot be read")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes of this kind")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    assert_refused(tmp_path / "a.png", "a.png: is a pipe; give a regular file")
+    with pytest.raises(NanoVLMError, match="is a pipe"):
+        image_size(tmp_path / "a.png")
+
+
+def test_a_file_of_too_many_bytes(tmp_path: Path) -> None:
+    """WebP is read as a whole; a file may claim to be as large as a disk and take no room on it."""
+    with (tmp_path / "a.webp").open("wb") as file:
+        file.write(ENCODED["webp"])
+        file.truncate(2**40)
+    assert_refused(tmp_path / "a.webp", "has 1,099,511,627,776 bytes, more than the limit of")
 
 
 @pytest.mark.parametrize(
@@ -273,11 +287,17 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"hello, this is text\n" * 20, "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", "is a PostScript file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing: save it as JPEG or PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400), "is an HEIC image: save it as JPEG"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1" + bytes(400), "is an AVIF image: save it as JPEG"),
+        (b"\0\0\0\x20ftypisom\0\0\0\0isomiso2" + bytes(400), "is a video: save its frames"),
+        (b"%PDF-1.7\n" + bytes(400), "is a PDF document: save its pages as JPEG or PNG"),
+        (b"<!DOCTYPE html><html>404</html>", "is an HTML page: the server sent it in place"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer: "),
         (b"\x89PNG\r\n\x1a\n", "not an image"),
         (b"\xff\xd8\xff", "not an image"),
-        (bytes(1000), "not an image"),
+        (bytes(1000), "is a file of zeros"),
     ],
 )
 def test_what_is_no_image(tmp_path: Path, content: bytes, word: str) -> None:
@@ -331,6 +351,92 @@ def test_large_headers_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     assert_refused(png(2**31 - 1, 2**31 - 1, b""), limit)
     assert_refused(b"P6 40000 40000 255\n", limit)
     assert pillow_limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_longest_side_allowed_can_be_resized() -> None:
+    for size in ((2**16, 1), (1, 2**16)):
+        image = open_image(encode(Image.new("L", size, 255), "PNG"))
+        for config in (
+            ImageConfig(64, 64),
+            parse_image_config(DINOV2),
+            parse_image_config(SMOLVLM2),
+        ):
+            assert image_pixels(image, config).isfinite().all()
+    # Within the limit of pixels, but bicubic resizing would take gigabytes.
+    long = png(2**26, 1, zlib.compress(bytes(1 + 2**23), 9))
+    assert len(long) < 10_000
+    assert_refused(long, "67108864 x 1 is beyond the limits")
+
+
+def repeat_scan(jpeg: bytes, times: int) -> bytes:
+    """A progressive JPEG with its last scan so many times."""
+    start = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[start:-2] * times + jpeg[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_decoding(monkeypatch) -> None:
+    monkeypatch.setattr(image_module, "MAX_SCANNED", 30 * 24 * 18)
+    assert open_image(repeat_scan(ENCODED["progressive"], 20)).size == (24, 18)
+    many = repeat_scan(ENCODED["progressive"], 21)
+    assert many.count(b"\xff\xda") == 31
+    assert_refused(many, "a JPEG of more than 30 scans, too many for its size; save it again")
+    # Within other data, such as the thumbnails of a camera, the same bytes are no scans.
+    segment = b"\xff\xe1" + struct.pack(">H", 202) + b"\xff\xda" * 100
+    assert open_image(many[:2] + segment + ENCODED["progressive"][2:]).size == (24, 18)
+    assert open_image(ENCODED["progressive"] + b"\xff\xda" * 100).size == (24, 18)
+
+
+@pytest.mark.parametrize(
+    "kind, start", [(b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0")]
+)
+@pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "after them"])
+def test_long_text_in_a_png_is_passed_over(kind: bytes, start: bytes, late: bool) -> None:
+    bomb = chunk(kind, start + zlib.compress(bytes(50_000_000), 9))
+    at = -12 if late else 33
+    data = ENCODED["png"][:at] + bomb + ENCODED["png"][at:]
+    assert open_image(data).tobytes() == open_image(ENCODED["png"]).tobytes()
+    assert image_size(data) == (24, 18)
+
+
+def test_much_text_in_a_png_is_passed_over() -> None:
+    text = chunk(b"tEXt", b"workflow\0" + b"x" * 2**20) * 65  # pillow takes 64 MiB
+    assert open_image(ENCODED["png"][:33] + text + ENCODED["png"][33:]).size == (24, 18)
+    cut = ENCODED["png"][:33] + text + ENCODED["png"][33:-30]
+    assert_refused(cut)  # the pixels are read as strictly as ever
+
+
+def test_exif_of_any_form_turns_the_image() -> None:
+    for kind, value in ((3, "H"), (4, "I")):
+        for order, mark in (("<", b"II*\0"), (">", b"MM\0*")):
+            tag = struct.pack(f"{order}HHI{value}", 0x0112, kind, 1, 6).ljust(12, b"\0")
+            exif = b"Exif\0\0" + mark + struct.pack(f"{order}IH", 8, 1) + tag + bytes(4)
+            assert image_size(encode(random_image(16, 8), "JPEG", exif=exif)) == (8, 16)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    assert open_image(ENCODED["png"][:33] + text + ENCODED["png"][33:]).size == (18, 24)
+    lines = f"\nexif\n {len(exif)}\n{exif.hex()}\n".encode()  # as ImageMagick writes it
+    text = chunk(b"tEXt", b"Raw profile type exif\0" + lines)
+    assert open_image(ENCODED["png"][:33] + text + ENCODED["png"][33:]).size == (18, 24)
+
+
+def test_tags_that_all_claim_the_whole_file_are_not_read() -> None:
+    """65,534 tags of 3 MB each: 200 GB."""
+    tags = b"".join(
+        struct.pack(">HHII", tag, 7, 3_000_000, 0) for tag in range(1, 65536) if tag != 0x0112
+    )
+    exif = b"MM\0*" + struct.pack(">IH", 8, 65534) + tags + bytes(3_000_000)
+    data = ENCODED["png"][:33] + chunk(b"eXIf", exif) + ENCODED["png"][33:]
+    assert open_image(data).size == image_size(data) == (24, 18)
+
+
+def test_no_file_is_read_over_and_over() -> None:
+    metered = image_module._Metered(io.BytesIO(b"0123456789"), 25)
+    for _ in range(2):
+        metered.seek(0)
+        assert metered.read() == b"0123456789"
+    metered.seek(0)
+    with pytest.raises(NanoVLMError, match="its parts lie over each other"):
+        metered.read()
 
 
 def test_an_image_of_the_largest_size_allowed_opens() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovlm.data.batches import Batches
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.loading import open_checkpoint
 from nanovlm.model.vlm import VisionLanguageModel
@@ -395,6 +396,31 @@ def test_a_signal_saves_and_exits_with_its_status(tiny, tmp_path, monkeypatch, n
         tiny.train(tmp_path / "run", init=str(tiny.model))
     assert stopped.value.code == status
     assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_2"]
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_signal_ends_the_wait_for_data(tiny, tmp_path, monkeypatch, capsys, at):
+    """It does not wait with it, which may take longer than a scheduler has patience."""
+    settings = {"init": str(tiny.model), "max_steps": 4, "save_every": 2}
+    expected = tiny.train(tmp_path / "expected", **settings)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        loader = Batches.loader
+
+        def stalling(batches, first, last, *rest):
+            yield from itertools.islice(loader(batches, first, last, *rest), at)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("goes on waiting")
+
+        patch.setattr(Batches, "loader", stalling)
+        tiny.train(tmp_path / "run", **settings, val_every=0)
+    assert stopped.value.code == 143
+    names = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")]
+    assert names[-1:] == ([f"step_{at}"] if at else [])
+    assert f"stopped after step {at} of 4, all saved" in capsys.readouterr().err
+    resumed = tiny.train(tmp_path / "run", **settings, resume=True)
+    assert (resumed / "model.safetensors").read_bytes() == (
+        expected / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(
