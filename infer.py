@@ -5,6 +5,10 @@ python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/mode
 python infer.py photo.jpg --chat
 """
 
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 import argparse
 import os
 import sys
@@ -21,7 +25,6 @@ from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER, Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.parser import CommandParser
 

@@ -4,6 +4,10 @@ python train_stage1.py                                              # the tiny d
 python train_stage1.py --vision-encoder DIR --language-model DIR --data FILE --out runs/mine
 """
 
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 import time
 from pathlib import Path
 
@@ -11,7 +15,6 @@ from data_tools.make_scenes import make_scenes
 from nanovlm.training.presets import load_settings
 from nanovlm.training.recipes import Recipe, next_commands
 from nanovlm.training.run import run_stage
-from nanovlm.utils.console import run_command, say
 from nanovlm.utils.processes import is_main
 
 SCENES = Path("data/scenes")

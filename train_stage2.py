@@ -4,13 +4,16 @@ python train_stage2.py                                             # goes on fro
 python train_stage2.py --init DIR --data FILE --out runs/mine
 """
 
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
 from pathlib import Path
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.training.presets import load_settings
 from nanovlm.training.recipes import Recipe, next_commands, preparations
 from nanovlm.training.run import run_stage
-from nanovlm.utils.console import run_command, say
 
 
 def main() -> None:

@@ -8,17 +8,21 @@ possible (CHAIR, Rohrbach et al., 2018, with the few THINGS below):
 {"chair_i": share of the things named, "chair_s": share of the captions, "n": number of captions}.
 """
 
-import json
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
-from nanovlm.errors import NanoVLMError
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
 from nanovlm.utils.console import run_command
+
+# isort: split
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_jsonl
 from nanovlm.utils.parser import CommandParser
 

@@ -7,15 +7,8 @@ configs, so that the drawing says what the code does. The same configs give the 
 same versions of matplotlib and Pillow.
 """
 
-import io
-import itertools
-import math
-import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -23,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image

@@ -9,11 +9,8 @@ are those that every column answers, and `--questions 1,3` picks some of them. R
 the runs were started in: their records are named from there.
 """
 
-import re
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -21,6 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import re
+from argparse import ArgumentTypeError
+from typing import NamedTuple
+
 from PIL import Image
 
 from nanovlm.data.records import read_records

@@ -13,13 +13,8 @@ Values and dtypes stay as they are. Qwen-VL is published as pickles, of which on
 read.
 """
 
-import argparse
-import pickle
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -27,6 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import first_line, run_command, say
 
 # isort: split
+import argparse
+import pickle
+import re
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 

@@ -21,16 +21,8 @@ The captions are described by Li et al., "Adding Chinese Captions to Images" (IC
 by Hodosh et al., "Framing Image Description as a Ranking Task" (JAIR 2013).
 """
 
-import argparse
-import lzma
-import random
-import re
 import sys
-import tarfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -38,6 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import argparse
+import lzma
+import random
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
 from tqdm import tqdm
 
 from data_tools.caption_questions import THINGS

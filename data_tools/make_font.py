@@ -9,8 +9,6 @@ source gives the same bytes with the same version of fontTools, which matplotlib
 (the file that ships was made with 4.68.0).
 """
 
-import hashlib
-import io
 import sys
 from pathlib import Path
 
@@ -20,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import hashlib
+import io
+
 from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 

@@ -18,14 +18,8 @@ learns to describe.
 The same model, data and seed give the same pairs. Without --model, all descriptions are spoiled.
 """
 
-import argparse
-import dataclasses
-import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -33,6 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import argparse
+import dataclasses
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from random import Random
+
 from tqdm import tqdm
 
 from data_tools.caption_questions import things_named

@@ -5,22 +5,8 @@ is a pair of colour and shape that train and val neither show nor mention. The s
 same bytes, whatever the number of workers.
 """
 
-import hashlib
-import io
-import multiprocessing
-import os
-import re
-import shutil
-import signal
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from random import Random
 
 if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +15,21 @@ if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker proce
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import hashlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+
 from tqdm import tqdm
 
 from data_tools.scenes_text import KINDS, questions

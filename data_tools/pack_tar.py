@@ -12,12 +12,8 @@ The same input gives the same bytes. A file of a shard gets its name when it is 
 file first.
 """
 
-import argparse
 import sys
-import tarfile
-from collections.abc import Iterable, Iterator
-from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
 
@@ -25,6 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import argparse
+import tarfile
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from pathlib import PurePosixPath
+
 from tqdm import tqdm
 
 from nanovlm.data.records import read_entries, read_records, record_files

@@ -8,12 +8,7 @@ language model on text alone (pretrain_language_model.py). Neither is trained on
 shape and colour, nor on a scene of train, val or novel.
 """
 
-import argparse
-import shutil
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker process of one
@@ -23,6 +18,12 @@ if __name__ in ("__main__", "__mp_main__"):  # as a script, or in a worker proce
 from nanovlm.utils.console import run_command, say
 
 # isort: split
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+
 from data_tools.pretrain_language_model import pretrain_language_model
 from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError

@@ -1,7 +1,8 @@
 """Ctrl-C (SIGINT) and a scheduler's SIGTERM: what a command does at any moment of its life.
 
-Importing this module arms a command, so the package does it before its slow imports: until its
-`main` begins, and once it has ended, Ctrl-C ends the process at once, because nothing is half done.
+Importing this module arms a command, so commands and the package do it before their slow imports:
+until its `main` begins, and once it has ended, Ctrl-C ends the process at once, because nothing is
+half done. For the same reason it imports little itself.
 """
 
 import contextlib
@@ -9,15 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-from nanovlm.utils.processes import is_main
 
 
 def end_at_once(number: int, _) -> None:
-    """Handle a signal: one line, and exit code 128 + its number."""
-    with contextlib.suppress(OSError):  # stderr may be closed
-        os.write(2, b"interrupted\n" if is_main() else b"")
+    """Handle a signal: one line, of rank 0, and exit code 128 + its number."""
+    if os.environ.get("RANK", "").strip() in ("", "0"):
+        with contextlib.suppress(OSError):  # stderr may be closed
+            os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
 
@@ -79,8 +78,11 @@ def _is_command() -> bool:
     """Whether this process runs `python -m nanovlm.NAME` or a script of this repository."""
     if sys.argv[:1] == ["-m"]:  # while Python looks for the module, for which it imports us
         return True
-    root, script = Path(__file__).parents[2], getattr(sys.modules["__main__"], "__file__", None)
-    return script is not None and Path(script).absolute().parent in (root, root / "data_tools")
+    root, script = __file__, getattr(sys.modules["__main__"], "__file__", None)
+    for _ in range(3):  # from nanovlm/utils/ upwards
+        root = os.path.dirname(root)
+    folder = script and os.path.dirname(os.path.abspath(script))
+    return folder in (root, os.path.join(root, "data_tools"))
 
 
 if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
