@@ -125,7 +125,10 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
         )
     if len(inputs) == 1 and Path(inputs[0]).suffix.lower() in IMAGE_SUFFIXES:
         raise NanoVLMError(f"{inputs[0]}: no such file, and no prompt after it")
-    return inputs[:-1], _utf8(os.fsencode(inputs[-1]))  # the bytes, whatever the locale
+    try:
+        return inputs[:-1], os.fsencode(inputs[-1]).decode()  # the bytes, whatever the locale
+    except UnicodeError:
+        raise NanoVLMError("the prompt is not UTF-8 text; set the terminal to UTF-8") from None
 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
@@ -144,16 +147,10 @@ def _read_prompt() -> str:
     line = sys.stdin.buffer.readline(MAX_PROMPT + 1)
     if len(line) > MAX_PROMPT:
         raise NanoVLMError(f"the prompt has more than {MAX_PROMPT:,} bytes; shorten it")
-    return _utf8(line).strip()
-
-
-def _utf8(prompt: bytes) -> str:
-    try:
-        return prompt.decode()
-    except UnicodeDecodeError:
-        raise NanoVLMError(
-            "the prompt is not UTF-8 text; set the terminal, or save the file, to UTF-8"
-        ) from None
+    text = line.decode(errors="replace").strip()
+    if "\ufffd" in text:
+        say("the prompt is not UTF-8 text; what could not be read is � in it")
+    return text
 
 
 def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:

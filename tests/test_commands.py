@@ -125,8 +125,17 @@ def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypa
 def test_a_chat_may_open_with_a_prompt_and_end_with_the_input(image, ask):
     assert ask(image, "你好", "--chat")[1].count("\n") == 1
     assert ask("--chat", stdin="你好".encode())[1].count("\n") == 1
-    code, out, _ = ask("--chat", stdin=b"\xff\xfe\n")  # no UTF-8, and still an answer
-    assert code == 0 and out.count("\n") == 1
+    code, out, err = ask("--chat", stdin=b"\xff\xfe\n")  # no UTF-8, and still an answer
+    assert code == 0 and out.count("\n") == 1 and "is not UTF-8 text; what could not be" in err
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(image, refused):
+    assert "the prompt is not UTF-8 text" in refused(image, "\udcff")  # the byte 0xff
+
+
+def test_a_line_without_an_end_is_not_read_for_ever(ask):
+    code, _, err = ask("--chat", stdin=b"a" * 2**21)
+    assert code == 2 and "the prompt has more than 1,048,576 bytes; shorten it" in err
 
 
 def test_sampling_follows_its_seed(image, ask):
@@ -275,8 +284,8 @@ def test_broken_images_are_one_line(tmp_path, refused, name):
 
 
 def test_images_that_are_not_there(tmp_path, refused):
-    assert "no such file" in refused(tmp_path / "gone.png", "描述图片")
-    assert "not a file" in refused(tmp_path, "描述图片")
+    assert "No such file" in refused(tmp_path / "gone.png", "描述图片")
+    assert "is a folder" in refused(tmp_path, "描述图片")
 
 
 # ---- model folders
@@ -372,7 +381,7 @@ DAMAGES = {
     ),
     "config is no JSON": (
         lambda folder: (folder / "config.json").write_text('{\n"a"'),
-        "config.json:2: is not valid JSON",
+        "config.json:2:4: is not valid JSON",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "holds no tokenizer"),
@@ -550,7 +559,8 @@ def test_a_stage_without_its_model_and_a_wrong_flag(tmp_path, command):
         "error: runs/stage1/model: there is no model to start from; run train_stage1.py "
         "first, or give --init\n"
     )
-    assert wait(processes[1]) == (2, "", "error: gone.jpg: no such file\n")
+    missing = "error: gone.jpg: cannot be read (No such file or directory); check the path\n"
+    assert wait(processes[1]) == (2, "", missing)
     assert not list(tmp_path.iterdir())
 
 

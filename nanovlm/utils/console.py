@@ -1,6 +1,7 @@
 """Messages of the commands, and how a command ends: its exit code and its one-line errors."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -45,9 +46,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     _set_up_streams()
     status = _status_of(main)
-    try:
-        sys.stdout.flush()
-    except OSError:
+    if not _flush_stdout():
         # Python flushes it once more at exit, and a failure there would change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if status and _processes()[1] > 1:
@@ -88,8 +87,9 @@ def _set_up_streams() -> None:
     ):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
-        if mode == "w":
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
+        stream = getattr(sys, name)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):  # no notebook's or test's own
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.stderr = _Messages(sys.stderr)
 
 
@@ -122,7 +122,8 @@ def _status_of(main: Callable[[], int | None]) -> int:
 def _message_of(error: Exception) -> str | None:
     """One line about an error that the user can do something about; None for a bug."""
     if isinstance(error, OSError):  # a full disk, a folder without write permission, a long name
-        return f"{error.filename or 'the system'}: {error.strerror or error}"
+        where = error.filename or ("the system" if _flush_stdout() else "stdout")
+        return f"{where}: {error.strerror or error}"
     if not isinstance(error, (RuntimeError, MemoryError)):
         return None
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -147,6 +148,15 @@ def _message_of(error: Exception) -> str | None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _flush_stdout() -> bool:
+    """Whether stdout takes what has been printed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _print_error(first: str, *others: str) -> None:

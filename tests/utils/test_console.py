@@ -113,7 +113,7 @@ def run(main: str, redirections: str = "", **environment: str) -> tuple[int, byt
     return done.returncode, done.stdout, done.stderr
 
 
-NO_ROOM = "error: the system: No space left on device\n"
+NO_ROOM = "error: stdout: No space left on device\n"
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 
 
@@ -122,7 +122,7 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there i
     ("main", "redirections", "expected"),
     [
         ("print([sys.stdin.read()])", "<&-", (0, "['']\n", "")),
-        ("print('x')", ">&-", (2, "", "error: the system: Bad file descriptor\n")),
+        ("print('x')", ">&-", (2, "", "error: stdout: Bad file descriptor\n")),
         ("say('x')", ">&-", (0, "", "x\n")),
         ("say('x'); print('y')", "2>&-", (0, "y\n", "")),
         ("sys.exit(3)", "<&- >&- 2>&-", (3, "", "")),
