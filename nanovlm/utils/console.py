@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -46,7 +46,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     _set_up_streams()
     status = _status_of(main)
-    if not _flush_stdout():
+    try:
+        sys.stdout.flush()
+    except OSError:
         # Python flushes it once more at exit, and a failure there would change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if status and _processes()[1] > 1:
@@ -55,20 +57,32 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-class _Messages:
-    """A stderr that no message fails on: a full disk or a terminal that is gone ends no run."""
+class _Stream:
+    """stdout, whose errors are named, or stderr, on which no message fails.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    A log on a full disk, or a terminal that is gone, ends no run.
+    """
+
+    def __init__(self, stream: TextIO, *, may_fail: bool) -> None:
+        self._stream, self._may_fail = stream, may_fail
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._errors():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._errors():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = "stdout"
+            if self._may_fail:
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -90,7 +104,8 @@ def _set_up_streams() -> None:
         stream = getattr(sys, name)
         if mode == "w" and isinstance(stream, io.TextIOWrapper):  # no notebook's or test's own
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    sys.stderr = _Messages(sys.stderr)
+    sys.stdout = _Stream(sys.stdout, may_fail=True)
+    sys.stderr = _Stream(sys.stderr, may_fail=False)
 
 
 def _status_of(main: Callable[[], int | None]) -> int:
@@ -122,8 +137,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
 def _message_of(error: Exception) -> str | None:
     """One line about an error that the user can do something about; None for a bug."""
     if isinstance(error, OSError):  # a full disk, a folder without write permission, a long name
-        where = error.filename or ("the system" if _flush_stdout() else "stdout")
-        return f"{where}: {error.strerror or error}"
+        return f"{error.filename or 'the system'}: {error.strerror or error}"
     if not isinstance(error, (RuntimeError, MemoryError)):
         return None
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -148,15 +162,6 @@ def _message_of(error: Exception) -> str | None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _flush_stdout() -> bool:
-    """Whether stdout takes what has been printed."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _print_error(first: str, *others: str) -> None:
