@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data_tools.caption_questions import things_named
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject
-from nanovlm.data.records import Record, read_records
+from nanovlm.data.records import Record, read_records, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.generate import Sampling
@@ -207,8 +207,7 @@ def _changed(
 def read_questions(arguments: argparse.Namespace) -> tuple[list[Record], list[Record]]:
     """The records to describe, and the other questions about the same images."""
     records, skipped = read_records(arguments.data)
-    for reason in skipped:
-        say(f"skipped: {reason}")
+    say_skipped(skipped, len(records) + len(skipped))
     asked = [record for record in records if is_one_question(record)]
     described = [
         record

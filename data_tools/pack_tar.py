@@ -7,9 +7,9 @@ writes SHARDS/shard-00000.jsonl, SHARDS/shard-00000.tar and so on, to be trained
     python train_stage1.py --data "SHARDS/*.jsonl"
 
 The records keep their order and all their keys; only their image paths change, to
-`shard-00000.tar::a.jpg`. An image is stored once, in the shard of the first record that uses it.
-The same input gives the same bytes. A file of a shard gets its name when it is complete, the tar
-file first.
+`shard-00000.tar::a.jpg`. A record that names its images within its turns is written as messages.
+An image is stored once, in the shard of the first record that uses it. The same input gives the
+same bytes. A file of a shard gets its name when it is complete, the tar file first.
 """
 
 import sys
@@ -22,6 +22,7 @@ from nanovlm.utils.console import run_command, say
 
 # isort: split
 import argparse
+import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -29,21 +30,21 @@ from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
-from nanovlm.data.records import read_entries, read_records, record_files
+from nanovlm.data.forms import IMAGES, read_conversation
+from nanovlm.data.records import Record, read_entries, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
-from nanovlm.inputs import archive
+from nanovlm.inputs import archive, data_uri
 from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically
 from nanovlm.utils.parser import CommandParser
 
-Entry = tuple[dict, tuple[Path, ...]]  # a record as it was written, and where its images are
+Entry = tuple[dict, Record]  # a record as it was written, and as it was read
 
 
 def pack(data: str, images: Path | None, out: Path, size: int) -> int:
     """Write shards of about `size` images each and return their number; bad records are skipped."""
     records, skipped = read_records(data, images)
-    for reason in skipped:
-        say(f"skipped: {reason}")
-    usable = {record.where: record.images for record in records}
+    say_skipped(skipped, len(records) + len(skipped))
+    usable = {record.where: record for record in records}
     entries = (
         (entry, usable[where])
         for path in record_files(data)
@@ -63,12 +64,12 @@ def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
     shard: list[Entry] = []
     seen: set[Path] = set()
     stored = 0
-    for entry, images in entries:
-        new = set(images) - seen
+    for entry, record in entries:
+        new = set(record.images) - seen
         if shard and stored + len(new) > size:
             yield shard
             shard, stored = [], 0
-        shard.append((entry, images))
+        shard.append((entry, record))
         seen |= new
         stored += len(new)
     yield shard
@@ -80,12 +81,10 @@ def write_shard(
     """Write new images to `name`.tar and the records to `name`.jsonl; `places` is updated."""
     lines, members = [], set()
     with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
-        for entry, images in entries:
-            key = "images" if "images" in entry else "image"
-            single = isinstance(entry.get(key), str)
-            for written, path in zip([entry[key]] if single else entry.get(key) or [], images):
+        for entry, record in entries:
+            for written, path in zip(read_conversation(entry)[1], record.images):
                 if path not in places:
-                    member = member_name(written)
+                    member = member_name(written, path)
                     if member in members:
                         raise NanoVLMError(
                             f"image {path}: another file is {member} in {name}.tar; "
@@ -94,28 +93,44 @@ def write_shard(
                     members.add(member)
                     places[path] = f"{name}.tar::{member}"
                     add_image(tar, member, path)
-            if images:
-                entry[key] = places[images[0]] if single else [places[path] for path in images]
-            lines.append(entry)
+            lines.append(with_images(entry, record, [places[path] for path in record.images]))
             bar.update()
     write_atomically(out / f"{name}.jsonl", to_jsonl(lines))
 
 
-def member_name(written: str) -> str:
+def with_images(entry: dict, record: Record, names: list[str]) -> dict:
+    """The record with other names for its images, in its own form if one key holds them all."""
+    for key in IMAGES:
+        if entry.get(key):
+            renamed = {**entry, key: names[0] if isinstance(entry[key], str) else names}
+            try:
+                if read_conversation(renamed)[1] == names:
+                    return renamed
+            except NanoVLMError:  # its turns name them, too
+                pass
+    return record.to_entry(names) if names else entry
+
+
+def member_name(written: str, path: Path) -> str:
     """The name of an image in its tar file: the record's path, or its name in another tar file."""
-    path = PurePosixPath(written.rpartition("::")[2])
-    if path.is_absolute() or ".." in path.parts:
+    if data_uri.is_data_uri(path):
+        return f"{hashlib.sha256(data_uri.read(path)).hexdigest()[:24]}.image"
+    inside = PurePosixPath(written.rpartition("::")[2].replace("\\", "/"))
+    if inside.is_absolute() or ".." in inside.parts:
         raise NanoVLMError(
             f"image {written}: leads out of the images' folder; write paths relative to one folder "
             "that holds all images, and name it with --images"
         )
-    return str(path)
+    return str(inside)
 
 
 def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
     """Store an image without its time and owner on this machine."""
     try:
-        data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
+        if data_uri.is_data_uri(path):
+            data = data_uri.read(path)
+        else:
+            data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
     except NanoVLMError as error:
         raise NanoVLMError(f"image {path} {error}") from None
     header = tarfile.TarInfo(member)

@@ -182,6 +182,8 @@ class Batches(Dataset):
     ) -> None:
         """`features` are the (n, P, C_v) patch vectors of each image, to use in place of pixels."""
         self.records, self.encoder, self.options = records, encoder, options
+        # No bucket reaches beyond the data: it would hold records more than once.
+        self.options = dataclasses.replace(options, bucket=max(1, min(options.bucket, len(self))))
         self.features = features
         self._order = Order(records, options.share, options.seed, options.shuffle)
         self._bucket: _Bucket | None = None  # the last one asked for

@@ -4,8 +4,10 @@
     {"images": ["a.jpg", "b.jpg"], "messages": [{"role": "user", "content": "<image> <image> …"}],
      "chosen": "…", "rejected": "…"}
 
-In place of `prompt`, `messages` or `conversations` hold several turns, of which the last is the
-user's. A prompt without `<image>` has its images at the beginning.
+The question is that of any form of records (`nanovlm.data.forms`), without its answer. An answer is
+text or a turn; or a list of turns, the question's among them if there is no other. In ms-swift's
+form, the preferred answer stands where a record has its own, and the other one in
+`rejected_response`. A prompt without `<image>` has its images at the beginning.
 """
 
 import dataclasses
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.batches import BatchOptions, RecordEncoder
+from nanovlm.data.forms import QUESTIONS, TURN_LISTS, as_turns, present
 from nanovlm.data.records import Record, parse_record, read_records
 from nanovlm.data.sequences import TokenSequence, share_prefix
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import IGNORED, IMAGE_MARKER, Message
+from nanovlm.inputs.chat import IGNORED, Message
 from nanovlm.inputs.image_config import ImageConfig
 
 ANSWERS = ("chosen", "rejected")
+REJECTED = "rejected_response"
 
 
 def read_pairs(
@@ -44,39 +48,46 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
     """Check one pair and resolve its image paths; raises with `where` and the reason."""
     if not isinstance(entry, dict):
         return parse_record(entry, where, folder)  # which says what it is instead
-    rest = {key: value for key, value in entry.items() if key not in (*ANSWERS, "prompt")}
+    entry = _with_chosen(present(entry))
     for name in ANSWERS:
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
+        answer = entry.get(name)
+        if not (answer.strip() if isinstance(answer, str) else isinstance(answer, (list, dict))):
             raise NanoVLMError(
                 f"{where}: has no text in {name!r}; a pair has a chosen and a rejected answer"
             )
-    if entry["chosen"].strip() == entry["rejected"].strip():
-        raise NanoVLMError(f"{where}: chosen and rejected are the same")
-    if "prompt" in entry:
-        if "messages" in entry or "conversations" in entry or "references" in entry:
-            raise NanoVLMError(f"{where}: has a prompt and other turns; give one of them")
-        rest["messages"] = [{"role": "user", "content": _with_markers(entry)}]
-    if "messages" in rest:
-        key, answer = "messages", {"role": "assistant", "content": entry["chosen"]}
-    else:
-        key, answer = "conversations", {"from": "gpt", "value": entry["chosen"]}
-    turns = rest.get(key)
-    if not isinstance(turns, list):
-        raise NanoVLMError(f"{where}: has no prompt, messages or conversations")
-    record = parse_record({**rest, key: [*turns, answer]}, where, folder)
-    if len(record.messages) < 2 or record.messages[-2].role != "user":
+    chosen, rejected = (parse_record(_with_answer(entry, name), where, folder) for name in ANSWERS)
+    if chosen.messages[:-1] != rejected.messages[:-1] or chosen.images != rejected.images:
+        raise NanoVLMError(f"{where}: chosen and rejected do not answer the same question")
+    if len(chosen.messages) < 2 or chosen.messages[-2].role != "user":
         raise NanoVLMError(f"{where}: the turn before the answers is not the user's")
-    return dataclasses.replace(record, rejected=entry["rejected"])
+    if not chosen.messages[-1].labelled or not rejected.messages[-1].labelled:
+        raise NanoVLMError(f"{where}: one of the answers is not to be learned")
+    better, worse = (record.messages[-1].text for record in (chosen, rejected))
+    if better.strip() == worse.strip():
+        raise NanoVLMError(f"{where}: chosen and rejected are the same")
+    return dataclasses.replace(chosen, rejected=worse)
 
 
-def _with_markers(entry: dict[str, Any]) -> Any:
-    """The prompt with a marker for each image. What is not text is left to `parse_record`."""
-    prompt, images = entry["prompt"], entry.get("images", entry.get("image")) or []
-    if not isinstance(prompt, str) or not isinstance(images, (str, list)):
-        return prompt
-    if not images or IMAGE_MARKER in prompt:
-        return prompt
-    return IMAGE_MARKER * (1 if isinstance(images, str) else len(images)) + "\n" + prompt
+def _with_chosen(entry: dict[str, Any]) -> dict[str, Any]:
+    """A pair of ms-swift's, whose preferred answer is a record's own, with `chosen` instead."""
+    if REJECTED not in entry:
+        return entry
+    entry = {**entry, "rejected": entry.pop(REJECTED)}
+    for key in TURN_LISTS:
+        if isinstance(turns := entry.get(key), list) and turns:
+            return {**entry, key: turns[:-1], "chosen": turns[-1]}
+    return {**entry, "chosen": entry.pop("response", None)}
+
+
+def _with_answer(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    """The record that ends with one of a pair's answers."""
+    answer, rest = entry[name], {k: v for k, v in entry.items() if k not in ANSWERS}
+    for key in TURN_LISTS:
+        if isinstance(turns := rest.get(key), list):
+            return {**rest, key: [*turns, *as_turns(answer, "assistant")]}
+    if any(key in rest for key in QUESTIONS):
+        return {**rest, "completion": answer}
+    return {**rest, "messages": as_turns(answer, "assistant")}
 
 
 @dataclass

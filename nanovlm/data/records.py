@@ -1,6 +1,6 @@
 """Read records for training and evaluation, and name those that cannot be used.
 
-They are in LLaVA's form or messages:
+Their conversations are in one of the published forms (`nanovlm.data.forms`), for example:
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n…"},
                                          {"from": "gpt", "value": "…"}]}
@@ -9,27 +9,35 @@ They are in LLaVA's form or messages:
     {"image": "a.jpg", "messages": [{"role": "user", "content": "<image>\\n…"}],
      "references": ["…", "…"]}
 
-`image` and `images` may be missing, one path or a list; a path may lead into a tar file,
-`images.tar::a.jpg`. A record with `references` ends with a question, to which each of them is a
-right answer; it is for evaluation.
+An image is a path, which may lead into a tar file, `images.tar::a.jpg`, or a `data:` URI. A record
+with `references` ends with a question, to which each of them is a right answer; it is for
+evaluation.
 """
 
 import codecs
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.inputs import archive
-from nanovlm.inputs.chat import IMAGE_MARKER, ROLES, Message
+from nanovlm.data.forms import READ, present, read_conversation
+from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
+from nanovlm.inputs import archive, data_uri
+from nanovlm.inputs.chat import IMAGE_MARKER, Message
+from nanovlm.inputs.image import open_image
+from nanovlm.utils.console import say
+from nanovlm.utils.files import open_regular
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
-LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-READ = ("image", "images", "conversations", "messages", "references")  # others become `extra`
 MAX_SKIPPED = 0.01  # share of unusable records above which a run stops
 MAX_NAMED = 50  # how many of them are listed then
+MAX_LINE = 2**26  # bytes of a line of .jsonl: a record with its image in base64
+MAX_LIST = 2**32  # bytes of a .json file, which is read whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,16 @@ class Record:
     references: tuple[str, ...]
     extra: dict[str, Any]  # its other keys, such as `kind`
     rejected: str = ""  # the worse answer of a pair, whose `messages` end with the better one
+
+    def to_entry(self, images: Sequence[str]) -> dict[str, Any]:
+        """The record as a JSON object with chat messages and these names for its images."""
+        turns = []
+        for message in self.messages:
+            parts = (part if isinstance(part, str) else IMAGE_MARKER for part in message.content)
+            turn: dict[str, Any] = {"role": message.role, "content": "".join(parts)}
+            turns.append(turn if message.labelled else {**turn, "loss": False})
+        entry = {**self.extra, "images": list(images), "messages": turns}
+        return {**entry, "references": list(self.references)} if self.references else entry
 
 
 def read_records(
@@ -88,9 +106,27 @@ def record_files(data: str | Path) -> list[Path]:
     return sorted(files)
 
 
+def check_images(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
+    """The records whose images can all be opened, and a line for each of the others."""
+    usable, skipped = [], []
+    for record in records:
+        try:
+            for path in record.images:
+                open_image(path)
+            usable.append(record)
+        except NanoVLMError as error:
+            skipped.append(f"{record.where}: {error}")
+    return usable, skipped
+
+
+def are_too_many(skipped: Sequence[str], total: int) -> bool:
+    """Whether so many of all records cannot be used that a run stops."""
+    return len(skipped) > MAX_SKIPPED * total
+
+
 def check_skipped(skipped: Sequence[str], total: int) -> None:
     """Raise if more than MAX_SKIPPED of all records cannot be used, with the reasons."""
-    if len(skipped) > MAX_SKIPPED * total:
+    if are_too_many(skipped, total):
         lines = [f"  {reason}" for reason in skipped[:MAX_NAMED]]
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
         raise NanoVLMError(
@@ -100,98 +136,136 @@ def check_skipped(skipped: Sequence[str], total: int) -> None:
         )
 
 
+def say_skipped(skipped: Sequence[str], total: int) -> None:
+    """Name the first MAX_NAMED of the skipped records, and say how many there are."""
+    for reason in skipped[:MAX_NAMED]:
+        say(f"skipped: {reason}")
+    if skipped:
+        first = "" if len(skipped) <= MAX_NAMED else f"the first {MAX_NAMED} of them "
+        say(f"skipped: {len(skipped)} of {total} records, {first}named above")
+
+
 def parse_record(entry: Any, where: str, folder: Path) -> Record:
     """Check one record and resolve its image paths; raises with `where` and the reason."""
-
-    def fail(reason: str) -> NanoVLMError:
-        return NanoVLMError(f"{where}: {reason}")
-
-    if not isinstance(entry, dict):
-        raise fail(f"is a JSON {type(entry).__name__}, expected an object")
-    names = entry.get("images", entry.get("image")) or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise fail("image is not a path or a list of paths")
-    images = tuple(folder / name for name in names)
-    for image in images:
-        try:
-            archive.check(image)
-        except NanoVLMError as error:
-            raise fail(f"image {image} {error}") from None
     try:
-        messages = tuple(_messages(entry))
+        return _parse_record(entry, where, folder)
     except NanoVLMError as error:
-        raise fail(str(error)) from None
-    places = sum(message.num_images for message in messages)
-    if places != len(images):
-        raise fail(
-            f"the text has {places} {IMAGE_MARKER} markers and the record {len(images)} images"
-        )
-    references = entry.get("references", [])
+        raise NanoVLMError(f"{where}: {error}") from None
+
+
+def _parse_record(entry: Any, where: str, folder: Path) -> Record:
+    if isinstance(entry, NanoVLMError):  # the reason why there is none
+        raise entry
+    if not isinstance(entry, dict):
+        raise NanoVLMError(f"is a JSON {type(entry).__name__}, expected an object")
+    messages, names = read_conversation(entry)
+    images = tuple(_image_path(name, folder) for name in names)
+    references = present(entry).get("references", [])
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise fail("references is not a list of texts")
+        raise NanoVLMError("references is not a list of texts")
     if references and messages[-1].role != "user":
-        raise fail("a record with references has to end with the user's question")
+        raise NanoVLMError("a record with references has to end with the user's question")
     if not references and messages[-1].role != "assistant":
-        raise fail("the last turn is not the assistant's")
+        raise NanoVLMError("the last turn is not the assistant's")
     extra = {key: value for key, value in entry.items() if key not in READ}
     return Record(where, images, messages, tuple(references), extra)
 
 
-def _messages(entry: dict[str, Any]) -> Iterator[Message]:
-    llava = "messages" not in entry
-    turns = entry.get("conversations") if llava else entry["messages"]
-    role_key, text_key = ("from", "value") if llava else ("role", "content")
-    if not isinstance(turns, list) or not turns:
-        raise NanoVLMError("has neither messages nor conversations with a turn in it")
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        role, text = turn.get(role_key), turn.get(text_key)
-        role = LLAVA_ROLES.get(role, role) if llava and isinstance(role, str) else role
-        if role not in ROLES:
-            expected = "human or gpt" if llava else "user or assistant"
-            raise NanoVLMError(f"a turn has {role_key} = {role!r}, expected {expected}")
-        if not isinstance(text, str) or not text.strip():
-            raise NanoVLMError(f"a {role} turn has no text in {text_key!r}")
-        yield Message.parse(role, text)
+def _image_path(name: str, folder: Path) -> Path:
+    """Where an image is: an existing file, also in a tar file, or the record itself."""
+    try:
+        if data_uri.is_data_uri(name):
+            return data_uri.to_path(name)
+        if "\0" in name:
+            raise NanoVLMError("has a NUL in its name")
+        scheme, separator, _ = name.partition("://")
+        if scheme == "file":
+            name = url2pathname(urlsplit(name).path)
+        elif separator:
+            raise NanoVLMError("is not on this machine; download it and write its path")
+        path = folder / name
+        if "\\" in name and not os.path.lexists(path):  # written on Windows
+            path = folder / name.replace("\\", "/")
+        archive.check(path)
+        return path
+    except NanoVLMError as error:
+        shown = str(folder / name)
+        is_plain = shown.isprintable() and len(shown) <= MAX_QUOTED
+        raise NanoVLMError(f"image {shown if is_plain else quoted(name)} {error}") from None
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """The place of each record and its parsed JSON; of a broken line its text, to be reported."""
-    lines = _lines(path)
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_json(line)
-        return
-    text = "".join(lines)
-    entries = _parse_json(text) if text.strip() else []
-    if not isinstance(entries, list):
+    """The place of each record and its parsed JSON.
+
+    In place of a record that is damaged comes a NanoVLMError with the reason.
+    """
+    with open_regular(path) as file:
+        head = file.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8)
+        start = head.lstrip()[:1]
+        what = what_is(head) if start and start not in b"[{" else None
+        if what and what not in ("JSON", "YAML", "TOML"):
+            raise NanoVLMError(f"{path}: is {what}")
+        file.seek(0)
+        if path.suffix == ".jsonl" or start != b"[":
+            yield from _read_lines(path, file)
+        else:
+            yield from _read_list(path, file)
+
+
+def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """One record a line; a file of a million records is never held whole."""
+    number = 0
+    while line := file.readline(MAX_LINE):  # as bytes: in text more than a line feed ends a line
+        number += 1
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while (more := file.readline(MAX_LINE)) and not more.endswith(b"\n"):
+                pass
+            yield f"{path}:{number}", NanoVLMError(f"is a line of more than {MAX_LINE >> 20} MiB")
+        elif line := line.removeprefix(codecs.BOM_UTF8).strip():
+            yield f"{path}:{number}", _parse_line(line.decode(errors="surrogateescape"))
+
+
+def _read_list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """The records of a JSON list."""
+    text = file.read(MAX_LIST + 1)
+    if len(text) > MAX_LIST:
         raise NanoVLMError(
-            f"{path}: is not a JSON list of records; name a file with one record a line .jsonl"
+            f"{path}: is larger than {MAX_LIST >> 30} GiB, which are not read at once; "
+            "write one record a line and name the file .jsonl"
         )
-    for number, entry in enumerate(entries, start=1):
-        yield f"{path}: record {number}", entry
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, one at a time: that of a million records is never held whole."""
-    start = 0
     try:
-        with open(path, "rb") as file:
-            for line in file:  # as bytes, because in text more than a line feed ends a line
-                yield (line.removeprefix(codecs.BOM_UTF8) if start == 0 else line).decode()
-                start += len(line)
-    except OSError as error:
-        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
+        entries = json.loads(text.decode("utf-8-sig", errors="surrogateescape"))
+    except json.JSONDecodeError as error:
         raise NanoVLMError(
-            f"{path}: is not UTF-8 text (byte {start + error.start}); save it as UTF-8"
+            f"{path}:{error.lineno}:{error.colno}: is not valid JSON ({error.msg}); mend it there, "
+            "or fetch the file again"
         ) from None
+    except (ValueError, RecursionError):  # thousands of digits, or of nested lists
+        raise NanoVLMError(f"{path}: has a number or a nesting without end; remove it") from None
+    for number, entry in enumerate(entries, start=1):
+        yield f"{path}: record {number}", _encodable(entry)
 
 
-def _parse_json(text: str) -> Any:
+def _parse_line(line: str) -> Any:
     try:
-        return json.loads(text)
+        return _encodable(json.loads(line))
+    except json.JSONDecodeError as error:
+        hint = "; a list of records belongs in a file named .json" if line[0] == "[" else ""
+        hint = "; a record is one line" if line == "{" else hint
+        return NanoVLMError(f"is not valid JSON ({error.msg}, column {error.colno}){hint}")
     except (ValueError, RecursionError):
-        return text  # reported by `parse_record` as a str where an object is expected
+        return NanoVLMError("has a number or a nesting without end")
+
+
+def _encodable(entry: Any) -> Any:
+    """The entry, or a NanoVLMError if it holds what UTF-8 cannot."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+        return entry
+    except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        if "\udc80" <= character <= "\udcff":
+            return NanoVLMError("is not UTF-8 text; save the file as UTF-8")
+        return NanoVLMError(f"holds {character!r}, half of a character; write all of it")
+    except RecursionError:
+        return NanoVLMError("has a nesting without end")

@@ -62,7 +62,7 @@ def references_of(record: Record) -> list[str]:
     """The right answers: the record's references, or its closing assistant turn."""
     if record.references:
         return list(record.references)
-    return ["".join(part for part in record.messages[-1].content if isinstance(part, str))]
+    return [record.messages[-1].text]
 
 
 def _prompt(record: Record) -> tuple[Message, ...]:

@@ -56,17 +56,23 @@ class Message:
 
     role: str  # system, user or assistant
     content: tuple[str | ImageSlot, ...]
+    labelled: bool = True  # of an answer: whether the model is trained to give it
 
     @classmethod
-    def parse(cls, role: str, text: str) -> "Message":
+    def parse(cls, role: str, text: str, labelled: bool = True) -> "Message":
         """A turn written as one string, in which `<image>` marks the images of a user turn."""
         if role != "user":
-            return cls(role, (text,))
+            return cls(role, (text,), labelled)
         parts: list[str | ImageSlot] = []
         for index, piece in enumerate(text.split(IMAGE_MARKER)):
             parts += [IMAGE] if index else []
             parts += [piece] if piece else []
         return cls(role, tuple(parts))
+
+    @property
+    def text(self) -> str:
+        """The turn without its images."""
+        return "".join(part for part in self.content if isinstance(part, str))
 
     @property
     def num_images(self) -> int:
@@ -195,7 +201,7 @@ class Chat:
     ) -> Sample:
         """Ids and labels of a conversation whose i-th image takes the placeholders `images[i]`.
 
-        The text of every assistant turn and its end-of-turn token have labels. With
+        The text of every `labelled` assistant turn and its end-of-turn token have labels. With
         `add_generation_prompt` the ids end with the opening of an assistant turn, for the model to
         continue. Answers are tokenized apart from what is before them, as when they are generated.
         Raises if the images and their places differ in number.
@@ -237,9 +243,10 @@ class Chat:
             raise NanoVLMError(
                 f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
             )
-        labelled = message.role == "assistant"
+        is_answer = message.role == "assistant"
+        labelled = is_answer and message.labelled
         text = self._open(sample, text, self._before(message.role, think))
-        if labelled:  # no token reaches from the prompt into the answer
+        if is_answer:  # no token reaches from the prompt into the answer
             sample.extend(self.tokenizer.encode(text))
             text = ""
         for part in message.content:

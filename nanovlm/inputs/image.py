@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.inputs import archive
+from nanovlm.inputs import archive, data_uri
 from nanovlm.inputs.image_config import FILTERS, ImageConfig
 from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
@@ -78,6 +78,8 @@ def image_size(source: str | Path | bytes | BinaryIO) -> tuple[int, int]:
 
 def _read(source: str | Path | bytes | BinaryIO, read: Callable[[BinaryIO], T]) -> T:
     """What `read` returns for an image file; any error becomes one line."""
+    if isinstance(source, Path) and data_uri.is_data_uri(source):
+        return _read(data_uri.read(source), read)
     is_path = isinstance(source, (str, Path))
     name = source if is_path else getattr(source, "name", "image in memory")
     try:

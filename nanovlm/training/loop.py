@@ -152,7 +152,7 @@ class Monitor:
         self.log = RunLog(run.folder, step, device)
         self.bad_steps = BadSteps(run.folder, step, run.settings.max_bad_steps)
         self.utilisation = Utilisation(run.model, device, run.precision.dtype)
-        self.skipped = Skipped(len(run.batches.records), run.parallel)
+        self.skipped = Skipped(run.batches.records, run.parallel)
         self.samples: Samples | None = None
         if run.validation is not None and is_main:
             self.samples = Samples(run.folder, run.validation.records, step)

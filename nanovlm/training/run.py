@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.preferences import PairEncoder, read_pairs
-from nanovlm.data.records import Record, read_records
+from nanovlm.data.records import Record, check_skipped, read_records, say_skipped
+from nanovlm.data.split import split
 from nanovlm.data.workers import IN_THIS_PROCESS, Loading, choose_loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
@@ -49,6 +50,7 @@ from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
 CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
+MAX_COPIES = 100  # of each record in a batch
 # Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
 # fit its cache; a GPU is kept busy by more.
 ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
@@ -75,10 +77,12 @@ def run_stage(settings: Settings) -> Path:
     model = build_model(settings)
     records, held_out = _read_data(settings)
     set_up(model, settings, parallel.device)
-    say(f"{len(records)} records to train on, {len(held_out)} held out")
+    _check_records(records, model, settings)
     features = None
     if settings.cache_features:
-        features = _cached_features(model, [*records, *held_out], precision, loading)
+        features, unreadable = _cached_features(model, [*records, *held_out], precision, loading)
+        records, held_out = _without_unreadable(records, held_out, unreadable)
+    say(f"{len(records)} records to train on, {len(held_out)} held out")
     _place(model, settings, precision, parallel)
     say(*describe(model, settings).split("\n"))
     batches, validation = _make_batches(model, records, held_out, settings, parallel, features)
@@ -113,16 +117,16 @@ def run_stage(settings: Settings) -> Path:
 
 
 class _Images(Dataset):
-    """The pixels of each image's tiles (n, 3, H, W); None for an image that cannot be read."""
+    """The pixels of each image's tiles (n, 3, H, W), or why an image cannot be read."""
 
     def __init__(self, paths: Sequence[Path], config: ImageConfig) -> None:
         self.paths, self.config = paths, config
 
-    def __getitem__(self, number: int) -> Tensor | None:
+    def __getitem__(self, number: int) -> Tensor | str:
         try:
             return image_pixels(open_image(self.paths[number]), self.config)
-        except NanoVLMError:
-            return None
+        except NanoVLMError as error:
+            return str(error)
 
 
 @torch.no_grad()
@@ -131,15 +135,16 @@ def compute_features(
     paths: Iterable[Path],
     precision: Precision,
     loading: Loading = IN_THIS_PROCESS,
-) -> dict[Path, Tensor]:
+) -> tuple[dict[Path, Tensor], dict[Path, str]]:
     """The patch vectors of each image's tiles, computed once.
 
-    Returns path → (tiles, P, C_v) in the compute dtype, on the CPU. Images that cannot be read are
-    missing, and their records will be skipped by name.
+    Returns path → (tiles, P, C_v) in the compute dtype, on the CPU; and path → reason for images
+    that cannot be read.
     """
     unique = sorted(set(paths))
     at_once = ENCODED_AT_ONCE[precision.device.type]
     features: dict[Path, Tensor] = {}
+    unreadable: dict[Path, str] = {}
     images = prepare_ahead(_Images(unique, model.config.image), 0, len(unique), loading)
     progress = tqdm(
         zip(images, unique),
@@ -151,7 +156,8 @@ def compute_features(
     )
     remaining = iter(progress)
     while group := list(itertools.islice(remaining, at_once)):
-        pixels = {path: tiles for tiles, path in group if tiles is not None}
+        unreadable |= {path: reason for reason, path in group if isinstance(reason, str)}
+        pixels = {path: tiles for tiles, path in group if not isinstance(tiles, str)}
         if pixels:
             on_device = [
                 tiles.to(precision.device, non_blocking=loading.pin_memory)
@@ -160,7 +166,7 @@ def compute_features(
             parts = torch.cat(on_device).split(at_once)
             patches = torch.cat([model.vision_features(part) for part in parts]).cpu()
             features |= zip(pixels, patches.split([len(tiles) for tiles in on_device]))
-    return features
+    return features, unreadable
 
 
 def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
@@ -180,7 +186,7 @@ def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
 
 def _cached_features(
     model: VisionLanguageModel, records: Sequence[Record], precision: Precision, loading: Loading
-) -> dict[Path, Tensor]:
+) -> tuple[dict[Path, Tensor], dict[Path, str]]:
     if is_trainable(model.vision_encoder):
         raise NanoVLMError(
             "--cache-features keeps what a frozen vision encoder computes; take vision_encoder out "
@@ -189,6 +195,45 @@ def _cached_features(
     precision.place(model.vision_encoder)
     paths = (path for record in records for path in record.images)
     return compute_features(model, paths, precision, loading)
+
+
+def _without_unreadable(
+    records: list[Record], held_out: list[Record], unreadable: dict[Path, str]
+) -> tuple[list[Record], list[Record]]:
+    """The records whose images can be read; the others are named, and too many end the run."""
+    skipped = {
+        record.where: f"{record.where}: {unreadable[path]}"
+        for record in (*records, *held_out)
+        for path in record.images
+        if path in unreadable
+    }
+    total = len({record.where for record in (*records, *held_out)})
+    check_skipped(list(skipped.values()), total)
+    say_skipped(list(skipped.values()), total)
+    return (
+        [record for record in records if record.where not in skipped],
+        [record for record in held_out if record.where not in skipped],
+    )
+
+
+def _check_records(
+    records: Sequence[Record], model: VisionLanguageModel, settings: Settings
+) -> None:
+    """Refuse to train what sees images without any, and batches of the same few records."""
+    trained = [
+        part for part in ("projector", "vision_encoder") if is_trainable(model.get_submodule(part))
+    ]
+    if trained and not any(record.images for record in records):
+        raise NanoVLMError(
+            f"{settings.data}: none of the {len(records)} records has an image, and "
+            f"{' and '.join(trained)} would learn nothing; name images in 'image' or 'images', or "
+            "train with --train language_model"
+        )
+    if settings.batch_size > MAX_COPIES * len(records):
+        raise NanoVLMError(
+            f"--batch-size {settings.batch_size} takes each of the {len(records)} records more "
+            f"than {MAX_COPIES} times at once; lower it"
+        )
 
 
 def _place(
@@ -279,51 +324,17 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
                 f"{record.where}: has references and no answer; "
                 "it is for evaluation, not for training"
             )
-    for reason in skipped:
-        say(f"skipped: {reason}")
+    say_skipped(skipped, len(records) + len(skipped))
     generator = random.Random(settings.seed)
     if settings.val:
         held_out, skipped = read(settings.val, settings.images or None)
-        for reason in skipped:
-            say(f"skipped: {reason}")
+        say_skipped(skipped, len(held_out) + len(skipped))
     else:
-        records, held_out = _split(records, settings.val_fraction, generator)
+        records, held_out = split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
         chosen = sorted(generator.sample(range(len(held_out)), settings.val_samples))
         held_out = [held_out[index] for index in chosen]
     return records, held_out
-
-
-def _split(
-    records: list[Record], fraction: float, generator: random.Random
-) -> tuple[list[Record], list[Record]]:
-    """Hold out a fraction of the images, with all their records.
-
-    Images of one record stay on one side. Returns records to train on and records held out.
-    """
-    parents: dict[Path, Path] = {}  # union-find over images; a record without any is its own
-
-    def first_image(record: Record) -> Path:
-        return record.images[0] if record.images else Path(record.where)
-
-    def group(image: Path) -> Path:
-        while parents.setdefault(image, image) != image:
-            parents[image] = image = parents[parents[image]]
-        return image
-
-    for record in records:
-        for image in record.images:
-            parents[group(image)] = group(first_image(record))
-    groups = sorted({group(first_image(record)) for record in records})
-    chosen = set(generator.sample(groups, round(fraction * len(groups))))
-    if len(chosen) == len(groups):
-        raise NanoVLMError(
-            f"--val-fraction {fraction} of {len(groups)} images leaves none to train on; lower it"
-        )
-    return (
-        [record for record in records if group(first_image(record)) not in chosen],
-        [record for record in records if group(first_image(record)) in chosen],
-    )
 
 
 def _usable(validation: Batches, loading: Loading) -> Batches | None:

@@ -66,15 +66,45 @@ def test_all_forms_are_read(folder, name):
     assert pairs[4].messages[0] == Message("user", ("几个 ", IMAGE, " ？"))
 
 
+def turn(text: str, **keys) -> dict:
+    return {"role": "assistant", "content": text, **keys}
+
+
+ASKED = {"role": "user", "content": "Hi"}
+SAME = {
+    "answers that are turns": LLAVA
+    | {"chosen": {"from": "gpt", "value": "Hello."}, "rejected": {"from": "gpt", "value": "No."}},
+    "TRL": {"prompt": [ASKED], "chosen": [turn("Hello.")], "rejected": [turn("No.")]},
+    "TRL, with the question in both": {
+        "chosen": [ASKED, turn("Hello.")],
+        "rejected": [ASKED, turn("No.")],
+    },
+    "ms-swift": {"messages": [ASKED, turn("Hello.")], "rejected_response": "No."},
+    "ms-swift, a query": {"query": "Hi", "response": "Hello.", "rejected_response": "No."},
+    "LLaMA-Factory": {"instruction": "Hi", "input": "", "chosen": "Hello.", "rejected": "No."},
+    "null columns": LLAVA | {"messages": None, "prompt": None, "image": None},
+}
+
+
+@pytest.mark.parametrize("entry", SAME.values(), ids=SAME.keys())
+def test_the_same_pair_in_every_published_form(folder, entry):
+    (pair,), _ = read_pairs(write(folder / "pairs.jsonl", [entry]))
+    assert pair.messages == (Message("user", ("Hi",)), Message("assistant", ("Hello.",)))
+    assert pair.rejected == "No."
+
+
 BAD = {
-    "not JSON": ("{", "is a JSON str, expected an object"),
+    "not JSON": ("{", "is not valid JSON"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "has no text in 'rejected'"),
     "blank chosen": (PAIR | {"chosen": " \n"}, "has no text in 'chosen'"),
     "a number": (PAIR | {"rejected": 3}, "has no text in 'rejected'"),
     "the same": (PAIR | {"rejected": "三个。 "}, "chosen and rejected are the same"),
-    "no prompt": ({"chosen": "a", "rejected": "b"}, "has no prompt, messages or conversations"),
-    "two prompts": (PAIR | {"messages": TURNS}, "has a prompt and other turns"),
-    "a prompt that is a number": (PAIR | {"prompt": 3}, "a user turn has no text"),
+    "no prompt": (
+        {"chosen": "a", "rejected": "b"},
+        "the turn before the answers is not the user's",
+    ),
+    "two prompts": (PAIR | {"messages": TURNS}, "has messages and prompt"),
+    "a prompt that is a number": (PAIR | {"prompt": 3}, "has a part 3, expected text"),
     "a missing image": (PAIR | {"image": "c.jpg"}, "c.jpg does not exist"),
     "more markers than images": (
         PAIR | {"prompt": "<image><image>"},
@@ -83,6 +113,18 @@ BAD = {
     "an answer before the answers": (
         SEVERAL | {"messages": TURNS[:2]},
         "the turn before the answers is not the user's",
+    ),
+    "two questions": (
+        {"chosen": [ASKED, turn("a")], "rejected": [TURNS[0], turn("b")], "image": "a.jpg"},
+        "the text has 0 <image> markers",
+    ),
+    "another question": (
+        {"chosen": [ASKED, turn("a")], "rejected": [TURNS[2], turn("b")]},
+        "chosen and rejected do not answer the same question",
+    ),
+    "an answer that is not to be learned": (
+        {"prompt": "x", "chosen": turn("a", weight=0), "rejected": "b"},
+        "none of its answers is to be learned",
     ),
     "no turns": (
         {"messages": [], "chosen": "a", "rejected": "b"},
@@ -245,5 +287,5 @@ def test_reference_values_go_with_their_pairs_through_memory_and_workers(model, 
 
 
 def test_pairs_are_no_records_for_plain_training(folder):
-    with pytest.raises(NanoVLMError, match="has neither messages nor conversations"):
+    with pytest.raises(NanoVLMError, match="has 'chosen', which is not read"):
         read_records(write(folder / "pairs.jsonl", [PAIR]))

@@ -2,13 +2,23 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from nanovlm.data.records import check_skipped, parse_record, read_records, record_files
+from nanovlm.data import records as records_module
+from nanovlm.data.records import (
+    check_images,
+    check_skipped,
+    parse_record,
+    read_records,
+    record_files,
+    say_skipped,
+)
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.chat import IMAGE, Message
 
@@ -116,13 +126,17 @@ def turns(*contents: tuple[Any, Any]) -> dict[str, Any]:
 
 
 BAD = {
-    "not JSON": ('{"image": ', "is a JSON str, expected an object"),
-    "nested too deep": ("[" * 100_000, "is a JSON str, expected an object"),
+    "not JSON": ('{"image": ', "is not valid JSON (Expecting value, column 1"),
+    "a list over several lines": ("[", "; a list of records belongs in a file named .json"),
+    "an object over several lines": ("{", "; a record is one line"),
+    "half of a character": ('{"messages": "\\ud83d"}', "holds '\\ud83d', half of a character"),
+    "a number without end": ('{"id": ' + "9" * 5000 + "}", "has a number or a nesting without end"),
+    "nested too deep": ("[" * 100_000, "has a number or a nesting without end"),
     "a list": ([1], "is a JSON list, expected an object"),
     "null": (None, "is a JSON NoneType, expected an object"),
     "no turns": ({"image": "a.jpg"}, "has neither messages nor conversations"),
     "empty turns": ({"messages": []}, "has neither messages nor conversations"),
-    "turns are text": ({"conversations": "hi"}, "has neither messages nor conversations"),
+    "turns are text": ({"conversations": "hi"}, "conversations is 'hi', expected a list of turns"),
     "a missing image": (LLAVA | {"image": "c.jpg"}, "c.jpg does not exist"),
     "a folder as image": (LLAVA | {"image": "."}, "does not exist"),
     "an image that is a number": (LLAVA | {"image": 3}, "image is not a path or a list of paths"),
@@ -140,30 +154,29 @@ BAD = {
     ),
     "an unknown role": (
         turns(("user", "a"), ("tool", "b")),
-        "a turn has role = 'tool', expected user or assistant",
-    ),
-    "a role of the other form": (
-        turns(("human", "a"), ("assistant", "b")),
-        "a turn has role = 'human'",
+        "a turn has role = 'tool', expected system, user or assistant",
     ),
     "an unknown speaker": (
-        {"conversations": [{"from": "bot", "value": "a"}]},
-        "from = 'bot', expected human or gpt",
+        {"conversations": [{"from": "function", "value": "a"}]},
+        "from = 'function', expected system, user or assistant",
     ),
     "a speaker that is a list": (
         {"conversations": [{"from": ["human"], "value": "a"}]},
-        "from = ['human'], expected human or gpt",
+        "from = ['human'], expected system, user or assistant",
     ),
-    "a turn that is text": ({"messages": ["hi"]}, "a turn has role = None"),
+    "a turn that is text": ({"messages": ["hi"]}, "a turn is 'hi', expected an object"),
     "no text": (
         turns(("user", "a"), ("assistant", None)),
-        "a assistant turn has no text in 'content'",
+        "a turn of the assistant has no text in 'content'",
     ),
     "blank text": (
         turns(("user", " \n"), ("assistant", "b")),
-        "a user turn has no text in 'content'",
+        "a turn of the user has no text in 'content'",
     ),
-    "text that is a number": (turns(("user", 3), ("assistant", "b")), "a user turn has no text"),
+    "text that is a number": (
+        turns(("user", 3), ("assistant", "b")),
+        "has a part 3, expected text",
+    ),
     "no answer": (turns(("user", "a")), "the last turn is not the assistant's"),
     "references after an answer": (
         TEXT | {"references": ["a"]},
@@ -214,14 +227,19 @@ def test_check_skipped_counts_against_all():
         ("data.jsonl", b"\n \n", "holds no records"),
         ("data.json", b"", "holds no records"),
         ("data.json", b"[]", "holds no records"),
-        ("data.json", b'{"messages": []}', "is not a JSON list of records; name a file"),
-        ("data.json", b"[1, ", "is not a JSON list of records"),
-        ("data.jsonl", b"\xff\xfe{}", "is not UTF-8 text [(]byte 0[)]"),
+        ("data.json", b'[{"a": 1}\n {}]', "2:2: is not valid JSON .Expecting ',' delimiter.; mend"),
+        ("data.json", b"[1, ", "1:5: is not valid JSON"),
+        ("data.json", b"[" * 99_999, "has a number or a nesting without end"),
+        ("data.jsonl", b"\xff\xfe{\0}\0", "is text, in UTF-16: save it as UTF-8"),
+        ("data.jsonl", b"\x1f\x8b\x08", "is a gzip file: unpack it first"),
+        ("data.parquet", b"PAR1\x15", "is a parquet table: convert it to .jsonl"),
+        ("data.jsonl", b"<!DOCTYPE html><html>", "is an HTML page"),
+        ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
 )
 def test_a_file_without_records_is_refused(folder, name, content, message):
     (folder / name).write_bytes(content)
-    with pytest.raises(NanoVLMError, match=f"{name}: {message}"):
+    with pytest.raises(NanoVLMError, match=f"{name}:( )?{message}"):
         read_records(folder / name)
 
 
@@ -293,7 +311,69 @@ def test_images_in_tar_files(folder):
             parse_record(LLAVA | {"image": name}, "here", folder)
 
 
-def test_a_line_that_is_not_utf_8_is_placed_in_the_file(folder):
-    (folder / "data.jsonl").write_bytes("{}é\n".encode() + b"{\xff}\n")
-    with pytest.raises(NanoVLMError, match="is not UTF-8 text .byte 6."):
-        read_records(folder / "data.jsonl")
+def test_a_record_that_is_not_utf_8_is_skipped_and_named(folder):
+    good = json.dumps(TEXT).encode()
+    bad = '{"id": "é", "messages": []}'.encode("latin-1")
+    (folder / "data.jsonl").write_bytes(b"\n".join([good] * 50 + [bad] + [good] * 50))
+    (folder / "data.json").write_bytes(b"[" + b",".join([good] * 50 + [bad] + [good] * 50) + b"]")
+    for name, where in (("data.jsonl", ":51"), ("data.json", ": record 51")):
+        records, skipped = read_records(folder / name)
+        reason = "is not UTF-8 text; save the file as UTF-8"
+        assert len(records) == 100 and skipped == [f"{folder / name}{where}: {reason}"]
+
+
+def test_lines_of_json_are_read_whatever_the_name_of_the_file(folder):
+    for name in ("data.json", "data.txt"):
+        text = "\n".join(json.dumps(entry) for entry in ALL)
+        (folder / name).write_text(text)
+        assert [record.where for record in read_records(folder / name)[0]] == [
+            f"{folder / name}:{number}" for number in (1, 2, 3, 4)
+        ]
+
+
+def test_a_line_without_end_is_skipped_without_holding_it(folder, monkeypatch):
+    monkeypatch.setattr(records_module, "MAX_LINE", 2**12)
+    monkeypatch.setattr(records_module, "MAX_LIST", 2**19)
+    long = json.dumps(TEXT | {"id": "x" * 3 * 2**12})
+    path = write(folder / "data.jsonl", [TEXT] * 50 + [long] + [TEXT] * 49)
+    records, skipped = read_records(path)
+    assert len(records) == 99 and skipped == [f"{path}:51: is a line of more than 0 MiB"]
+    with pytest.raises(NanoVLMError, match="data.json: is larger than .* name the file .jsonl"):
+        read_records(write(folder / "data.json", [TEXT] * 9000))
+
+
+def test_what_is_no_regular_file_is_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(NanoVLMError, match="pipe.jsonl: is a pipe"):
+        read_records(folder / "pipe.jsonl")
+    os.mkfifo(folder / "pipe.jpg")
+    with pytest.raises(NanoVLMError, match="pipe.jpg does not exist"):
+        parse_record(LLAVA | {"image": "pipe.jpg"}, "here", folder)
+
+
+def test_skipped_records_are_named_up_to_fifty_and_counted(capsys):
+    say_skipped([f"reason {number}" for number in range(60)], 6000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 51 and lines[49] == "skipped: reason 49"
+    assert lines[50] == "skipped: 60 of 6000 records, the first 50 of them named above"
+    say_skipped([], 7)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_record_can_be_written_and_read_again(folder):
+    entry = MESSAGES | {"id": 3}
+    entry["messages"] = [*entry["messages"], {"role": "user", "content": "And?"}]
+    entry["messages"] += [{"role": "assistant", "content": "b", "loss": False}]
+    for written in (entry, LLAVA, TEXT, QUESTION):
+        record = parse_record(written, "here", folder)
+        names = [image.name for image in record.images]
+        assert parse_record(record.to_entry(names), "here", folder) == record
+
+
+def test_records_with_images_that_cannot_be_opened(folder):
+    Image.new("RGB", (4, 4)).save(folder / "b.jpg")
+    good, bad = LLAVA | {"image": "b.jpg"}, LLAVA
+    records = [parse_record(entry, f"{n}", folder) for n, entry in enumerate([good, bad, TEXT])]
+    usable, skipped = check_images(records)
+    assert usable == [records[0], records[2]]
+    assert len(skipped) == 1 and skipped[0].startswith(f"1: {folder / 'a.jpg'}: not an image")

@@ -133,7 +133,7 @@ def test_the_evaluation_asks_with_them_too(model, images, monkeypatch):
 def test_kept_features_give_the_same_loss(model, images, tmp_path):
     records = [record(number, path) for number, path in enumerate(images.values())]
     precision = Precision(torch.float32, torch.device("cpu"))
-    features = compute_features(model, images.values(), precision)
+    features, _ = compute_features(model, images.values(), precision)
     assert {name: len(features[path]) for name, path in images.items()} == {
         name: rows * columns + 1 for name, (rows, columns) in GRIDS.items()
     }
@@ -148,10 +148,11 @@ def test_features_are_the_same_bits_by_any_number_of_workers(model, images, tmp_
     broken.write_bytes(b"no image")
     precision = Precision(torch.float32, torch.device("cpu"))
     paths = [*images.values(), broken]
-    here, there = (
+    (here, reasons), (there, others) = (
         compute_features(model, paths, precision, Loading(workers)) for workers in (0, 2)
     )
-    assert broken not in here and here.keys() == there.keys() == set(images.values())
+    assert here.keys() == there.keys() == set(images.values())
+    assert reasons == others and "not an image" in reasons[broken]
     assert all(torch.equal(here[path], there[path]) for path in here)
 
 
@@ -164,7 +165,7 @@ def test_a_gpu_encodes_64_tiles_at_once_and_a_cpu_8(model, images, monkeypatch):
     precision, features = Precision(torch.float32, torch.device("cpu")), []
     for device in ("cpu", "cuda"):  # a CPU that encodes as many as a GPU
         monkeypatch.setitem(run.ENCODED_AT_ONCE, "cpu", run.ENCODED_AT_ONCE[device])
-        features.append(compute_features(model, images.values(), precision))
+        features.append(compute_features(model, images.values(), precision)[0])
     tiles = sum(rows * columns + 1 for rows, columns in GRIDS.values())
     assert sizes == [8] * (tiles // 8) + [tiles % 8] + [tiles]
     few, many = features

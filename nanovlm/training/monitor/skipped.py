@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 
 from nanovlm.data.batches import LoadedBatch
-from nanovlm.data.records import MAX_NAMED, check_skipped
+from nanovlm.data.records import MAX_NAMED, Record, are_too_many, check_images, check_skipped
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.utils.console import say
 
+SMALL = 2000  # records, all of which are looked at before a run stops
+
 
 class Skipped:
-    """What all processes together skipped and cut, out of `records` records.
+    """What all processes together skipped and cut of `records`.
 
-    Too many skipped records stop the run.
+    Too many skipped records stop the run; in a small set, all whose images are broken are named.
     """
 
-    def __init__(self, records: int, parallel: Parallel) -> None:
+    def __init__(self, records: Sequence[Record], parallel: Parallel) -> None:
         self._records, self._parallel = records, parallel
         # Dictionaries as ordered sets: the reasons in the order in which they came up.
         self._reasons: dict[str, dict[str, None]] = {"skipped": {}, "cut": {}}
@@ -30,11 +32,14 @@ class Skipped:
                 if reason not in known and len(known) < MAX_NAMED:
                     say(f"{kind}: {reason}")
                 known[reason] = None
-        check_skipped(list(self._reasons["skipped"]), self._records)
+        skipped = list(self._reasons["skipped"])
+        if are_too_many(skipped, len(self._records)) and len(self._records) <= SMALL:
+            skipped = list(dict.fromkeys([*skipped, *check_images(self._records)[1]]))
+        check_skipped(skipped, len(self._records))
 
     def summarise(self) -> None:
         """Say how many there were."""
         for kind, reasons in self._reasons.items():
             if reasons:
                 first = "" if len(reasons) <= MAX_NAMED else f"the first {MAX_NAMED} of them "
-                say(f"{kind}: {len(reasons)} of {self._records} records, {first}named above")
+                say(f"{kind}: {len(reasons)} of {len(self._records)} records, {first}named above")
