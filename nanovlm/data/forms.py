@@ -31,6 +31,7 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
 }
 TURN_LISTS = ("messages", "conversations", "conversation", "texts")
@@ -67,7 +68,7 @@ _OF_A_FILE = r"(?:[_-]?(?:path|file|name|url|uri|data|base64|b64|bytes|list)s?)*
 _MEANING = re.compile(
     rf"(?:video|audio|speech|sound|voice)s?{_OF_A_FILE}|input_audio|tools?|functions?|tool_calls?"
     r"|tool_call_id|function_call|thinking|reasoning|reasoning_content|kto_tag"
-    r"|chosen|rejected|rejected_response",
+    r"|chosen|rejected|rejected_response|train(?:ing)?_detail",
     re.IGNORECASE,
 )
 _IMAGE_KEY = re.compile(
@@ -101,10 +102,9 @@ def read_conversation(entry: dict[str, Any]) -> tuple[tuple[Message, ...], list[
         messages.append(message)
         names += own
     given = _given_images(entry)
-    if given and not names and not has_roles:  # without places, images are before the question
-        first = next(i for i, message in enumerate(messages) if message.role == "user")
-        content = (*[IMAGE] * len(given), f"\n{messages[first].text}")
-        messages[first] = dataclasses.replace(messages[first], content=content)
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    if not names and not has_roles and first is not None:  # images are before the question
+        messages[first] = _with_images(messages[first], len(given))
         names = [""] * len(given)
     names = _fill(names, given)
     _check_other_images(entry, names)
@@ -119,8 +119,9 @@ def read_conversation(entry: dict[str, Any]) -> tuple[tuple[Message, ...], list[
 
 def as_turns(value: Any, role: str) -> list[Any]:
     """Turns as they are, a list of them or one; any other value is the content of a new one."""
-    turns = value if isinstance(value, list) else [value]
-    return turns if _has_turn(turns) else [{"role": role, "content": value}]
+    if not _has_turn(value):
+        return [{"role": role, "content": value}]
+    return value if isinstance(value, list) else [value]
 
 
 def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
@@ -136,7 +137,7 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
         raise NanoVLMError(f"has {' and '.join(found)}; it is not clear which holds the turns")
     key, given = found[0], entry[found[0]]
     if key in QUESTIONS:
-        return _question_and_answer(entry, key), isinstance(given, list) and _has_turn(given)
+        return _question_and_answer(entry, key), _has_turn(given)
     if not isinstance(given, list):
         raise NanoVLMError(f"{key} is {quoted(given)}, expected a list of turns")
     return list(_unpaired(given)), _has_turn(given)
@@ -186,7 +187,10 @@ def _read_turn(turn: Any) -> tuple[Message, list[str]]:
         )
     _refuse(turn, _MEANING)
     _refuse(turn, _IMAGE_KEY)
-    text, names = _read_content(turn.get(text_key, ""), role)
+    content = turn.get(text_key, "")
+    if any(turn[key] != content for key in TEXT if key in turn):
+        raise NanoVLMError(f"a turn of the {role} has two texts, and they differ")
+    text, names = _read_content(content, role)
     if not text.strip():
         raise NanoVLMError(f"a turn of the {role} has no text in {text_key!r}")
     if role != "assistant":
@@ -272,6 +276,11 @@ def _fill(names: list[str], given: list[str]) -> list[str]:
     return [name or next(remaining) for name in names]
 
 
+def _with_images(message: Message, count: int) -> Message:
+    content = (*[IMAGE] * count, f"\n{message.text}") if count else message.content
+    return dataclasses.replace(message, content=content)
+
+
 def _with_system(messages: list[Message], content: Any, key: str) -> list[Message]:
     """The messages with the system prompt that stands beside the turns."""
     system, _ = _read_turn({"role": "system", "content": content})
@@ -296,14 +305,23 @@ def _is_learned(entry: dict[str, Any]) -> bool:
 def _check_other_images(entry: dict[str, Any], names: list[str]) -> None:
     """Refuse a record whose other keys name images that are not read."""
     known = {_base_name(name) for name in names}
-    for key in entry.keys() - READ:
-        values = entry[key] if isinstance(entry[key], list) else [entry[key]]
-        texts = [value for value in values if isinstance(value, str)]
-        # Beside images that are read, their addresses and file names are no others.
-        if names and all("://" in text or _base_name(text) in known for text in texts):
+    for key, value in entry.items():
+        if key in READ:
             continue
-        if _IMAGE_KEY.fullmatch(key) or (not names and any(map(_names_image, texts))):
+        if _IMAGE_KEY.fullmatch(key):  # beside images that are read, addresses and file names
+            if not names or not all("://" in t or _base_name(t) in known for t in _texts(value)):
+                _refuse_key(key)
+        elif not names and any(map(_names_image, _texts(value))):
             _refuse_key(key)
+
+
+def _texts(value: Any, depth: int = 3) -> Iterator[str]:
+    """The texts in a value, and in lists and objects in it."""
+    if isinstance(value, str):
+        yield value
+    elif depth and isinstance(value, (list, dict)):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _texts(child, depth - 1)
 
 
 def _base_name(name: str) -> str:
@@ -332,5 +350,6 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, dict) and bool(_first(value, ROLE))
 
 
-def _has_turn(values: list[Any]) -> bool:
-    return any(map(_is_turn, values))
+def _has_turn(value: Any) -> bool:
+    """Whether a value is a turn, or a list with one in it."""
+    return any(map(_is_turn, value if isinstance(value, list) else [value]))

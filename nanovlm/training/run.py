@@ -77,7 +77,6 @@ def run_stage(settings: Settings) -> Path:
     model = build_model(settings)
     records, held_out = _read_data(settings)
     set_up(model, settings, parallel.device)
-    _check_records(records, model, settings)
     features = None
     if settings.cache_features:
         features, unreadable = _cached_features(model, [*records, *held_out], precision, loading)
@@ -216,26 +215,6 @@ def _without_unreadable(
     )
 
 
-def _check_records(
-    records: Sequence[Record], model: VisionLanguageModel, settings: Settings
-) -> None:
-    """Refuse to train what sees images without any, and batches of the same few records."""
-    trained = [
-        part for part in ("projector", "vision_encoder") if is_trainable(model.get_submodule(part))
-    ]
-    if trained and not any(record.images for record in records):
-        raise NanoVLMError(
-            f"{settings.data}: none of the {len(records)} records has an image, and "
-            f"{' and '.join(trained)} would learn nothing; name images in 'image' or 'images', or "
-            "train with --train language_model"
-        )
-    if settings.batch_size > MAX_COPIES * len(records):
-        raise NanoVLMError(
-            f"--batch-size {settings.batch_size} takes each of the {len(records)} records more "
-            f"than {MAX_COPIES} times at once; lower it"
-        )
-
-
 def _place(
     model: VisionLanguageModel, settings: Settings, precision: Precision, parallel: Parallel
 ) -> None:
@@ -316,25 +295,48 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     """Records to train on and records held out; if they are split, no image is on both sides."""
     if not settings.data:
         raise NanoVLMError("no records to train on; give them with --data FILE.jsonl")
-    read = read_pairs if settings.objective == "dpo" else read_records
-    records, skipped = read(settings.data, settings.images or None)
-    for record in records:
-        if record.references:
-            raise NanoVLMError(
-                f"{record.where}: has references and no answer; "
-                "it is for evaluation, not for training"
-            )
-    say_skipped(skipped, len(records) + len(skipped))
+    records = _read_answered(settings.data, settings)
+    _check_records(records, settings)
     generator = random.Random(settings.seed)
     if settings.val:
-        held_out, skipped = read(settings.val, settings.images or None)
-        say_skipped(skipped, len(held_out) + len(skipped))
+        held_out = _read_answered(settings.val, settings)
     else:
         records, held_out = split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
         chosen = sorted(generator.sample(range(len(held_out)), settings.val_samples))
         held_out = [held_out[index] for index in chosen]
     return records, held_out
+
+
+def _read_answered(data: str, settings: Settings) -> list[Record]:
+    """The records of `data` that can be used and have an answer; the others are named."""
+    read = read_pairs if settings.objective == "dpo" else read_records
+    records, skipped = read(data, settings.images or None)
+    total = len(records) + len(skipped)
+    skipped += [
+        f"{record.where}: has references and no answer; it is for evaluation, not for training"
+        for record in records
+        if record.references
+    ]
+    check_skipped(skipped, total)
+    say_skipped(skipped, total)
+    return [record for record in records if not record.references]
+
+
+def _check_records(records: Sequence[Record], settings: Settings) -> None:
+    """Refuse to train what sees images without any, and batches of the same few records."""
+    trained = [part for part in ("projector", "vision_encoder") if part in settings.trained_parts]
+    if trained and not any(record.images for record in records):
+        raise NanoVLMError(
+            f"{settings.data}: none of the {len(records)} records has an image, and --train "
+            f"{','.join(trained)} would learn nothing; name their images in 'image' or 'images', "
+            "or use --train language_model"
+        )
+    if settings.batch_size > MAX_COPIES * len(records):
+        raise NanoVLMError(
+            f"--batch-size {settings.batch_size} takes each of the {len(records)} records more "
+            f"than {MAX_COPIES} times at once; lower it"
+        )
 
 
 def _usable(validation: Batches, loading: Loading) -> Batches | None:

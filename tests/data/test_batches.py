@@ -125,6 +125,13 @@ def test_a_pickled_copy_makes_the_same(chat, records):
         assert_same(copy[number], batches[number])
 
 
+def test_a_bucket_does_not_reach_beyond_the_data(chat, records):
+    far, whole = (make(records, chat, bucket=bucket) for bucket in (10**9, 6))
+    assert far.options.bucket == len(far) == 6
+    for number in range(7):
+        assert_same(far[number], whole[number])
+
+
 def test_without_shuffling_the_order_is_the_files_and_each_record_comes_once(chat, records):
     batches = make(records, chat, shuffle=False, share=1)
     seen = [answer for number in range(6) for answer in answers(chat, batches[number])]

@@ -1,5 +1,6 @@
 """Records and images as shards: the same records and images can be read from them."""
 
+import base64
 import json
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
+from nanovlm.inputs import archive
 from tests.data.test_batches import assert_same
 
 TEXT = {
@@ -70,6 +72,29 @@ def test_shards_hold_each_image_once_and_records_unchanged(folder):
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
     records, skipped = read_records(out / "shard-*.jsonl")
     assert len(records) == 6 and skipped == []
+
+
+def test_images_named_within_the_turns_and_in_the_record_itself_are_packed(folder):
+    answer = {"role": "assistant", "content": "yes", "loss": True}
+    parts = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]
+    uri = "data:image/png;base64," + base64.b64encode(b"c.jpg").decode()
+    entries = [
+        {"id": 1, "messages": [{"role": "user", "content": parts}, answer]},
+        {"query": "Which? <img>sub\\红.jpg</img>", "response": "yes", "images": None},
+        {"images": [{"path": "a.jpg"}], "texts": [{"user": "?", "assistant": "yes"}]},
+        show("a.jpg", images=None),
+        show(uri),
+    ]
+    data = write(folder, entries)
+    pack(data, None, folder / "in", size=9)
+    before, after = read_records(data)[0], read_records(folder / "in" / "shard-00000.jsonl")[0]
+    assert [record.messages for record in after] == [record.messages for record in before]
+    assert [archive.read_member(record.images[0]) for record in after] == [
+        name.encode() for name in ("a.jpg", "sub/红.jpg", "a.jpg", "a.jpg", "c.jpg")
+    ]
+    assert lines(folder / "in" / "shard-00000.jsonl")[3] == show(
+        "shard-00000.tar::a.jpg", images=None
+    )
 
 
 def test_shards_can_be_packed_again(folder):

@@ -228,6 +228,15 @@ def test_ids_equal_vicunas_template(vicuna, conversation):
     assert_equals_reference(*vicuna, conversation)
 
 
+def test_an_answer_that_is_not_labelled_has_the_same_ids_and_no_labels(family):
+    chat, _ = family
+    turns = parse([("user", "a"), ("assistant", "No."), ("user", "b"), ("assistant", "Yes.")])
+    unlabelled = [turns[0], Message("assistant", ("No.",), labelled=False), *turns[2:]]
+    encoded = chat.encode(unlabelled)
+    assert encoded.input_ids == chat.encode(turns).input_ids
+    assert labelled(chat, encoded).removeprefix("<think>\n\n</think>\n\n") == "Yes.<|im_end|>"
+
+
 def test_vicunas_labels_are_each_answer_and_its_end(vicuna):
     chat, _ = vicuna
     conversation = parse(

@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.records import read_records
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.training import run as run_module
 from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.presets import load_settings
-from nanovlm.training.run import _split, run_stage
+from nanovlm.training.run import run_stage
 
 
 def metrics(run: Path) -> list[dict]:
@@ -267,39 +266,49 @@ def test_what_cannot_start_leaves_no_folder(tiny, tmp_path, changes, expected):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_what_is_held_out_shares_no_image_with_what_is_learned(tiny, tmp_path):
-    import random
+def text_only(path: Path, count: int) -> str:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * count)
+    return str(path)
 
-    path = tmp_path / "pairs.jsonl"
-    images = [f"images/train/{number:06d}.png" for number in range(12)]
-    shown = [
-        [images[0], images[1]],
-        [images[1], images[2]],
-        [images[3], images[2]],
-        *([image] for image in images[1:]),
-        [],
-    ]
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "images": names,
-                    "messages": [
-                        {"role": "user", "content": "<image>" * len(names) + "?"},
-                        {"role": "assistant", "content": "!"},
-                    ],
-                }
+
+@pytest.mark.parametrize("part", ["projector", "vision_encoder,language_model"])
+def test_what_sees_images_is_not_trained_without_any(tiny, tmp_path, part):
+    data, run = text_only(tmp_path / "data.jsonl", 8), tmp_path / "run"
+    with pytest.raises(NanoVLMError, match="none of the 8 records has an image, and") as caught:
+        tiny.train(run, data=data, val="", train=part)
+    assert part.split(",")[0] in str(caught.value) and not (run / "metrics.jsonl").exists()
+    tiny.train(tmp_path / "text", data=data, val="", train="language_model", max_steps=1)
+
+
+def test_a_batch_of_the_same_few_records_over_and_over_is_refused(tiny, tmp_path):
+    with pytest.raises(NanoVLMError, match="--batch-size 1000000 takes each of the"):
+        tiny.train(tmp_path / "run", batch_size=1_000_000)
+
+
+def test_in_a_small_set_all_broken_images_are_named_with_the_reason(tiny, tmp_path):
+    entries = []
+    for number in range(12):
+        path = tmp_path / f"n{number}.jpg"
+        Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+        if number % 3 == 1:
+            path.write_bytes(path.read_bytes()[:-200])
+        turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
+        entries.append({"image": path.name, "conversations": turns})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    for cache in (False, True):
+        with pytest.raises(NanoVLMError, match="4 of 12 records cannot be used") as caught:
+            tiny.train(
+                tmp_path / f"run{cache}",
+                data=str(data),
+                val="",
+                val_fraction=0.0,
+                cache_features=cache,
             )
-            + "\n"
-            for names in shown
-        )
-    )
-    records = read_records(path, tiny.data)[0]
-    for seed in range(20):
-        train, held_out = _split(records, 0.4, random.Random(seed))
-        assert train and held_out and len(train) + len(held_out) == len(records)
-        seen = {image for record in train for image in record.images}
-        assert not seen & {image for record in held_out for image in record.images}
+        for number in (1, 4, 7, 10):
+            assert f":{number + 1}: {tmp_path}/n{number}.jpg: cannot read" in str(caught.value)
+        assert str(caught.value).count("truncated") == 4
 
 
 def test_one_bad_record_of_many_is_named_and_skipped(tiny, tmp_path, own_data, capsys):
