@@ -72,11 +72,12 @@ def _with_chosen(entry: dict[str, Any]) -> dict[str, Any]:
     """A pair of ms-swift's, whose preferred answer is a record's own, with `chosen` instead."""
     if REJECTED not in entry:
         return entry
-    entry = {**entry, "rejected": entry.pop(REJECTED)}
+    rest = {key: value for key, value in entry.items() if key not in (REJECTED, "response")}
+    pair = {"chosen": entry.get("response"), "rejected": entry[REJECTED]}
     for key in TURN_LISTS:
-        if isinstance(turns := entry.get(key), list) and turns:
-            return {**entry, key: turns[:-1], "chosen": turns[-1]}
-    return {**entry, "chosen": entry.pop("response", None)}
+        if isinstance(turns := entry.get(key), list):
+            pair |= {key: turns[:-1], "chosen": turns[-1]}
+    return {**rest, **pair}
 
 
 def _with_answer(entry: dict[str, Any], name: str) -> dict[str, Any]:
