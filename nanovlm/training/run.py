@@ -50,7 +50,7 @@ from nanovlm.utils.files import write_atomically
 from nanovlm.utils.processes import is_main
 
 CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
-MAX_COPIES = 100  # of each record in a batch
+MAX_COPIES = 100  # of each record in a step
 # Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
 # fit its cache; a GPU is kept busy by more.
 ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
@@ -324,7 +324,7 @@ def _read_answered(data: str, settings: Settings) -> list[Record]:
 
 
 def _check_records(records: Sequence[Record], settings: Settings) -> None:
-    """Refuse to train what sees images without any, and batches of the same few records."""
+    """Refuse to train what sees images without any, and steps of the same few records."""
     trained = [part for part in ("projector", "vision_encoder") if part in settings.trained_parts]
     if trained and not any(record.images for record in records):
         raise NanoVLMError(
@@ -332,10 +332,10 @@ def _check_records(records: Sequence[Record], settings: Settings) -> None:
             f"{','.join(trained)} would learn nothing; name their images in 'image' or 'images', "
             "or use --train language_model"
         )
-    if settings.batch_size > MAX_COPIES * len(records):
+    if (per_step := settings.batch_size * settings.accumulate) > MAX_COPIES * len(records):
         raise NanoVLMError(
-            f"--batch-size {settings.batch_size} takes each of the {len(records)} records more "
-            f"than {MAX_COPIES} times at once; lower it"
+            f"--batch-size × --accumulate = {per_step} takes each of the {len(records)} records "
+            f"more than {MAX_COPIES} times a step; lower them"
         )
 
 

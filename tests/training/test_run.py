@@ -281,9 +281,10 @@ def test_what_sees_images_is_not_trained_without_any(tiny, tmp_path, part):
     tiny.train(tmp_path / "text", data=data, val="", train="language_model", max_steps=1)
 
 
-def test_a_batch_of_the_same_few_records_over_and_over_is_refused(tiny, tmp_path):
-    with pytest.raises(NanoVLMError, match="--batch-size 1000000 takes each of the"):
-        tiny.train(tmp_path / "run", batch_size=1_000_000)
+@pytest.mark.parametrize("flag", ["batch_size", "accumulate"])
+def test_a_step_of_the_same_few_records_over_and_over_is_refused(tiny, tmp_path, flag):
+    with pytest.raises(NanoVLMError, match="--batch-size × --accumulate = .* more than 100 times"):
+        tiny.train(tmp_path / "run", **{flag: 1_000_000})
 
 
 def test_in_a_small_set_all_broken_images_are_named_with_the_reason(tiny, tmp_path):
