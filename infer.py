@@ -21,7 +21,7 @@ from nanovlm.generate import Sampling, TextStreamer, compile_decoding, generate
 from nanovlm.hub.adapters import load_adapter
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import IMAGE, IMAGE_MARKER, Message
+from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
@@ -29,8 +29,6 @@ from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_dev
 from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
-# Refused in prompts for any model, because prompts copied from elsewhere often contain them.
-CHATML = ("<|im_start|>", "<|im_end|>")
 MAX_PROMPT = 2**20  # bytes of a line on stdin, which may come from a file or a device
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -132,13 +130,12 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
-    """Refuse the spellings of special tokens, which would be read as ordinary text."""
-    for token in (*model.tokenizer.special_tokens, *CHATML, IMAGE_MARKER):
-        if token in prompt:
-            raise NanoVLMError(
-                f"the prompt contains {token!r}, which only the program may place; take it out "
-                "(images are given as files before the prompt)"
-            )
+    """Refuse the spellings of control tokens, which would be read as ordinary text."""
+    if token := model.chat.control_token(prompt):
+        raise NanoVLMError(
+            f"the prompt contains {token!r}, which only the program may place; take it out "
+            "(images are given as files before the prompt)"
+        )
 
 
 def _read_prompt() -> str:

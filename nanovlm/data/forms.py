@@ -191,7 +191,7 @@ def _read_turn(turn: Any) -> tuple[Message, list[str]]:
     if any(turn[key] != content for key in TEXT if key in turn):
         raise NanoVLMError(f"a turn of the {role} has two texts, and they differ")
     text, names = _read_content(content, role)
-    if not text.strip():
+    if not text.strip() and role != "system":  # an empty system prompt replaces a model's own
         raise NanoVLMError(f"a turn of the {role} has no text in {text_key!r}")
     if role != "assistant":
         rest = text.replace(IMAGE_MARKER, "") if role == "user" else text
@@ -256,7 +256,8 @@ def _image_name(value: Any) -> str:
 def _given_images(entry: dict[str, Any]) -> list[str]:
     """The names in `images` or `image`."""
     lists = [entry[key] for key in IMAGES if key in entry]
-    lists = [[*map(_image_name, each if isinstance(each, list) else [each])] for each in lists]
+    lists = [each if isinstance(each, list) else [each] for each in lists]
+    lists = [[_image_name(image) for image in each if image is not None] for each in lists]
     if len(lists) > 1 and lists[0] != lists[1]:
         raise NanoVLMError("has image and images, and they differ")
     return lists[0] if lists else []

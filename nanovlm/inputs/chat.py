@@ -5,6 +5,7 @@ Special tokens come from the template and the images' places alone, never from w
 Lesson: lessons/source/05_conversations.py.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -147,6 +148,7 @@ TEMPLATES = {
         after={"system": " ", "user": " ", "assistant": ""},
     ),
 }
+_CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")  # as most families spell theirs
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 
 
@@ -191,6 +193,16 @@ class Chat:
             for pair in TILE_FRAMES
             if all(not token or token in tokenizer.special_tokens for token in pair)
         )
+
+    def control_token(self, text: str) -> str:
+        """A control token that a text spells, of this model or of another; "" if there is none.
+
+        A prompt with one is refused, because it was copied from somewhere else. In records they are
+        ordinary text: `encode` gives special ids to the template's tokens alone.
+        """
+        own = (token for token in (*self.tokenizer.special_tokens, IMAGE_MARKER) if token in text)
+        others = _CONTROL_TOKEN.search(text)
+        return next(own, others[0] if others else "")
 
     def encode(
         self,

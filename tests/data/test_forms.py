@@ -87,6 +87,7 @@ SAME = {
     },
     "named in a path of Windows": chat(f"<image>\n{ASK}", image=".\\a.png"),
     "named twice alike": chat([{"type": "image", "image": "a.png"}, TEXT], images=["a.png"]),
+    "images that are null": chat(f"<image>\n{ASK}", images=[None, "a.png", None], image=[]),
     "null columns": sharegpt(
         f"<image>\n{ASK}",
         image="a.png",
@@ -198,6 +199,13 @@ def test_a_system_prompt_beside_the_turns_opens_the_conversation(folder):
     ]
     with pytest.raises(NanoVLMError, match="another system prompt in 'system'"):
         read(own | {"system": "T"}, folder)
+
+
+def test_an_empty_system_turn_is_kept_since_it_replaces_a_models_own(folder):
+    entry = chat("x")
+    entry["messages"].insert(0, {"role": "system", "content": ""})
+    assert read(entry, folder).messages[0] == Message("system", ("",))
+    assert len(read(chat("x", system=""), folder).messages) == 2
 
 
 @pytest.mark.parametrize(

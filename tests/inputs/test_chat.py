@@ -228,6 +228,19 @@ def test_ids_equal_vicunas_template(vicuna, conversation):
     assert_equals_reference(*vicuna, conversation)
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<image>", "<|eot_id|>", "<|vision_start|>"])
+def test_control_tokens_of_any_family_are_found_and_in_records_they_are_text(chat, token):
+    text = f"a {token} b"
+    assert chat.control_token(text) == token
+    special = set(chat.tokenizer.special_tokens.values())
+    for role in ("system", "user", "assistant"):
+        spelled, plain = (
+            chat.encode([Message(role, (content,))]).input_ids for content in (text, "a b")
+        )
+        assert sum(id in special for id in spelled) == sum(id in special for id in plain)
+    assert not any(map(chat.control_token, ("a < b | c > d", "<|a b|>", "<b>", "<|>", "")))
+
+
 def test_an_answer_that_is_not_labelled_has_the_same_ids_and_no_labels(family):
     chat, _ = family
     turns = parse([("user", "a"), ("assistant", "No."), ("user", "b"), ("assistant", "Yes.")])
