@@ -470,7 +470,7 @@ TWO_MARKERS = (
         ("", "holds no records"),
         (TWO_MARKERS, "the text has 2 <image> markers and the record 1 images"),
         ("{", "cannot be used"),
-        ('{"messages": []}', "with a turn in it"),
+        ('{"messages": []}', "nor a question with an answer"),
         ("[]", "expected an object"),
     ],
 )
