@@ -442,14 +442,10 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
 
 
 def test_text_without_images_passes_through_a_stage_that_cannot_learn_from_it(tiny, tmp_path):
-    records = [
-        {
-            "messages": [
-                {"role": "user", "content": "你好"},
-                {"role": "assistant", "content": "你好。"},
-            ]
-        }
-    ] * 4
+    answer = {"role": "assistant", "content": "你好。"}
+    records = [{"messages": [{"role": "user", "content": "你好"}, answer]}] * 4
+    image = str(tiny.data / "images/train/000000.png")
+    records.append({"image": image, "messages": [{"role": "user", "content": "<image>"}, answer]})
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run = tiny.train(
         tmp_path / "run",
@@ -457,6 +453,7 @@ def test_text_without_images_passes_through_a_stage_that_cannot_learn_from_it(ti
         data=str(tmp_path / "text.jsonl"),
         val="",
         val_fraction=0.0,
+        batch_size=1,
+        max_steps=5,
     )
-    assert not any(moved(tiny.model, run / "model").values())
-    assert [line["grad_norm"] for line in metrics(run)] == [0.0] * 4
+    assert sorted(line["grad_norm"] > 0 for line in metrics(run)) == [False] * 4 + [True]
