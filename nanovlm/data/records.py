@@ -120,18 +120,21 @@ def check_images(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
 
 
 def are_too_many(skipped: Sequence[str], total: int) -> bool:
-    """Whether so many of all records cannot be used that a run stops."""
-    return len(skipped) > MAX_SKIPPED * total
+    """Whether a run stops because so many of all records cannot be used.
+
+    More than MAX_SKIPPED of them, but one by itself never stops a run that has others.
+    """
+    return len(skipped) > max(1, MAX_SKIPPED * total) or 0 < total == len(skipped)
 
 
 def check_skipped(skipped: Sequence[str], total: int) -> None:
-    """Raise if more than MAX_SKIPPED of all records cannot be used, with the reasons."""
+    """Raise if `are_too_many` records cannot be used, with the reasons."""
     if are_too_many(skipped, total):
         lines = [f"  {reason}" for reason in skipped[:MAX_NAMED]]
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
+        share = f", more than {MAX_SKIPPED:.0%}" if len(skipped) < total else ""
         raise NanoVLMError(
-            f"{len(skipped)} of {total} records cannot be used, more than {MAX_SKIPPED:.0%}; "
-            "mend or remove them:",
+            f"{len(skipped)} of {total} records cannot be used{share}; mend or remove them:",
             *lines,
         )
 

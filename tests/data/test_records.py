@@ -214,10 +214,14 @@ def test_above_one_percent_the_run_stops_with_the_list(folder):
     assert lines[1] == f"  {path}:5940: image {folder / '0.jpg'} does not exist"
 
 
-def test_check_skipped_counts_against_all():
-    check_skipped(["a"], 100)
-    with pytest.raises(NanoVLMError, match="1 of 99 records cannot be used"):
-        check_skipped(["a"], 99)
+def test_check_skipped_counts_against_all_and_one_record_ends_no_run():
+    check_skipped(["a", "b"], 200)
+    check_skipped(["a"], 2)
+    check_skipped([], 0)
+    with pytest.raises(NanoVLMError, match="2 of 199 records cannot be used, more than 1%"):
+        check_skipped(["a", "b"], 199)
+    with pytest.raises(NanoVLMError, match="1 of 1 records cannot be used; mend"):
+        check_skipped(["a"], 1)
 
 
 @pytest.mark.parametrize(
@@ -288,9 +292,10 @@ def test_a_pattern_without_a_match_and_an_empty_shard_are_named(folder):
 
 def test_unusable_records_count_against_all_files(folder):
     write(folder / "a.jsonl", [TEXT] * 99)
-    write(folder / "b.jsonl", [TEXT, {}])
-    assert len(read_records(folder / "*.jsonl")[1]) == 1
-    with pytest.raises(NanoVLMError, match="1 of 2 records"):
+    write(folder / "b.jsonl", [TEXT, TEXT, {}, {}])
+    write(folder / "c.jsonl", [TEXT] * 98)
+    assert len(read_records(folder / "*.jsonl")[1]) == 2
+    with pytest.raises(NanoVLMError, match="2 of 4 records"):
         read_records(folder / "b.jsonl")
 
 

@@ -123,8 +123,13 @@ def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
 
 
 def test_nothing_is_written_of_records_that_cannot_be_used(folder):
-    with pytest.raises(NanoVLMError, match="1 of 2 records cannot be used"):
-        pack(write(folder, [show("a.jpg"), show("none.jpg")]), None, folder / "in", size=2)
+    with pytest.raises(NanoVLMError, match="2 of 3 records cannot be used"):
+        pack(
+            write(folder, [show("a.jpg"), show("none.jpg"), show("none.jpg")]),
+            None,
+            folder / "in",
+            size=2,
+        )
     assert not list((folder / "in").glob("shard-*"))
 
 
