@@ -55,7 +55,7 @@ IMAGE_NAMES = ("image_url", "image", "url", "path", "source", "input_image")
 IMAGE_BYTES = ("bytes", "base64", "data")
 
 # The place of an image in a user's text, in Qwen-VL's form with its name.
-_PLACE = re.compile(r"<image>|<img>([^<>]{1,4096})</img>")
+_PLACE = re.compile(r"<image>|<img>([^<>]+)</img>")
 # What other programs write for images, video, sound and boxes. Here it would be learned as text.
 _FOREIGN = re.compile(
     r"</?\|?(?:(?:start|begin|end)_of_|fake_token_around_)?"

@@ -18,12 +18,14 @@ import codecs
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+
+from tqdm import tqdm
 
 from nanovlm.data.forms import READ, present, read_conversation
 from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
@@ -106,10 +108,10 @@ def record_files(data: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def check_images(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
+def check_images(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The records whose images can all be opened, and a line for each of the others."""
     usable, skipped = [], []
-    for record in records:
+    for record in tqdm(records, "looking at images", leave=False, dynamic_ncols=True, delay=2):
         try:
             for path in record.images:
                 open_image(path)

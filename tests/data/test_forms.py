@@ -129,7 +129,7 @@ def test_the_same_conversation_in_every_published_form(folder, entry):
 
 def test_an_image_may_stand_in_the_record_itself(folder):
     buffer = io.BytesIO()
-    Image.effect_noise((64, 48), 50).convert("RGB").save(buffer, "JPEG")
+    Image.effect_noise((164, 148), 50).convert("RGB").save(buffer, "JPEG")
     text = base64.b64encode(buffer.getvalue()).decode()
     uri = f"data:image/jpeg;base64,{text}"
     source = {"type": "base64", "media_type": "image/jpeg", "data": text}
@@ -142,7 +142,7 @@ def test_an_image_may_stand_in_the_record_itself(folder):
         chat([{"type": "image", "source": source}]),
     ):
         (path,) = read(entry, folder).images
-        assert open_image(path).size == (64, 48)
+        assert open_image(path).size == (164, 148)
 
 
 def test_qwen_vl_names_images_within_the_text(folder):
