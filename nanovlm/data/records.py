@@ -25,8 +25,6 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tqdm import tqdm
-
 from nanovlm.data.forms import READ, present, read_conversation
 from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
 from nanovlm.inputs import archive, data_uri
@@ -111,7 +109,7 @@ def record_files(data: str | Path) -> list[Path]:
 def check_images(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The records whose images can all be opened, and a line for each of the others."""
     usable, skipped = [], []
-    for record in tqdm(records, "looking at images", leave=False, dynamic_ncols=True, delay=2):
+    for record in records:
         try:
             for path in record.images:
                 open_image(path)

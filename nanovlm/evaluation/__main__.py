@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.records import Record, check_images, check_skipped, read_records, say_skipped
+from nanovlm.data.records import Record, read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import (
@@ -46,10 +46,9 @@ def main() -> None:
             "make it, so that --answers can be written"
         )
     records, skipped = read_records(arguments.data, arguments.images)
-    records, unreadable = check_images(records[: arguments.limit or None])
-    check_skipped(unreadable, len(records) + len(unreadable))
-    skipped += unreadable
-    say_skipped(skipped, len(records) + len(skipped))
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    records = records[: arguments.limit or None]
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = load_model(arguments.model, dtype).to(device)
