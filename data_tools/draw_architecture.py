@@ -1,6 +1,6 @@
 """Draw the architecture of the README, nanovlm/assets/architecture.png, and its scene, scene.png.
 
-    python data_tools/draw_architecture.py [--out nanovlm/assets]
+    python data_tools/draw_architecture.py --replace  # or --out FOLDER
 
 Sizes, parameter counts and the stages in which a part is trainable are read from the presets and
 configs, so that the drawing says what the code does. The same configs give the same bytes with the
@@ -40,7 +40,8 @@ from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.training.presets import load_settings
 from nanovlm.utils.figures import plt
-from nanovlm.utils.files import read_json, write_atomically
+from nanovlm.utils.files import read_json
+from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, write_new
 from nanovlm.utils.parser import CommandParser
 
 WIDTH, HEIGHT = 900, 604  # units of the drawing: pixels at the README's width
@@ -332,11 +333,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ASSETS, help="folder for both PNG files (default: the assets)"
     )
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in zip(("architecture.png", "scene.png"), draw_architecture()):
-        write_atomically(folder / name, data)
-        say(str(folder / name))
+    add_replace_flag(parser)
+    arguments = parser.parse_args()
+    paths = [arguments.out / name for name in ("architecture.png", "scene.png")]
+    for path in paths:
+        check_new_file(path, OUT_OR_REPLACE, replace=arguments.replace)
+    for path, data in zip(paths, draw_architecture()):
+        write_new(path, data, replace=arguments.replace)
+        say(str(path))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python train_stage1.py --val-every 25
     python train_stage2.py
-    python data_tools/draw_samples.py runs/stage1:25,100,335 runs/stage2:1339 --questions 1,2,4,6
+    python data_tools/draw_samples.py runs/stage1:25,100,335 runs/stage2:1339 \\
+        --questions 1,2,4,6 --replace
 
 A column is drawn for each step of each run; without steps, the last one of the run. The questions
 are those that every column answers, and `--questions 1,3` picks some of them. Run it in the folder
@@ -28,9 +29,10 @@ from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
 from nanovlm.inputs.image import open_image
+from nanovlm.training.monitor.log import read_log
 from nanovlm.training.monitor.samples import Answers, answers_at, draw_answers
-from nanovlm.utils.files import atomic_path, read_jsonl
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, new_file
+from nanovlm.utils.parser import CommandParser, expand_user
 
 DPI = 200  # twice the README's width, as architecture.png
 NUMBERS = r"\d+(,\d+)*"
@@ -45,6 +47,7 @@ class Steps(NamedTuple):
 
 def parse_steps(text: str) -> Steps:
     """`runs/stage1:25,100` or `runs/stage1`."""
+    text = expand_user(text)
     run, _, steps = text.rpartition(":")
     if run and re.fullmatch(NUMBERS, steps):
         return Steps(Path(run), parse_numbers(steps))
@@ -63,7 +66,7 @@ def read_columns(chosen: list[Steps]) -> dict[str, Answers]:
     columns = {}
     for run, steps in chosen:
         path = run / "samples.jsonl"
-        lines = read_jsonl(path) if path.is_file() else []
+        lines = read_log(path)
         if not lines:
             raise NanoVLMError(f"{path}: holds no answers; name the folder of a run that validated")
         known = sorted({line["step"] for line in lines})
@@ -98,7 +101,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ASSETS / "samples.png", help="default: the README's picture"
     )
+    add_replace_flag(parser)
     arguments = parser.parse_args()
+    inputs = [run for run, _ in arguments.runs]
+    check_new_file(arguments.out, OUT_OR_REPLACE, inputs, replace=arguments.replace)
     columns = read_columns(arguments.runs)
     first, *others = columns.values()
     shared = [where for where in first if all(where in answers for answers in others)]
@@ -110,10 +116,10 @@ def main() -> None:
     images = read_images([shared[number - 1] for number in numbers])
     if not images:
         raise NanoVLMError("none of the questions is about an image; there is nothing to draw")
-    draw_answers(arguments.out, images, columns, DPI)
-    with Image.open(arguments.out) as drawn, atomic_path(arguments.out) as temporary:
-        # A palette of 256 colours: a third of the bytes.
-        palette = drawn.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3)
+    with new_file(arguments.out, replace=arguments.replace) as temporary:
+        draw_answers(temporary, images, columns, DPI)
+        with Image.open(temporary) as drawn:  # a palette of 256 colours: a third of the bytes
+            palette = drawn.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3)
         palette.save(temporary, format="PNG", optimize=True)
     say(str(arguments.out))
 

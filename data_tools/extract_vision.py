@@ -38,6 +38,7 @@ from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.shapes import VISION_ENCODERS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.utils.files import read_json, write_json
+from nanovlm.utils.outputs import new_folder
 from nanovlm.utils.parser import CommandParser
 
 
@@ -82,17 +83,14 @@ def extract(source: Path, out: Path) -> None:
         )
     settings = read_settings(source, config, layout)
     tensors, others = read_tensors(source, re.compile(layout.prefix))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", settings)
-    write_preprocessor(source, out, settings)
-    weights = out / "model.safetensors"
-    # Written last, so that a folder with this file is complete.
-    save_file(tensors, weights, metadata={"format": "pt"})
-    try:
-        load_vision_encoder(out)
-    except NanoVLMError:
-        weights.unlink()
-        raise
+    with new_folder(out, "--out") as folder:
+        write_json(folder / "config.json", settings)
+        write_preprocessor(source, folder, settings)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            load_vision_encoder(folder)
+        except NanoVLMError as error:  # names the folder by a name that is gone
+            raise NanoVLMError(str(error).replace(str(folder), str(source))) from None
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     say(f"{out}: {settings['model_type']}, {len(tensors)} tensors, {size:,.1f} MB")
     parts = sorted({_part_of(name) for name in others})
@@ -206,7 +204,7 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
         write_json(out / PREPROCESSOR, processor)
     else:
         say(
-            f"{source}: holds no {PREPROCESSOR}, so {out} gets none; put one there, or images are "
+            f"{source}: holds no {PREPROCESSOR}, so --out gets none; put one there, or images are "
             "prepared as for DINOv2"
         )
 
@@ -227,12 +225,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check the flags and extract the vision encoder."""
+    """Extract the vision encoder."""
     arguments = parse_arguments()
-    if (arguments.out / "model.safetensors").exists():
-        raise NanoVLMError(
-            f"{arguments.out}: holds a model already; delete it or choose another --out"
-        )
     extract(arguments.source, arguments.out)
 
 

@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 from data_tools.caption_questions import THINGS
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.files import to_jsonl, write_atomically
+from nanovlm.utils.files import to_jsonl
+from nanovlm.utils.outputs import write_new
 from nanovlm.utils.parser import CommandParser
 
 DESCRIBE = {"zh": "用一句话描述这张图片。", "en": "Describe this image in one sentence."}
@@ -182,7 +183,7 @@ def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
             if isinstance(photo, str) or not photo:
                 problems[name] = photo or "is empty"
                 continue
-            write_new(folder / name, photo)
+            write_once(folder / name, photo)
             if name not in done:
                 done.add(name)
                 bar.update()
@@ -196,14 +197,14 @@ def extract_photos(source: Path, names: list[str], folder: Path) -> list[str]:
     return [name for name in names if name in done]
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_once(path: Path, data: bytes) -> None:
     """Write `data` to `path`, unless it is there already; other content there is an error."""
     check_free(path, data)
     if path.exists():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
+        write_new(path, data)
     except OSError as error:
         raise NanoVLMError(
             f"{path}: cannot be written ({error.strerror}); choose another --out"
@@ -347,7 +348,7 @@ def main() -> None:
     for path, data in files.items():
         check_free(path, data)
     for path, data in files.items():
-        write_new(path, data)
+        write_once(path, data)
         count = data.count(b"\n")
         say(f"{path}: {count:,} records")
     say(f"{arguments.out / 'images'}: {len(names):,} photos")

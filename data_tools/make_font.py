@@ -1,6 +1,6 @@
 """Make the font of the package's pictures, nanovlm/assets/fonts, from Noto Sans CJK SC.
 
-    python data_tools/make_font.py NotoSansCJK-Regular.ttc
+    python data_tools/make_font.py NotoSansCJK-Regular.ttc --replace
 
 The source is that of release Sans2.004, https://github.com/notofonts/noto-cjk; Debian and Ubuntu
 have it in the package fonts-noto-cjk, as /usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc. It
@@ -25,7 +25,7 @@ from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.files import write_atomically
+from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, write_new
 from nanovlm.utils.parser import CommandParser
 
 FONT = Path(__file__).parents[1] / "nanovlm" / "assets" / "fonts" / "NanovlmSansSC-Regular.otf"
@@ -110,9 +110,11 @@ def main() -> None:
     parser = CommandParser(description="Make the Chinese font of the package's pictures.")
     parser.add_argument("source", type=Path, help="NotoSansCJK-Regular.ttc, release Sans2.004")
     parser.add_argument("--out", type=Path, default=FONT, help="default: the one that ships")
+    add_replace_flag(parser)
     arguments = parser.parse_args()
+    check_new_file(arguments.out, OUT_OR_REPLACE, [arguments.source], replace=arguments.replace)
     data = make_font(arguments.source)
-    write_atomically(arguments.out, data)
+    write_new(arguments.out, data, replace=arguments.replace)
     say(f"{arguments.out}: {len(characters()):,} characters, {len(data):,} bytes")
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data_tools.caption_questions import things_named
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject
-from nanovlm.data.records import Record, read_records, say_skipped
+from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.generate import Sampling
@@ -47,8 +47,9 @@ from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE_MARKER
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.device import add_device_flag, choose_device
-from nanovlm.utils.files import to_jsonl, write_atomically
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.files import to_jsonl
+from nanovlm.utils.outputs import check_new_file, write_new
+from nanovlm.utils.parser import CommandParser, expand_user
 
 BATCH_SIZE = 128  # descriptions written at once
 MAX_NEW_TOKENS = 64
@@ -76,7 +77,7 @@ def make_pairs(
             title = f"describing, {number + 1} of {samples}"
             bar = tqdm(answers, title, total=len(records), unit="image", dynamic_ncols=True)
             for descriptions, answer in zip(own, bar):
-                if answer not in descriptions:
+                if answer is not None and answer not in descriptions:
                     descriptions.append(answer)
     pairs = []
     for record, descriptions in zip(records, own):
@@ -234,8 +235,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description="Make preference pairs of descriptions for --objective dpo.")
 
     def add(flag: str, default, metavar: str, text: str) -> None:
+        kind = expand_user if isinstance(default, str) else type(default)
         parser.add_argument(
-            flag, type=type(default), default=default, metavar=metavar, help=f"{text} (%(default)s)"
+            flag, type=kind, default=default, metavar=metavar, help=f"{text} (%(default)s)"
         )
 
     parser.add_argument(
@@ -261,10 +263,8 @@ def parse_arguments() -> argparse.Namespace:
             "--limit starts at 0 (all), --samples at 1, and --spoiled and --others are between "
             "0 and 1"
         )
-    if not arguments.out.parent.is_dir():
-        raise NanoVLMError(
-            f"{arguments.out.parent}: is not a folder; make it, so that --out can be written"
-        )
+    inputs = [*record_files(arguments.data), *([arguments.model] if arguments.model else [])]
+    check_new_file(arguments.out, "--out", inputs)
     return arguments
 
 
@@ -286,7 +286,7 @@ def main() -> None:
         )
     for pair in pairs:  # paths are read relative to the file
         pair["image"] = os.path.relpath(pair["image"], arguments.out.parent)
-    write_atomically(arguments.out, to_jsonl(pairs))
+    write_new(arguments.out, to_jsonl(pairs))
     kinds = Counter(pair["kind"] for pair in pairs)
     say(
         f"{arguments.out}: {len(pairs):,} pairs from {len(records):,} images, {kinds['own']:,} "

@@ -23,10 +23,9 @@ import re
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from random import Random
 
@@ -44,6 +43,7 @@ from data_tools.scenes_world import (
 )
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_json, to_jsonl, write_atomically, write_json
+from nanovlm.utils.outputs import TakenError, new_folder
 from nanovlm.utils.parser import CommandParser
 
 VERSION = 1  # raise it whenever the same seed gives other bytes
@@ -75,24 +75,22 @@ def make_scenes(
         return out
     say(f"{out}: drawing the toy world ({scenes} training scenes, seed {seed})")
     try:
-        with _appear_whole(out) as folder:
+        with new_folder(out, "--out") as folder:
             world = _fill(folder, settings, workers)
-    except OSError as error:
-        where = error.filename or out
-        raise NanoVLMError(
-            f"{where}: cannot be written ({error.strerror}); choose another --out"
-        ) from None
-    say(*summary(world).split("\n"))
+    except TakenError as taken:
+        if not _already_there(out, settings):
+            raise
+        shutil.rmtree(taken.kept)  # another process has drawn the same
+    else:
+        say(*summary(world).split("\n"))
     return out
 
 
 def _already_there(out: Path, settings: dict[str, int]) -> bool:
-    """Whether the folder was made with the same settings; an error if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
+    """Whether the folder holds scenes with the same settings; an error if it holds other scenes."""
     advice = "delete it or choose another --out"
     if not (out / "world.json").is_file():
-        raise NanoVLMError(f"{out}: exists and holds something other than scenes; {advice}")
+        return False
     world = read_json(out / "world.json")
     other = [
         f"{key} {world.get(key)} instead of {value}"
@@ -105,22 +103,6 @@ def _already_there(out: Path, settings: dict[str, int]) -> bool:
     if missing:
         raise NanoVLMError(f"{out}: lacks {', '.join(missing)}; {advice}")
     return True
-
-
-@contextmanager
-def _appear_whole(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` that is renamed to it on success and deleted on failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            out.rmdir()  # it was empty; not every system renames onto an empty folder
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fill(folder: Path, settings: dict[str, int], workers: int) -> dict:

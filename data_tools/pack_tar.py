@@ -9,7 +9,7 @@ writes SHARDS/shard-00000.jsonl, SHARDS/shard-00000.tar and so on, to be trained
 The records keep their order and all their keys; only their image paths change, to
 `shard-00000.tar::a.jpg`. A record that names its images within its turns is written as messages.
 An image is stored once, in the shard of the first record that uses it. The same input gives the
-same bytes. A file of a shard gets its name when it is complete, the tar file first.
+same bytes. SHARDS is a new or an empty folder, which appears when all of it is complete.
 """
 
 import sys
@@ -34,8 +34,9 @@ from nanovlm.data.forms import IMAGES, read_conversation
 from nanovlm.data.records import Record, read_entries, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive, data_uri
-from nanovlm.utils.files import atomic_path, to_jsonl, write_atomically
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.files import to_jsonl, write_atomically
+from nanovlm.utils.outputs import new_folder
+from nanovlm.utils.parser import CommandParser, expand_user
 
 Entry = tuple[dict, Record]  # a record as it was written, and as it was read
 
@@ -53,9 +54,12 @@ def pack(data: str, images: Path | None, out: Path, size: int) -> int:
     )
     places: dict[Path, str] = {}
     count = 0
-    with tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar:
+    with (
+        new_folder(out, "--out") as folder,
+        tqdm(total=len(records), desc="packing", unit="record", dynamic_ncols=True) as bar,
+    ):
         for count, shard in enumerate(split(entries, size), start=1):
-            write_shard(out, f"shard-{count - 1:05}", shard, places, bar)
+            write_shard(folder, f"shard-{count - 1:05}", shard, places, bar)
     return count
 
 
@@ -76,11 +80,11 @@ def split(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
 
 
 def write_shard(
-    out: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm
+    folder: Path, name: str, entries: list[Entry], places: dict[Path, str], bar: tqdm
 ) -> None:
     """Write new images to `name`.tar and the records to `name`.jsonl; `places` is updated."""
     lines, members = [], set()
-    with atomic_path(out / f"{name}.tar") as temporary, tarfile.open(temporary, "w") as tar:
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for entry, record in entries:
             for written, path in zip(read_conversation(entry)[1], record.images):
                 if path not in places:
@@ -95,7 +99,7 @@ def write_shard(
                     add_image(tar, member, path)
             lines.append(with_images(entry, record, [places[path] for path in record.images]))
             bar.update()
-    write_atomically(out / f"{name}.jsonl", to_jsonl(lines))
+    write_atomically(folder / f"{name}.jsonl", to_jsonl(lines))
 
 
 def with_images(entry: dict, record: Record, names: list[str]) -> dict:
@@ -145,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
+        type=expand_user,
         required=True,
         metavar="FILE",
         help="records; several with commas, or a pattern, quoted",
@@ -171,11 +176,6 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.size < 1:
         raise NanoVLMError(f"--size is {arguments.size}; it has to be 1 or more")
-    if arguments.out.is_dir() and any(arguments.out.glob("shard-*")):
-        raise NanoVLMError(
-            f"{arguments.out}: holds shards already; delete them or choose another --out"
-        )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     count = pack(arguments.data, arguments.images, arguments.out, arguments.size)
     say(f"{arguments.out}: {count:,} shards")
 

@@ -19,7 +19,6 @@ from nanovlm.utils.console import run_command, say
 
 # isort: split
 import argparse
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from functools import partial
 from data_tools.pretrain_language_model import pretrain_language_model
 from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, new_folder
 from nanovlm.utils.parser import CommandParser, flag
 
 FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-language-model"}
@@ -34,17 +34,9 @@ FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-lang
 
 def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None:
     """Let `make` fill a folder that then becomes `folder`; print its measurements and the time."""
-    if folder.exists() and not replace:
-        raise NanoVLMError(f"{folder}: is already there; choose another --out, or --replace it")
-    started, temporary = time.perf_counter(), folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    started = time.perf_counter()
+    with new_folder(folder, OUT_OR_REPLACE, replace=replace) as temporary:
         result = make(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     say(f"{folder}: {(time.perf_counter() - started) / 60:.1f} minutes")
     for split, shares in result.items():
         shown = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
@@ -60,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--part", choices=parts, default="all", help="what to make (%(default)s)")
     out = Path("nanovlm/assets")
     parser.add_argument("--out", type=Path, default=out, help="folder to write to (%(default)s)")
-    parser.add_argument("--replace", action="store_true", help="replace parts that exist")
+    add_replace_flag(parser)
     for name, default, text in (
         ("--seed", 0, "seed of the data and of the initial weights"),
         ("--vision-encoder-steps", 3600, "optimizer steps of the vision encoder"),

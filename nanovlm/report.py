@@ -7,8 +7,6 @@ The tables go to stdout. A run that is still going on is compared as far as it i
 
 import dataclasses
 import json
-import math
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.training.monitor.log import series
+from nanovlm.training.monitor.log import read_log, series
+from nanovlm.training.presets import read_tables
 from nanovlm.training.settings import Settings
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.figures import plt, save_figure
+from nanovlm.utils.outputs import check_new_file, new_file
 from nanovlm.utils.parser import CommandParser
 
-PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 FINAL_LINES = 5  # log lines whose mean is the final loss; a single one is noisy
 # Means over a run's lines.
 SHARES = {"data_wait": "waiting for data", "fill": "rows filled", "mfu": "of peak arithmetic"}
@@ -63,9 +62,10 @@ def main() -> None:
         help="default: report.png",
     )
     arguments = parser.parse_args()
-    _check_out(arguments.out)
+    check_new_file(arguments.out, "--out", arguments.runs)
     runs = [read_run(folder, name) for folder, name in zip(arguments.runs, _names(arguments.runs))]
-    draw(runs, arguments.out)
+    with new_file(arguments.out) as figure:
+        draw(runs, figure)
     say(f"the curves are in {arguments.out}")
     print(summary(runs))
     if differing := differences(runs):
@@ -82,20 +82,14 @@ def read_run(folder: Path, name: str) -> Run:
         )
     settings = dataclasses.asdict(Settings())  # a setting that is newer than the run: its default
     try:
-        settings |= tomllib.loads(toml.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        say(f"{toml}: cannot be used ({error}); the settings of {name} are left out")
+        settings |= read_tables(toml)
+    except NanoVLMError as error:
+        say(f"{error}; the settings of {name} are left out")
         settings = {}
-    lines, damaged = [], []
-    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    whole = text.split("\n")[:-1]  # a line without an end is still being written
-    for number, written in enumerate(whole, start=1):
-        if line := _numbers(written):
-            lines.append(line)
-        else:
-            damaged.append(str(number))
-    if damaged:
-        say(f"{metrics}: not a line of metrics, skipped: line {', '.join(damaged)}")
+    lines = [
+        {key: value for key, value in line.items() if value is not None}
+        for line in read_log(metrics)
+    ]
     if not lines:
         say(f"{metrics}: holds no line yet")
     return Run(name, settings, lines)
@@ -116,10 +110,7 @@ def differences(runs: list[Run]) -> str:
     known = [run for run in runs if run.settings]
     names = dict.fromkeys(name for run in known for name in run.settings)
     names = [name for name in names if name not in ("out", "resume")]
-    rows = [
-        [name, *(json.dumps(run.settings.get(name), ensure_ascii=False) for run in known)]
-        for name in names
-    ]
+    rows = [[name, *(_as_json(run.settings.get(name)) for run in known)] for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     return _table(["setting", *(run.name for run in known)], rows) if rows else ""
 
@@ -229,32 +220,14 @@ def _trained(settings: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _numbers(written: str) -> dict[str, float] | None:
-    """The finite numbers of one line of metrics.jsonl; None if it is not one."""
-    try:
-        line = json.loads(written)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
-    return {
-        key: value
-        for key, value in line.items()
-        if type(value) in (int, float) and math.isfinite(value)
-    }
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)  # TOML has dates as well
 
 
 def _names(folders: list[Path]) -> list[str]:
     """The folders' names; where two are alike, their paths."""
     short = [folder.resolve().name for folder in folders]
     return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders)]
-
-
-def _check_out(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise NanoVLMError(f"{path.parent}: is not a folder; make it, so that --out can be written")
-    if path.is_dir() or (path.exists() and path.read_bytes()[: len(PNG)] != PNG):
-        raise NanoVLMError(f"{path}: is not a PNG file and stays as it is; name another with --out")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -107,4 +107,4 @@ def test_the_picture_is_what_the_script_draws(tmp_path):
             .point(lambda value: 255 * (value > 64))
             .histogram()[255:]
         )
-        assert differing < 100, f"{name}: run data_tools/draw_architecture.py"
+        assert differing < 100, f"{name}: run data_tools/draw_architecture.py --replace"

@@ -148,8 +148,9 @@ def test_a_run_that_has_only_begun_and_one_without_settings_are_compared_as_far_
     ]
     assert (
         f"{begun / 'metrics.jsonl'}: holds no line yet" in err
-        and f"{bare / 'settings.toml'}: cannot be used" in err
+        and f"{bare / 'settings.toml'}: is not valid TOML" in err
     )
+    (tmp_path / "report.png").unlink()
     (table,), _ = compare(begun)
     assert len(table) == 3
 
@@ -164,15 +165,16 @@ def test_a_folder_without_a_run_is_one_line_and_exit_2(tmp_path, call):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_a_png_file_is_overwritten(tmp_path, compare):
+def test_nothing_is_overwritten(tmp_path, compare):
     run = make_run(tmp_path / "run")
     compare(run)
-    compare(run)  # over its own figure
-    before = (run / "metrics.jsonl").read_bytes()
-    for out in (run / "metrics.jsonl", run):
-        with pytest.raises(NanoVLMError, match="is not a PNG file and stays as it is"):
+    Image.new("RGB", (2, 2)).save(run / "curves.png")
+    paths = [tmp_path / "report.png", *sorted(run.iterdir())]
+    before = [path.read_bytes() for path in paths]
+    for out in (*paths, run, run / "model"):
+        with pytest.raises(NanoVLMError, match="already|this command reads|read by this command"):
             compare(run, out=out)
-    assert (run / "metrics.jsonl").read_bytes() == before
+    assert [path.read_bytes() for path in paths] == before
     with pytest.raises(NanoVLMError, match="is not a folder; make it"):
         compare(run, out=tmp_path / "nowhere" / "report.png")
 

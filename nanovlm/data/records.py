@@ -134,8 +134,7 @@ def check_skipped(skipped: Sequence[str], total: int) -> None:
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
         share = f", more than {MAX_SKIPPED:.0%}" if len(skipped) < total else ""
         raise NanoVLMError(
-            f"{len(skipped)} of {total} records cannot be used{share}; mend or remove them:",
-            *lines,
+            f"{len(skipped)} of {total} records cannot be used{share}; mend or remove them:", *lines
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.records import Record, read_records
+from nanovlm.data.records import Record, read_records, record_files
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import (
@@ -31,8 +31,9 @@ from nanovlm.generate import compile_decoding
 from nanovlm.hub.models import load_model
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
-from nanovlm.utils.files import to_jsonl, write_atomically
-from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.files import to_jsonl
+from nanovlm.utils.outputs import check_new_file, write_new
+from nanovlm.utils.parser import CommandParser, expand_user
 
 
 def main() -> None:
@@ -40,11 +41,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     if arguments.limit < 0 or arguments.batch_size < 1 or arguments.max_new_tokens < 1:
         raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
-    if arguments.answers and not arguments.answers.parent.is_dir():
-        raise NanoVLMError(
-            f"{arguments.answers.parent}: is not a folder; "
-            "make it, so that --answers can be written"
-        )
+    if arguments.answers:
+        inputs = (arguments.model, *record_files(arguments.data))
+        check_new_file(arguments.answers, "--answers", inputs)
     records, skipped = read_records(arguments.data, arguments.images)
     for reason in skipped:
         say(f"skipped: {reason}")
@@ -60,13 +59,18 @@ def main() -> None:
     )
     name = f"answering ({arguments.control} control)"
     progress = tqdm(stream, name, len(records), unit="question", dynamic_ncols=True)
-    answers = list(progress)
+    answered = [pair for pair in zip(records, list(progress)) if pair[1] is not None]
+    if num_skipped := len(records) - len(answered):
+        say(f"skipped: {num_skipped} of {len(records)} records, which do not count")
+    if not answered:
+        raise NanoVLMError(f"{arguments.data}: no record could be answered, for the reasons above")
+    records, answers = map(list, zip(*answered))
     if arguments.answers:
         lines = (
             {"where": record.where, "answer": answer, "references": references_of(record)}
-            for record, answer in zip(records, answers)
+            for record, answer in answered
         )
-        write_atomically(arguments.answers, to_jsonl(lines))
+        write_new(arguments.answers, to_jsonl(lines))
     print(json.dumps(score(records, answers)))
 
 
@@ -125,6 +129,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--data",
+        type=expand_user,
         required=True,
         metavar="FILE",
         help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes",

@@ -4,16 +4,17 @@ Lessons: lessons/source/00_does_it_see.py, lessons/source/17_measuring.py.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nanovlm.data.collate import prepare
-from nanovlm.data.records import Record
+from nanovlm.data.records import MAX_NAMED, Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
 from nanovlm.inputs.chat import Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.utils.console import say
 
 CONTROLS = ("none", "blind", "shuffled")
 
@@ -25,10 +26,12 @@ def answer_records(
     batch_size: int = 32,
     control: str = "none",
     sampling: Sampling = Sampling(),
-) -> Iterator[str]:
+) -> Iterator[str | None]:
     """Answer each record's last question, in order.
 
-    A closing assistant turn is left out of the prompt.
+    A closing assistant turn is left out of the prompt. A record that cannot be answered, because
+    its image is broken or its prompt too long, is named on stderr and gives None. Raises
+    NanoVLMError once MAX_NAMED records could not be answered and none could.
 
     `control="blind"` replaces every image by its mean colour; `"shuffled"` gives each question
     another image of the same file. What a model still gets right then does not come from the image.
@@ -36,17 +39,44 @@ def answer_records(
     """
     if control not in CONTROLS:
         raise NanoVLMError(f"control {control!r} is not known; take one of {', '.join(CONTROLS)}")
-    device = next(model.parameters()).device
     others = other_images(records) if control == "shuffled" else {}
-    for start in range(0, len(records), batch_size):
-        part = records[start : start + batch_size]
+
+    def answer(part: Sequence[Record]) -> list[str]:
         prompts = [_prompt(record) for record in part]
         images = [(open_image(others.get(path, path)) for path in record.images) for record in part]
         batch = prepare(model, prompts, images, add_generation_prompt=True)
         if control == "blind" and batch.pixels is not None:
             batch.pixels.zero_()  # pixels are normalised, so zero is the mean colour
-        for answer in generate(model, batch.to(device), max_new_tokens, sampling):
-            yield model.tokenizer.decode(answer, skip_special=True).strip()
+        batch = batch.to(next(model.parameters()).device)
+        answers = generate(model, batch, max_new_tokens, sampling)
+        return [model.tokenizer.decode(tokens, skip_special=True).strip() for tokens in answers]
+
+    return _answer_in_batches(answer, records, batch_size)
+
+
+def _answer_in_batches(
+    answer: Callable[[Sequence[Record]], list[str]], records: Sequence[Record], batch_size: int
+) -> Iterator[str | None]:
+    """What `answer` gives for each record; those of a batch that fails are tried one by one."""
+    num_answered = num_skipped = 0
+    for start in range(0, len(records), batch_size):
+        part = records[start : start + batch_size]
+        try:
+            answers: list[str | None] = [*answer(part)]
+        except NanoVLMError:
+            answers = []
+            for record in part:
+                try:
+                    answers += answer([record])
+                except NanoVLMError as error:
+                    answers.append(None)
+                    num_skipped += 1
+                    if num_skipped <= MAX_NAMED:
+                        say(f"skipped: {record.where}: {error}")
+                    elif not num_answered:
+                        raise
+        num_answered += len(answers) - answers.count(None)
+        yield from answers
 
 
 def other_images(records: Sequence[Record], seed: int = 0) -> dict[Path, Path]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +17,15 @@ from tqdm import tqdm
 
 from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.data.workers import Loading
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import (
+    STATE,
     NoRoomError,
+    Progress,
     list_checkpoints,
     load_checkpoint,
+    parse_progress,
     save_checkpoint,
 )
 from nanovlm.training.distributed.parallel import Parallel
@@ -35,9 +38,10 @@ from nanovlm.training.monitor.skipped import Skipped
 from nanovlm.training.monitor.tracking import Tracker
 from nanovlm.training.objectives import Objective
 from nanovlm.training.optim.optimizer import build_optimizer, schedule, set_learning_rates
-from nanovlm.training.precision import Precision
+from nanovlm.training.precision import LossScaler, Precision
 from nanovlm.training.recipes import Recipe
 from nanovlm.training.settings import Settings
+from nanovlm.utils.config import from_dict
 from nanovlm.utils.console import say
 from nanovlm.utils.interruption import Interrupted, Interruption
 
@@ -67,22 +71,6 @@ class Run:
         """What has to stay the same when the run is resumed, though no setting alone decides it."""
         per_step = self.settings.batch_size * self.settings.accumulate * self.parallel.world
         return {"records to train on": len(self.batches.records), "records per step": per_step}
-
-
-@dataclass
-class Progress:
-    """How far a run is, all processes together. A checkpoint keeps all of it."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    images: int = 0
-    slots: int = 0  # positions of the batches, padding included
-    loss_sum: float = 0.0  # this and the next two: of the steps since the last log line
-    target_count: int = 0  # labelled tokens, or pairs
-    measures: list[float] = field(default_factory=list)  # sums of the objective's metrics
-    bad_in_a_row: int = 0
-    best_val_loss: float | None = None
 
 
 @dataclass
@@ -384,15 +372,23 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
         say(f"{folder}: stopped before its first checkpoint, so it starts again")
         return Progress()
     state = load_checkpoint(folder, run.model, optimizer)
+    where = list_checkpoints(folder)[-1] / STATE
+    progress = parse_progress(state, where)
+    facts = state.get("facts")
     for what, now in run.facts.items():
-        if state["facts"][what] != now and not run.settings.allow_changes:
+        was = facts.get(what) if isinstance(facts, dict) else None
+        if was != now and not run.settings.allow_changes:
             raise NanoVLMError(
-                f"{folder}: {what} were {state['facts'][what]} and are {now} now; give the run "
+                f"{folder}: {what} were {quoted(was)} and are {now} now; give the run "
                 "what it had (its data; processes × --batch-size × --accumulate), "
                 "or go on all the same with --allow-changes"
             )
     if scaler is not None and "scaler" in state:
-        vars(scaler).update(state["scaler"])
-    progress = Progress(**state["progress"])
+        saved = from_dict(LossScaler, state["scaler"], where=f"{where}: scaler")
+        if not (0 < saved.scale < math.inf and saved.growth_interval > 0):
+            raise NanoVLMError(
+                f"{where}: scaler is {quoted(state['scaler'])}; it has to be above 0"
+            )
+        vars(scaler).update(vars(saved))
     parallel.check_same("finished steps", progress.step)
     return progress

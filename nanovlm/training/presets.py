@@ -2,17 +2,23 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.hub.toy import ASSETS, TOY_LAYERS  # {assets} in a preset stands for the former
-from nanovlm.training.settings import FREE_TO_CHANGE, GROUPS, RunSettings, Settings
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.hub.toy import ASSETS, TOY_LAYERS
+from nanovlm.training.settings import ASSETS_MARK, FREE_TO_CHANGE, GROUPS, RunSettings, Settings
 from nanovlm.utils.config import from_dict, unknown_key
-from nanovlm.utils.parser import CommandParser, flag
+from nanovlm.utils.files import read_text
+from nanovlm.utils.parser import CommandParser, expand_user, flag
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 PRESETS = Path(__file__).parents[1] / "presets"
+MAX_SETTINGS = 2**20  # bytes of a file of settings
 TOY_PAIRS = "data/scenes/pairs.jsonl"  # made by data_tools/make_preferences.py
 STAGES = ("stage1", "stage2")  # those that the two scripts train; a preset may have more
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -36,22 +42,24 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     if flags["tiny"]:
         layers.append(_at_toy_size(layers[0]))
     if flags["resume"]:  # a run continues with its own settings
-        path = Path(flags["out"] or layers[-1].get("out", Settings.out)) / "settings.toml"
+        out = flags["out"] or layers[-1].get("out", Settings.out)
+        path = Path(expand_user(str(out))) / "settings.toml"
         if not path.exists():
             raise NanoVLMError(
                 f"{path}: is not there, so there is no run to continue; start it without --resume"
             )
         layers = [_read_stage(path, stage)]
     layers.append({name: value for name, value in flags.items() if value is not None})
-    if flags["resume"] and not flags["allow_changes"]:
-        _refuse_changes(layers[0], layers[-1], path)
     values: dict[str, Any] = {}
     for layer in layers:
         for cause, chosen in CHOSEN_FOR.items():
             if cause in layer:
                 values = {name: value for name, value in values.items() if name not in chosen}
         values |= layer
-    return from_dict(Settings, values, where=str(path))
+    settings = from_dict(Settings, values, where=str(path))
+    if flags["resume"] and not flags["allow_changes"]:
+        _refuse_changes(layers[0], settings, layers[-1], path)
+    return settings
 
 
 def stage_names(arguments: list[str] | None = None) -> list[str]:
@@ -60,21 +68,33 @@ def stage_names(arguments: list[str] | None = None) -> list[str]:
     A run's `settings.toml`, which is one stage without a name, has none.
     """
     given = _parser("stage1").parse_args(arguments)
-    tables = _read_tables(_source(given.preset, given.config))
-    return [name for name, values in tables.items() if isinstance(values, dict)]
+    tables = read_tables(_source(given.preset, given.config))
+    return _stages(tables)
 
 
 def _source(preset: str | None, config: str | None) -> Path:
-    return Path(config) if config else PRESETS / f"{preset or 'tiny'}.toml"
+    return Path(expand_user(config)) if config else PRESETS / f"{preset or 'tiny'}.toml"
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run with settings that change its result."""
+def _refuse_changes(
+    kept: dict[str, Any], settings: Settings, given: Iterable[str], path: Path
+) -> None:
+    """Refuse to continue a run with settings that change its result.
+
+    kept: those of its file. given: the names of those that the command line gives.
+    """
+    if missing := [name for name in FIELDS if name not in kept]:
+        raise NanoVLMError(
+            f"{path}: lacks {', '.join(missing[:3])}{', …' if missing[3:] else ''}; was it cut "
+            "off? Add what the run had, or take the defaults with --allow-changes"
+        )
+    before = from_dict(Settings, kept, where=str(path))
     may_change = {field.name for field in dataclasses.fields(RunSettings)} | {*FREE_TO_CHANGE}
     changed = [
-        f"{flag(name)} {now[name]} (was {before[name]})"
-        for name in now
-        if name in before and now[name] not in (before[name], "auto") and name not in may_change
+        f"{flag(name)} {quoted(now)} (was {quoted(was)})"
+        for name in given
+        if (now := getattr(settings, name)) not in ((was := getattr(before, name)), "auto")
+        and name not in may_change
     ]
     if changed:
         raise NanoVLMError(
@@ -115,32 +135,64 @@ def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
     return toy
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+def read_tables(path: Path) -> dict[str, Any]:
+    """The content of a TOML file; `{assets}` in it stands for the folder of what ships.
+
+    A NanoVLMError says where it is broken, or what it is if it is no TOML.
+    """
+    if not os.path.exists(path):
         available = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
         raise NanoVLMError(
-            f"{path}: cannot be read ({error.strerror}); presets are {available}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise NanoVLMError(f"{path}: is not valid TOML ({error}); mend that line") from None
+            f"{path}: cannot be read (there is no such file); presets are {available}"
+        )
+    if path.is_dir():
+        raise NanoVLMError(f"{path}: is a folder; name a file, such as {path / 'settings.toml'}")
+    text = read_text(path, MAX_SETTINGS)
+    assets = json.dumps(str(ASSETS), ensure_ascii=False)[1:-1]
+    try:
+        tables = tomllib.loads(text.replace(ASSETS_MARK, assets))
+    except (ValueError, RecursionError) as error:  # not of TOML alone: numbers of 5,000 digits
+        what = what_is(text[:FIRST_BYTES].encode(errors="replace"))
+        what = what or {".yaml": "YAML", ".yml": "YAML"}.get(path.suffix.lower())
+        if what not in (None, "TOML"):
+            raise NanoVLMError(
+                f"{path}: is {what}; settings are read from TOML, with lines such as lr = 1e-3"
+            ) from None
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise NanoVLMError(f"{path}: is not valid TOML ({reason}); mend that line") from None
+    if not tables:
+        raise NanoVLMError(f"{path}: holds no settings; was it cut off?")
+    return tables
+
+
+def _stages(tables: dict[str, Any]) -> list[str]:
+    return [
+        name for name, value in tables.items() if isinstance(value, dict) and name not in FIELDS
+    ]
 
 
 def _read_stage(path: Path, stage: str) -> dict[str, Any]:
     """The stage's table of a preset, or a whole file without such tables (a `settings.toml`)."""
-    table = _read_tables(path)
-    stages = [name for name, values in table.items() if isinstance(values, dict)]
-    if stage not in table and stages and stage not in STAGES:
+    table = read_tables(path)
+    stages = _stages(table)
+    if stage in table and stage not in stages:
+        raise NanoVLMError(
+            f"{path}: {stage} is no table; write the line [{stage}], and its settings below it"
+        )
+    if stages and stage not in stages:
         raise NanoVLMError(f"{path}: has no stage {stage!r}; its stages are {', '.join(stages)}")
-    values = table.get(stage, {} if stages else table)
-    for key in values:
+    if alone := [key for key in table if stages and key not in stages]:
+        raise NanoVLMError(
+            f"{path}: {alone[0]} stands outside of the stages; move it below the line [{stage}]"
+        )
+    values = table.get(stage, table)
+    for key, value in values.items():
         if key not in FIELDS:
             raise unknown_key(key, FIELDS, f"{path}, [{stage}]")
-    return {
-        key: value.replace("{assets}", str(ASSETS)) if isinstance(value, str) else value
-        for key, value in values.items()
-    }
+        if isinstance(value, (dict, list)):
+            kind = "table" if isinstance(value, dict) else "list"
+            raise NanoVLMError(f"{path}, [{stage}]: {key} is a {kind}; give it a single value")
+    return values
 
 
 def _number_or_word(text: str) -> int | str:

@@ -24,6 +24,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import list_checkpoints
 from nanovlm.training.distributed.parallel import Parallel
+from nanovlm.training.monitor.log import is_finite
 from nanovlm.training.objectives import answer_log_probabilities
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
@@ -63,7 +64,7 @@ def reference_of(
             {"where": where, "chosen": chosen, "rejected": rejected}
             for where, (chosen, rejected) in reference.items()
         ]
-        write_atomically(path, to_jsonl([made_from, *lines]))
+        write_atomically(path, to_jsonl([{**made_from, "pairs": len(lines)}, *lines]))
     return reference
 
 
@@ -132,7 +133,10 @@ def _read(path: Path, made_from: dict[str, str | int | float]) -> Reference:
         was, *lines = read_jsonl(path)
         different = [flag(name) for name in made_from if was.get(name) != made_from[name]]
         reference = {line["where"]: (line["chosen"], line["rejected"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        numbers = [number for pair in reference.values() for number in pair]
+        if len(lines) != was.get("pairs") or not all(map(is_finite, numbers)):
+            raise ValueError(path)
+    except (NanoVLMError, ValueError, KeyError, TypeError, AttributeError):
         raise NanoVLMError(
             f"{path}: is missing or damaged, and the run has moved on from the model it was "
             "computed with; start the run again in another folder"

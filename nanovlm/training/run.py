@@ -27,6 +27,7 @@ from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, lora_config, set_up
+from nanovlm.training.checkpoint import check_run_folder
 from nanovlm.training.distributed.parallel import Parallel, build_parallel
 from nanovlm.training.freezing import describe, is_trainable
 from nanovlm.training.loop import Run, train
@@ -47,6 +48,7 @@ from nanovlm.utils.device import (
     reuse_freed_memory,
 )
 from nanovlm.utils.files import write_atomically
+from nanovlm.utils.outputs import check_no_input, only_writer
 from nanovlm.utils.processes import is_main
 
 CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
@@ -63,8 +65,18 @@ def run_stage(settings: Settings) -> Path:
     allow_growing_segments()
     reuse_freed_memory()
     folder = Path(settings.out)
-    if is_main():  # the only process that writes there
-        _check_run_folder(folder, settings.resume)
+    check_no_input(
+        folder, "--out", (settings.init, settings.vision_encoder, settings.language_model)
+    )
+    with only_writer(folder, "--out"):
+        if is_main():
+            check_run_folder(folder, settings.resume)
+        _run(settings, folder)
+    return folder / "model"
+
+
+def _run(settings: Settings, folder: Path) -> None:
+    """Train and save in a folder that no other run writes to."""
     track = settings.track if is_main() else ""
     tracker = build_tracker(track, folder, dataclasses.asdict(settings))
     parallel = build_parallel(settings, choose_device(settings.device))
@@ -112,7 +124,6 @@ def run_stage(settings: Settings) -> Path:
     )
     train(run)
     _save_results(run)
-    return folder / "model"
 
 
 class _Images(Dataset):
@@ -224,23 +235,6 @@ def _place(
     if settings.checkpointing:
         dropout = settings.lora_dropout > 0 or model.config.language_model.dropout > 0
         checkpoint_blocks(model, dropout=dropout)
-
-
-def _check_run_folder(run: Path, resume: bool) -> None:
-    """Refuse to continue a run that is finished, and to write over another one."""
-    if resume:
-        if (run / "model").exists():
-            raise NanoVLMError(f"{run}: this run is finished, its model is in {run / 'model'}")
-        return
-    if run.is_dir():
-        is_taken = any(not path.name.startswith(".") for path in run.iterdir())
-    else:
-        is_taken = run.exists()
-    if is_taken:
-        raise NanoVLMError(
-            f"{run}: holds another run; "
-            "continue it with --resume, or name another folder with --out"
-        )
 
 
 def _make_batches(

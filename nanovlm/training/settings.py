@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.utils.config import RENAMED_VALUES
 from nanovlm.utils.device import DEVICES, DTYPES
-from nanovlm.utils.parser import flag
+from nanovlm.utils.parser import expand_user, flag
 
 PARTS = ("projector", "language_model", "vision_encoder")  # of VisionLanguageModel
 # Settings outside the group "run" that may change when a run is resumed, since they do not change
 # its result. The training loop checks that processes × batch size × accumulate stay the same.
 FREE_TO_CHANGE = ("workers", "device", "parallel", "compile", "batch_size", "accumulate")
+PATHS = ("data", "val", "images", "init", "vision_encoder", "language_model", "out")
+ASSETS_MARK = "{assets}"  # in a file of settings, the folder of what ships
 
 
 class Limit(NamedTuple):
@@ -235,6 +238,9 @@ class Settings(
     """
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                object.__setattr__(self, name, _checked_text(name, value))
         for name in ("dtype", "train"):
             for value in map(str.strip, getattr(self, name).split(",")):
                 if new := RENAMED_VALUES.get(value):
@@ -261,9 +267,27 @@ class Settings(
             )
 
 
+def _checked_text(name: str, text: str) -> str:
+    """The text of a setting as a file of settings can hold it; in paths without `~`."""
+    if name in PATHS:
+        text = expand_user(text)
+        if "\0" in text:
+            raise NanoVLMError(f"{flag(name)} is {quoted(text)}; no path has a NUL in it")
+    if re.search("[\ud800-\udfff]", text):
+        raise NanoVLMError(
+            f"{flag(name)} is {quoted(text)}, which is no UTF-8 text; give it another name"
+        )
+    return text
+
+
 def to_toml(settings: Settings) -> str:
-    """The resolved settings as a file that `--config` reads; `json` and TOML spell these alike."""
-    return "".join(
+    """The resolved settings as a file that `--config` reads back to the same ones.
+
+    `json` and TOML spell values alike, but for DEL, which TOML wants escaped. ASSETS_MARK is
+    escaped, too, since it means itself here.
+    """
+    text = "".join(
         f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
         for name, value in dataclasses.asdict(settings).items()
     )
+    return text.replace("\x7f", "\\u007f").replace(ASSETS_MARK, f"\\u007b{ASSETS_MARK[1:]}")

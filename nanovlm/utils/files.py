@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,19 +21,30 @@ _NOT_FILES = (
 )
 
 
+def temporary_beside(path: Path) -> Path:
+    """The hidden name under which this process writes what becomes `path` once it is complete.
+
+    What a killed process leaves under such a name is in nobody's way and can be deleted.
+    """
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names have up to 255 bytes
+
+
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(
+    path: str | Path, move: Callable[[Path, Path], None] | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`.
 
-    On success it is flushed to disk and renamed to `path`, on failure it is deleted.
+    On success it is flushed to disk and renamed to `path` (or moved there by `move`), on failure
+    it is deleted.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (move or os.replace)(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failing write or flush does not name it
         raise
@@ -63,13 +74,20 @@ def write_json(path: str | Path, value: dict) -> None:
 
 
 def to_jsonl(lines: Iterable[dict]) -> str:
-    """The text of a .jsonl file, with Chinese characters unescaped."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    """The text of a .jsonl file, with Chinese characters unescaped.
+
+    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, are escaped.
+    """
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return text.encode(errors="backslashreplace").decode()  # as JSON writes them, too
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Read a .jsonl file that nanovlm wrote, without a last line that was cut off."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+def read_jsonl(path: Path) -> list[Any]:
+    """Read a .jsonl file that nanovlm wrote, without a last line that was cut off.
+
+    Raises NanoVLMError if it cannot be read, and ValueError for a line that is no JSON.
+    """
+    return [parse_json(line) for line in read_text(path).split("\n")[:-1]]
 
 
 def open_regular(path: str | Path) -> BinaryIO:

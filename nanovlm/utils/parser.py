@@ -1,7 +1,9 @@
 """The argument parser of every command: no abbreviations, one-line errors."""
 
 import argparse
+import os
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovlm.errors import MAX_QUOTED, NanoVLMError
@@ -13,14 +15,25 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def expand_user(text: str) -> str:
+    """A path, or several with commas, with `~` at its beginning replaced by the home folder.
+
+    Shells do that themselves, but not in `--out=~/runs` or within quotes, and files hold it as it
+    was typed.
+    """
+    return re.sub(r"(?<![^,])(\s*)(~[^/\\,]*)", lambda m: m[1] + os.path.expanduser(m[2]), text)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `NanoVLMError`, naming the flag, instead of exiting.
 
-    A flag or a value that has been renamed is refused with its new name.
+    A flag or a value that has been renamed is refused with its new name. In flags of type Path, `~`
+    is the home folder.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):

@@ -187,10 +187,12 @@ def test_a_folder_without_a_vision_encoder_is_refused(tmp_path, fails):
 
 def test_a_folder_is_not_overwritten_and_not_left_half_written(tmp_path, extract):
     whole_model(tmp_path, "clip")
-    assert "holds a model already" in extract(tmp_path, out=tmp_path).stderr
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "holds config.json already" in extract(tmp_path, out=tmp_path).stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     rename(tmp_path, lambda name: name.replace("layers.2.", "layers.7."))
     assert extract(tmp_path).returncode == 2
-    assert not (tmp_path / "vision_encoder" / "model.safetensors").exists()
+    assert not (tmp_path / "vision_encoder").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")

@@ -383,8 +383,11 @@ def test_made_twice_is_made_once_and_other_settings_never_overwrite(folder, caps
 def test_foreign_folders_and_files_are_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    for out in (tmp_path / "photos", tmp_path / "photos" / "cat.jpg"):
-        with pytest.raises(NanoVLMError, match="something other than scenes"):
+    for out, expected in (
+        (tmp_path / "photos", "photos: holds cat.jpg already"),
+        (tmp_path / "photos" / "cat.jpg", "cat.jpg: is not a folder"),
+    ):
+        with pytest.raises(NanoVLMError, match=expected):
             make_scenes(out, scenes=1, eval_scenes=1)
     with pytest.raises(NanoVLMError, match="cannot be written"):
         make_scenes(tmp_path / "photos" / "cat.jpg" / "scenes", scenes=1, eval_scenes=1)

@@ -55,8 +55,8 @@ def test_shards_hold_each_image_once_and_records_unchanged(folder):
         show("a.jpg"),
         TEXT,
     ]
-    assert pack(write(folder, entries), None, folder / "in", size=2) == 2
-    out = folder / "in"
+    out = folder / "shards"
+    assert pack(write(folder, entries), None, out, size=2) == 2
     expected = [
         [
             show("shard-00000.tar::a.jpg", id=1, kind="x"),
@@ -86,19 +86,18 @@ def test_images_named_within_the_turns_and_in_the_record_itself_are_packed(folde
         show(uri),
     ]
     data = write(folder, entries)
-    pack(data, None, folder / "in", size=9)
-    before, after = read_records(data)[0], read_records(folder / "in" / "shard-00000.jsonl")[0]
+    pack(data, None, folder / "out", size=9)
+    before, after = read_records(data)[0], read_records(folder / "out" / "shard-00000.jsonl")[0]
     assert [record.messages for record in after] == [record.messages for record in before]
     assert [archive.read_member(record.images[0]) for record in after] == [
         name.encode() for name in ("a.jpg", "sub/红.jpg", "a.jpg", "a.jpg", "c.jpg")
     ]
-    assert lines(folder / "in" / "shard-00000.jsonl")[3] == show(
+    assert lines(folder / "out" / "shard-00000.jsonl")[3] == show(
         "shard-00000.tar::a.jpg", images=None
     )
 
 
 def test_shards_can_be_packed_again(folder):
-    (folder / "one").mkdir()
     (folder / "two").mkdir()
     names = ["a.jpg", "sub/红.jpg", "c.jpg"]
     pack(write(folder, [show(name) for name in names]), None, folder / "one", size=1)
@@ -108,7 +107,7 @@ def test_shards_can_be_packed_again(folder):
 
 
 def test_the_same_batches_come_from_a_folder_and_from_tar_files(tiny, tmp_path):
-    assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2
+    assert pack(str(tiny.data / "train.jsonl"), None, tmp_path, size=5) > 2  # an empty folder
     model = load_model(tiny.model)
     options = BatchOptions(batch_size=8, share=4, max_length=200, pack=256, bucket=2)
     batches = [
@@ -127,16 +126,16 @@ def test_nothing_is_written_of_records_that_cannot_be_used(folder):
         pack(
             write(folder, [show("a.jpg"), show("none.jpg"), show("none.jpg")]),
             None,
-            folder / "in",
+            folder / "out",
             size=2,
         )
-    assert not list((folder / "in").glob("shard-*"))
+    assert [path.name for path in folder.iterdir()] == ["in"]
 
 
 def test_a_few_bad_records_are_left_out_and_named(folder, capsys):
     entries = [show("a.jpg")] * 50 + [show("none.jpg")] + [show("a.jpg")] * 50
-    pack(write(folder, entries), None, folder / "in", size=2)
-    assert len(lines(folder / "in" / "shard-00000.jsonl")) == 100
+    pack(write(folder, entries), None, folder / "out", size=2)
+    assert len(lines(folder / "out" / "shard-00000.jsonl")) == 100
     assert "data.jsonl:51: image" in capsys.readouterr().err
 
 
@@ -144,15 +143,15 @@ def test_paths_outside_the_folder_or_of_two_files_are_refused(folder):
     (folder / "b.jpg").touch()
     for name in ("../b.jpg", str(folder / "b.jpg")):
         with pytest.raises(NanoVLMError, match="leads out of the images' folder"):
-            pack(write(folder, [show(name)]), None, folder / "in", size=2)
+            pack(write(folder, [show("a.jpg"), show(name)]), None, folder / "out", size=1)
     (folder / "one").mkdir()
     (folder / "one" / "a.jpg").touch()
     (folder / "one" / "data.jsonl").write_text(json.dumps(show("a.jpg")) + "\n")
     data = f"{write(folder, [show('a.jpg')])},{folder / 'one' / 'data.jsonl'}"
     with pytest.raises(NanoVLMError, match="another file is a.jpg in shard-00000.tar"):
-        pack(data, None, folder / "in", size=2)
-    assert not list((folder / "in").glob("*shard-*"))
-    assert pack(data, None, folder / "in", size=1) == 2  # each in a tar file of its own
+        pack(data, None, folder / "out", size=2)
+    assert not list(folder.rglob("*shard-*")) and not (folder / "out").exists()
+    assert pack(data, None, folder / "out", size=1) == 2  # each in a tar file of its own
 
 
 def test_the_command(folder, call):
@@ -161,4 +160,6 @@ def test_the_command(folder, call):
     assert done.returncode == 0 and "shards: 2 shards" in done.stderr
     again = call(pack_tar.main, "--data", data, "--out", folder / "shards")
     assert again.returncode == 2
-    assert again.stderr.startswith(f"error: {folder / 'shards'}: holds shards already")
+    assert again.stderr.startswith(f"error: {folder / 'shards'}: holds shard-00000.jsonl already")
+    taken = call(pack_tar.main, "--data", data, "--out", folder / "in")
+    assert taken.returncode == 2 and f"{folder / 'in'}: holds a.jpg already" in taken.stderr

@@ -1,10 +1,15 @@
 """Answers to records, and the controls that take the image away."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from nanovlm.data.records import read_records
 from nanovlm.errors import NanoVLMError
+from nanovlm.evaluation import __main__ as evaluation
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.__main__ import score
 from nanovlm.evaluation.answers import answer_records, other_images, references_of
@@ -99,3 +104,49 @@ def test_score_counts_a_description_in_any_order_and_reports_each_kind(records, 
     assert result["chair_i"] == wrong["chair_i"] == 0
     questions = [record for record in records if record.extra["kind"] == "count"]
     assert "chair_i" not in score(questions, [references_of(record)[0] for record in questions])
+
+
+def test_a_record_that_cannot_be_answered_is_named_and_the_others_are(
+    model, records, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "cut.png").write_bytes(records[0].images[0].read_bytes()[:60])
+    broken = dataclasses.replace(records[1], images=(tmp_path / "cut.png",))
+    asked = [records[0], broken, *records[2:5]]
+    alone = list(answer_records(model, records[:5], max_new_tokens=4))
+    for batch_size in (1, 2, 5):
+        given = list(answer_records(model, asked, max_new_tokens=4, batch_size=batch_size))
+        assert given == [alone[0], None, *alone[2:]]
+        said = capsys.readouterr().err
+        assert said.startswith(f"skipped: {broken.where}: ") and said.count("\n") == 1
+    monkeypatch.setattr(answers, "MAX_NAMED", 2)
+    with pytest.raises(NanoVLMError, match="cut.png"):  # nothing works, so it is not the records
+        list(answer_records(model, [broken] * 5, max_new_tokens=4, batch_size=2))
+
+
+def test_the_command_scores_what_could_be_answered_and_keeps_every_file(
+    tiny, records, tmp_path, call
+):
+    lines = [json.loads(line) for line in (tiny.data / "val.jsonl").read_text().splitlines()[:3]]
+    for line in lines:
+        line["image"] = str(tiny.data / line["image"])
+    (tmp_path / "cut.png").write_bytes(Path(lines[1]["image"]).read_bytes()[:60])
+    lines[1]["image"] = str(tmp_path / "cut.png")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--model", tiny.model, "--data", data, "--max-new-tokens", "2", "--device", "cpu")
+    done = call(evaluation.main, *flags, "--answers", tmp_path / "answers.jsonl")
+    assert done.returncode == 0 and json.loads(done.stdout)["n"] == 2
+    assert "skipped: 1 of 3 records, which do not count" in done.stderr
+    wrote = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in wrote] == [f"{data}:1", f"{data}:3"]
+    for out, expected in (
+        (data, "is read by this command"),
+        (tmp_path / "answers.jsonl", "is there already and stays as it is"),
+        (tmp_path / "cut.png", "is there already"),
+        (tiny.model / "answers.jsonl", "lies in a folder that this command reads"),
+    ):
+        before = out.read_bytes() if out.exists() else None
+        refused = call(evaluation.main, *flags, "--answers", out)
+        assert refused.returncode == 2 and expected in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        assert (out.read_bytes() if out.exists() else None) == before

@@ -226,17 +226,37 @@ def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
 
 def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_path):
     before = contents(finished)
-    with pytest.raises(NanoVLMError, match="holds another run; continue it with --resume"):
+    with pytest.raises(NanoVLMError, match="holds another run; it is finished"):
         tiny.train(finished)
     with pytest.raises(NanoVLMError, match="this run is finished"):
         tiny.train(finished, resume=True)
     assert contents(finished) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(NanoVLMError, match="holds another run"):
+    with pytest.raises(NanoVLMError, match="holds notes.txt, which is of no run"):
         tiny.train(tmp_path)
-    with pytest.raises(NanoVLMError, match="holds another run"):
+    with pytest.raises(NanoVLMError, match="notes.txt: is not a folder"):
         tiny.train(tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    shutil.copytree(finished / "model", tmp_path / "model")
+    for out in (tmp_path / "model", tmp_path / "model" / "run"):
+        with pytest.raises(NanoVLMError, match="this command read"):
+            tiny.train(out, init=str(tmp_path / "model"))
+    assert contents(tmp_path / "model") == contents(finished / "model")
+
+
+def test_a_run_stopped_by_its_data_gives_its_folder_to_the_next(tiny, tmp_path):
+    mended = json.loads((tiny.data / "train.jsonl").read_text().splitlines()[0])
+    mended["image"] = str(tiny.data / mended["image"])
+    (tmp_path / "cut.png").write_bytes(Path(mended["image"]).read_bytes()[:60])
+    for name, image in (("bad", str(tmp_path / "cut.png")), ("mended", mended["image"])):
+        record = json.dumps(mended | {"image": image}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(record * 4)
+    settings = dict(init=str(tiny.model), val="", val_fraction=0.0, max_steps=1)
+    with pytest.raises(NanoVLMError, match="cannot be used"):
+        tiny.train(tmp_path / "run", data=str(tmp_path / "bad.jsonl"), **settings)
+    run = tiny.train(tmp_path / "run", data=str(tmp_path / "mended.jsonl"), **settings)
+    assert (run / "model").is_dir() and len(metrics(run)) == 1
+    assert "mended.jsonl" in (run / "settings.toml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Where a setting's value comes from, and what is refused."""
 
 import dataclasses
+import random
+import re
 
 import pytest
 
@@ -84,6 +86,47 @@ def test_resolved_settings_come_back_from_their_file(tmp_path):
     )
 
 
+def test_any_text_comes_back_from_the_file_or_is_refused_before_it_is_written(tmp_path):
+    draw, path = random.Random(0), tmp_path / "settings.toml"
+    letters = [*map(chr, range(0x100)), "\u2028", "\ufeff", "\uffff", "😀", "图", '"""', "'" * 3]
+    letters += ["{assets}", "\\u0041", "~", "~/", ",", "\r\n", "#", "\ud800", "\udfff"]
+    refused = 0
+    for _ in range(300):
+        system, data = ("".join(draw.choices(letters, k=draw.randrange(9))) for _ in range(2))
+        try:
+            settings = Settings(system=system, data=data, out=data)
+        except NanoVLMError as error:
+            assert re.search("[\ud800-\udfff]", system + data) or "\0" in data
+            assert str(error).isprintable()
+            refused += 1
+            continue
+        path.write_bytes(to_toml(settings).encode())
+        assert load_settings("stage1", ["--config", str(path)]) == settings
+    assert 0 < refused < 150
+
+
+def test_a_home_folder_and_a_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    flags = ("--data=~/a.jsonl, ~/b.jsonl", "--out=~/runs/a", "--images", "a~", "--system", "~")
+    settings = load_settings("stage1", list(flags))
+    assert settings.data == "/home/me/a.jsonl, /home/me/b.jsonl"
+    assert (settings.out, settings.images, settings.system) == ("/home/me/runs/a", "a~", "~")
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b"data = '~/c.jsonl'\r\nimages = '{assets}'\r\n")
+    settings = load_settings("stage1", ["--config", str(path)])
+    assert (settings.data, settings.images) == ("/home/me/c.jsonl", str(ASSETS))
+    assert "is a folder; name a file, such as" in refusal("--config", str(tmp_path))
+
+
+def test_a_file_of_settings_that_was_cut_off_is_not_resumed_from(tmp_path):
+    written = to_toml(Settings(out=str(tmp_path))).splitlines(keepends=True)
+    (tmp_path / "settings.toml").write_text("".join(written[:40]))
+    again = ("--resume", "--out", str(tmp_path))
+    assert "settings.toml: lacks " in refusal(*again) and "was it cut off?" in refusal(*again)
+    assert load_settings("stage1", [*again, "--allow-changes"]).resume
+
+
 @pytest.mark.parametrize("workers", ["auto", 0, 3])
 def test_workers_are_auto_or_a_number_in_flags_and_files(tmp_path, workers):
     assert Settings().workers == "auto"
@@ -112,7 +155,9 @@ def test_compile_is_auto_on_or_off_in_flags_and_files(tmp_path, flags, compile):
 def test_a_run_goes_on_with_other_compilation(tmp_path):
     """Runs of version 0.1 say false where they did not compile."""
     for before in ("false", "true", '"auto"'):
-        (tmp_path / "settings.toml").write_text(f"compile = {before}\n")
+        written = to_toml(Settings(out=str(tmp_path)))
+        written = written.replace('compile = "auto"', f"compile = {before}")
+        (tmp_path / "settings.toml").write_text(written)
         for flag, after in (("--compile", True), ("--no-compile", False)):
             settings = load_settings("stage1", ["--resume", "--out", str(tmp_path), flag])
             assert settings.compile is after
@@ -154,6 +199,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         ("--lr", "expected one argument"),
         ("--preset nope", "presets are basic-vlm, dinov2"),
         ("--config nope.toml", "nope.toml: cannot be read"),
+        ("--system \udcff", "--system is '\\udcff', which is no UTF-8 text"),
         ("--preset tiny --config a", "not allowed with"),
         ("--lr -1", "--lr is -1.0"),
         ("--lr nan", "--lr is nan"),
@@ -185,7 +231,20 @@ def test_what_is_refused(flags, expected):
         ("[stage1]\nlr = 'fast'\n", "lr is 'fast', expected a number"),
         ("batch_size = true\n", "batch_size is True, expected a whole number"),
         ("batch_size = 0\n", "--batch-size is 0"),
-        (b"\xff", "is not valid TOML"),
+        ("lr = " + "[" * 3000 + "]" * 3000, "is not valid TOML (nested too deep)"),
+        ("lr = " + "9" * 5000, "is not valid TOML (Exceeds the limit (4300 digits)"),
+        ("lr.a.b = 1\n", "lr is a table; give it a single value"),
+        ("[stage1]\nlr = [1, 2]\n", "lr is a list; give it a single value"),
+        ("stage1 = 3\n", "stage1 is no table; write the line [stage1]"),
+        ("[[stage1]]\nlr = 1\n", "stage1 is no table; write the line [stage1]"),
+        ("lr = 1\n[stage1]\n", "lr stands outside of the stages; move it below the line [stage1]"),
+        ("[stage2]\nlr = 1\n", "has no stage 'stage1'; its stages are stage2"),
+        ("", "holds no settings; was it cut off?"),
+        ("lr: 1e-3\nbatch_size: 8\n", "is YAML; settings are read from TOML"),
+        ('{"lr": 0.001}', "is JSON; settings are read from TOML"),
+        ("<!DOCTYPE html><html>", "is an HTML page: the server sent it in place of the file"),
+        ('data = "a\\u0000b"\n', "--data is 'a\\x00b'; no path has a NUL in it"),
+        (b"\xff", "is not UTF-8 text"),
     ],
 )
 def test_what_is_refused_in_a_file(tmp_path, text, expected):

@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 
+from nanovlm.utils.console import say
 from nanovlm.utils.device import peak_memory, reserved_memory
 from nanovlm.utils.figures import plt, save_figure
-from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically
+from nanovlm.utils.files import open_regular, parse_json, to_jsonl, write_atomically
 from nanovlm.utils.processes import is_main
 
 DRAW_EVERY = 30.0  # seconds between redrawings of the curves
+MAX_LINE = 2**24  # bytes; no run writes a longer line
+MAX_NAMED = 10  # damaged lines that are named
+# Texts of each line, by the name of the file. All other values are numbers, but for `records`.
+TEXTS = {
+    "samples.jsonl": ("where", "prompt", "answer", "reference"),
+    "bad_steps.jsonl": ("loss", "grad_norm"),
+}
 
 
 class RunLog:
@@ -25,7 +33,7 @@ class RunLog:
     def __init__(self, run: Path, start_step: int, device: torch.device) -> None:
         self.run, self.path, self.device = run, run / "metrics.jsonl", device
         self.lines = keep_lines(self.path, start_step)
-        before = max((line["seconds"] for line in self.lines), default=0.0)
+        before = max((line.get("seconds") or 0.0 for line in self.lines), default=0.0)
         self._start = time.perf_counter() - before
         self._last: dict[str, Any] = self.lines[-1] if self.lines else {}
         self._since = self._drawn = time.perf_counter()  # start of the interval that is measured
@@ -61,7 +69,7 @@ class RunLog:
         """
         now, elapsed = time.perf_counter(), self.trained_seconds
         keys = ("samples", "tokens", "images", "slots")
-        gained = {key: line[key] - self._last.get(key, 0) for key in keys}
+        gained = {key: line[key] - (self._last.get(key) or 0) for key in keys}
         reserved = {}
         if held := reserved_memory(self.device):
             reserved["reserved_memory_gb"] = round(held / 1e9, 3)
@@ -115,11 +123,52 @@ class RunLog:
 
 def keep_lines(path: Path, start_step: int) -> list[dict[str, Any]]:
     """The lines up to `start_step`. Later ones are cut off the file: a resumed run repeats them."""
-    lines = read_jsonl(path) if path.exists() else []
-    lines = [line for line in lines if line["step"] <= start_step]
+    lines = [line for line in read_log(path) if line["step"] <= start_step]
     if path.exists() and is_main():
         write_atomically(path, to_jsonl(lines))
     return lines
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, samples.jsonl or bad_steps.jsonl; none if there is no such file.
+
+    A last line without an end is still being written, or was cut off. Other damaged lines are named
+    on stderr and left out, and so are numbers of metrics that are not finite.
+    """
+    lines, damaged = [], []
+    if not path.exists():
+        return lines
+    with open_regular(path) as file:
+        pieces = iter(lambda: file.readline(MAX_LINE), b"")
+        for number, piece in enumerate(pieces, start=1):
+            line = _parse_line(piece, TEXTS.get(path.name, ()))
+            if line is not None and piece.endswith(b"\n"):
+                lines.append(line)
+            elif piece.endswith(b"\n") or len(piece) == MAX_LINE:
+                damaged.append(str(number))
+    if damaged:
+        named = ", ".join(damaged[:MAX_NAMED]) + (", …" if damaged[MAX_NAMED:] else "")
+        say(f"{path}: not a line of {path.stem.replace('_', ' ')}, skipped: line {named}")
+    return lines
+
+
+def _parse_line(piece: bytes, texts: tuple[str, ...]) -> dict[str, Any] | None:
+    """One line of a log, or None if it is damaged. Without `texts` it has numbers alone."""
+    try:
+        line = parse_json(piece.decode())
+    except ValueError:
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    if type(step) is not int or not is_finite(step):
+        return None
+    if texts:
+        return line if all(isinstance(line.get(key), str) for key in texts) else None
+    return {key: value for key, value in line.items() if value is None or is_finite(value)}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that floating point can hold."""
+    return type(value) in (int, float) and -1e308 < value < 1e308
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:

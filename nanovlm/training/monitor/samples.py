@@ -20,11 +20,11 @@ from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.evaluation.metrics import exact_match
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.monitor.log import append_lines, keep_lines
+from nanovlm.training.monitor.log import append_lines, keep_lines, read_log
 from nanovlm.training.precision import Precision
 from nanovlm.utils.console import say
 from nanovlm.utils.figures import plt, save_figure
-from nanovlm.utils.files import read_jsonl, to_jsonl
+from nanovlm.utils.files import to_jsonl
 
 WATCHED = 6  # questions
 LAST_SHOWN = 5  # validations in the figure, besides the first
@@ -70,10 +70,12 @@ class Samples:
                     "reference": references_of(record)[0],
                 }
                 for record, answer in zip(self.watched, answers)
+                if answer is not None
             ]
-            self.lines += new
-            append_lines(self.path, new)
-            self.draw()
+            if new:
+                self.lines += new
+                append_lines(self.path, new)
+                self.draw()
         except NanoVLMError as error:
             say(f"step {step}: the watched questions are not answered: {error}")
         finally:
@@ -107,7 +109,7 @@ def answers_at(lines: list[dict[str, Any]], step: int) -> Answers:
 def last_answers(run: Path) -> str:
     """The answers of the last validation as JSON lines without their step; "" if there are none."""
     path = run / "samples.jsonl"
-    lines = read_jsonl(path) if path.exists() else []
+    lines = read_log(path)
     last = [line for line in lines if line["step"] == lines[-1]["step"]]
     shown = [{key: value for key, value in line.items() if key != "step"} for line in last]
     return to_jsonl(shown).rstrip()
@@ -185,6 +187,7 @@ def wrap(text: str, width: int, most: int) -> str:
     beyond the width.
     """
     lines, columns = [""], 0
+    text = text.encode(errors="replace").decode()  # half of a UTF-16 pair cannot be drawn
     for piece in re.findall(rf" |[{WIDE}]|[^ {WIDE}]{{1,{width}}}", " ".join(text.split())):
         size = 2 if re.match(f"[{WIDE}]", piece) else len(piece)
         hangs = piece in CLOSING and columns <= width

@@ -64,16 +64,10 @@ class LeanAdamW(torch.optim.Optimizer):
                 _update(parameter, state, Rates(state["step"], taken, lr, decay), constants)
 
     def _start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Moments of zero in the parameter's shape, with scales where they are kept as codes."""
-        state, device = self.state[parameter], parameter.device
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        coded = self.eight_bit and parameter.numel() >= SMALLEST
-        for kind in MOMENTS:
-            state[kind] = torch.zeros_like(parameter, dtype=torch.uint8 if coded else torch.float32)
-            if coded:
-                state[f"{kind}_scale"] = torch.zeros(
-                    -(-parameter.numel() // BLOCK), dtype=torch.float32, device=device
-                )
+        """The state before the first step: zeros."""
+        state = self.state[parameter]
+        for kind, (dtype, shape) in moment_forms(parameter, self.eight_bit).items():
+            state[kind] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return state
 
 
@@ -190,6 +184,22 @@ def stochastic_round(values: Tensor) -> Tensor:
     bits = noise.add_(values.view(torch.int32))
     rounded = bits.bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def moment_forms(
+    parameter: Tensor, eight_bit: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of all that AdamW, PyTorch's as well, keeps for `parameter`.
+
+    A count of its steps and two moments in its shape, with scales where they are kept as codes.
+    """
+    coded = eight_bit and parameter.numel() >= SMALLEST
+    forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.float32, ())}
+    for kind in MOMENTS:
+        forms[kind] = (torch.uint8 if coded else torch.float32, tuple(parameter.shape))
+        if coded:
+            forms[f"{kind}_scale"] = (torch.float32, (-(-parameter.numel() // BLOCK),))
+    return forms
 
 
 def moment_bytes(parameter: Tensor, eight_bit: bool) -> int:
