@@ -139,6 +139,9 @@ def test_a_caption_of_a_photo_is_wrong_if_no_reference_mentions_a_thing(
     assert all(pair.messages[1].content[0] in captions for pair in pairs)
     record["messages"] = [{"role": "user", "content": "看 <image> 写一句话"}]
     (tmp_path / "photos.jsonl").write_text(json.dumps(record) + "\n")
+    taken = call(make_preferences.main, *flags, "--model", tiny.model)
+    assert taken.returncode == 2 and "pairs.jsonl: is there already and stays" in taken.stderr
+    (tmp_path / "pairs.jsonl").unlink()
     call(make_preferences.main, *flags, "--model", tiny.model, "--samples", "1")
     (pair,), _ = read_pairs(tmp_path / "pairs.jsonl")
     assert pair.messages[0].content == ("看 ", IMAGE, " 写一句话")
@@ -147,4 +150,8 @@ def test_a_caption_of_a_photo_is_wrong_if_no_reference_mentions_a_thing(
     record["messages"].append({"role": "assistant", "content": "一只狗。"})
     record["references"] = []
     (tmp_path / "photos.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "pairs.jsonl").unlink()
     assert "holds neither scenes nor photos" in call(make_preferences.main, *flags).stderr
+    over = call(make_preferences.main, *flags[:3], tmp_path / "photos.jsonl")
+    assert over.returncode == 2 and "photos.jsonl: is read by this command" in over.stderr
+    assert json.loads((tmp_path / "photos.jsonl").read_text()) == record
