@@ -431,6 +431,7 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         result = json.loads(out)
         assert code == 0 and out.count("\n") == 1 and result.keys() == keys
         lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+        (tmp_path / "answers.jsonl").unlink()
         assert len(lines) == result["n"] and json.loads(lines[0]).keys() == {
             "where",
             "answer",
