@@ -1,13 +1,13 @@
 """The settings by which an image becomes pixels."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from nanovlm.utils.config import check
+from nanovlm.errors import quoted
+from nanovlm.utils.config import LIMITS, check, check_numbers
 
 FILTERS = {
     filter.name.lower(): filter
@@ -47,34 +47,41 @@ class ImageConfig:
     max_tiles: int | None = None  # for fit="tiles" only
 
     def __post_init__(self) -> None:
-        _check(self.fit in FITS, f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
+        _check(self.fit in FITS, f"fit must be one of {', '.join(FITS)}, not {quoted(self.fit)}")
         _check(
             self.resample in list(FILTERS),
-            f"resample must be one of {list(FILTERS)}, not {self.resample!r}",
+            f"resample must be one of {list(FILTERS)}, not {quoted(self.resample)}",
         )
         for name, fit in (("shortest_edge", "crop"), ("max_tiles", "tiles")):
             is_unused = self.fit != fit
-            _check(not is_unused or getattr(self, name) is None, f"{name} is only for fit = {fit}")
-        _check_size("height", self.height)
-        _check_size("width", self.width)
-        if self.fit == "crop":
             _check(
-                _check_size("shortest_edge", self.shortest_edge) >= max(self.height, self.width),
+                (getattr(self, name) is None) == is_unused,
+                f"{name} is for fit = {fit}, and only for it",
+            )
+        check_numbers(self)
+        if self.shortest_edge is not None:
+            _check(
+                self.shortest_edge >= max(self.height, self.width),
                 f"shortest_edge = {self.shortest_edge} is smaller than "
                 f"the {self.height} x {self.width} crop",
             )
-        if self.fit == "tiles":
-            max_tiles = _check_size("max_tiles", self.max_tiles)
+        if (max_tiles := self.max_tiles) is not None:
+            _check(
+                max_tiles * self.height <= LIMITS["height"][1],
+                f"{max_tiles} tiles of {self.height} pixels are more than an image of "
+                f"{LIMITS['height'][1]} pixels",
+            )
             _check(
                 self.height == self.width,
                 f"tiles of {self.height} x {self.width} are not implemented, only square ones",
             )
             _check(max_tiles > 1, "max_tiles = 1 cuts nothing; use fit = squash")
-        _check(_are_numbers(self.mean), f"mean = {self.mean!r} is not three usable numbers")
-        _check(
-            _are_numbers(self.std) and min(self.std) > 0,
-            f"std = {self.std!r} is not three usable numbers",
-        )
+        for name, low, high in (("mean", 0, 1), ("std", 0.001, 10)):
+            numbers = getattr(self, name)
+            _check(
+                _are_numbers(numbers, low, high),
+                f"{name} = {quoted(numbers)} is not three usable numbers, from {low} to {high}",
+            )
         for name in ("mean", "std"):  # JSON gives lists, and equality needs tuples
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
@@ -84,15 +91,10 @@ class ImageConfig:
         return 1 if self.max_tiles is None else self.max_tiles**2 + 1
 
 
-def _check_size(name: str, size: Any) -> int:
-    _check(type(size) is int and size > 0, f"{name} = {size!r} is not a whole number above 0")
-    return size
-
-
-def _are_numbers(values: Any) -> bool:
-    """Whether `values` are three finite numbers."""
+def _are_numbers(values: Any, low: float, high: float) -> bool:
+    """Whether `values` are three numbers from `low` to `high`."""
     return (
         isinstance(values, (list, tuple))
         and len(values) == 3
-        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        and all(type(value) in (int, float) and low <= value <= high for value in values)
     )

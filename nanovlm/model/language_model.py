@@ -36,7 +36,7 @@ from nanovlm.model.rotary import (
     rotary_embedding,
     rotary_frequencies,
 )
-from nanovlm.utils.config import check_choices, check_divides, check_numbers
+from nanovlm.utils.config import MAX_EXPERTS, check_choices, check_divides, check_numbers
 
 CHOICES = {
     "rope_type": ("default", "llama3", "dynamic_ntk"),
@@ -107,6 +107,9 @@ class LanguageModelConfig:
                 f"an output head of width {self.hidden_size} cannot be an embedding table of width "
                 f"{self.embedding_size}; set tie_word_embeddings to false, or embedding_size to 0"
             )
+        experts = (self.num_experts + self.num_shared_experts) * self.num_hidden_layers
+        if experts > MAX_EXPERTS:
+            raise self._error(f"it has {experts} experts in all; the limit is {MAX_EXPERTS}")
         if self.num_experts and self.experts_per_token > self.num_experts:
             raise self._error(
                 f"experts_per_token is {self.experts_per_token} and there are {self.num_experts} "

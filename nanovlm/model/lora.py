@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nanovlm.errors import NanoVLMError
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.quantization import QuantizedLinear
+from nanovlm.utils.config import check_numbers
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class LoRAConfig:
     base_model: str = ""  # the model that they were trained on
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise NanoVLMError(f"the rank of a LoRA adapter is {self.rank}; it has to be 1 or more")
+        check_numbers(self)
+        if self.dropout >= 1:
+            raise NanoVLMError(f"LoRAConfig: dropout is {self.dropout}; it has to be below 1")
 
 
 class LoRALinear(nn.Module):

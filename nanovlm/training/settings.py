@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nanovlm.errors import NanoVLMError, quoted
-from nanovlm.utils.config import RENAMED_VALUES
+from nanovlm.utils.config import RENAMED_VALUES, check_number
 from nanovlm.utils.device import DEVICES, DTYPES
 from nanovlm.utils.parser import expand_user, flag
 
@@ -28,10 +28,10 @@ class Limit(NamedTuple):
     request: str
 
 
+# Of all numbers, `check_numbers` refuses what is not finite, too large, negative, and 0 where the
+# default is another number.
 ANY = Limit(lambda value: True, "")
-ABOVE_0 = Limit(lambda value: 0 < value < math.inf, "it has to be a number above 0")
-FROM_0 = Limit(lambda value: 0 <= value < math.inf, "it has to be 0 or more")
-FROM_0_TO_1 = Limit(lambda value: 0 <= value <= 1, "it has to be between 0 and 1")
+FROM_0 = Limit(lambda value: value >= 0, "it has to be 0 or more")
 BELOW_1 = Limit(lambda value: 0 <= value < 1, "it has to be 0 or more and below 1")
 BELOW_HALF = Limit(lambda value: 0 <= value < 0.5, "it has to be 0 or more and below 0.5")
 AUTO_OR_FROM_0 = Limit(
@@ -40,9 +40,6 @@ AUTO_OR_FROM_0 = Limit(
 )
 AUTO_OR_BOOL = Limit(
     lambda value: value == "auto" or isinstance(value, bool), "take true, false or auto"
-)
-INT64 = Limit(
-    lambda value: 0 <= value < 2**63, "it has to be 0 or more and below 2 to the power of 63"
 )
 
 
@@ -66,17 +63,17 @@ class DataSettings:
     images: str = setting("", "folder of relative image paths (default: the records' folder)")
     val: str = setting("", "records for validation (default: --val-fraction of the images)")
     val_fraction: float = setting(0.02, "share of the images held out without --val", BELOW_1)
-    val_samples: int = setting(256, "validation records used at most", ABOVE_0)
-    share: int = setting(8, "samples of one image in a sequence, which encodes it once", ABOVE_0)
-    max_length: int = setting(2048, "tokens of a sample; longer text is cut at the end", ABOVE_0)
+    val_samples: int = setting(256, "validation records used at most")
+    share: int = setting(8, "samples of one image in a sequence, which encodes it once")
+    max_length: int = setting(2048, "tokens of a sample; longer text is cut at the end")
     workers: int | str = setting(
         "auto",
         "processes that prepare batches in advance (0: none; auto: on CUDA up to 8, else none)",
         AUTO_OR_FROM_0,
     )
     cache_features: bool = setting(False, "encode each image once (frozen vision encoder only)")
-    pack: int = setting(0, "tokens of a packed sequence of several samples (0: no packing)", FROM_0)
-    bucket: int = setting(1, "batches that are sorted by length, or packed, together", ABOVE_0)
+    pack: int = setting(0, "tokens of a packed sequence of several samples (0: no packing)")
+    bucket: int = setting(1, "batches that are sorted by length, or packed, together")
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,11 @@ class ModelSettings:
         "gelu", "in mlp, bilinear and resampler: silu, gelu, gelu_pytorch_tanh or quick_gelu"
     )
     projector_bias: bool = setting(True, "bias of the linear and pixel_shuffle projectors")
-    grid: int = setting(8, "side of the grid that the bilinear projector makes", ABOVE_0)
-    scale: int = setting(2, "side of the squares that pixel_shuffle merges", ABOVE_0)
-    num_queries: int = setting(32, "visual tokens per image of the resampler projector", ABOVE_0)
-    image_size: int = setting(0, "side of an image, or tile, in pixels (0: the encoder's)", FROM_0)
-    tiles: int = setting(
-        0, "most tiles along a side of an image (0: the encoder's, 1: not cut)", FROM_0
-    )
+    grid: int = setting(8, "side of the grid that the bilinear projector makes")
+    scale: int = setting(2, "side of the squares that pixel_shuffle merges")
+    num_queries: int = setting(32, "visual tokens per image of the resampler projector")
+    image_size: int = setting(0, "side of an image, or tile, in pixels (0: the encoder's)")
+    tiles: int = setting(0, "most tiles along a side of an image (0: the encoder's, 1: not cut)")
     vision_layer: int = setting(-1, "encoder layer to use: -1 is the last, -2 the one before it")
     vision_norm: bool = setting(True, "encoder's final norm after that layer (-1 only)")
     bidirectional_images: bool = setting(
@@ -115,11 +110,11 @@ class TrainableSettings:
     """Which parameters are trained; the others are frozen."""
 
     train: str = setting("projector", f"parts to train, with commas: {', '.join(PARTS)}")
-    language_model_layers: int = setting(0, "train only the last N of its blocks (0: all)", FROM_0)
+    language_model_layers: int = setting(0, "train only the last N of its blocks (0: all)")
     language_model_embedding: bool = setting(False, "also train the word embeddings")
-    vision_encoder_layers: int = setting(0, "train only the last N of its blocks (0: all)", FROM_0)
-    lora_rank: int = setting(0, "rank of LoRA adapters of the language model (0: none)", FROM_0)
-    lora_alpha: float = setting(0.0, "scale of LoRA times its rank (0: twice the rank)", FROM_0)
+    vision_encoder_layers: int = setting(0, "train only the last N of its blocks (0: all)")
+    lora_rank: int = setting(0, "rank of LoRA adapters of the language model (0: none)")
+    lora_alpha: float = setting(0.0, "scale of LoRA times its rank (0: twice the rank)")
     lora_dropout: float = setting(0.0, "dropout on the inputs of LoRA adapters", BELOW_1)
     lora_targets: str = setting("*_proj", "layers to adapt, with commas: ends of names or patterns")
 
@@ -133,18 +128,16 @@ class TrainableSettings:
 class OptimizerSettings:
     """AdamW, and the learning rate of each part."""
 
-    lr: float = setting(1e-3, "peak learning rate", ABOVE_0)
-    lr_projector: float = setting(0.0, "learning rate of the projector (0: --lr)", FROM_0)
-    lr_language_model: float = setting(0.0, "learning rate of the language model (0: --lr)", FROM_0)
-    lr_vision_encoder: float = setting(0.0, "learning rate of the vision encoder (0: --lr)", FROM_0)
-    layer_decay: float = setting(1.0, "factor on the rate per block away from the output", ABOVE_0)
-    warmup: float = setting(0.03, "share of the steps that the linear warm-up takes", FROM_0_TO_1)
-    min_lr: float = setting(0.1, "share of the peak at the end of the cosine", FROM_0_TO_1)
-    weight_decay: float = setting(
-        0.0, "weight decay of matrices; norms and biases have none", FROM_0
-    )
+    lr: float = setting(1e-3, "peak learning rate")
+    lr_projector: float = setting(0.0, "learning rate of the projector (0: --lr)")
+    lr_language_model: float = setting(0.0, "learning rate of the language model (0: --lr)")
+    lr_vision_encoder: float = setting(0.0, "learning rate of the vision encoder (0: --lr)")
+    layer_decay: float = setting(1.0, "factor on the rate per block away from the output")
+    warmup: float = setting(0.03, "share of the steps that the linear warm-up takes")
+    min_lr: float = setting(0.1, "share of the peak at the end of the cosine")
+    weight_decay: float = setting(0.0, "weight decay of matrices; norms and biases have none")
     beta2: float = setting(0.95, "decay of AdamW's second moment; its first has 0.9", BELOW_1)
-    clip: float = setting(1.0, "largest gradient norm", ABOVE_0)
+    clip: float = setting(1.0, "largest gradient norm")
     optimizer: str = choice("AdamW, or with moments in 8 bits", "adamw", "adamw8bit")
     stochastic_rounding: bool = setting(
         False, "keep trainable parameters in bf16, stochastically rounded, without an fp32 copy"
@@ -159,11 +152,11 @@ class OptimizerSettings:
 class StepSettings:
     """How many steps a run takes, and of how many records."""
 
-    epochs: float = setting(1.0, "passes over the data", ABOVE_0)
-    max_steps: int = setting(0, "optimizer steps, in place of --epochs", FROM_0)
-    batch_size: int = setting(32, "records of a forward pass", ABOVE_0)
-    accumulate: int = setting(1, "forward passes of an optimizer step", ABOVE_0)
-    max_bad_steps: int = setting(5, "bad steps in a row (not finite) that end the run", ABOVE_0)
+    epochs: float = setting(1.0, "passes over the data")
+    max_steps: int = setting(0, "optimizer steps, in place of --epochs")
+    batch_size: int = setting(32, "records of a forward pass")
+    accumulate: int = setting(1, "forward passes of an optimizer step")
+    max_bad_steps: int = setting(5, "bad steps in a row (not finite) that end the run")
 
 
 @dataclass(frozen=True)
@@ -171,9 +164,9 @@ class ObjectiveSettings:
     """The loss: cross entropy of the answers, or preference training on pairs of them."""
 
     objective: str = choice("answers, or of two answers the preferred one", "sft", "dpo")
-    beta: float = setting(0.1, "dpo: how strongly it is held to the reference model", ABOVE_0)
+    beta: float = setting(0.1, "dpo: how strongly it is held to the reference model")
     label_smoothing: float = setting(0.0, "dpo: probability that labels are swapped", BELOW_HALF)
-    sft_weight: float = setting(0.0, "dpo: weight of the chosen answer's cross entropy", FROM_0)
+    sft_weight: float = setting(0.0, "dpo: weight of the chosen answer's cross entropy")
 
 
 @dataclass(frozen=True)
@@ -191,7 +184,7 @@ class MachineSettings:
     checkpointing: bool = setting(False, "recompute activations in the backward pass")
     quantize: str = choice("matrices of the frozen language model in few bits", "", "nf4", "int8")
     parallel: str = choice("how the processes of torchrun share the work", "ddp", "fsdp")
-    seed: int = setting(0, "random seed of new weights, the data's order and dropout", INT64)
+    seed: int = setting(0, "random seed of new weights, the data's order and dropout", FROM_0)
 
 
 @dataclass(frozen=True)
@@ -199,10 +192,10 @@ class RunSettings:
     """What is written to the run folder; changes nothing that is trained."""
 
     out: str = setting("runs/run", "folder of the run")
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", ABOVE_0)
-    val_every: int = setting(0, "steps between validations (0: at the end only)", FROM_0)
-    save_every: int = setting(500, "steps between checkpoints", ABOVE_0)
-    keep: int = setting(3, "newest checkpoints to keep, besides the best", ABOVE_0)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    val_every: int = setting(0, "steps between validations (0: at the end only)")
+    save_every: int = setting(500, "steps between checkpoints")
+    keep: int = setting(3, "newest checkpoints to keep, besides the best")
     full_disk: str = choice("what to do if a checkpoint finds no room", "stop", "go-on")
     track: str = choice("service to log to as well", "", "tensorboard", "wandb", "swanlab")
     resume: bool = setting(False, "continue the run in --out from its last checkpoint")
@@ -248,7 +241,8 @@ class Settings(
         for checked in dataclasses.fields(self):
             value, limit = getattr(self, checked.name), checked.metadata["limit"]
             if not limit.holds(value):
-                raise NanoVLMError(f"{flag(checked.name)} is {value!r}; {limit.request}")
+                raise NanoVLMError(f"{flag(checked.name)} is {quoted(value)}; {limit.request}")
+            check_number(checked.name, value, flag(checked.name), checked.default)
         unknown = set(self.trained_parts) - set(PARTS)
         if unknown or not self.trained_parts:
             raise NanoVLMError(

@@ -139,6 +139,18 @@ def make_deterministic() -> None:
     deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def check_memory(needed: int, what: str) -> None:
+    """Refuse what takes `needed` bytes where the machine has fewer, before anything is built."""
+    if not hasattr(os, "sysconf"):  # Windows refuses the allocation itself
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise NanoVLMError(
+            f"{what} takes {needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB of "
+            "memory; take a smaller one"
+        )
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use at once so far: on CUDA by tensors, elsewhere by the whole process.
 

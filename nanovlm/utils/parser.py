@@ -1,13 +1,14 @@
 """The argument parser of every command: no abbreviations, one-line errors."""
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovlm.errors import MAX_QUOTED, NanoVLMError
-from nanovlm.utils.config import RENAMED, RENAMED_VALUES
+from nanovlm.utils.config import RENAMED, RENAMED_VALUES, check_number
 
 
 def flag(name: str) -> str:
@@ -34,6 +35,18 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does, but a number has to be finite and not beyond the limits of its name.
+
+        Whether it may be 0 or below, each command says.
+        """
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if not isinstance(value, (int, float)) or not -math.inf < value <= 0:
+                check_number(action.dest, value, flag(action.dest))
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):

@@ -707,7 +707,7 @@ def test_initial_weights_have_the_standard_deviations_of_gpt2():
             "an output head of width 32 cannot be an embedding table of width 40",
         ),
         ({"experts_per_token": 5}, "experts_per_token is 5 and there are 4 experts"),
-        ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be above 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1; it has to be 0 or more"),
     ],
 )
 def test_an_invalid_config_is_refused(changes, message):

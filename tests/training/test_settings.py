@@ -136,7 +136,7 @@ def test_workers_are_auto_or_a_number_in_flags_and_files(tmp_path, workers):
     assert load_settings("stage1", ["--config", str(path)]).workers == workers
     for wrong in ("2.5", "true", '"3"'):
         path.write_text(f"workers = {wrong}\n")
-        assert "--workers is" in refusal("--config", str(path))
+        assert "workers is" in refusal("--config", str(path))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_compile_is_auto_on_or_off_in_flags_and_files(tmp_path, flags, compile):
     assert load_settings("stage1", ["--config", str(path)]).compile == compile
     for wrong in ("1.5", '"on"'):
         path.write_text(f"compile = {wrong}\n")
-        assert "--compile is" in refusal("--config", str(path))
+        assert "compile is" in refusal("--config", str(path))
 
 
 def test_a_run_goes_on_with_other_compilation(tmp_path):

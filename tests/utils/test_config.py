@@ -1,12 +1,16 @@
 """Settings are read strictly: an unknown key or a value of another type is refused by name."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import pytest
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModelConfig
+from nanovlm.model.lora import LoRAConfig
+from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.utils.config import from_dict
 
@@ -66,3 +70,81 @@ def test_a_model_folder_with_unknown_rotary_scaling_is_refused():
     message = "rope_type is 'yarn'; take one of default, llama3, dynamic_ntk"
     with pytest.raises(NanoVLMError, match=message):
         from_dict(LanguageModelConfig, {"rope_type": "yarn"})
+
+
+# What damage, other tools and attackers write where a number belongs.
+BAD_NUMBERS = (math.nan, math.inf, -math.inf, -1, -0.5, 2**62, 10**400, 1e308, 1e-320)
+CONFIGS = (
+    VisionEncoderConfig(),
+    LanguageModelConfig(num_experts=4),
+    ProjectorConfig(),
+    ImageConfig(fit="tiles", max_tiles=2),
+    ImageConfig(fit="crop", shortest_edge=256),
+    LoRAConfig(8, 16.0, "q_proj"),
+)
+
+
+@pytest.mark.parametrize("part", CONFIGS, ids=lambda part: type(part).__name__)
+def test_every_number_of_every_config_is_finite_and_bounded(part):
+    written = dataclasses.asdict(part)
+    numbers = [name for name, value in written.items() if type(value) in (int, float)]
+    assert numbers
+    for name in numbers:
+        for value in (*BAD_NUMBERS, True, "1", [1], {}):
+            with pytest.raises(NanoVLMError, match=f"{name} (is|=) ") as caught:
+                from_dict(type(part), written | {name: value})
+            assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize(
+    "value",
+    [[0.5], [0.5] * 4, [-1e30] * 3, [math.nan] * 3, [0.5, "0.5", 0.5], 0.5, None, [1e308] * 3],
+)
+def test_mean_and_standard_deviation_are_three_usable_numbers(name, value):
+    with pytest.raises(NanoVLMError, match=f"{name} (is|=) "):
+        from_dict(ImageConfig, {name: value})
+
+
+def test_a_standard_deviation_is_not_nearly_zero():
+    for value in (0, 0.0, 1e-320):
+        with pytest.raises(NanoVLMError, match="std = "):
+            from_dict(ImageConfig, {"std": [0.5, value, 0.5]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 1_000_000}, "num_experts is 1000000; it has to be at most 4096"),
+        ({"num_experts": 4096, "num_hidden_layers": 1000}, "it has 4096000 experts in all"),
+        ({"num_experts": 8, "experts_per_token": 1_000_000}, "experts_per_token is 1000000"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it has to be above 0"),
+        ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
+    ],
+)
+def test_a_language_model_is_of_a_size_that_can_be_built(settings, message):
+    with pytest.raises(NanoVLMError, match=message):
+        LanguageModelConfig(**settings)
+
+
+def test_published_extremes_are_within_the_limits():
+    LanguageModelConfig(
+        vocab_size=262_144, hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=126,
+        num_attention_heads=128, num_key_value_heads=8, head_dim=128, rope_theta=3.58e9,
+        max_position_embeddings=10_485_760, rms_norm_eps=1e-12,
+    )  # fmt: skip
+
+
+def test_values_in_messages_are_cut():
+    with pytest.raises(NanoVLMError) as caught:
+        from_dict(Toy, {"width": "x" * 100_000})
+    assert len(str(caught.value)) < 300
+    with pytest.raises(NanoVLMError) as caught:
+        from_dict(Toy, {"w" * 100_000: 1})
+    assert len(str(caught.value)) < 300
+
+
+def test_optional_fields_and_lists_are_checked_too():
+    for key, value in (("name", 3), ("mean", 3), ("mean", ["x"])):
+        with pytest.raises(NanoVLMError, match=f"Toy: {key} is .*, expected"):
+            from_dict(Toy, {"width": 3, key: value})
