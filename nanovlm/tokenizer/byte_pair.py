@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
 from nanovlm.tokenizer.merges import BytePairEncoder, bytes_to_token, token_to_bytes
 from nanovlm.tokenizer.pretokenize import nfc, pre_tokenize, read_normalizer, read_pre_tokenizer
+from nanovlm.utils.config import check_number
 from nanovlm.utils.files import write_atomically
+
+MAX_ADDED = 2**14  # added tokens, each searched for in every text; published files have up to 6,000
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class AddedToken:
     content: str
     special: bool = True  # only the program may produce it
     normalized: bool = False  # searched for after NFC instead of before
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a text."""
+    return without_surrogates(text) == text
 
 
 class BytePairTokenizer(Tokenizer):
@@ -62,6 +70,9 @@ class BytePairTokenizer(Tokenizer):
             raise NanoVLMError(
                 f"vocabulary: {len(vocab) - len(self._tokens)} ids are used twice; damaged file?"
             )
+        check_number("token_id", max(self._tokens, default=0), "vocabulary: the highest id", 0)
+        if not _is_text("".join(vocab)):
+            raise NanoVLMError("vocabulary: holds half a character (a lone surrogate); damaged?")
         self._use_nfc = read_normalizer(pipeline.get("normalizer"))
         self._word_patterns = read_pre_tokenizer(pipeline.get("pre_tokenizer"))
         self._encoder = BytePairEncoder(vocab, merges)
@@ -71,6 +82,9 @@ class BytePairTokenizer(Tokenizer):
         self._add(added_tokens)
 
     def _add(self, added_tokens: Iterable[AddedToken]) -> None:
+        added_tokens = list(added_tokens)
+        if len(added_tokens) > MAX_ADDED:
+            raise NanoVLMError(f"{len(added_tokens)} added tokens; the limit is {MAX_ADDED}")
         for token in added_tokens:
             self._check_added(token)
             if token.special:
@@ -88,11 +102,14 @@ class BytePairTokenizer(Tokenizer):
         self._find_normalized = (spelling_pattern(normalized), normalized)
 
     def _check_added(self, token: AddedToken) -> None:
-        name = f"added token {token.content!r} with id {token.id}"
-        if not token.content or token.id < 0:
-            raise NanoVLMError(f"{name}: is empty, or below 0; damaged file?")
+        name = f"added token {quoted(token.content)} with id {quoted(token.id)}"
+        if not token.content or not _is_text(token.content) or token.id < 0:
+            raise NanoVLMError(f"{name}: is no text, or below 0; damaged file?")
+        check_number("token_id", token.id, f"{name}: the id", default=0)
         if self._tokens.get(token.id, token.content) != token.content:
-            raise NanoVLMError(f"{name}: {self._tokens[token.id]!r} has the same id; damaged file?")
+            raise NanoVLMError(
+                f"{name}: {quoted(self._tokens[token.id])} has the same id; damaged file?"
+            )
         if self._vocab.get(token.content, token.id) != token.id or token.content in self._added:
             raise NanoVLMError(f"{name}: is already in the vocabulary; choose another text")
         if token.special and token.id in self._encoder.reachable:
@@ -173,10 +190,10 @@ class BytePairTokenizer(Tokenizer):
         }
         document = {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
             "post_processor": None,
             **self._pipeline,
+            "truncation": None,
+            "padding": None,
             "added_tokens": [asdict(token) | flags for token in added_tokens],
             "model": model,
         }

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.tokenizer.byte_pair import AddedToken, BytePairTokenizer
 from nanovlm.tokenizer.merges import bytes_to_token, merge
 from nanovlm.tokenizer.pretokenize import QWEN_PATTERN, check_settings
 from nanovlm.utils.files import read_json, read_text
+from nanovlm.utils.sniff import refuse_stand_in
 
 
 def read_tokenizer_json(path: Path) -> BytePairTokenizer:
@@ -41,7 +42,7 @@ def read_vocab_merges(
     """Read GPT-2's two files, which name no special tokens and no pre-tokenization."""
     merges = (
         line.rstrip("\r").split(" ")
-        for line in read_text(merges_path).split("\n")
+        for line in refuse_stand_in(merges_path, read_text(merges_path)).split("\n")
         if line.strip() and not line.startswith("#version")
     )
     vocab = read_json(vocab_path)
@@ -61,7 +62,7 @@ def read_tiktoken(
     It names no special tokens and no pre-tokenization. `special_tokens` get the ids that follow.
     """
     vocab: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(refuse_stand_in(path, read_text(path)).split("\n"), 1):
         if line.strip():
             try:
                 token, id = line.split()
@@ -103,10 +104,11 @@ def read_added_token(spec: Any) -> AddedToken:
     """Read an entry of `added_tokens`."""
     is_object = isinstance(spec, dict)
     if not is_object or type(spec.get("id")) is not int or not isinstance(spec.get("content"), str):
-        raise NanoVLMError(f"added token {spec!r:.80} has no id or content; damaged file?")
+        raise NanoVLMError(f"added token {quoted(spec)} has no id or content; damaged file?")
     check_settings(
-        f"added token {spec['content']!r}", spec, id=None, content=None, special=(True, False),
-        normalized=(True, False), single_word=(False,), lstrip=(False,), rstrip=(False,),
+        f"added token {quoted(spec['content'])}", spec, id=None, content=None,
+        special=(True, False), normalized=(True, False), single_word=(False,), lstrip=(False,),
+        rstrip=(False,),
     )  # fmt: skip
     special = spec.get("special", False)
     return AddedToken(spec["id"], spec["content"], special, spec.get("normalized", not special))
@@ -144,15 +146,15 @@ def _check_model(model: Any) -> None:
 def _check_document(document: dict) -> None:
     """Refuse unimplemented settings of a `tokenizer.json` outside its model."""
     check_settings(
-        "tokenizer", document, version=None, truncation=(None,), padding=(None,), normalizer=None,
-        pre_tokenizer=None, decoder=None,
-        post_processor=None,  # it acts only with add_special_tokens=True
+        "tokenizer", document, version=None, normalizer=None, pre_tokenizer=None, decoder=None,
+        # These act where the `tokenizers` package is asked to cut, to pad, or to add tokens.
+        truncation=None, padding=None, post_processor=None,
     )  # fmt: skip
     decoder = document.get("decoder")
     if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         raise NanoVLMError(
-            f"decoder: {decoder!r:.80} is not implemented; use a tokenizer with ByteLevel, or put "
-            "the tokenizer.model that this was made from beside it"
+            f"decoder: {quoted(decoder)} is not implemented; use a tokenizer with ByteLevel, or "
+            "put the tokenizer.model that this was made from beside it"
         )
 
 

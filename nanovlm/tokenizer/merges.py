@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import add
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _SHIFTED = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -122,7 +122,7 @@ class BytePairEncoder:
                 self._merged.append(vocab[left + right])
             except (KeyError, TypeError, ValueError):
                 raise NanoVLMError(
-                    f"merge {rank}: {pair!r:.80} is not two tokens that make one; damaged?"
+                    f"merge {rank}: {quoted(pair)} is not two tokens that make one; damaged?"
                 ) from None
         self.reachable = {*self._byte_ids, *self._merged}  # every id that `encode` can give
         self._neighbours = _Neighbours(vocab)

@@ -10,9 +10,11 @@ refused.
 import re
 import sys
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 
 # The patterns of Qwen2 to Qwen3 and of GPT-2 (`ByteLevel` with `use_regex`), for files without one.
 QWEN_PATTERN = (
@@ -40,6 +42,16 @@ NEW_MARKS_SINCE_UNICODE_9 = (
     "10eab-10eac 10f46-10f50 10f82-10f85 11070 1133b 1145e 11839-1183a 11930 1193d-1193e "
     "11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 16ff0-16ff1 1e130-1e136 1e2ae "
     "1e2ec-1e2ef"
+)
+# Limits of a pattern: characters, groups within each other, and ways in which an alternative can
+# match one text. Published patterns have 2,000, 1 and 16.
+MAX_PATTERN, MAX_DEPTH, MAX_WAYS = 10_000, 8, 128
+MAX_SPLITS = 32  # steps of pre-tokenization; published tokenizers have up to 5
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d{0,4}(?:,\d{0,4})?)\})[?+]?")
+_PATTERN_TOKEN = re.compile(
+    r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?:<?[=!]|>|[a-z]*:))?"
+    rf"|{_QUANTIFIER.pattern}|.",
+    re.DOTALL,
 )
 # Unicode's white space; Python's `\s` adds 1c to 1f.
 WHITE_SPACE = "9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000"
@@ -96,27 +108,94 @@ def nfc(text: str) -> str:
 def translate_pattern(pattern: str) -> re.Pattern[str]:
     r"""Compile an Oniguruma pattern with `re`.
 
-    Implemented are `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both dialects share.
+    Implemented are `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both dialects share, as far as no
+    text can make the pattern run away: a repetition is one of single characters, and of the two
+    without an end that an alternative may have, nothing that can fail follows the second. All
+    published patterns are so.
     """
+    if len(pattern) > MAX_PATTERN:
+        raise NanoVLMError(f"pattern {quoted(pattern)} is longer than {MAX_PATTERN} characters")
     classes, translated, in_set = _character_classes(), [], False
-    for token in re.findall(r"\\[pP]\{[^}]*\}|\\.|&&|\}\+|.", pattern, re.DOTALL):
+    tokens = re.findall(r"\\[pP]\{[^}]*\}|\\.|&&|\}\+|.", pattern, re.DOTALL)
+    for token in tokens:
         if token in classes:
             token = classes[token] if in_set else f"[{classes[token]}]"
         elif token == r"\S" and not in_set:
             token = "[^" + classes[r"\s"] + "]"
-        elif token[0] == "\\" and token[1].isalnum() and token not in (r"\r", r"\n", r"\t"):
-            raise _unimplemented(f"pattern {pattern!r}: {token}")
+        elif token[0] == "\\" and token[1:].isalnum() and token not in (r"\r", r"\n", r"\t"):
+            raise _unimplemented(f"pattern {quoted(pattern)}: {token}")
         elif token in ("[", "&&") if in_set else token in ("^", "$", "}+"):
-            raise _unimplemented(f"pattern {pattern!r}: {token!r} here")
+            raise _unimplemented(f"pattern {quoted(pattern)}: {token!r} here")
         elif token in "[]":
             in_set = token == "["
         translated.append(token)
+    _refuse_runaway(pattern)
     try:
         return re.compile("".join(translated))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise NanoVLMError(
-            f"pattern {pattern!r} is not a regular expression `re` can read: {error}"
+            f"pattern {quoted(pattern)} is not a regular expression `re` can read: {error}"
         ) from None
+
+
+@dataclass
+class _Group:
+    """What has been read of a group, or of the whole pattern."""
+
+    endless: int = 0  # repetitions without an end in this alternative: *, +, {2,}
+    most_endless: int = 0  # of all alternatives so far
+    ways: int = 1  # in which the rest of this alternative can match one text
+    all_ways: int = 0  # of all alternatives before this one
+
+    def end_alternative(self) -> None:
+        self.most_endless = max(self.most_endless, self.endless)
+        self.all_ways += self.ways
+        self.endless, self.ways = 0, 1
+
+
+def _refuse_runaway(pattern: str) -> None:
+    """Refuse a pattern whose search may take more than quadratic time."""
+    tokens = [match[0] for match in _PATTERN_TOKEN.finditer(pattern)]
+    groups, problem = [_Group()], ""
+    for token, following in pairwise([*tokens, ""]):
+        group, times = groups[-1], _QUANTIFIER.fullmatch(following)
+        if token[0] == "(":
+            groups.append(_Group())
+        elif token == "|":
+            group.end_alternative()
+        elif token == ")" and len(groups) > 1:
+            inner = groups.pop()
+            inner.end_alternative()
+            group = groups[-1]
+            group.ways *= inner.all_ways + (times is not None)
+            if times and times[0][0] != "?":
+                problem = "a group is repeated"
+            elif (inner.most_endless and group.endless) or (group.endless > 1 and not times):
+                problem = "more follows a second repetition without an end"
+            group.endless += 2 * bool(inner.most_endless)
+        elif not _QUANTIFIER.fullmatch(token):  # a character, or a set of them
+            least, most = _bounds(times)
+            if group.endless > 1 and least:
+                problem = "more follows a second repetition without an end"
+            group.endless += most is None
+            group.ways *= 1 if most is None else most - least + 1
+        if len(groups) > MAX_DEPTH or group.ways > MAX_WAYS or group.endless > 2:
+            problem = "it repeats too much, or can match in too many ways"
+        if problem:
+            raise NanoVLMError(
+                f"pattern {quoted(pattern)}: {problem}, so that some texts could take for ever; "
+                "use a tokenizer without it"
+            )
+
+
+def _bounds(times: re.Match[str] | None) -> tuple[int, int | None]:
+    """The least and the most repetitions that a quantifier allows, None for no end."""
+    if times is None:
+        return 1, 1
+    if times[0][0] in "*+?":
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[times[0][0]]
+    least, comma, most = times[1].partition(",")
+    return int(least or 0), int(most) if most else None if comma else int(least or 0)
 
 
 def check_settings(where: str, spec: dict, **implemented: tuple | None) -> None:
@@ -124,7 +203,7 @@ def check_settings(where: str, spec: dict, **implemented: tuple | None) -> None:
     for key, value in spec.items():
         allowed = implemented.get(key, ())
         if allowed is not None and value not in allowed:
-            raise _unimplemented(f"{where}: {key} = {value!r:.80}")
+            raise _unimplemented(f"{where}: {key} = {quoted(value)}")
 
 
 def _unimplemented(setting: str) -> NanoVLMError:
@@ -136,7 +215,7 @@ def _steps(spec: dict | None, children: str) -> list[dict]:
     if spec is None:
         return []
     if not isinstance(spec, dict) or not isinstance(spec.get("type"), str):
-        raise NanoVLMError(f"{children}: expected an object with a type, found {spec!r:.80}")
+        raise NanoVLMError(f"{children}: expected an object with a type, found {quoted(spec)}")
     if spec["type"] != "Sequence":
         return [spec]
     return [step for child in spec.get(children, []) for step in _steps(child, children)]
@@ -148,7 +227,8 @@ def read_normalizer(normalizer: dict | None) -> bool:
     for step in steps:
         if step["type"] != "NFC":
             raise NanoVLMError(
-                f"normalizer {step['type']} is not implemented; use a tokenizer with NFC or none"
+                f"normalizer {step['type']:.80} is not implemented; "
+                "use a tokenizer with NFC or none"
             )
     return bool(steps)
 
@@ -162,13 +242,18 @@ def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
     *splits, last = _steps(pre_tokenizer, "pretokenizers") or [{"type": "null"}]
     if last["type"] != "ByteLevel":
         raise NanoVLMError(
-            f"pre-tokenizer: ends with {last['type']}; only byte-level ones (ByteLevel) are read"
+            f"pre-tokenizer: ends with {last['type']:.80}; "
+            "only byte-level ones (ByteLevel) are read"
         )
+    if len(splits) > MAX_SPLITS:
+        raise NanoVLMError(f"pre-tokenizer: has {len(splits)} steps; the limit is {MAX_SPLITS}")
     for step in splits:
         if step["type"] == "Split" and isinstance(step.get("pattern"), dict):
             behaviour = {"behavior": ("Isolated",), "invert": (False,)}
             check_settings("Split", step, type=None, pattern=None, **behaviour)
-            regex, literal = step["pattern"].get("Regex"), step["pattern"].get("String", "")
+            regex, literal = step["pattern"].get("Regex"), step["pattern"].get("String")
+            if regex is None and not literal:
+                raise NanoVLMError(f"Split: pattern {quoted(step['pattern'])} has no text")
             patterns.append(
                 re.compile(re.escape(literal)) if regex is None else translate_pattern(regex)
             )
@@ -177,7 +262,7 @@ def read_pre_tokenizer(pre_tokenizer: dict | None) -> list[re.Pattern[str]]:
             number = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
             patterns.append(translate_pattern(number))
         else:
-            raise _unimplemented(f"pre-tokenizer {step['type']}")
+            raise _unimplemented(f"pre-tokenizer {step['type']:.80}")
     check_settings(
         "ByteLevel", last, type=None, add_prefix_space=(False,), trim_offsets=None,
         use_regex=(True, False),

@@ -9,14 +9,16 @@ Lesson: lessons/source/04_tokenizers.py.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.tokenizer.base import Tokenizer, spelling_pattern, without_surrogates
-from nanovlm.utils.files import read_json, write_atomically
+from nanovlm.utils.files import read_bytes, read_json, write_atomically
+from nanovlm.utils.sniff import what_is
 
 MODEL_FILE, ADDED_TOKENS_FILE = "tokenizer.model", "added_tokens.json"
 SPACE = "\u2581"  # how a piece spells a space
@@ -27,13 +29,14 @@ UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 def _varint(message: bytes, position: int) -> tuple[int, int]:
     """A protocol-buffers integer (seven bits a byte, low bits first) and the position after it."""
     value = shift = 0
-    while True:
+    for _ in range(10):  # an integer of 64 bits has no more
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
         shift += 7
+    raise ValueError("an integer does not end")
 
 
 def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -73,6 +76,8 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
                 elif field == 3:
                     kind = model[first]
                     patched[first] = CONTROL if kind == USER_DEFINED else kind
+            if kind == BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+                raise ValueError(f"{quoted(piece)} is not a byte")
             pieces.append((piece, kind))
         elif part == 3:  # the normalizer
             for field, first, _ in _fields(model, start, end):
@@ -115,7 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
         for text, id in sorted((added_tokens or {}).items(), key=lambda item: item[1]):
             if (next_id := self.add_special_token(text)) != id:
                 raise NanoVLMError(
-                    f"{ADDED_TOKENS_FILE}: {text!r} has id {id}, expected {next_id}; "
+                    f"{ADDED_TOKENS_FILE}: {quoted(text)} has id {id}, expected {next_id}; "
                     "is it another model's?"
                 )
 
@@ -134,14 +139,14 @@ class SentencePieceTokenizer(Tokenizer):
             raise NanoVLMError(
                 f"{added_path}: expected an object of texts and whole numbers; damaged file?"
             )
+        model = read_bytes(path)
         try:
-            return cls(path.read_bytes(), added_tokens)
-        except OSError as error:
-            raise NanoVLMError(
-                f"{path}: cannot be read ({error.strerror}); check the path"
-            ) from None
+            return cls(model, added_tokens)
         except NanoVLMError as error:
-            raise NanoVLMError(f"{path}: {error}") from None
+            what = what_is(model)
+            other = what not in (None, "a SentencePiece model")
+            problem = f"is not a SentencePiece model but {what}" if other else error
+            raise NanoVLMError(f"{path}: {problem}") from None
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(without_surrogates(text))
@@ -172,11 +177,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def add_special_token(self, text: str) -> int:
         if text not in self.special_tokens:
-            if not text:
-                raise NanoVLMError("special token '': is empty; give it a text")
+            if not text or without_surrogates(text) != text:
+                raise NanoVLMError(f"special token {quoted(text)}: is no text; give it one")
             if text in self._ordinary:
                 raise NanoVLMError(
-                    f"special token {text!r}: ordinary text gives that piece too; "
+                    f"special token {quoted(text)}: ordinary text gives that piece too; "
                     "choose another text"
                 )
             self.special_tokens[text] = self._added[text] = self.vocab_size

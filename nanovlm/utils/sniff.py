@@ -5,6 +5,9 @@ Formats are recognised by their signatures, and text by its first words. Nothing
 
 import codecs
 import re
+from pathlib import Path
+
+from nanovlm.errors import NanoVLMError
 
 FIRST_BYTES = 1024  # enough for every signature below
 
@@ -18,6 +21,8 @@ _FETCH_AGAIN = "fetch the file again"
 # What a file begins with, what it is, and what to do where the format is never read. The first line
 # that fits counts.
 _BINARY = (
+    # First, because its first bytes are a number, which may look like any of the others.
+    (rb".{3}[\0-\x05]\0{4}\{", "a safetensors file", ""),
     # Compressed files and archives.
     (rb"\x1f\x8b", "a gzip file", _UNPACK),
     (rb"BZh[1-9]", "a bzip2 file", _UNPACK),
@@ -31,10 +36,9 @@ _BINARY = (
     (rb".{257}ustar", "a tar archive", ""),
     # Tables.
     (rb"PAR1", "a parquet table", _TO_RECORDS),
-    (rb"ARROW1|\xff\xff\xff\xff", "an Arrow table", _TO_RECORDS),
+    (rb"ARROW1|\xff{4}..\0\0", "an Arrow table", _TO_RECORDS),
     (rb"SQLite format 3\0", "an SQLite database", _TO_RECORDS),
     # Weights.
-    (rb".{3}[\0-\x05]\0{4}\{", "a safetensors file", ""),
     (rb"GGUF", "a GGUF file (llama.cpp)", _OTHER_WEIGHTS),
     (rb"lmgg|tjgg|fmgg", "a GGML file (llama.cpp)", _OTHER_WEIGHTS),
     (rb"\x89HDF", "an HDF5 file (Keras)", _OTHER_WEIGHTS),
@@ -95,6 +99,13 @@ def what_is(first_bytes: bytes) -> str | None:
         or _other_encoding(first_bytes)
         or _match(_LANGUAGES, text)
     )
+
+
+def refuse_stand_in(path: str | Path, text: str) -> str:
+    """`text`, read from `path`, unless it only stands in for the file: a pointer or a page."""
+    if what := _match(_TEXT, text[:FIRST_BYTES].lstrip().encode(errors="replace")):
+        raise NanoVLMError(f"{path}: is {what}")
+    return text
 
 
 def _match(table: tuple[tuple[bytes, str, str], ...], data: bytes) -> str | None:

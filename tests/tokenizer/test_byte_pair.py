@@ -348,13 +348,33 @@ def damaged(folder: Path, target: Path, change) -> Path:
             "add_prefix_space",
         ),
         (lambda d: d.update(decoder={"type": "WordPiece"}), "decoder"),
-        (lambda d: d.update(truncation={"max_length": 3}), "truncation"),
         (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"),
         (lambda d: d["added_tokens"][0].update(id=3), "has the same id"),
         (lambda d: d["added_tokens"][0].update(content="!"), "already in the vocabulary"),
         (
             lambda d: d["added_tokens"][0].update(content="!", id=d["model"]["vocab"]["!"]),
             "ordinary text",
+        ),
+        (lambda d: d["model"]["vocab"].update(zzz=2**62), "the highest id is .* at most 4194304"),
+        (lambda d: d["model"]["vocab"].update({"\ud800": 9999}), "lone surrogate"),
+        (lambda d: d["added_tokens"][0].update(content="\ud800"), "is no text"),
+        (lambda d: d["added_tokens"][0].update(id=2**62), "the id is .* at most 4194304"),
+        (
+            lambda d: d.update(
+                added_tokens=[{"id": 999 + i, "content": f"<{i}>"} for i in range(20_000)]
+            ),
+            "20000 added tokens; the limit",
+        ),
+        (
+            lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a+)+b"}),
+            "a group is repeated",
+        ),
+        (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={}), "has no text"),
+        (
+            lambda d: d["pre_tokenizer"].update(
+                pretokenizers=[{"type": "Digits"}] * 99 + d["pre_tokenizer"]["pretokenizers"]
+            ),
+            "has 100 steps; the limit",
         ),
         (lambda d: d["added_tokens"].append("x"), "added token"),
         (lambda d: d.update(added_tokens=3), "not laid out"),
@@ -364,6 +384,25 @@ def test_damaged_or_unsupported_files_say_so_in_one_line(folder, tmp_path, chang
     with pytest.raises(NanoVLMError, match=words) as caught:
         load_tokenizer(damaged(folder, tmp_path, change))
     assert "tokenizer.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_cutting_and_padding_are_passed_over_and_not_saved(folder, tmp_path):
+    """They act where the `tokenizers` package is asked to cut or to pad, and not here."""
+    settings = {"truncation": {"max_length": 3}, "padding": {"pad_id": 0}, "version": "2.0"}
+    tokenizer = load_tokenizer(damaged(folder, tmp_path, lambda d: d.update(settings)))
+    text = "描述图片 and what is in it"
+    assert tokenizer.encode(text) == load_tokenizer(folder).encode(text)
+    tokenizer.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_ids_may_have_holes(folder, tmp_path):
+    tokenizer = load_tokenizer(
+        damaged(folder, tmp_path, lambda d: d["model"]["vocab"].update(zzz=100_000))
+    )
+    assert tokenizer.vocab_size == 100_001 and tokenizer.decode([99_999]) == ""
+    assert tokenizer.decode([100_000]) == "zzz"
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,20 @@ def test_tokens_beside_a_sentence_piece_model(tmp_path):
     advice = "put the tokenizer.model that this was made from beside it"
     with pytest.raises(NanoVLMError, match=advice):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (b"\x0a" + b"\xff" * 1_000_000, "an integer does not end"),
+        (b"\x0a\x09\x0a\x05<0xG>\x18\x06", "'<0xG>' is not a byte"),
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "but a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "but an HTML page"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_no_model_is_named_at_once(tmp_path, model: bytes, message: str):
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(NanoVLMError, match=f"tokenizer.model: is not a Senten.*{message}"):
+        load_tokenizer(tmp_path)
