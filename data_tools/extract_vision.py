@@ -205,7 +205,7 @@ def write_preprocessor(source: Path, out: Path, settings: dict[str, Any]) -> Non
     else:
         say(
             f"{source}: holds no {PREPROCESSOR}, so --out gets none; put one there, or images are "
-            "prepared as for DINOv2"
+            "prepared as for its family"
         )
 
 

@@ -114,7 +114,7 @@ def generate(
     with torch.inference_mode():
         groups = model.image_groups(batch)
         prompt = Prompt(model.embed(batch), batch.input_ids, batch.attention_mask, groups)
-        stop_ids = {model.chat.end_of_turn_id}
+        stop_ids = model.chat.stop_ids
         for tokens in decode(model.language_model, prompt, max_new_tokens, stop_ids, sampling):
             for answer, token in zip(answers, tokens):
                 answer += [token] if token >= 0 else []

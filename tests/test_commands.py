@@ -209,7 +209,7 @@ def test_prompts_that_are_refused(image, refused, prompt, expected):
 def test_what_is_missing_is_said(image, refused, tmp_path):
     assert "nothing asked" in refused()
     assert "is a file, and the last argument is the prompt" in refused(image)
-    assert "nope/config.json: cannot be read" in refused(image, "你好", model=Path("nope"))
+    assert "nope: there is no such folder" in refused(image, "你好", model=Path("nope"))
 
 
 # ---- images
@@ -383,7 +383,7 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_text('{\n"a"'),
         "config.json:2:4: is not valid JSON",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "holds no tokenizer"),
     "damaged tokenizer": (
         lambda folder: os.truncate(folder / "tokenizer.model", 50),
@@ -450,7 +450,7 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         ("--data nope.jsonl", "nope.jsonl: cannot be read"),
         ("--images nope", "is not a folder"),
         ("--answers nope/a.jsonl", "nope: is not a folder"),
-        ("--model nope", "nope/config.json"),
+        ("--model nope", "nope: there is no such folder"),
         ("--bogus", "unrecognized"),
     ],
 )

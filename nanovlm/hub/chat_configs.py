@@ -1,12 +1,16 @@
 """How a published model writes its conversations: its folder → `ChatConfig`."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.inputs.chat import IMAGE_MARKER, TEMPLATES, ChatConfig
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.inputs.chat import EMPTY_THINK, IMAGE_MARKER, TEMPLATES, ChatConfig, Template
 from nanovlm.tokenizer import Tokenizer
-from nanovlm.utils.files import read_json
+from nanovlm.utils.config import check_number
+from nanovlm.utils.files import read_json, read_text
+from nanovlm.utils.sniff import refuse_stand_in
 
 # One of the tokens without a meaning, which only the first Qwen's vocabulary has, and the system
 # prompt of its published code: its folder holds no template.
@@ -28,23 +32,39 @@ _DEFAULT_SYSTEM = {
 }
 
 
+# In the outline of a published template: the name of a turn's role, and any other text that is
+# filled in, such as what a turn says. Private characters, which no template writes.
+_ROLE, _FILLED = "\ue000", "\ue001"
+_MAX_TEMPLATE = 2**18  # characters; the longest published templates, with tools, have a tenth
+_JINJA_WORDS = ("if", "else", "and", "or", "not", "is", "in")
+
+
 def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
     """Work out a hub folder's template from its special tokens and its chat template.
 
-    The published template is a program, and is not run. Two facts are read from its text: the
-    default system prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2, Vicuna), and
-    whether it has think blocks (Qwen3). LLaMA's tokenizer, whose <s> and </s> many templates
-    share, counts as Vicuna's only with Vicuna's template or with none.
+    The published template is a program, and is not run. Its outline has to be that of one of ours:
+    the text that it writes around a turn of the user and of the assistant. Two more facts are read
+    from it: the default system prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2,
+    Vicuna), and whether it has think blocks (Qwen3). Without a published template, the first of
+    ours whose special tokens the tokenizer has is taken. The end tokens are those of
+    `generation_config.json`.
 
     Raises NanoVLMError if no template fits, with what each of them needs.
     """
-    special, source = tokenizer.special_tokens, _template_source(Path(folder))
+    folder, special = Path(folder), tokenizer.special_tokens
+    config = _read_if_there(folder / "tokenizer_config.json")
+    source, outline = _template_source(folder, config), ""
     fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
     if not fitting:
         raise _no_template(folder, "it lacks special tokens of each")
-    if fitting[0] == "vicuna" and source and "ASSISTANT:" not in source:
+    if source:
+        tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token")}
+        outline = _outline(source, tokens)
+        fitting = [name for name in fitting if _is_written(TEMPLATES[name], outline, tokens)]
+    if not fitting:
         raise _no_template(folder, "its chat template is another one")
     template = fitting[0]
+    end_of_turn = TEMPLATES[template].end_of_turn["assistant"]
     system = _default_system(template, source)
     if _FIRST_QWEN_TOKEN in special and not source:
         system = _FIRST_QWEN_SYSTEM
@@ -52,19 +72,126 @@ def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
         template=template,
         image_token=next((token for token in _PLACEHOLDERS if token in special), IMAGE_MARKER),
         default_system=system,
-        empty_think=template == "chatml" and "<think>" in source,
+        empty_think=EMPTY_THINK in outline,
+        end_ids=tuple(id for id in _end_ids(folder) if id != special[end_of_turn]),
     )
 
 
-def _template_source(folder: Path) -> str:
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _content(token: Any) -> str:
+    """The text of a token that a file gives as such or as an object; nothing without one."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids of the tokens that end an answer, of `generation_config.json`."""
+    path = folder / "generation_config.json"
+    given = _read_if_there(path).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(id) is int for id in ids):
+        raise NanoVLMError(f"{path}: eos_token_id is {quoted(given)}, expected an id, or several")
+    for id in ids:
+        check_number("token_id", id, f"{path}: eos_token_id", default=0)
+    return tuple(dict.fromkeys(ids))
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str:
     """The text of a hub folder's chat template; nothing where it has none.
 
-    It is a file of its own in newer folders, a setting of the tokenizer in older ones.
+    It is a file of its own in newer folders, a setting of the tokenizer in older ones: the text, or
+    a list of named ones.
     """
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    path = folder / "tokenizer_config.json"
-    return str(read_json(path).get("chat_template") or "") if path.exists() else ""
+    path, source = folder / "chat_template.jinja", config.get("chat_template")
+    if path.exists():
+        source = refuse_stand_in(path, read_text(path))
+    elif isinstance(source, list):
+        named = {item.get("name"): item.get("template") for item in source if type(item) is dict}
+        source = named.get("default", source)
+    if source is not None and (not isinstance(source, str) or len(source) > _MAX_TEMPLATE):
+        raise _no_template(folder, "its chat template is no text, or too long")
+    return source or ""
+
+
+def _outline(source: str, tokens: dict[str, str]) -> str:
+    """All that a Jinja template writes, in the order of its text, whatever its conditions say.
+
+    `tokens` are the texts of the variables that name tokens.
+    """
+    written, position, after_block = [], 0, False
+    while position < len(source):
+        opening = re.compile(r"\{[%{#]").search(source, position)
+        text = source[position : opening.start() if opening else None]
+        if after_block:  # as transformers sets Jinja up: a line of its own for a block is no text
+            text = text.removeprefix("\n")
+        if opening is None:
+            written.append(text)
+            break
+        kind = opening[0]
+        end = source.find({"{%": "%}", "{{": "}}", "{#": "#}"}[kind], opening.end())
+        end = len(source) if end < 0 else end
+        inside, position = source[opening.end() : end], end + 2
+        if kind != "{{" and "\n" in text:
+            text = text.rstrip(" \t")
+        written.append(text.rstrip() if inside.startswith("-") else text)
+        inside, trims = inside.strip("-+"), inside.endswith("-")
+        if kind == "{{":
+            written += _written_by(inside, tokens)
+        elif kind == "{%" and re.match(r"\s*set\b[^=]*=", inside) and "<" in inside:
+            written += _written_by(inside.partition("=")[2], tokens)
+        while trims and source[position : position + 1].isspace():
+            position += 1
+        after_block = kind != "{{"
+    return "".join(written)
+
+
+def _written_by(expression: str, tokens: dict[str, str]) -> Iterator[str]:
+    """What a Jinja expression writes: its strings, and marks in the place of its variables."""
+    skipped, piece, before = 0, "", ""
+    for match in re.finditer(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"|\w+|\S""", expression):
+        token = match[0]
+        follows = before not in _JINJA_WORDS and re.match(r"[\w)\]'\"]", before[-1:])
+        if skipped or (token in ("(", "[") and follows):
+            # Arguments and subscripts write nothing.
+            skipped += (token in ("(", "[")) - (token in (")", "]"))
+            piece = _ROLE if token[1:-1] == "role" and piece else piece
+        elif token[0] in "'\"":
+            yield piece
+            piece = (match[1] or match[2] or "").replace("\\n", "\n").replace("\\'", "'")
+        elif before in (".", "|"):  # an attribute or a filter
+            piece = _ROLE if token == "role" else piece
+        elif token.isidentifier() and token not in _JINJA_WORDS:
+            yield piece
+            piece = tokens.get(token, _ROLE if "role" in token else _FILLED)
+            piece = "" if token == "raise_exception" else piece
+        before = token
+    yield piece
+
+
+def _is_written(template: Template, outline: str, tokens: dict[str, str]) -> bool:
+    """Whether a published template with this outline writes turns as `template` does."""
+    first = tokens["bos_token"]
+    if not template.first and first and first not in template.special and first in outline:
+        return False  # it opens a conversation with a token that ours has not
+    for role in ("user", "assistant"):
+        before, end = re.escape(template.before[role]), re.escape(template.end_of_turn[role])
+        after = re.escape(template.after[role])
+        this = before.replace(role, rf"\w{{0,20}}(?:{_ROLE}|{role})[\w{_ROLE}]{{0,40}}")
+        if not re.search(f"{this} ?{_FILLED}+{end}{after}", outline):
+            return False
+        if end and re.search(rf"{end}(?!{after}|\Z)", outline):
+            return False  # another text follows a turn
+        opening = template.before[role].partition(role)[0]
+        any_role = before.replace(role, rf"[\w{_ROLE}]{{1,60}}")
+        if opening in template.special and outline.count(opening) != len(
+            re.findall(any_role, outline)
+        ):
+            return False  # another text opens a turn
+    # A model that always thinks aloud begins its answers so, and ours does not.
+    return not outline.endswith("<think>\n")
 
 
 def _default_system(template: str, source: str) -> str | None:

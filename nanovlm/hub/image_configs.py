@@ -1,13 +1,15 @@
 """The `preprocessor_config.json` of each image processor → `ImageConfig`."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.hub.config_json import require
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.hub.config_json import is_harmless, read_config, require
+from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import FILTERS, ImageConfig
-from nanovlm.utils.config import check, unknown_key
+from nanovlm.utils.config import check, from_dict, unknown_key
 from nanovlm.utils.files import read_json
 
 _FILE = "preprocessor_config.json"
@@ -80,13 +82,18 @@ def parse_image_config(config: dict[str, Any]) -> ImageConfig:
     processor = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
     processor = processor.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     _check(
-        processor in _DEFAULTS, f"image_processor_type is {processor}; can read {list(_DEFAULTS)}"
+        processor in _DEFAULTS,
+        f"image_processor_type is {processor:.80}; can read {', '.join(_DEFAULTS)}",
     )
+    return _parse(config, processor)
+
+
+def _parse(config: Mapping[str, Any], processor: str) -> ImageConfig:
     known = _FIXED | _DEFAULTS[processor]
     # Newer files list the settings of all processors, null where they are not this one's.
     given = {key: value for key, value in config.items() if value is not None}
-    for key in given:
-        if key not in known and key not in _IGNORED:
+    for key, value in given.items():
+        if key not in known and key not in _IGNORED and not is_harmless(key, value):
             raise unknown_key(key, (*known, *_IGNORED), _FILE)
     settings = known | given
 
@@ -94,8 +101,40 @@ def parse_image_config(config: dict[str, Any]) -> ImageConfig:
     resample = _resample(settings["resample"])
     cuts_tiles = "do_image_splitting" in known
     fit = _fit_tiles(settings) if cuts_tiles else _fit_whole(settings, processor)
-    mean, std = settings["image_mean"], settings["image_std"]
-    return ImageConfig(resample=resample, mean=mean, std=std, **fit)
+    fields = {"resample": resample, "mean": settings["image_mean"], "std": settings["image_std"]}
+    return from_dict(ImageConfig, fields | fit, _FILE)
+
+
+def read_image_config(folder: Path) -> ImageConfig:
+    """How images are prepared for the vision encoder of a hub folder.
+
+    Its processor says so. Where it holds none, images are prepared as its family's are: with the
+    defaults of the family's processor, such as mean and standard deviation, and of the size that
+    the encoder is made for (DINOv2, whose position table is for larger ones: 224).
+    """
+    try:
+        processor = read_processor(folder)
+        return _config_of_family(folder) if processor is None else parse_image_config(processor)
+    except NanoVLMError as error:
+        raise NanoVLMError(f"{folder}: {error}") from None
+
+
+def _config_of_family(folder: Path) -> ImageConfig:
+    model_type, encoder = read_config(folder, parse_vision_encoder_config)
+    side = encoder.image_size
+    if model_type.startswith("dinov2"):
+        return ImageConfig()
+    if model_type == "qwen_vl_vision":
+        clip = {name: _CLIP_DEFAULTS[name] for name in ("image_mean", "image_std", "resample")}
+        # The side of the images, not the one of the position table.
+        size = read_json(folder / "config.json").get("image_size")
+        return _parse(clip | {"size": 448 if size is None else size}, "ViTImageProcessor")
+    if model_type.startswith(("smolvlm", "idefics3")):
+        tiles = {"size": {"longest_edge": 4 * side}, "max_image_size": {"longest_edge": side}}
+        return _parse(tiles, "SmolVLMImageProcessor")
+    processor = "CLIPImageProcessor" if model_type.startswith("clip") else "SiglipImageProcessor"
+    square = {"height": side, "width": side}
+    return _parse({"size": square, "crop_size": square}, processor)
 
 
 def read_processor(folder: Path) -> dict[str, Any] | None:
@@ -114,9 +153,9 @@ def read_processor(folder: Path) -> dict[str, Any] | None:
 def _resample(number: Any) -> str:
     """Our name of a filter, which hub files give by its number in Pillow."""
     for name, filter in FILTERS.items():
-        if filter == number:
+        if type(number) is int and filter == number:
             return name
-    raise NanoVLMError(f"{_FILE}: resample = {number} is not one of 0, 1, 2, 3")
+    raise NanoVLMError(f"{_FILE}: resample = {quoted(number)} is not one of 0, 1, 2, 3")
 
 
 def _fit_whole(settings: dict[str, Any], processor: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.hub.config_json import parse_hub_config, require
 from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, OWN_BEFORE
 from nanovlm.model.language_model import LanguageModelConfig
@@ -52,7 +52,7 @@ _QWEN1_DEFAULTS: dict[str, Any] = dict(
     layer_norm_epsilon=1e-6,
     max_position_embeddings=8192,
     seq_length=None,
-    rotary_emb_base=10000,
+    rotary_emb_base=10000.0,
     rotary_pct=1.0,
     use_dynamic_ntk=True,
     use_logn_attn=True,
@@ -118,7 +118,7 @@ def _parse_llama(config: dict[str, Any]) -> dict[str, Any]:
     window = config.get("sliding_window", 4096)  # null, which is implemented, is no omission here
     if family == "mistral" and window is not None:
         raise NanoVLMError(
-            f"config.json: sliding_window = {window!r} is not implemented, only null"
+            f"config.json: sliding_window = {quoted(window)} is not implemented, only null"
         )
     defaults = _DEFAULTS.get(family, _SHARED_DEFAULTS)
     config = parse_hub_config(config, LANGUAGE_FAMILIES, defaults, _IGNORED)
@@ -131,28 +131,31 @@ def _parse_llama(config: dict[str, Any]) -> dict[str, Any]:
         require(config, attention_bias=False)
 
     same_names = (*_SAME_NAMES, "intermediate_size", "rms_norm_eps", "mlp_bias")
-    heads = config["num_attention_heads"]
+    heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config["head_dim"]
     return {
         **{name: config[name] for name in same_names},
         **_parse_rope(config),
         "qkv_bias": family == "qwen2" or config["attention_bias"],
         "output_bias": family != "qwen2" and config["attention_bias"],
         "qk_norm": family == "qwen3",
-        "num_key_value_heads": config["num_key_value_heads"] or heads,
-        "head_dim": config["head_dim"] or config["hidden_size"] // max(heads, 1),
+        "num_key_value_heads": heads if key_value_heads is None else key_value_heads,
+        "head_dim": config["hidden_size"] // heads if head_dim is None else head_dim,
     }
 
 
 def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE's settings: one table in newer files; `rope_theta` and perhaps a table in older ones."""
     table = "rope_parameters" if config["rope_parameters"] else "rope_scaling"
-    where, given = f"config.json: {table}", dict(config[table])
+    where = f"config.json: {table}"
+    given = {key: value for key, value in config[table].items() if value is not None}
     if "type" in given:  # the oldest spelling
         given.setdefault("rope_type", given.pop("type"))
     rope_type = given.get("rope_type", "default")
     if rope_type not in ("default", "llama3"):
         raise NanoVLMError(
-            f"{where}: rope_type = {rope_type!r} is not implemented, only 'default' and 'llama3'"
+            f"{where}: rope_type = {quoted(rope_type)} is not implemented, "
+            "only 'default' and 'llama3'"
         )
     require(given, where, partial_rotary_factor=1.0)
     scaling = _LLAMA3_ROPE if rope_type == "llama3" else {}
@@ -163,7 +166,8 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
     for key in scaling:
         if key not in given:
             raise NanoVLMError(f"{where}: key {key!r} is missing")
-    theta = config["rope_theta"] or given.get("rope_theta", _ROPE_DEFAULTS["rope_theta"])
+    theta = config["rope_theta"]
+    theta = given.get("rope_theta", _ROPE_DEFAULTS["rope_theta"]) if theta is None else theta
     stretched = {ours: given[theirs] for theirs, ours in scaling.items()}
     return {"rope_type": rope_type, "rope_theta": theta, **stretched}
 
@@ -181,8 +185,7 @@ def _parse_qwen1(config: dict[str, Any]) -> dict[str, Any]:
         raise NanoVLMError(
             "config.json: key 'seq_length' is missing; use_dynamic_ntk and use_logn_attn need it"
         )
-    width = config["intermediate_size"]
-    if type(width) is int and width % 2:
+    if (width := config["intermediate_size"]) % 2:
         raise NanoVLMError(f"config.json: intermediate_size = {width} has to be even")
     return {
         **{name: config[name] for name in _SAME_NAMES},

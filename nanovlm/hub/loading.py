@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from torch import Tensor, nn
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.hub.config_json import explain_folder
 from nanovlm.hub.names import Split, Target
 from nanovlm.hub.safetensors import ALIGNMENT, SafetensorsFile
 from nanovlm.utils.files import read_json
@@ -21,6 +22,12 @@ INDEX_FILE = "model.safetensors.index.json"
 # Bytes. Larger tensors are read from memory for each product, up to a sixth slower where they
 # straddle cache lines.
 LARGE = 2**20
+
+# Ends of names that only quantised weights have: of GPTQ, AWQ, bitsandbytes, FP8 and others.
+QUANTIZED = (
+    ".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale",
+    ".weight_scale_inv", ".weight_zero_point",
+)  # fmt: skip
 
 # What can be wrong with a file's tensors, and what it means.
 PROBLEM_KINDS = {
@@ -71,7 +78,7 @@ class Checkpoint:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            raise NanoVLMError(f"{self.path}: holds no tensor {name!r}")
+            raise NanoVLMError(f"{self.path}: holds no tensor {quoted(name)}")
         return self._files[name]
 
 
@@ -86,13 +93,28 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
     if path.is_dir():
         found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
         if not found:
-            advice = "other formats are not read"
+            lacks = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
             if any(path.glob("*.bin")):
-                advice += "; data_tools/extract_vision.py takes vision encoders out of .bin files"
-            raise NanoVLMError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; {advice}")
+                lacks += (
+                    ", and .bin files are not read; data_tools/extract_vision.py takes vision "
+                    "encoders out of them"
+                )
+            raise NanoVLMError(f"{path}: {explain_folder(path, lacks)}")
         path = found[0]
     files = _open_shards(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
+    for file in files:
+        file.check_end()
+        _refuse_quantized(file)
     return Checkpoint(path, files)
+
+
+def _refuse_quantized(file: SafetensorsFile) -> None:
+    for name in file.keys():
+        if name.endswith(QUANTIZED):
+            raise NanoVLMError(
+                f"{file.path}: its weights are quantised (it holds {quoted(name)}), which is not "
+                "read; take the folder with the full weights, in bf16, fp16 or fp32"
+            )
 
 
 def _open_shards(index: Path) -> list[SafetensorsFile]:
@@ -106,6 +128,13 @@ def _open_shards(index: Path) -> list[SafetensorsFile]:
     names_of: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         names_of.setdefault(shard, set()).add(name)
+    absent = [shard for shard in names_of if _is_plain_name(shard)]
+    absent = sorted(shard for shard in absent if not (index.parent / shard).exists())
+    if absent:
+        raise NanoVLMError(
+            f"{index}: names {_some(absent)}, which the folder lacks "
+            f"({len(absent)} of {len(names_of)} files); fetch what is missing"
+        )
     return [_open_shard(index, shard, names) for shard, names in names_of.items()]
 
 
@@ -113,7 +142,7 @@ def _open_shard(index: Path, shard: str, names: set[str]) -> SafetensorsFile:
     """Open one file of a sharded checkpoint, which has to hold exactly `names`."""
     if not _is_plain_name(shard):
         raise NanoVLMError(
-            f"{index}: names the shard {shard!r}; a shard is a file in the index's own folder"
+            f"{index}: names the shard {quoted(shard)}; a shard is a file in the index's own folder"
         )
     file = SafetensorsFile(index.parent / shard)
     if absent := sorted(names - file.keys()):

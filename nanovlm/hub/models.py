@@ -1,16 +1,16 @@
 """Whole models and their parts, from and to folders: load, save, join."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.hub.chat_configs import read_chat_config
-from nanovlm.hub.config_json import read_config
+from nanovlm.hub.config_json import read_config, what_model
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.loading import load_into, open_checkpoint
 from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES, refuse_old_names
@@ -23,7 +23,10 @@ from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.tokenizer import load_tokenizer
 from nanovlm.utils.config import from_dict
+from nanovlm.utils.device import check_memory
 from nanovlm.utils.files import write_json
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLanguageModel:
@@ -128,7 +131,8 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
         language = load_language_model(language_model)
     else:
         rows = max(language_config.vocab_size, tokenizer.vocab_size)
-        language = LanguageModel(dataclasses.replace(language_config, vocab_size=rows))
+        shape = dataclasses.replace(language_config, vocab_size=rows)
+        language = _new(lambda: LanguageModel(shape))
     config = VLMConfig(
         vision_encoder=encoder.config,
         language_model=language.config,
@@ -143,8 +147,18 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
         model = VisionLanguageModel(config, tokenizer)
     _, vision_width = config.feature_shape
     model.vision_encoder, model.language_model = encoder, language
-    model.projector = build_projector(projector, vision_width, language.config.input_size)
+    width = language.config.input_size
+    model.projector = _new(lambda: build_projector(projector, vision_width, width))
     return model
+
+
+def _new(build: Callable[[], M]) -> M:
+    """A part with new weights; an error where the machine has no memory for them."""
+    with torch.device("meta"):
+        part = build()
+    size = sum(parameter.nbytes for parameter in part.parameters())
+    check_memory(size, f"the new {type(part).__name__}")
+    return build()
 
 
 def parse_model_config(config: dict[str, Any]) -> VLMConfig:
@@ -154,8 +168,8 @@ def parse_model_config(config: dict[str, Any]) -> VLMConfig:
     """
     if config.get("model_type") != "nanovlm":
         raise NanoVLMError(
-            f"config.json: model_type is {config.get('model_type')!r}, expected 'nanovlm'; "
-            "give the folder of a trained model, such as runs/stage2/model"
+            f"config.json: model_type is {quoted(config.get('model_type'))}{what_model(config)}, "
+            "expected 'nanovlm'; give the folder of a trained model, such as runs/stage2/model"
         )
     settings = {name: value for name, value in config.items() if name != "model_type"}
     settings.setdefault("vision_norm", settings.get("vision_layer", -1) == -1)

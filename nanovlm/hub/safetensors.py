@@ -15,7 +15,6 @@ Lesson: lessons/source/12_weights.py.
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovlm.errors import NanoVLMError
-from nanovlm.utils.files import atomic_path
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.utils.files import atomic_path, open_regular
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -41,6 +41,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # what torch supports in most operations
 ALIGNMENT = 64  # a cache line: decoding from mapped weights that straddle two is about 15 % slower
+MIN_ZEROS = 512  # bytes; fewer at the end of a file may be chance
 MAX_BYTES = 2**63 - 1  # torch counts elements and bytes in signed 64-bit integers
 
 
@@ -79,15 +80,17 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < LENGTH_BYTES:
-                    raise self._error(f"has {size} bytes, too few for a safetensors file")
+        with open_regular(self.path) as file:
+            first_bytes = file.read(FIRST_BYTES)
+            if len(first_bytes) < LENGTH_BYTES:
+                raise self._error(f"has {len(first_bytes)} bytes, too few for a safetensors file")
+            what = what_is(first_bytes)
+            if what is not None and what != "a safetensors file":
+                raise NanoVLMError(f"{self.path}: is not a safetensors file but {what}")
+            try:
                 self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-            reason = getattr(error, "strerror", None) or error
-            raise NanoVLMError(f"{self.path}: cannot be read ({reason}); check the path") from None
+            except OSError as error:
+                raise NanoVLMError(f"{self.path}: cannot be read ({error.strerror})") from None
         header_bytes = int.from_bytes(self._mapping[:LENGTH_BYTES], "little")
         self._data_start = LENGTH_BYTES + header_bytes
         claim = f"claims a header of {header_bytes} bytes"
@@ -141,11 +144,39 @@ class SafetensorsFile:
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
+    def check_end(self) -> None:
+        """Refuse a file that ends in zeros where no model has them, as in the middle of a row.
+
+        A program that reserves the space of a download first leaves such a file if it is stopped.
+        Biases may be zero, rows of words that do not exist, and B of an adapter without a step.
+        """
+        zeros = self._zeros_at_end()
+        first_zero = len(self._mapping) - self._data_start - zeros
+        for name, (dtype, shape, begin, end) in self._entries.items():
+            found = (end - max(first_zero, begin)) // dtype.itemsize  # zeros at the tensor's end
+            row = math.prod(shape[1:] if len(shape) > 1 else shape)
+            is_matrix = sum(size > 1 for size in shape) > 1 and not name.endswith(".lora_B")
+            whole = begin >= first_zero and is_matrix
+            if found > 0 and zeros >= MIN_ZEROS and (whole or found % row):
+                raise NanoVLMError(
+                    f"{self.path}: ends in {zeros:,} bytes of zeros, from tensor {quoted(name)} "
+                    "on, as an interrupted download leaves them; download it again"
+                )
+
+    def _zeros_at_end(self) -> int:
+        end = len(self._mapping)
+        while end > self._data_start:
+            begin = max(self._data_start, end - 2**16)
+            if kept := len(self._mapping[begin:end].rstrip(b"\0")):
+                return len(self._mapping) - begin - kept
+            end = begin
+        return len(self._mapping) - self._data_start
+
     def _entry(self, name: str) -> TensorEntry:
         try:
             return self._entries[name]
         except KeyError:
-            raise NanoVLMError(f"{self.path}: holds no tensor {name!r}") from None
+            raise NanoVLMError(f"{self.path}: holds no tensor {quoted(name)}") from None
 
     def _error(self, problem: str) -> NanoVLMError:
         return NanoVLMError(
@@ -168,26 +199,30 @@ class SafetensorsFile:
 
     def _check_entry(self, name: str, value: object) -> TensorEntry:
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._error(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+            raise self._error(
+                f"tensor {quoted(name)} is not described by dtype, shape and data_offsets"
+            )
         dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
             raise NanoVLMError(
-                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; "
+                f"{self.path}: tensor {quoted(name)} has dtype {quoted(dtype_name)}; "
                 f"known are {', '.join(DTYPES)}"
             )
         if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-            raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
+            raise self._error(f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise self._error(f"tensor {name!r} has the impossible data_offsets {_short(offsets)}")
+            raise self._error(
+                f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}"
+            )
 
         dtype, (begin, end) = DTYPES[dtype_name], offsets
         # Without the zeros, so that [0, 2**62, 2**62] is refused too: torch has no strides for it.
         if math.prod(size for size in shape if size) * dtype.itemsize > MAX_BYTES:
-            raise self._error(f"tensor {name!r} has the impossible shape {_short(shape)}")
+            raise self._error(f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
         if (needed := math.prod(shape) * dtype.itemsize) != end - begin:
             raise self._error(
-                f"tensor {name!r} of shape {shape} and dtype {dtype_name} needs {needed} bytes, "
-                f"its data_offsets span {end - begin}"
+                f"tensor {quoted(name)} of shape {shape} and dtype {dtype_name} needs {needed} "
+                f"bytes, its data_offsets span {end - begin}"
             )
         return TensorEntry(dtype, tuple(shape), begin, end)
 
@@ -199,9 +234,10 @@ class SafetensorsFile:
             _, _, begin, end = entry
             if end > available:
                 raise self._error(
-                    f"tensor {name!r} ends at byte {end}, but the data is cut off at {available}"
+                    f"tensor {quoted(name)} ends at byte {end}, "
+                    f"but the data is cut off at {available}"
                 )
-            where = f"tensor {name!r} at data_offsets [{begin}, {end}]"
+            where = f"tensor {quoted(name)} at data_offsets [{begin}, {end}]"
             if begin < position:
                 raise self._error(f"{where} overlaps the tensor before it")
             if begin > position:
@@ -296,7 +332,7 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
     value = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"key {key!r} appears twice")
+            raise ValueError(f"key {quoted(key)} appears twice")
         value[key] = item
     return value
 
@@ -306,8 +342,3 @@ def _are_sizes(value: object) -> bool:
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size <= MAX_BYTES for size in value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"

@@ -22,7 +22,7 @@ _CLIP_DEFAULTS = _SHARED_DEFAULTS | dict(
 )
 _SMOLVLM_DEFAULTS = _SIGLIP_DEFAULTS | dict(hidden_size=1152, num_attention_heads=16, patch_size=32)
 _DINOV2_DEFAULTS = _SHARED_DEFAULTS | dict(
-    mlp_ratio=4,
+    mlp_ratio=4.0,
     hidden_act="gelu",
     layer_norm_eps=1e-6,
     patch_size=14,
@@ -124,7 +124,8 @@ def _vision_table(config: Mapping[str, Any]) -> dict[str, Any]:
             "the vision encoder's settings belong there"
         )
     # Older CLIP files repeat the settings in a second table, and those of the second one count.
-    return {**table, **(config.get("vision_config_dict") or {})}
+    repeated = config.get("vision_config_dict")
+    return {**table, **repeated} if isinstance(repeated, Mapping) else dict(table)
 
 
 def _parse_dinov2(config: dict[str, Any]) -> dict[str, Any]:

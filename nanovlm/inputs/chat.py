@@ -89,6 +89,7 @@ class ChatConfig:
     image_token: str = "<|image_pad|>"  # the placeholder whose embeddings the visual tokens replace
     default_system: str | None = None  # for conversations without a system turn
     empty_think: bool = False  # Qwen3 with thinking off: the last answer opens with an empty block
+    end_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's end of turn
 
 
 ROLES = ("system", "user", "assistant")
@@ -187,6 +188,7 @@ class Chat:
                 )
         self.image_token_id = tokenizer.special_tokens[config.image_token]
         self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
+        self.stop_ids = {self.end_of_turn_id, *config.end_ids}  # each of them ends an answer
         self._spellings = spelling_pattern(self.template.special)
         self._tile_frame = next(
             pair

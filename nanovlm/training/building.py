@@ -9,7 +9,7 @@ import torch
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.config_json import read_config
-from nanovlm.hub.image_configs import parse_image_config, read_processor
+from nanovlm.hub.image_configs import read_image_config, read_processor
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import join_parts, load_model
 from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
@@ -48,7 +48,7 @@ def build_model(settings: Settings) -> VisionLanguageModel:
         known = settings.vision_encoder in VISION_ENCODERS
         say(
             f"{settings.vision_encoder}: holds no preprocessor_config.json; images are prepared as "
-            f"for {settings.vision_encoder if known else 'DINOv2'}, "
+            f"for {settings.vision_encoder if known else 'its family'}, "
             f"{config.image.width}×{config.image.height} pixels"
         )
     return join_parts(
@@ -122,13 +122,11 @@ def projector_and_image(settings: ModelSettings) -> tuple[ProjectorConfig, Image
 
     Where that one crops, which might cut off what is asked about, the whole image is resized.
     """
-    processor = read_processor(Path(settings.vision_encoder)) if settings.vision_encoder else None
-    if processor is not None:
-        image = parse_image_config(processor)
-    elif settings.vision_encoder in VISION_ENCODERS:
+    folder = Path(settings.vision_encoder)
+    if settings.vision_encoder in VISION_ENCODERS and read_processor(folder) is None:
         image = VISION_ENCODERS[settings.vision_encoder].image
     else:
-        image = ImageConfig()
+        image = read_image_config(folder) if settings.vision_encoder else ImageConfig()
     if image.fit == "crop":
         image = dataclasses.replace(image, fit="squash", shortest_edge=None)
     image = dataclasses.replace(
@@ -191,7 +189,7 @@ def _check_folders(settings: ModelSettings) -> None:
 def _read_config(
     parse: Callable[[dict], Any], folder: str, name: str, shapes: Mapping[str, Any]
 ) -> Any:
-    if not (Path(folder) / "config.json").exists():
+    if not folder or not Path(folder).exists():
         known = f"one of {', '.join(shapes)}"
         raise NanoVLMError(
             f"{name} {folder}: is no folder with a config.json; give one, or {known}"

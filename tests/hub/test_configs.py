@@ -1,5 +1,7 @@
 """The `config.json` of each family: defaults are filled in, what is not implemented is refused."""
 
+import math
+
 import pytest
 from transformers import (
     Dinov2Config,
@@ -293,3 +295,72 @@ def test_the_published_smollm2():
         rope_theta=100000,
         max_position_embeddings=8192,
     )
+
+
+# Of each family, the keys of a file that are numbers, beside those that say what it is.
+NUMBERS = {
+    "qwen2": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+              "rope_theta", "max_position_embeddings"),
+    "qwen": ("kv_channels", "layer_norm_epsilon", "seq_length", "rotary_emb_base",
+             "intermediate_size"),
+    "dinov2": ("hidden_size", "mlp_ratio", "patch_size", "image_size", "num_register_tokens",
+               "layer_norm_eps", "num_channels", "interpolate_offset"),
+    "siglip_vision_model": ("hidden_size", "intermediate_size", "image_size", "patch_size"),
+    "qwen_vl_vision": ("width", "layers", "heads", "mlp_ratio", "patch_size", "output_dim",
+                       "n_queries", "patch_positions"),
+}  # fmt: skip
+BAD = (math.nan, math.inf, -math.inf, -1, 2**62, 10**400, 1e308, 1e-320, True, "1", [1], {})
+
+
+@pytest.mark.parametrize(("family", "keys"), NUMBERS.items(), ids=NUMBERS.keys())
+def test_every_number_of_a_published_file_is_checked(family, keys):
+    is_language = family in ("qwen2", "qwen")
+    parse = parse_language_model_config if is_language else parse_vision_encoder_config
+    for key in keys:
+        for value in BAD:
+            with pytest.raises(NanoVLMError, match=f"{key}|rope_theta|eps|head_dim|position"):
+                parse({"model_type": family, "seq_length": 2048, key: value} if family == "qwen"
+                      else {"model_type": family, key: value})  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", BAD)
+def test_every_number_of_rotary_scaling_is_checked(key, value):
+    with pytest.raises(NanoVLMError):
+        parse_language_model_config(LLAMA | {"rope_scaling": LLAMA3 | {key: value}})
+
+
+def test_null_is_as_good_as_absent():
+    plain = parse_language_model_config(QWEN2)
+    keys = ("rope_theta", "rope_scaling", "num_key_value_heads", "head_dim", "unknown_key")
+    assert parse_language_model_config(QWEN2 | dict.fromkeys(keys)) == plain
+    table = {"rope_type": None, "rope_theta": None, "factor": None}
+    assert parse_language_model_config(QWEN2 | {"rope_scaling": table}) == plain
+
+
+def test_keys_that_only_sign_a_file_are_passed_over():
+    signed = {
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.9.7",
+        "some_tool_version": "1",
+        "_commit_hash": "a",
+    }
+    assert parse_language_model_config(QWEN2 | signed) == parse_language_model_config(QWEN2)
+    assert parse_vision_encoder_config(DINOV2 | signed) == parse_vision_encoder_config(DINOV2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llava", "vision_config": {}, "text_config": {}}, "a whole vision-lang"),
+        ({"model_type": "qwen2_vl", "vision_config": {}}, "a whole vision-language model"),
+        ({"model_type": "llava_llama", "mm_vision_tower": "openai/clip"}, "a whole vision-lang"),
+        ({"model_type": "nanovlm", "language_model": {}}, "a model that was trained here"),
+        ({"model_type": "siglip_vision_model"}, "a vision encoder; implemented are"),
+        ({"_class_name": "UNet2DConditionModel"}, "part of a pipeline of diffusers"),
+    ],
+)
+def test_a_config_of_another_kind_is_named(config, message):
+    with pytest.raises(NanoVLMError, match=message):
+        parse_language_model_config(config)

@@ -1,11 +1,13 @@
 """The `preprocessor_config.json` of each processor: published ones are read, others refused."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.image_configs import parse_image_config
+from nanovlm.hub.image_configs import parse_image_config, read_image_config
 from nanovlm.inputs.image_config import ImageConfig
 
 DINOV2 = {
@@ -173,3 +175,59 @@ def test_what_is_not_implemented_of_tiles_is_refused(change: dict, words: tuple[
 def test_a_file_that_is_no_table_is_refused() -> None:
     with pytest.raises(NanoVLMError, match="expected a table of settings, found list"):
         parse_image_config([])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "mean", "size"),
+    [
+        ({"model_type": "dinov2"}, (0.485, 0.456, 0.406), 224),
+        ({"model_type": "siglip_vision_model", "image_size": 384}, (0.5, 0.5, 0.5), 384),
+        ({"model_type": "siglip", "vision_config": {"image_size": 256}}, (0.5, 0.5, 0.5), 256),
+        ({"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+         (0.48145466, 0.4578275, 0.40821073), 336),
+        ({"model_type": "smolvlm_vision", "image_size": 512, "patch_size": 16}, (0.5,) * 3, 512),
+        ({"model_type": "qwen_vl_vision"}, (0.48145466, 0.4578275, 0.40821073), 448),
+    ],
+)  # fmt: skip
+def test_without_a_processor_the_familys_values_are_taken(tmp_path, encoder, mean, size) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(encoder))
+    image = read_image_config(tmp_path)
+    assert image.mean == mean and image.height == size
+    assert (image.fit == "tiles") == (encoder["model_type"] == "smolvlm_vision")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_mean": [0.5]},
+        {"image_std": [0, 0.5, 0.5]},
+        {"image_std": [1e-320] * 3},
+        {"image_mean": [math.nan] * 3},
+        {"image_mean": [127.5] * 3},
+        {"image_mean": "0.5"},
+        {"size": {"height": 2**62, "width": 2**62}},
+        {"size": {"height": math.nan, "width": 224}},
+        {"size": {"height": True, "width": True}},
+        {"size": {"height": -1, "width": 224}},
+        {"size": {"height": 224.0, "width": 224.0}},
+        {"size": math.inf},
+        {"resample": True},
+        {"resample": math.nan},
+        {"rescale_factor": math.nan},
+        {"crop_size": [1]},
+    ],
+)
+def test_numbers_of_a_processor_are_checked(tmp_path, change: dict) -> None:
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_center_crop": "crop_size" in change,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | change))
+    with pytest.raises(NanoVLMError) as caught:
+        read_image_config(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_keys_that_only_sign_a_processor_are_passed_over() -> None:
+    signed = DINOV2 | {"_processor_class": "a", "unsloth_version": "1", "transformers_version": "5"}
+    assert parse_image_config(signed) == parse_image_config(DINOV2)

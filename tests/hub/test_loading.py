@@ -243,7 +243,10 @@ def test_shards_stay_in_their_folder(tmp_path, name):
 def test_shards_must_hold_what_the_index_says(tmp_path):
     shards = {"a.safetensors": {"w": torch.ones(1)}, "b.safetensors": {"v": torch.ones(1)}}
     expectations = {
-        r"c\.safetensors: cannot be read": {"w": "a.safetensors", "v": "c.safetensors"},
+        r"names c\.safetensors, which the folder lacks": {
+            "w": "a.safetensors",
+            "v": "c.safetensors",
+        },
         r"a\.safetensors: lacks v, which": {"w": "a.safetensors", "v": "a.safetensors"},
         r"b\.safetensors: holds v, which its index does not name": {
             "w": "a.safetensors",
@@ -314,3 +317,60 @@ def test_a_tensor_that_cannot_be_split_is_reported(tmp_path: Path):
         load_into(
             module, open_checkpoint(tmp_path), translate({"fused": Split(("k.weight", "v.weight"))})
         )
+
+
+def test_a_file_that_ends_in_zeros_is_named(tmp_path: Path):
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(64, 64), "b.weight": torch.randn(64, 64)}
+    whole = saved(tmp_path, weights) / "model.safetensors"
+    data = whole.read_bytes()
+    for zeros in (600, 5_000, 64 * 64 * 4, 20_000):
+        whole.write_bytes(data[:-zeros] + bytes(zeros))
+        with pytest.raises(NanoVLMError, match=r"ends in [\d,]+ bytes of zeros, from tensor '[ab]"):
+            open_checkpoint(tmp_path)
+    whole.write_bytes(bytes(len(data)))
+    with pytest.raises(NanoVLMError, match="a file of zeros"):
+        open_checkpoint(tmp_path)
+
+
+def test_zeros_that_a_model_may_have_at_its_end_are_read(tmp_path: Path):
+    table = torch.randn(64, 64)
+    table[-9:] = 0  # rows of words that do not exist
+    for last in (table, torch.zeros(512), torch.ones(1, 1, 8)):
+        open_checkpoint(saved(tmp_path, {"a": torch.randn(3), "b": last}))
+    open_checkpoint(saved(tmp_path, {"a": torch.randn(3), "b.lora_B": torch.zeros(64, 64)}))
+
+
+@pytest.mark.parametrize("name", ["w.qweight", "w.SCB", "w.weight_scale_inv", "w.weight_packed"])
+def test_quantised_weights_are_named_by_their_tensors(tmp_path: Path, name: str):
+    with pytest.raises(NanoVLMError, match=f"weights are quantised .it holds '{name}'.*full weig"):
+        open_checkpoint(saved(tmp_path, {"w.weight": torch.ones(3), name: torch.ones(3)}))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+            "a Git LFS pointer",
+        ),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
+        (b"GGUF\x03\x00\x00\x00\x00\x00", "a GGUF file"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "a PyTorch file"),
+        (b"\x80\x02}q\x00.....", "a Python pickle"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, message: str):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(NanoVLMError, match=f"is not a safetensors file but {message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_any_length_of_a_header_is_read(tmp_path: Path):
+    """Also one whose bytes are another format's signature, as 35,615 is gzip's."""
+    file = tmp_path / "model.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for length in (0x8B1F, 0x4D42, 0x4B50):
+        data = length.to_bytes(8, "little") + header.ljust(length) + torch.ones(1).numpy().tobytes()
+        file.write_bytes(data)
+        assert open_checkpoint(tmp_path).tensor("a").item() == 1

@@ -34,7 +34,7 @@ CHATS = {
     "qwen1": ChatConfig(image_token="<|extra_0|>"),
     "qwen2": ChatConfig(),
     "qwen3": ChatConfig(empty_think=True),
-    "llama": ChatConfig(image_token="<image>"),
+    "llama": ChatConfig(image_token="<image>", end_ids=(2,)),  # of its generation_config.json
     "vicuna": ChatConfig("vicuna", "<image>"),
     "scratch": ChatConfig("vicuna", "<image>"),
 }
@@ -214,11 +214,11 @@ def refusal(settings: Settings) -> str:
         ),
         (
             {"language_model": "{hub}/siglip"},
-            "siglip: config.json: model_type is 'siglip_vision_model'; implemented are qwen, qwen2",
+            "siglip: config.json: model_type is 'siglip_vision_model', a vision encoder; implem",
         ),
         (
             {"vision_encoder": "{hub}/qwen2"},
-            "qwen2: config.json: model_type is 'qwen2'; implemented are dinov2",
+            "qwen2: config.json: model_type is 'qwen2', a language model; implemented are dinov2",
         ),
     ],
 )

@@ -89,7 +89,12 @@ def write_qwen2(folder: Path) -> None:
 
 
 def write_qwen3(folder: Path) -> None:
-    tokenizer = byte_pair(folder, chat_template="{{ '<think>\\n\\n</think>\\n\\n' }}")
+    tokenizer = byte_pair(
+        folder,
+        chat_template="{% for turn in messages %}"
+        "{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}",
+    )
     qwen(folder, "qwen3", vocab_size=len(tokenizer), head_dim=16, max_position_embeddings=1024)
 
 

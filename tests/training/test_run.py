@@ -217,7 +217,7 @@ def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
     (tmp_path / "encoder" / "preprocessor_config.json").unlink()
     build_model(tiny.settings(tmp_path, vision_encoder=str(tmp_path / "encoder")))
     assert (
-        "encoder: holds no preprocessor_config.json; images are prepared as for DINOv2, 224×224"
+        "encoder: holds no preprocessor_config.json; images are prepared as for its family, 224×224"
         in capsys.readouterr().err
     )
     build_model(tiny.settings(tmp_path))
