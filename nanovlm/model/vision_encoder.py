@@ -97,7 +97,8 @@ class VisionEncoderConfig:
 
     def check_norm(self, layer: int, norm: bool) -> None:
         """Refuse the final norm for any layer but the last, which alone it follows."""
-        if norm and self.blocks_below(layer) < self.num_hidden_layers:
+        below = self.blocks_below(layer)
+        if norm and below < self.num_hidden_layers:
             raise NanoVLMError(
                 f"the final norm follows layer -1, not layer {layer}; "
                 "set vision_norm = false (--no-vision-norm)"

@@ -27,6 +27,7 @@ from nanovlm.model.moe import take_balance_loss
 from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.tokenizer import Tokenizer
+from nanovlm.utils.config import check_numbers
 
 TILES_AT_ONCE = 32  # in inference mode: 32 questions about images in tiles may bring 544
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, head, targets → loss
@@ -44,6 +45,9 @@ class VLMConfig:
     vision_layer: int = -1  # whose patch vectors the projector gets (`VisionEncoder.patches`)
     vision_norm: bool = True  # whether they pass the vision encoder's final norm; layer -1 alone
     bidirectional_images: bool = False  # visual tokens of one image attend to each other both ways
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @property
     def feature_shape(self) -> tuple[int, int]:

@@ -55,7 +55,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 SMALLEST = 1e-12  # fraction above 0: what is far below is 0 in fp32, though not here
 OTHER_LIMITS = {int: (1, 2**31 - 1), float: (SMALLEST, 1e12)}
-MAX_EXPERTS = 2**15  # in all layers together: each is a module that Python builds
+MAX_EXPERTS = 4096  # in all layers together: building so many modules takes seconds
 # Settings and parts by the names they had before version 0.2.
 RENAMED = {
     "vision": "vision_encoder",
