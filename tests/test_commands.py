@@ -161,7 +161,7 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
     code, out, err = ask(image, "描述图片", "--adapter", tmp_path / "adapter")
     assert code == 0 and err == f"model: {tiny.model}\nadapter: {tmp_path / 'adapter'}\n"
     assert out == ask(image, "描述图片", model=tmp_path / "merged")[1] != ask(image, "描述图片")[1]
-    assert "nope/adapter.json: cannot be read" in refused(image, "描述图片", "--adapter", "nope")
+    assert "nope: there is no such folder" in refused(image, "描述图片", "--adapter", "nope")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import math
 import os
@@ -26,7 +27,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Prompt, Sampling, TextStreamer, decode, generate, sample
 from nanovlm.hub.models import load_language_model
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import ImageTokens, Message
+from nanovlm.inputs.chat import Chat, ImageTokens, Message
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
@@ -151,6 +152,15 @@ def test_generate_stops_at_the_end_of_turn(model, monkeypatch):
     assert answers == [[5], [6, 8], [7, 9, 10]]
     assert streamed == [[5, 6, 7], [-1, 8, 9], [-1, -1, 10], [-1, -1, -1]]
     assert len(list(samples)) == 1  # nothing is sampled after the last row has ended
+
+
+def test_generate_stops_at_each_end_token_of_the_folder(model, monkeypatch):
+    config = dataclasses.replace(model.chat.config, end_ids=(20, 21))
+    monkeypatch.setattr(model, "chat", Chat(config, model.tokenizer))
+    samples = iter(torch.tensor([[5, 20, model.chat.end_of_turn_id], [21, 6, 7], [8, 9, 10]]))
+    module = importlib.import_module("nanovlm.generate")
+    monkeypatch.setattr(module, "sample", lambda *_: next(samples))
+    assert generate(model, prompt_batch(model, PROMPTS[:3]), max_new_tokens=20) == [[5], [], []]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

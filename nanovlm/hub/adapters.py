@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.hub.config_json import explain_folder
 from nanovlm.hub.loading import Checkpoint, open_checkpoint
 from nanovlm.hub.names import refuse_old_names
 from nanovlm.hub.safetensors import Deferred, save_file
@@ -41,6 +42,11 @@ def load_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
     missing, that have no place in the model or have another shape there.
     """
     folder = Path(folder)
+    if not (folder / CONFIG_FILE).exists():
+        inner = folder / "adapter"
+        of_run = f"is the folder of a run; give its adapter, {inner}"
+        other = explain_folder(folder, f"no {CONFIG_FILE}")
+        raise NanoVLMError(f"{folder}: {of_run if (inner / CONFIG_FILE).exists() else other}")
     config = from_dict(LoRAConfig, read_json(folder / CONFIG_FILE), where=str(folder / CONFIG_FILE))
     stored = open_checkpoint(folder / ADAPTER_FILE)
     refuse_old_names(stored.keys(), stored.path)

@@ -89,6 +89,10 @@ class LanguageModelConfig:
         check_numbers(self)
         check_divides(self, "num_attention_heads", "num_key_value_heads")
         check_choices(self, CHOICES)
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise self._error(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.rope_type == "dynamic_ntk" and self.head_dim < 4:
+            raise self._error(f"head_dim is {self.head_dim}; dynamic_ntk needs 4 or more")
         stretched = self.rope_type != "default" or self.logn_attention
         if stretched and self.original_max_position_embeddings < 2:
             raise self._error(

@@ -49,6 +49,16 @@ class VisionEncoderConfig:
         check_numbers(self)
         check_divides(self, "hidden_size", "num_attention_heads")
         check_choices(self, CHOICES)
+        if self.image_size < self.patch_size:
+            raise NanoVLMError(
+                f"VisionEncoderConfig: image_size = {self.image_size} holds no patch of "
+                f"{self.patch_size} pixels (patch_size)"
+            )
+        if self.num_queries and self.num_prefix_tokens:
+            raise NanoVLMError(
+                "VisionEncoderConfig: a resampler (num_queries) reads patches alone; "
+                "set class_token to false and num_register_tokens to 0"
+            )
         if math.isqrt(self.num_queries) ** 2 != self.num_queries:
             raise NanoVLMError(
                 f"VisionEncoderConfig: num_queries is {self.num_queries}; "

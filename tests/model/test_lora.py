@@ -310,7 +310,10 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny, finished, tmp_path, model
     save_file(stored, file)
     with pytest.raises(NanoVLMError, match=expected):
         load_adapter(model, folder)
-    with pytest.raises(NanoVLMError, match="adapter.json: cannot be read"):
+    with pytest.raises(NanoVLMError, match="the folder of a run; give its adapter, .*/adapter$"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "adapter" / "adapter.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(NanoVLMError, match="an adapter folder of PEFT"):
         load_adapter(model, tmp_path)
 
 

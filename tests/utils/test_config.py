@@ -120,11 +120,28 @@ def test_a_standard_deviation_is_not_nearly_zero():
         ({"num_experts": 8, "experts_per_token": 1_000_000}, "experts_per_token is 1000000"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it has to be above 0"),
         ({"dropout": 1.0}, "dropout is 1.0; it has to be below 1"),
+        ({"head_dim": 63}, "head_dim is 63; rotary positions need an even one"),
+        (
+            {"head_dim": 2, "rope_type": "dynamic_ntk", "original_max_position_embeddings": 9},
+            "head_dim is 2; dynamic_ntk needs 4 or more",
+        ),
     ],
 )
 def test_a_language_model_is_of_a_size_that_can_be_built(settings, message):
     with pytest.raises(NanoVLMError, match=message):
         LanguageModelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 7, "patch_size": 14}, "image_size = 7 holds no patch of 14 pixels"),
+        ({"num_queries": 4, "output_size": 8}, "a resampler .num_queries. reads patches alone"),
+    ],
+)
+def test_a_vision_encoder_has_patches_that_its_parts_can_take(settings, message):
+    with pytest.raises(NanoVLMError, match=message):
+        VisionEncoderConfig(**settings)
 
 
 def test_published_extremes_are_within_the_limits():
