@@ -95,21 +95,20 @@ def prepare_ahead(
 
 
 def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[Any]:
-    while True:
-        try:
-            item = next(loader)
-        except StopIteration:
-            for process in started:
-                atexit.unregister(process.kill)
-            return
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise NanoVLMError(
-                f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
-                f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened"
-            ) from None
-        yield item
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise NanoVLMError(
+            f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
+            f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened"
+        ) from None
+    finally:
+        # If a signal ends the run, each would be waited for until its batch is complete.
+        for process in started:
+            atexit.unregister(process.kill)
+            process.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

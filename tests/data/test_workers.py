@@ -1,5 +1,6 @@
 """Worker processes: what they leave to their parent, and what is said when one dies."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -139,8 +140,27 @@ def test_a_loader_that_is_done_leaves_nothing_to_do_at_exit(monkeypatch):
     monkeypatch.setattr("atexit.unregister", at_exit.remove)
     assert len(set(prepare_ahead(Processes(), 0, 6, Loading(workers=2)))) == 2
     assert not at_exit
-    next(prepare_ahead(Processes(), 0, 6, Loading(workers=2)))
+    begun = prepare_ahead(Processes(), 0, 6, Loading(workers=2))
+    next(begun)
     assert len(at_exit) == 2
+    begun.close()
+    assert not at_exit
+
+
+class Slow(Dataset):
+    def __getitem__(self, number: int) -> int:
+        time.sleep(60 * number)
+        return number
+
+
+def test_a_loader_that_is_given_up_does_not_wait_for_its_workers():
+    """Each would be waited for, five seconds at least, while a scheduler counts."""
+    others, start = multiprocessing.active_children(), time.monotonic()
+    loader = prepare_ahead(Slow(), 0, 4, Loading(workers=2))
+    assert next(loader) == 0
+    loader.close()
+    assert time.monotonic() - start < 4
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 @pytest.mark.gpu
