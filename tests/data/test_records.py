@@ -138,7 +138,7 @@ BAD = {
     "empty turns": ({"messages": []}, "has neither messages nor conversations"),
     "turns are text": ({"conversations": "hi"}, "conversations is 'hi', expected a list of turns"),
     "a missing image": (LLAVA | {"image": "c.jpg"}, "c.jpg does not exist"),
-    "a folder as image": (LLAVA | {"image": "."}, "does not exist"),
+    "a folder as image": (LLAVA | {"image": "."}, "is a folder, a pipe, a device"),
     "an image that is a number": (LLAVA | {"image": 3}, "image is not a path or a list of paths"),
     "a list with a number": (
         LLAVA | {"image": ["a.jpg", 3]},
@@ -352,7 +352,7 @@ def test_what_is_no_regular_file_is_not_waited_for(folder):
     with pytest.raises(NanoVLMError, match="pipe.jsonl: is a pipe"):
         read_records(folder / "pipe.jsonl")
     os.mkfifo(folder / "pipe.jpg")
-    with pytest.raises(NanoVLMError, match="pipe.jpg does not exist"):
+    with pytest.raises(NanoVLMError, match="pipe.jpg is a folder, a pipe"):
         parse_record(LLAVA | {"image": "pipe.jpg"}, "here", folder)
 
 
