@@ -204,9 +204,15 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
     with open_regular(path) as file:
         head = file.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8)
         start = head.lstrip()[:1]
-        what = what_is(head) if start and start not in b"[{" else None
-        if what and what not in ("JSON", "YAML", "TOML"):
-            raise NanoVLMError(f"{path}: is {what}")
+        if start and start not in b"[{":
+            what = what_is(head)
+            if what not in (None, "JSON", "YAML", "TOML"):
+                raise NanoVLMError(f"{path}: is {what}")
+            if path.suffix not in (".jsonl", ".json"):  # else the first record alone is damaged
+                raise NanoVLMError(
+                    f"{path}: is {what or 'no JSON'}; records are JSON objects, one a line in a "
+                    ".jsonl file or a list in a .json file"
+                )
         file.seek(0)
         if path.suffix == ".jsonl" or start != b"[":
             yield from _read_lines(path, file)

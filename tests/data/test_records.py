@@ -236,6 +236,8 @@ def test_check_skipped_counts_against_all_and_one_record_ends_no_run():
         ("data.json", b"[" * 99_999, "has a number or a nesting without end"),
         ("data.jsonl", b"\xff\xfe{\0}\0", "is text, in UTF-16: save it as UTF-8"),
         ("data.jsonl", b"\x1f\x8b\x08", "is a gzip file: unpack it first"),
+        ("data.csv", b"image,text\na.png,x\n", "is no JSON; records are JSON objects, one a line"),
+        ("data.yaml", b"image: a.png\ntext: x\n", "is YAML; records are JSON objects"),
         ("data.parquet", b"PAR1\x15", "is a parquet table: convert it to .jsonl"),
         ("data.jsonl", b"<!DOCTYPE html><html>", "is an HTML page"),
         ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
