@@ -213,11 +213,17 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
                     f"{path}: is {what or 'no JSON'}; records are JSON objects, one a line in a "
                     ".jsonl file or a list in a .json file"
                 )
+        first_line, _, rest = head.strip().partition(b"\n")
+        if first_line.strip() == b"{" and rest:
+            raise NanoVLMError(
+                f"{path}: is a JSON object over several lines; write one record a line in a .jsonl "
+                "file, or a list of them in a .json file"
+            )
         file.seek(0)
-        if path.suffix == ".jsonl" or start != b"[":
-            yield from _read_lines(path, file)
-        else:
+        if first_line.strip() == b"[" or (start == b"[" and path.suffix != ".jsonl"):
             yield from _read_list(path, file)
+        else:
+            yield from _read_lines(path, file)
 
 
 def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -259,7 +265,6 @@ def _parse_line(line: str) -> Any:
         return _encodable(json.loads(line))
     except json.JSONDecodeError as error:
         hint = "; a list of records belongs in a file named .json" if line[0] == "[" else ""
-        hint = "; a record is one line" if line == "{" else hint
         return NanoVLMError(f"is not valid JSON ({error.msg}, column {error.colno}){hint}")
     except (ValueError, RecursionError):
         return NanoVLMError("has a number or a nesting without end")

@@ -128,7 +128,6 @@ def turns(*contents: tuple[Any, Any]) -> dict[str, Any]:
 BAD = {
     "not JSON": ('{"image": ', "is not valid JSON (Expecting value, column 1"),
     "a list over several lines": ("[", "; a list of records belongs in a file named .json"),
-    "an object over several lines": ("{", "; a record is one line"),
     "half of a character": ('{"messages": "\\ud83d"}', "holds '\\ud83d', half of a character"),
     "a number without end": ('{"id": ' + "9" * 5000 + "}", "has a number or a nesting without end"),
     "nested too deep": ("[" * 100_000, "has a number or a nesting without end"),
@@ -236,6 +235,7 @@ def test_check_skipped_counts_against_all_and_one_record_ends_no_run():
         ("data.json", b"[" * 99_999, "has a number or a nesting without end"),
         ("data.jsonl", b"\xff\xfe{\0}\0", "is text, in UTF-16: save it as UTF-8"),
         ("data.jsonl", b"\x1f\x8b\x08", "is a gzip file: unpack it first"),
+        ("data.json", b'{\n "a": []\n}', "is a JSON object over several lines; write one record a"),
         ("data.csv", b"image,text\na.png,x\n", "is no JSON; records are JSON objects, one a line"),
         ("data.yaml", b"image: a.png\ntext: x\n", "is YAML; records are JSON objects"),
         ("data.parquet", b"PAR1\x15", "is a parquet table: convert it to .jsonl"),
@@ -336,6 +336,12 @@ def test_lines_of_json_are_read_whatever_the_name_of_the_file(folder):
         assert [record.where for record in read_records(folder / name)[0]] == [
             f"{folder / name}:{number}" for number in (1, 2, 3, 4)
         ]
+
+
+def test_a_list_over_several_lines_is_read_whatever_the_name_of_the_file(folder):
+    for name in ("data.json", "data.jsonl"):
+        (folder / name).write_text(json.dumps(ALL, indent=1))
+        assert len(read_records(folder / name)[0]) == 4
 
 
 def test_a_line_without_end_is_skipped_without_holding_it(folder, monkeypatch):
