@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote
 
 from nanovlm.data.forms import READ, present, read_conversation
 from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
@@ -178,13 +177,13 @@ def _image_path(name: str, folder: Path) -> Path:
     try:
         if data_uri.is_data_uri(name):
             return data_uri.to_path(name)
-        if "\0" in name:
-            raise NanoVLMError("has a NUL in its name")
-        scheme, separator, _ = name.partition("://")
+        scheme, separator, rest = name.partition("://")
         if scheme == "file":
-            name = url2pathname(urlsplit(name).path)
+            name = unquote(rest.removeprefix("localhost"))
         elif separator:
             raise NanoVLMError("is not on this machine; download it and write its path")
+        if "\0" in name:
+            raise NanoVLMError("has a NUL in its name")
         path = folder / name
         if "\\" in name and not os.path.lexists(path):  # written on Windows
             path = folder / name.replace("\\", "/")

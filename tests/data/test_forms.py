@@ -161,7 +161,9 @@ def test_names_of_images_follow_the_order_of_their_places(folder):
     assert record.messages[0].content == (IMAGE, "\nor", IMAGE, " or ", IMAGE)
 
 
-@pytest.mark.parametrize("name", ["images\\c d.png", "file://{}/images/c%20d.png"])
+@pytest.mark.parametrize(
+    "name", ["images\\c d.png", "file://{}/images/c%20d.png", "file://localhost{}/images/c d.png"]
+)
 def test_paths_of_other_systems(folder, name):
     record = read(sharegpt("<image>", image=name.format(folder)), folder)
     assert record.images[0].samefile(folder / "images/c d.png")
@@ -320,6 +322,8 @@ REFUSED = {
     ),
     "an image within the text that is missing": (sharegpt("<img>c.png</img>"), "does not exist"),
     "a NUL in a name": (sharegpt("<image>", image="a\0.png"), "has a NUL in its name"),
+    "a NUL in an address": (sharegpt("<image>", image="file:///a%00"), "has a NUL in its name"),
+    "an address that is none": (sharegpt("<image>", image="file://[a"), "[a does not exist"),
     "a line feed in a name": (sharegpt("<image>", image="a\nerror: b"), r"a\nerror: b"),
     "a long name": (sharegpt("<image>", image="a" * 9999), "a" * 199 + "… does not exist"),
     "images by their markers": (
