@@ -207,9 +207,10 @@ def main() -> None:
     )
     path = parser.parse_args().answers
     try:
-        results = [things_named(line["answer"], line["references"]) for line in read_jsonl(path)]
-    except OSError as error:
-        raise NanoVLMError(f"{path}: cannot be read ({error.strerror})") from None
+        answers = [(line["answer"], line["references"]) for line in read_jsonl(path)]
+        if not answers or not all(isinstance(references, list) for _, references in answers):
+            raise ValueError(path)
+        results = [things_named(answer, references) for answer, references in answers]
     except (ValueError, KeyError, TypeError):
         raise NanoVLMError(
             f"{path}: holds no answers; write them with python -m nanovlm.evaluation --answers"

@@ -37,9 +37,10 @@ from nanovlm.hub.models import load_vision_encoder
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.hub.shapes import VISION_ENCODERS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
-from nanovlm.utils.files import read_json, write_json
+from nanovlm.utils.files import open_regular, read_json, write_json
 from nanovlm.utils.outputs import new_folder
 from nanovlm.utils.parser import CommandParser
+from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 PREPROCESSOR = "preprocessor_config.json"
+PICKLES = ("a PyTorch file", "a Python pickle", "a zip archive")  # as `what_is` names .bin files
 
 
 def extract(source: Path, out: Path) -> None:
@@ -112,7 +114,8 @@ def read_settings(source: Path, config: dict[str, Any], layout: Layout) -> dict[
             "encoder"
         )
     # Older CLIP files repeat the settings that count in a second table.
-    settings = table | (config.get("vision_config_dict") or {})
+    repeated = config.get("vision_config_dict")
+    settings = table | (repeated if isinstance(repeated, dict) else {})
     settings |= {"model_type": layout.model_type or settings.get("model_type")}
     try:
         parse_vision_encoder_config(settings)
@@ -176,16 +179,20 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         file = SafetensorsFile(path)
         return {name: file.tensor(name) for name in file.keys()}
+    with open_regular(path) as file:
+        what = what_is(file.read(FIRST_BYTES))
+    if what and not what.startswith(PICKLES):
+        raise NanoVLMError(f"{path}: is no PyTorch file but {what}")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         tensors = None
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # of any kind: a damaged pickle is read by its own instructions
         raise NanoVLMError(
             f"{path}: cannot be read ({first_line(error)}); fetch it again"
         ) from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in tensors.values()
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise NanoVLMError(
             f"{path}: holds more than plain tensors, and reading that could run its code; "

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from data_tools.caption_questions import THINGS
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.files import to_jsonl
+from nanovlm.utils.files import open_regular, read_text, to_jsonl
 from nanovlm.utils.outputs import write_new
 from nanovlm.utils.parser import CommandParser
 
@@ -59,6 +59,8 @@ MIXED_ENGLISH = 2
 # Share of the photos or of the lines of a caption file; more than this looks like the wrong file.
 MAX_SKIPPED = 0.01
 MAX_PHOTO_BYTES = 64 * 2**20
+
+NOT_WHOLE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 
 Captions = dict[str, dict[int, str]]  # photo name -> caption number -> caption
 
@@ -88,14 +90,7 @@ class Skipped:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a published text file."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise NanoVLMError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        raise NanoVLMError(
-            f"{path}: is not UTF-8 text (byte {error.start}); give the text file as published"
-        ) from None
+    return read_text(path).splitlines()
 
 
 def read_names(path: Path) -> list[str]:
@@ -153,7 +148,7 @@ def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | st
                 if path.name in names:
                     yield path.name, path.read_bytes() if path.is_file() else "is not a file"
             return
-        with tarfile.open(source) as archive:
+        with open_regular(source) as tar, tarfile.open(fileobj=tar) as archive:
             for member in archive:
                 # Only the last part of a member's path is used, so that none can lead elsewhere.
                 name = PurePosixPath(member.name).name
@@ -166,7 +161,7 @@ def open_photos(source: Path, names: set[str]) -> Iterator[tuple[str, bytes | st
                     yield name, f"has {member.size} bytes"
                 else:
                     yield name, file.read()
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+    except (*NOT_WHOLE, ValueError, OverflowError, RecursionError):  # of damaged headers
         raise NanoVLMError(f"{source}: is not a whole tar archive; fetch it again") from None
     except OSError as error:
         raise NanoVLMError(

@@ -25,6 +25,7 @@ from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.files import read_bytes
 from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, write_new
 from nanovlm.utils.parser import CommandParser
 
@@ -48,7 +49,7 @@ def characters() -> set[str]:
 
 def make_font(source: Path) -> bytes:
     """The subset of `source` as an OpenType font; raises if it is another file."""
-    data = source.read_bytes()
+    data = read_bytes(source)
     if (found := hashlib.sha256(data).hexdigest()) != SOURCE_SHA256:
         raise NanoVLMError(
             f"{source}: is not NotoSansCJK-Regular.ttc of release Sans2.004 (SHA-256 {found}, "

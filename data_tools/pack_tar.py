@@ -34,7 +34,7 @@ from nanovlm.data.forms import IMAGES, read_conversation
 from nanovlm.data.records import Record, read_entries, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive, data_uri
-from nanovlm.utils.files import to_jsonl, write_atomically
+from nanovlm.utils.files import read_bytes, to_jsonl, write_atomically
 from nanovlm.utils.outputs import new_folder
 from nanovlm.utils.parser import CommandParser, expand_user
 
@@ -134,7 +134,7 @@ def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
         if data_uri.is_data_uri(path):
             data = data_uri.read(path)
         else:
-            data = archive.read_member(path) if archive.is_member(path) else path.read_bytes()
+            data = archive.read_member(path) if archive.is_member(path) else read_bytes(path)
     except NanoVLMError as error:
         raise NanoVLMError(f"image {path} {error}") from None
     header = tarfile.TarInfo(member)

@@ -6,7 +6,8 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -355,14 +356,21 @@ def _save_results(run: Run) -> None:
     if answers := last_answers(run.folder):
         say(*answers.split("\n"))
     if run.settings.lora_rank:
-        save_adapter(whole, run.folder / "adapter", lora_config(run.settings))
-    _save_model(whole, run.folder, run.precision.dtype)
+        with _whole_folder(run.folder / "adapter") as folder:
+            save_adapter(whole, folder, lora_config(run.settings))
+    with _whole_folder(run.folder / "model") as folder:  # in the compute dtype, adapters merged
+        save_model(whole, folder, merged_tensors(whole, run.precision.dtype))
     say(f"the model is in {run.folder / 'model'}")
 
 
-def _save_model(model: VisionLanguageModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the whole model in the compute dtype, adapters merged, and name it when complete."""
-    temporary = folder / ".model.tmp"
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden name for a folder of the run, which becomes `folder` when it is complete.
+
+    What a killed run left under either name is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(model, temporary, merged_tensors(model, dtype))
-    os.rename(temporary, folder / "model")
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)

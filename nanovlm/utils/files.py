@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
 from nanovlm.errors import NanoVLMError
@@ -22,11 +23,11 @@ _NOT_FILES = (
 
 
 def temporary_beside(path: Path) -> Path:
-    """The hidden name under which this process writes what becomes `path` once it is complete.
+    """A hidden name under which to write what becomes `path` once it is complete.
 
     What a killed process leaves under such a name is in nobody's way and can be deleted.
     """
-    return path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names have up to 255 bytes
+    return path.with_name(f".{path.name[:40]}.{token_hex(4)}.tmp")  # names have up to 255 bytes
 
 
 @contextmanager

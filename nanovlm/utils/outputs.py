@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO
 
 from nanovlm.errors import NanoVLMError
@@ -118,7 +119,7 @@ def _move_without_replacing(source: Path, target: Path) -> None:
         if not os.path.lexists(target):
             os.rename(source, target)
             return
-    kept = target.with_name(f"{target.stem[:40]}.{os.getpid()}{target.suffix}")
+    kept = target.with_name(f"{target.stem[:40]}.{token_hex(4)}{target.suffix}")
     os.replace(source, kept)
     raise NanoVLMError(
         f"{target}: was made by another process meanwhile and stays as it is; "
@@ -147,7 +148,6 @@ def new_folder(path: Path, flag: str, *, replace: bool = False) -> Iterator[Path
     temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     except OSError as error:
         raise NanoVLMError(

@@ -164,6 +164,13 @@ def test_a_pickle_that_is_not_plain_tensors_is_not_run(tmp_path, fails):
     shard.write_bytes(pickle.dumps({"transformer.visual.proj": 1}))
     fails(tmp_path, f"{shard}: ")
     shard.write_bytes(b"")
+    fails(tmp_path, f"{shard}: is no PyTorch file but an empty file")
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    fails(tmp_path, f"{shard}: is no PyTorch file but a Git LFS pointer: `git lfs pull`")
+    torch.save({7: torch.zeros(1)}, shard)
+    fails(tmp_path, "holds more than plain tensors")
+    torch.save({"transformer.visual.proj": torch.zeros(1)}, shard)
+    shard.write_bytes(shard.read_bytes()[:-30])
     fails(tmp_path, f"{shard}: cannot be read")
     assert not (tmp_path / "harmed").exists()
 

@@ -253,6 +253,7 @@ def test_the_share_of_things_that_no_reference_mentions(tmp_path: Path, call) ->
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = call(caption_questions.main, tmp_path / "answers.jsonl")
     assert json.loads(done.stdout) == {"chair_i": round(2 / 6, 6), "chair_s": 0.25, "n": 4}
-    (tmp_path / "answers.jsonl").write_text("{}\n")
-    assert "holds no answers" in call(caption_questions.main, tmp_path / "answers.jsonl").stderr
+    for text in ("{}\n", "", "[[\n", '{"answer": "a", "references": "狗"}\n', '{"answer": 3}\n'):
+        (tmp_path / "answers.jsonl").write_text(text)
+        assert "holds no answers" in call(caption_questions.main, tmp_path / "answers.jsonl").stderr
     assert "cannot be read" in call(caption_questions.main, tmp_path / "gone.jsonl").stderr

@@ -92,8 +92,9 @@ def test_a_file_made_by_another_process_meanwhile_stays_and_nothing_is_lost(
     assert out.read_text(encoding="utf-8") == "图\n" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(NanoVLMError, match="stays as it is; what was to be written") as caught:
         write_new(out, "other")
-    kept = tmp_path / f"answers.{os.getpid()}.jsonl"
+    (kept,) = (path for path in tmp_path.iterdir() if path != out)
     assert str(kept) in str(caught.value) and kept.read_text() == "other"
+    assert kept.suffix == out.suffix and not kept.name.startswith(".")
     assert out.read_text(encoding="utf-8") == "图\n" and len(list(tmp_path.iterdir())) == 2
     write_new(out, "new", replace=True)
     assert out.read_text() == "new"
