@@ -41,7 +41,7 @@ from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.training.presets import load_settings
 from nanovlm.utils.figures import plt
 from nanovlm.utils.files import read_json
-from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, write_new
+from nanovlm.utils.outputs import add_replace_flag, check_new_file, write_new
 from nanovlm.utils.parser import CommandParser
 
 WIDTH, HEIGHT = 900, 604  # units of the drawing: pixels at the README's width
@@ -337,7 +337,7 @@ def main() -> None:
     arguments = parser.parse_args()
     paths = [arguments.out / name for name in ("architecture.png", "scene.png")]
     for path in paths:
-        check_new_file(path, OUT_OR_REPLACE, replace=arguments.replace)
+        check_new_file(path, "--out", replace=arguments.replace)
     for path, data in zip(paths, draw_architecture()):
         write_new(path, data, replace=arguments.replace)
         say(str(path))

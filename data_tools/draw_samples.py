@@ -31,7 +31,7 @@ from nanovlm.hub.toy import ASSETS
 from nanovlm.inputs.image import open_image
 from nanovlm.training.monitor.log import read_log
 from nanovlm.training.monitor.samples import Answers, answers_at, draw_answers
-from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, new_file
+from nanovlm.utils.outputs import add_replace_flag, check_new_file, new_file
 from nanovlm.utils.parser import CommandParser, expand_user
 
 DPI = 200  # twice the README's width, as architecture.png
@@ -104,7 +104,7 @@ def main() -> None:
     add_replace_flag(parser)
     arguments = parser.parse_args()
     inputs = [run for run, _ in arguments.runs]
-    check_new_file(arguments.out, OUT_OR_REPLACE, inputs, replace=arguments.replace)
+    check_new_file(arguments.out, "--out", inputs, replace=arguments.replace)
     columns = read_columns(arguments.runs)
     first, *others = columns.values()
     shared = [where for where in first if all(where in answers for answers in others)]

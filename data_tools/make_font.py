@@ -26,7 +26,7 @@ from fontTools.ttLib import TTFont
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_bytes
-from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, check_new_file, write_new
+from nanovlm.utils.outputs import add_replace_flag, check_new_file, write_new
 from nanovlm.utils.parser import CommandParser
 
 FONT = Path(__file__).parents[1] / "nanovlm" / "assets" / "fonts" / "NanovlmSansSC-Regular.otf"
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FONT, help="default: the one that ships")
     add_replace_flag(parser)
     arguments = parser.parse_args()
-    check_new_file(arguments.out, OUT_OR_REPLACE, [arguments.source], replace=arguments.replace)
+    check_new_file(arguments.out, "--out", [arguments.source], replace=arguments.replace)
     data = make_font(arguments.source)
     write_new(arguments.out, data, replace=arguments.replace)
     say(f"{arguments.out}: {len(characters()):,} characters, {len(data):,} bytes")

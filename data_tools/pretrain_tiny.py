@@ -26,7 +26,7 @@ from functools import partial
 from data_tools.pretrain_language_model import pretrain_language_model
 from data_tools.pretrain_vision_encoder import pretrain_vision_encoder
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.outputs import OUT_OR_REPLACE, add_replace_flag, new_folder
+from nanovlm.utils.outputs import add_replace_flag, new_folder
 from nanovlm.utils.parser import CommandParser, flag
 
 FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-language-model"}
@@ -35,7 +35,7 @@ FOLDERS = {"vision_encoder": "tiny-vision-encoder", "language_model": "tiny-lang
 def make_part(folder: Path, make: Callable[[Path], dict], replace: bool) -> None:
     """Let `make` fill a folder that then becomes `folder`; print its measurements and the time."""
     started = time.perf_counter()
-    with new_folder(folder, OUT_OR_REPLACE, replace=replace) as temporary:
+    with new_folder(folder, "--out", replace=replace) as temporary:
         result = make(temporary)
     say(f"{folder}: {(time.perf_counter() - started) / 60:.1f} minutes")
     for split, shares in result.items():

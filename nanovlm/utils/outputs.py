@@ -28,7 +28,6 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-OUT_OR_REPLACE = "--out, or give --replace"  # of the tools whose products ship
 LOCK = ".lock"
 LOCKED_BYTE = 2**30  # beyond the text of the file: on Windows nobody else could read a locked part
 IS_LOCKED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -40,12 +39,12 @@ def add_replace_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def check_new_file(
-    path: Path, flag: str, inputs: Iterable[str | Path] = (), *, replace: bool = False
+    path: Path, flag: str, inputs: Iterable[str | Path] = (), *, replace: bool | None = None
 ) -> None:
     """Refuse a file to write that is an input, is there already, or could not be written.
 
     flag: the one that names it. inputs: the files and folders that the command reads.
-    replace: whether a file that is there, and no input, may be replaced.
+    replace: whether a file that is there, and no input, may be replaced; None if no flag says so.
     """
     check_no_input(path, flag, inputs)
     if os.path.isdir(path):
@@ -58,8 +57,8 @@ def check_new_file(
         if replace and os.path.isfile(path):
             return
         raise NanoVLMError(
-            f"{path}: is there already and stays as it is; "
-            f"name another file with {flag}, or delete this one"
+            f"{path}: is there already and stays as it is; name another file with {flag}, "
+            + ("or delete this one" if replace is None else "or give --replace")
         )
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # only a try tells for sure
@@ -136,10 +135,10 @@ class TakenError(NanoVLMError):
 
 
 @contextmanager
-def new_folder(path: Path, flag: str, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, flag: str, *, replace: bool | None = None) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` on success and is deleted on failure.
 
-    flag: the one that names it. replace: whether a folder that is there may be replaced.
+    flag, replace: as in `check_new_file`.
     Raises NanoVLMError at once for one that holds anything, so for any input, and for one that
     could not be made; TakenError at the end if another process has made it meanwhile.
     """
@@ -177,11 +176,12 @@ def new_folder(path: Path, flag: str, *, replace: bool = False) -> Iterator[Path
     flush_folder(target.parent)
 
 
-def _check_new_folder(path: Path, flag: str, *, replace: bool) -> None:
+def _check_new_folder(path: Path, flag: str, *, replace: bool | None) -> None:
     if os.path.isdir(path):
         if not replace and (names := sorted(os.listdir(path))):
             raise NanoVLMError(
                 f"{path}: holds {names[0]} already; name a new or an empty folder with {flag}"
+                + ("" if replace is None else ", or give --replace")
             )
         if os.path.ismount(path):
             raise NanoVLMError(

@@ -40,6 +40,19 @@ def test_a_column_for_each_step_of_each_run(runs, drawn, tmp_path, call):
     }
     with Image.open(out) as picture:
         assert picture.mode == "P" and picture.width > 3 * dpi
+    before = out.read_bytes()
+    again = call(draw_samples.main, runs[0], "--out", out)
+    assert again.returncode == 2 and out.read_bytes() == before
+    assert again.stderr.endswith(
+        "stays as it is; name another file with --out, or give --replace\n"
+    )
+    assert call(draw_samples.main, runs[0], "--out", out, "--replace").returncode == 0
+    assert out.read_bytes() != before
+    for inside in (runs[0] / "curves.png", runs[0] / "new.png"):
+        refused = call(draw_samples.main, runs[0], "--out", inside, "--replace")
+        assert refused.returncode == 2 and "lies in a folder that this command reads" in (
+            refused.stderr
+        )
 
 
 @pytest.mark.parametrize(

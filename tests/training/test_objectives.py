@@ -370,8 +370,16 @@ def test_a_reference_made_from_something_else_is_an_error_that_names_it(
     del settings["max_length"]
     file = tmp_path / "run" / "reference.jsonl"
     kept = file.read_bytes()
-    file.write_text("[]\n")
-    assert "missing or damaged" in refusal()
+    for damaged in (
+        b"[]\n",
+        b"[" * 9999 + b"\n",
+        b"\xff\n",
+        b"".join(kept.splitlines(keepends=True)[:-1]),  # cut off after a whole line
+        kept.replace(b'"chosen": -', b'"chosen": 1e999, "x": -'),
+        kept.replace(b'"rejected": -', b'"rejected": "-1", "x": -'),
+    ):
+        file.write_bytes(damaged)
+        assert "missing or damaged" in refusal()
     file.unlink()
     assert "missing or damaged" in refusal()
     file.write_bytes(kept)

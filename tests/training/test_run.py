@@ -18,6 +18,7 @@ from nanovlm.training import run as run_module
 from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.presets import load_settings
 from nanovlm.training.run import run_stage
+from tests.utils.test_outputs import hold
 
 
 def metrics(run: Path) -> list[dict]:
@@ -448,3 +449,23 @@ def test_a_deterministic_run_is_resumed_as_one_and_gives_the_same_bits(
     assert contents(run / "model") == contents(again / "model")
     with pytest.raises(NanoVLMError, match="--deterministic False .was True.*--allow-changes"):
         load_settings("stage1", ["--resume", "--out", str(again), "--no-deterministic"])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tiny, tmp_path):
+    with pytest.raises(NanoVLMError, match="cannot be used"):  # a run of no steps, with settings
+        (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        record = json.loads((tiny.data / "train.jsonl").read_text().splitlines()[0])
+        record["image"] = str(tmp_path / "cut.png")
+        (tmp_path / "bad.jsonl").write_text(json.dumps(record) + "\n")
+        bad = str(tmp_path / "bad.jsonl")
+        tiny.train(tmp_path / "run", init=str(tiny.model), data=bad, val="", val_fraction=0.0)
+    process = hold(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(NanoVLMError, match="run: is being written by another process"):
+            tiny.train(tmp_path / "run", init=str(tiny.model), resume=resume)
+    assert contents(tmp_path / "run") == before
+    process.kill()
+    process.communicate()
+    assert (tiny.train(tmp_path / "run", init=str(tiny.model), max_steps=1) / "model").is_dir()
+    assert not (tmp_path / "run" / ".lock").exists()
