@@ -143,7 +143,8 @@ def read_tables(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):
         available = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
         raise NanoVLMError(
-            f"{path}: cannot be read (there is no such file); presets are {available}"
+            f"{path}: cannot be read (there is no such file); presets are {available}, "
+            "and a file of your own is named with --config"
         )
     if path.is_dir():
         raise NanoVLMError(f"{path}: is a folder; name a file, such as {path / 'settings.toml'}")
@@ -180,10 +181,11 @@ def _read_stage(path: Path, stage: str) -> dict[str, Any]:
             f"{path}: {stage} is no table; write the line [{stage}], and its settings below it"
         )
     if stages and stage not in stages:
-        raise NanoVLMError(f"{path}: has no stage {stage!r}; its stages are {', '.join(stages)}")
+        known = ", ".join(name[:40] for name in stages[:10])
+        raise NanoVLMError(f"{path}: has no stage {stage!r}; its stages are {known}")
     if alone := [key for key in table if stages and key not in stages]:
         raise NanoVLMError(
-            f"{path}: {alone[0]} stands outside of the stages; move it below the line [{stage}]"
+            f"{path}: {alone[0][:40]} stands outside of the stages; move it below [{stage}]"
         )
     values = table.get(stage, table)
     for key, value in values.items():

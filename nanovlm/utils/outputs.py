@@ -9,6 +9,7 @@ folder, which grows while it is there, has one writer at a time (`only_writer`).
 import argparse
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -231,14 +232,15 @@ def _take_lock(folder: Path, flag: str) -> IO[bytes]:
         try:
             _lock(file)
         except OSError as error:
-            if error.errno in IS_LOCKED:
-                file.seek(0)
-                writer = file.read(200).decode(errors="replace").strip()
+            file.seek(0)
+            writer = file.read(200).decode(errors="replace").strip()
+            if error.errno in IS_LOCKED or not _is_dead(writer):
                 file.close()
                 raise NanoVLMError(
                     f"{folder}: is being written by another process"
                     + (f" ({writer})" if writer else "")
                     + f"; wait until it ends, or name another folder with {flag}"
+                    + ("" if error.errno in IS_LOCKED else f"; if it has ended, delete {path}")
                 ) from None
             say(
                 f"{folder}: this file system has no locks ({error.strerror}); "
@@ -254,6 +256,20 @@ def _take_lock(folder: Path, flag: str) -> IO[bytes]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     file.flush()
     return file
+
+
+def _is_dead(writer: str) -> bool:
+    """Whether the process that a lock file names has ended for sure; true if it names none."""
+    named = re.fullmatch("process ([0-9]{1,9}) on (.*)", writer)
+    if named is None or sys.platform == "win32":
+        return not writer
+    try:
+        os.kill(int(named[1]), 0)  # sends nothing
+    except ProcessLookupError:
+        return named[2] == socket.gethostname()
+    except OSError:  # another user's
+        pass
+    return False
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -237,7 +237,7 @@ def test_what_is_refused(flags, expected):
         ("[stage1]\nlr = [1, 2]\n", "lr is a list; give it a single value"),
         ("stage1 = 3\n", "stage1 is no table; write the line [stage1]"),
         ("[[stage1]]\nlr = 1\n", "stage1 is no table; write the line [stage1]"),
-        ("lr = 1\n[stage1]\n", "lr stands outside of the stages; move it below the line [stage1]"),
+        ("lr = 1\n[stage1]\n", "lr stands outside of the stages; move it below [stage1]"),
         ("[stage2]\nlr = 1\n", "has no stage 'stage1'; its stages are stage2"),
         ("", "holds no settings; was it cut off?"),
         ("lr: 1e-3\nbatch_size: 8\n", "is YAML; settings are read from TOML"),

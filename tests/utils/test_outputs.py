@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     with only_writer(tmp_path, "--out"):
         (tmp_path / "a").write_text("")
     assert "this file system has no locks (No locks available)" in capsys.readouterr().err
+    host, dead = socket.gethostname(), subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for writer in (f"process {os.getppid()} on {host}", f"process {dead.pid} on another", "?"):
+        (tmp_path / LOCK).write_text(writer)
+        with pytest.raises(NanoVLMError) as caught, only_writer(tmp_path, "--out"):
+            raise AssertionError
+        assert f"another process ({writer})" in str(caught.value)
+        assert f"if it has ended, delete {tmp_path / LOCK}" in str(caught.value)
+    (tmp_path / LOCK).write_text(f"process {dead.pid} on {host}")
+    with only_writer(tmp_path, "--out"):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
     (tmp_path / "file").write_text("mine")
     with (
         pytest.raises(NanoVLMError, match="file: is not a folder"),

@@ -88,7 +88,7 @@ class Samples:
             f"after step {step:,}": answers_at(self.lines, step)
             for step in steps[:1] + steps[1:][-LAST_SHOWN:]
         }
-        asked = {line["where"] for line in self.lines}
+        asked = {where for answers in columns.values() for where in answers}
         images = {
             record.where: open_image(record.images[0])
             for record in self.watched
