@@ -43,6 +43,7 @@ from data_tools.scenes_world import (
 )
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_json, to_jsonl, write_atomically, write_json
+from nanovlm.utils.interruption import kept_from_children
 from nanovlm.utils.outputs import TakenError, new_folder
 from nanovlm.utils.parser import CommandParser
 
@@ -148,7 +149,9 @@ def _map_in_order(
     ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(workers, context, *ignore_interrupts) as pool:
         try:
-            yield from bar(pool.map(work, jobs, chunksize=32))
+            with kept_from_children():
+                done = pool.map(work, jobs, chunksize=32)
+            yield from bar(done)
         except BrokenProcessPool:
             raise NanoVLMError(
                 "a drawing process ended early; try again with --workers 1"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovlm.training.optim.optimizer import schedule
+from nanovlm.utils.interruption import kept_from_children
 
 T = TypeVar("T")
 
@@ -23,10 +25,12 @@ def make_all(make: Callable[[int], T], count: int, name: str) -> Iterator[T]:
     if count < 2000:  # starting a process would take longer
         yield from map(make, range(count))
         return
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        yield from tqdm(
-            pool.map(make, range(count), chunksize=64), total=count, desc=name, dynamic_ncols=True
-        )
+    context = multiprocessing.get_context("spawn")
+    ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(os.cpu_count(), context, *ignore_interrupts) as pool:
+        with kept_from_children():
+            made = pool.map(make, range(count), chunksize=64)
+        yield from tqdm(made, total=count, desc=name, dynamic_ncols=True)
 
 
 def fit(

@@ -32,6 +32,25 @@ def raised_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Keep Ctrl-C from processes started within, from their first moment: this one ends them.
+
+    Here it is put off to the end. (Windows cannot do that; there they have to ignore it.)
+    """
+    if os.name != "posix":
+        yield
+        return
+    from multiprocessing import resource_tracker  # not at the start, which has to be quick
+
+    resource_tracker.ensure_running()  # which the first process would start, and unblock signals
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 class Interrupted(BaseException):
     """A signal came while nothing was being done that has to be finished."""
 

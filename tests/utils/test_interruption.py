@@ -69,3 +69,14 @@ def test_a_command_in_the_background_keeps_ignoring_ctrl_c():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, processes inherit no mask of signals")
+def test_ctrl_c_is_kept_from_children_and_put_off_here():
+    code = "import signal; signal.raise_signal(signal.SIGINT); print('goes on')"
+    with pytest.raises(KeyboardInterrupt):
+        with interruption.kept_from_children():
+            signal.raise_signal(signal.SIGINT)
+            done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+        pytest.fail("was lost")
+    assert done.stdout == b"goes on\n"
