@@ -55,6 +55,8 @@ _FOLDERS = {
     "model in the layout of transformers",
     "*.incomplete": "holds an interrupted download; download it again",
 }
+# What to do about a key that is none of those known: it may change a result.
+UNKNOWN = "what it changes is not implemented; take another model"
 # Tables of a whole vision-language model's config.
 _PARTS_OF_VLM = (
     "vision_config", "visual", "mm_vision_tower", "vision_tower", "vision", "image_config",
@@ -138,15 +140,23 @@ def parse_hub_config(
         is null or only says which tool wrote the file.
     """
     model_type = config.get("model_type")
-    if model_type not in (implemented := tuple(model_types)):
+    implemented = tuple(model_types)
+    if model_type not in implemented or _is_whole(config):
+        advice = f"implemented are {', '.join(implemented)}"
+        if model_type == "nanovlm":
+            advice = "give it as --init, or to infer.py as --model"
+        elif _is_whole(config):
+            advice = (
+                "give a part alone: data_tools/extract_vision.py takes vision encoders out; "
+                + advice
+            )
         raise NanoVLMError(
-            f"config.json: model_type is {quoted(model_type)}{what_model(config)}; "
-            f"implemented are {', '.join(implemented)}"
+            f"config.json: model_type is {quoted(model_type)}{what_model(config)}; {advice}"
         )
     known = {*defaults, *ignored, *IGNORED}
     for key, value in config.items():
         if key not in known and not is_harmless(key, value):
-            raise unknown_key(key, known, "config.json")
+            raise unknown_key(key, known, "config.json", UNKNOWN)
     given = {key: value for key, value in config.items() if key in defaults and value is not None}
     for key, value in given.items():
         if not _has_type_of(defaults[key], value):
@@ -158,22 +168,21 @@ def parse_hub_config(
 
 
 def what_model(config: Mapping[str, Any]) -> str:
-    """What a config is that is not of the expected kind, to follow its model_type; or nothing."""
-    model_type = config.get("model_type")
+    """What a config is of, to follow its model_type; nothing if that is not known."""
+    model_type = str(config.get("model_type"))
     if model_type == "nanovlm":
-        return ", a model that was trained here; give it as --init, or to infer.py as --model"
-    if any(isinstance(config.get(key), Mapping | str) for key in _PARTS_OF_VLM):
-        return (
-            ", a whole vision-language model, and one part is asked for; take a language model "
-            "alone, or its vision encoder by data_tools/extract_vision.py"
-        )
-    if str(model_type) in LANGUAGE_FAMILIES:
+        return ", a model that was trained here"
+    if _is_whole(config):
+        return ", a whole vision-language model"
+    if model_type in LANGUAGE_FAMILIES:
         return ", a language model"
-    if str(model_type) in VISION_FAMILIES:
+    if model_type in VISION_FAMILIES:
         return ", a vision encoder"
-    if "_class_name" in config:
-        return ", part of a pipeline of diffusers"
-    return ""
+    return ", part of a pipeline of diffusers" if "_class_name" in config else ""
+
+
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    return any(isinstance(config.get(key), Mapping | str) for key in _PARTS_OF_VLM)
 
 
 def require(config: Mapping[str, Any], where: str = "config.json", **implemented: Any) -> None:

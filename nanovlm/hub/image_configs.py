@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
-from nanovlm.hub.config_json import is_harmless, read_config, require
+from nanovlm.hub.config_json import UNKNOWN, is_harmless, read_config, require
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import FILTERS, ImageConfig
 from nanovlm.utils.config import check, from_dict, unknown_key
@@ -94,7 +94,7 @@ def _parse(config: Mapping[str, Any], processor: str) -> ImageConfig:
     given = {key: value for key, value in config.items() if value is not None}
     for key, value in given.items():
         if key not in known and key not in _IGNORED and not is_harmless(key, value):
-            raise unknown_key(key, (*known, *_IGNORED), _FILE)
+            raise unknown_key(key, (*known, *_IGNORED), _FILE, UNKNOWN)
     settings = known | given
 
     require(settings, _FILE, **_FIXED)

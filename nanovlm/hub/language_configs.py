@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
-from nanovlm.hub.config_json import parse_hub_config, require
+from nanovlm.hub.config_json import UNKNOWN, parse_hub_config, require
 from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, OWN_BEFORE
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.utils.config import from_dict, unknown_key
@@ -162,7 +162,7 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
     known = (*_ROPE_DEFAULTS, *scaling)
     for key in given:
         if key not in known:
-            raise unknown_key(key, known, where)
+            raise unknown_key(key, known, where, UNKNOWN)
     for key in scaling:
         if key not in given:
             raise NanoVLMError(f"{where}: key {key!r} is missing")

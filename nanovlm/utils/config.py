@@ -78,13 +78,18 @@ RENAMED_VALUES = {
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def unknown_key(key: str, known: Collection[str], where: str) -> NanoVLMError:
-    """The error for an unknown key, naming its new name or the nearest key that exists."""
+def unknown_key(
+    key: str, known: Collection[str], where: str, advice: str = "remove it"
+) -> NanoVLMError:
+    """The error for an unknown key, naming its new name or the nearest key that exists.
+
+    `advice` is for a key to which none is near.
+    """
     if RENAMED.get(key) in known:
         return NanoVLMError(f"{where}: key {key!r} is now {RENAMED[key]!r}; rename it")
     # A key of many thousand letters is near to nothing, and comparing it would take hours.
     near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else "remove it"
+    advice = f"did you mean {near[0]!r}?" if near else advice
     return NanoVLMError(f"{where}: unknown key {quoted(key)}; {advice}")
 
 
