@@ -7,12 +7,14 @@ not know, so that every Python up to Unicode 16 gives the same words. Unimplemen
 refused.
 """
 
+import math
 import re
 import sys
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from nanovlm.errors import NanoVLMError, quoted
 
@@ -109,9 +111,7 @@ def translate_pattern(pattern: str) -> re.Pattern[str]:
     r"""Compile an Oniguruma pattern with `re`.
 
     Implemented are `\p{L}`, `\p{M}`, `\p{N}`, `\s`, `\S` and what both dialects share, as far as no
-    text can make the pattern run away: a repetition is one of single characters, and of the two
-    without an end that an alternative may have, nothing that can fail follows the second. All
-    published patterns are so.
+    text can make the pattern run away (`_refuse_runaway`), as all published patterns are.
     """
     if len(pattern) > MAX_PATTERN:
         raise NanoVLMError(f"pattern {quoted(pattern)} is longer than {MAX_PATTERN} characters")
@@ -138,54 +138,85 @@ def translate_pattern(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-@dataclass
-class _Group:
-    """What has been read of a group, or of the whole pattern."""
+class _Item(NamedTuple):
+    """A part of an alternative: a character, a set of them or a group, and its repetitions."""
 
-    endless: int = 0  # repetitions without an end in this alternative: *, +, {2,}
-    most_endless: int = 0  # of all alternatives so far
-    ways: int = 1  # in which the rest of this alternative can match one text
-    all_ways: int = 0  # of all alternatives before this one
+    text: str
+    least: int
+    most: int | None  # None: without an end
+    ways: int = 1  # in which what is repeated can match one text
 
-    def end_alternative(self) -> None:
-        self.most_endless = max(self.most_endless, self.endless)
-        self.all_ways += self.ways
-        self.endless, self.ways = 0, 1
+    @property
+    def can_fail(self) -> bool:
+        """Whether the alternative fails where this is not found."""
+        return self.least > 0
+
+    @property
+    def all_ways(self) -> int:
+        """The ways of all numbers of repetitions; one without an end is for `_refuse_runaway`."""
+        return self.ways * (1 if self.most is None else self.most - self.least + 1)
 
 
 def _refuse_runaway(pattern: str) -> None:
-    """Refuse a pattern whose search may take more than quadratic time."""
+    """Refuse a pattern whose search may take more than about linear time."""
+
+    def refuse(problem: str) -> NanoVLMError:
+        return NanoVLMError(
+            f"pattern {quoted(pattern)}: {problem}, so that some texts could take for ever; "
+            "use a tokenizer without it"
+        )
+
+    alternatives = _alternatives(pattern, refuse)
+    for index, items in enumerate(alternatives):
+        if math.prod(item.all_ways for item in items) > MAX_WAYS:
+            raise refuse("it can match in too many ways")
+        endless = [i for i, item in enumerate(items) if item.most is None]
+        followed = [i for i in endless if any(item.can_fail for item in items[i + 1 :])]
+        if len(followed) > 1:
+            raise refuse("more has to follow after two repetitions without an end")
+        if followed and not _takes(items[followed[0]].text, alternatives[index + 1 :]):
+            raise refuse("more has to follow after a repetition without an end")
+
+
+def _takes(repeated: str, alternatives: list[list[_Item]]) -> bool:
+    r"""Whether one of `alternatives` takes what an earlier one has read of `repeated`, and failed.
+
+    It does in published patterns, such as `\s+` after `\s*[\r\n]+`, so that nothing is read
+    again from the next character on.
+    """
+    for items in alternatives:
+        needed = [item for item in items if item.can_fail]
+        endless = [item.text for item in items if item.most is None]
+        if len(needed) == 1 and (needed[0].text, needed[0].most) == (repeated, None):
+            return True
+        if endless[:1] != [repeated]:
+            return False
+    return False
+
+
+def _alternatives(pattern: str, refuse: Callable[[str], NanoVLMError]) -> list[list[_Item]]:
+    """The alternatives of a pattern as lists of items; within groups nothing may be endless."""
     tokens = [match[0] for match in _PATTERN_TOKEN.finditer(pattern)]
-    groups, problem = [_Group()], ""
+    groups: list[list[list[_Item]]] = [[[]]]  # the open ones, each with its alternatives
     for token, following in pairwise([*tokens, ""]):
-        group, times = groups[-1], _QUANTIFIER.fullmatch(following)
+        times = _QUANTIFIER.fullmatch(following)
         if token[0] == "(":
-            groups.append(_Group())
+            groups.append([[]])
+            if len(groups) > MAX_DEPTH:
+                raise refuse("its groups are too deep")
         elif token == "|":
-            group.end_alternative()
+            groups[-1].append([])
         elif token == ")" and len(groups) > 1:
             inner = groups.pop()
-            inner.end_alternative()
-            group = groups[-1]
-            group.ways *= inner.all_ways + (times is not None)
+            if any(item.most is None for items in inner for item in items):
+                raise refuse("a group holds a repetition without an end")
             if times and times[0][0] != "?":
-                problem = "a group is repeated"
-            elif (inner.most_endless and group.endless) or (group.endless > 1 and not times):
-                problem = "more follows a second repetition without an end"
-            group.endless += 2 * bool(inner.most_endless)
-        elif not _QUANTIFIER.fullmatch(token):  # a character, or a set of them
-            least, most = _bounds(times)
-            if group.endless > 1 and least:
-                problem = "more follows a second repetition without an end"
-            group.endless += most is None
-            group.ways *= 1 if most is None else most - least + 1
-        if len(groups) > MAX_DEPTH or group.ways > MAX_WAYS or group.endless > 2:
-            problem = "it repeats too much, or can match in too many ways"
-        if problem:
-            raise NanoVLMError(
-                f"pattern {quoted(pattern)}: {problem}, so that some texts could take for ever; "
-                "use a tokenizer without it"
-            )
+                raise refuse("a group is repeated")
+            ways = sum(math.prod(item.all_ways for item in items) for items in inner)
+            groups[-1][-1].append(_Item("(…)", *_bounds(times), ways))
+        elif not _QUANTIFIER.fullmatch(token):
+            groups[-1][-1].append(_Item(token, *_bounds(times)))
+    return groups[0]
 
 
 def _bounds(times: re.Match[str] | None) -> tuple[int, int | None]:

@@ -367,7 +367,7 @@ def damaged(folder: Path, target: Path, change) -> Path:
         ),
         (
             lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(a+)+b"}),
-            "a group is repeated",
+            "a group holds a repetition without an end",
         ),
         (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={}), "has no text"),
         (

@@ -47,11 +47,15 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT_4O = (  # with one class for its capital and small letters
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]*[\p{L}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+[\p{L}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|\s+"
+)
 PUBLISHED = (
     QWEN_PATTERN,
     GPT2_PATTERN,
     LLAMA3,
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]*[\p{L}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|\s+",
+    GPT_4O,
     r"[\r\n]",
     r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
     r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
@@ -75,7 +79,10 @@ def test_published_patterns_are_read(pattern):
         "(?:a*)*b",
         "(.*a){20}b",
         "a*a*b",
-        "a*a*a*",
+        "a*b",
+        "a*b|a|a+",
+        "(a*)",
+        r"\s*[\r\n]+",
         "a+(?=a+b)",
         "(?:a?){30}b",
         "a?" * 30 + "a" * 30,
@@ -101,10 +108,10 @@ def test_patterns_that_may_run_away_or_cannot_be_read_are_refused(pattern):
 
 
 def test_patterns_that_are_read_end_soon():
-    """The worst texts for what the rules allow: quadratic, so 2,000 characters take a moment."""
-    for pattern in ("a*b+", "a+(?!a)b?", "a?a*a+", r"\s*[\r\n]+", "(?:ab?|a)a*b"):
+    """The worst texts for what is allowed take time in proportion to their length."""
+    for pattern in (*PUBLISHED, "a*b+|a+", "a?a{0,5}[ab]{1,5}", "(?:ab?|a)?a*"):
         compiled = translate_pattern(pattern)
-        for text in ("a" * 2_000, " " * 2_000, "ab" * 1_000):
+        for text in ("a" * 100_000, " " * 100_000, "ab" * 50_000, " a" * 50_000, "!" * 100_000):
             start = time.perf_counter()
             pre_tokenize(text, [compiled])
-            assert time.perf_counter() - start < 1
+            assert time.perf_counter() - start < 3

@@ -1,6 +1,7 @@
 """Where a setting's value comes from, and what is refused."""
 
 import dataclasses
+import math
 import random
 import re
 
@@ -10,6 +11,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import GROUPS, Settings, to_toml
+from nanovlm.utils.parser import flag as spelled
 
 
 def refusal(*arguments: str) -> str:
@@ -340,3 +342,22 @@ def test_a_later_stage_of_a_preset():
         NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"
     ):
         load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage4"])
+
+
+def test_every_number_of_the_settings_is_finite_and_bounded():
+    settings = Settings()
+    names = [
+        field.name
+        for field in dataclasses.fields(settings)
+        if type(getattr(settings, field.name)) in (int, float)
+    ]
+    assert len(names) > 30
+    for name in names:
+        for value in (math.nan, math.inf, -math.inf, -2000, 2**63, 10**400, 1e308, 1e-320):
+            with pytest.raises(NanoVLMError, match=f"^{spelled(name)} is .*; it has to be "):
+                dataclasses.replace(settings, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e308", "1e-320"])
+def test_numbers_of_flags_are_finite_and_bounded(value):
+    assert "--lr is" in refusal(f"--lr={value}")
