@@ -54,6 +54,8 @@ _FOLDERS = {
     "consolidated*": "holds weights in their first publisher's layout; take the folder of the same "
     "model in the layout of transformers",
     "*.incomplete": "holds an interrupted download; download it again",
+    ".cache/huggingface/download/*.incomplete": "is an interrupted download; download it again",
+    "._____temp": "is an interrupted download; download it again",
 }
 # What to do about a key that is none of those known: it may change a result.
 UNKNOWN = "what it changes is not implemented; take another model"
@@ -98,6 +100,9 @@ def explain_folder(folder: Path, lacks: str) -> str:
         return f"is the root of a cache of the hub; give its snapshot, {snapshots[-1]}"
     if any(folder.glob("models--*")):
         return "is a cache of the hub with many models; give models--…/snapshots/… of one"
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.exists():
+            return f"{path.name} is a link to a file that is gone; download the folder again"
     for pattern, explanation in _FOLDERS.items():
         if any(folder.glob(pattern)):
             return explanation

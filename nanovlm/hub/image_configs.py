@@ -112,9 +112,11 @@ def read_image_config(folder: Path) -> ImageConfig:
     defaults of the family's processor, such as mean and standard deviation, and of the size that
     the encoder is made for (DINOv2, whose position table is for larger ones: 224).
     """
+    processor = read_processor(folder)
+    if processor is None:
+        return _config_of_family(folder)
     try:
-        processor = read_processor(folder)
-        return _config_of_family(folder) if processor is None else parse_image_config(processor)
+        return parse_image_config(processor)
     except NanoVLMError as error:
         raise NanoVLMError(f"{folder}: {error}") from None
 

@@ -94,7 +94,9 @@ def open_checkpoint(folder_or_file: str | Path) -> Checkpoint:
         found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).exists()]
         if not found:
             lacks = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
-            if any(path.glob("*.bin")):
+            if others := sorted(file.name for file in path.glob("*.safetensors")):
+                lacks += f", but {_some(others)}; fetch the index, or take a folder with one"
+            elif any(path.glob("*.bin")):
                 lacks += (
                     ", and .bin files are not read; data_tools/extract_vision.py takes vision "
                     "encoders out of them"

@@ -70,6 +70,8 @@ _TEXT = (
     (rb"version https?://(git-lfs|hawser)\.", "a Git LFS pointer",
      "`git lfs pull` fetches the file itself"),
     (rb"/annex/objects/", "a git-annex pointer", "`git annex get` fetches the file itself"),
+    (rb"\.\./\.\./blobs/[0-9a-f]{40}", "a link of the hub's cache, copied without its file",
+     "copy the folder with `cp -L`, or download it again"),
     # Pages that a server sends in place of a file, and drawings.
     (rb"(?i:<!doctype html|(<[?!][^>]*>\s*)*<(html|head|body|script)\b)", "an HTML page",
      "the server sent it in place of the file; download the file again"),

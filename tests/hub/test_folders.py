@@ -61,6 +61,19 @@ def test_a_folder_of_another_kind_is_named(tmp_path, load, write, message):
     assert "\n" not in str(caught.value) and "unknown key" not in str(caught.value)
 
 
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
+    (tmp_path / "config.json").symlink_to("../../blobs/absent")
+    with pytest.raises(NanoVLMError, match="config.json is a link to a file that is gone"):
+        load_language_model(tmp_path)
+
+
+def test_shards_without_their_index_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(NanoVLMError, match="but model-00001-of-00002.safetensors; fetch the index"):
+        load_language_model(tmp_path)
+
+
 def test_a_file_or_nothing_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(NanoVLMError, match="is a GGUF file .llama.cpp., not a folder; give"):

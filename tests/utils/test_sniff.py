@@ -40,6 +40,7 @@ def image(format: str) -> bytes:
     [
         (LFS, "a Git LFS pointer: `git lfs pull` fetches the file itself"),
         (b"\xef\xbb\xbf" + LFS, "a Git LFS pointer"),
+        (b"../../blobs/" + b"0a" * 20, "a link of the hub's cache, copied without its file: copy"),
         (b"", "an empty file"),
         (bytes(100), "a file of zeros"),
         (b"<!DOCTYPE html>\n<html><head>", "an HTML page"),
