@@ -25,13 +25,9 @@ _PLACEHOLDERS = ("<|image_pad|>", IMAGE_MARKER, _FIRST_QWEN_TOKEN)
 _DEFAULT_SYSTEM = {
     "chatml": re.compile(r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<'{]+)<\|im_end\|>"),
     "vicuna": re.compile(
-        r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote)).)+?)\s*"""
-        r"""(?:USER:.*?)?(?P=quote)""",
-        re.DOTALL,
+        r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote))[^\\])*+)(?P=quote)"""
     ),
 }
-
-
 # In the outline of a published template: the name of a turn's role, and any other text that is
 # filled in, such as what a turn says. Private characters, which no template writes.
 _ROLE, _FILLED = "\ue000", "\ue001"
@@ -109,8 +105,8 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     if path.exists():
         source = refuse_stand_in(path, read_text(path))
     elif isinstance(source, list):
-        named = {item.get("name"): item.get("template") for item in source if type(item) is dict}
-        source = named.get("default", source)
+        named = [item for item in source if isinstance(item, dict)]
+        source = next((it.get("template") for it in named if it.get("name") == "default"), source)
     if source is not None and (not isinstance(source, str) or len(source) > _MAX_TEMPLATE):
         raise _no_template(folder, "its chat template is no text, or too long")
     return source or ""
@@ -198,7 +194,9 @@ def _default_system(template: str, source: str) -> str | None:
     """The default system prompt in the text of a published template that is our `template`."""
     pattern = _DEFAULT_SYSTEM.get(template)
     found = pattern.search(source) if pattern else None
-    return found["text"].replace("\\'", "'").strip() if found else None
+    if found is None:
+        return None
+    return found["text"].partition("USER:")[0].replace("\\'", "'").strip()
 
 
 def _no_template(folder: str | Path, problem: str) -> NanoVLMError:
