@@ -31,6 +31,7 @@ MAX_PIXELS = 2**26
 MAX_SIDE = 2**16  # pixels; pillow's resizing takes memory by the side
 MAX_BYTES = 2**29  # of a file: the pixels of the largest image, 8 bytes each
 MAX_SCANNED = 2**30  # pixels of all scans of a JPEG; a progressive one has about 10 scans
+MAX_SLOW = 2**21  # bytes of a PPM in text, or of unusual depth, which pillow decodes in Python
 # Formats that are decoded inside this process; EPS is not, because pillow starts ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -108,7 +109,7 @@ def _read_file(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
         # Pillow warns about unusual metadata, and about sizes, which are checked here.
         warnings.simplefilter("ignore")
         try:
-            metered = _Metered(file, 4 * size + 2**20)
+            metered = _Metered(file, 4 * size + 2**28)
             return read(metered)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             if "MAX_TEXT" not in str(error):  # the names of pillow's limits
@@ -117,16 +118,20 @@ def _read_file(file: BinaryIO, read: Callable[[BinaryIO], T]) -> T:
 
 
 class _Metered:
-    """A file of which `limit` bytes are read, and no more: many tags may name the same bytes."""
+    """A file of which about `limit` bytes are read, and no more.
+
+    Thousands of tags may name the same bytes, and a header may be all padding, which pillow reads
+    byte by byte.
+    """
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._left = file, limit
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
-        self._left -= len(data)
+        self._left -= len(data) + 64  # what a call costs
         if self._left < 0:
-            raise NanoVLMError("its parts lie over each other, so that it has no end")
+            raise NanoVLMError("is all header, or its parts lie over each other; save it again")
         return data
 
     def __getattr__(self, name: str) -> Any:
@@ -174,6 +179,11 @@ def _decode(file: BinaryIO) -> Image.Image:
     image = _open(file)
     if image.format in ("JPEG", "MPO"):
         _check_scans(file, MAX_SCANNED // (image.width * image.height))
+    is_slow = image.format == "PPM" and image.tile[0][0] != "raw"
+    if is_slow and file.seek(0, io.SEEK_END) > MAX_SLOW:
+        raise NanoVLMError(
+            f"a PPM in text, or of unusual depth, of more than {MAX_SLOW:,} bytes; save it as PNG"
+        )
     image.load()
     transpose = _transpose(image)
     image = _to_rgb(image)

@@ -15,7 +15,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.utils import interruption
 from nanovlm.utils.processes import is_main, processes
 
-MAX_LINE = 2000  # characters of a message
+MAX_LINE = 1000  # characters of a message
 # Also what separates lines, or reverses the order of characters, and halves of UTF-16 pairs.
 _CONTROL_CHARACTER = re.compile(
     "[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -32,9 +32,13 @@ def say(*lines: str) -> None:
 
 
 def printable(line: str) -> str:
-    """A line as the terminal may get it: control characters escaped, at most MAX_LINE long."""
+    """A line as the terminal may get it: control characters escaped, the middle of a long one cut.
+
+    The place of an error stands at its beginning, and the reason at its end.
+    """
     if len(line) > MAX_LINE:
-        line = f"{line[:MAX_LINE]}… ({len(line) - MAX_LINE:,} more characters)"
+        half = MAX_LINE // 2
+        line = f"{line[:half]} … {len(line) - 2 * half:,} characters … {line[-half:]}"
     return _CONTROL_CHARACTER.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 

@@ -77,9 +77,12 @@ def test_status_of_main(capsys):
         ),
         (NanoVLMError("a list:", "  1\r", "  2"), 2, "error: a list:\n  1\\r\n  2\n"),
         (
-            NanoVLMError("x" * (MAX_LINE + 5000)),
+            NanoVLMError("x" * 5000 + ": is too long"),
             2,
-            f"error: {'x' * (MAX_LINE - 7)}… (5,007 more characters)\n",
+            (
+                f"error: {'x' * (MAX_LINE // 2 - 7)} … "
+                f"{5020 - MAX_LINE:,} characters … {'x' * (MAX_LINE // 2 - 13)}: is too long\n"
+            ),
         ),
         (SystemExit(143), 143, ""),
     ],
