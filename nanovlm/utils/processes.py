@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.utils.interruption import kept_from_children
 
 
 def processes() -> tuple[int, int]:
@@ -56,7 +57,12 @@ def output_of(module: str, arguments: Sequence[str], task: str) -> Any:
     Its stderr is this process's. Raises NanoVLMError, naming `task` ("measures …"), if it fails.
     """
     command = [sys.executable, "-m", module, *arguments]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    with kept_from_children():  # so that one of the two says it was interrupted
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    try:
+        output, _ = child.communicate()
+    finally:
+        child.kill()
     if child.returncode:
         raise NanoVLMError(f"the process that {task} ended with code {child.returncode}; see above")
-    return json.loads(child.stdout)
+    return json.loads(output)

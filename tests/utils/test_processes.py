@@ -1,5 +1,9 @@
 """The environment of torchrun, and a command run in a process of its own."""
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,3 +69,15 @@ def test_an_environment_that_makes_no_sense(monkeypatch, values, message):
     with pytest.raises(NanoVLMError) as caught:
         processes()
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal")
+def test_ctrl_c_ends_the_other_process_which_says_nothing(capfd):
+    """A terminal sends it to both; one of them says so."""
+    code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        output_of("timeit", ["-n1", "-r1", code], "waits")
+    assert time.monotonic() - start < 30
+    assert capfd.readouterr() == ("", "")
