@@ -139,13 +139,15 @@ def _is_a(expected: type, value: Any) -> bool:
 
 
 def check_numbers(part: Any) -> None:
-    """Refuse a config in which a number is not finite, or not within its LIMITS.
+    """Refuse a config in which a number is none, not finite, or not within its LIMITS.
 
     0 is allowed where it is the default, or within the limits.
     """
     for field in dataclasses.fields(part):
-        where = f"{type(part).__name__}: {field.name}"
-        check_number(field.name, getattr(part, field.name), where, field.default)
+        value, where = getattr(part, field.name), f"{type(part).__name__}: {field.name}"
+        if field.type in (int, float, int | None):
+            _read_value(value, field.type, where)
+            check_number(field.name, value, where, field.default)
 
 
 def check_number(name: str, value: Any, where: str, default: Any = 1) -> None:
