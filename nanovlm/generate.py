@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.attention import KVCache, StaticCache
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.utils.compiler import Compiler, require_compiler
+from nanovlm.utils.config import check_numbers
 
 SMALLEST_CACHE = 256  # places of a compiled step's cache
 
@@ -34,22 +35,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            # Bounds within which logits stay finite in fp32.
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
-                "0 or from 0.000001 to 1000000",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", 0 <= self.top_k < 2**31, "from 0 to 2147483647"),
-            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
-            ("seed", -(2**63) <= self.seed < 2**63, "below 2 to the power of 63"),
-        ):
-            if not fits:
-                raise NanoVLMError(
-                    f"{name} is {quoted(getattr(self, name))}; it has to be {expected}"
-                )
+        check_numbers(self)
 
 
 @dataclass

@@ -167,11 +167,11 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--temperature -1", "temperature is -1.0; it has to be 0 or from 0.000001"),
+        ("--temperature -1", "temperature is -1.0; it has to be 0 or more"),
         ("--temperature nan", "temperature is nan"),
         ("--temperature hot", "invalid float value: 'hot'"),
         ("--top-p 0", "top_p is 0.0"),
-        ("--top-p 1.1", "top_p is 1.1"),
+        ("--top-p 1.1", "--top-p is 1.1"),
         ("--top-k -1", "top_k is -1"),
         ("--repetition-penalty 0", "repetition_penalty is 0.0"),
         ("--seed 1.5", "invalid int value"),

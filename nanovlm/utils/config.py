@@ -49,6 +49,10 @@ LIMITS: dict[str, tuple[float, float]] = {
         ("layer_decay", (1e-3, 10)),
         ("vision_layer", (-1000, 1000)),
         ("workers", (0, 256)),
+        # Of sampling: within these, logits stay finite in fp32.
+        ("temperature", (1e-6, 1e6)),
+        ("repetition_penalty", (1e-3, 1e3)),
+        ("top_p", (1e-6, 1)),
         ("seed", (-(2**63), 2**63 - 1)),
     )
     for name in names.split()
