@@ -58,9 +58,6 @@ class ImageConfig:
                 (getattr(self, name) is None) == is_unused,
                 f"{name} is for fit = {fit}, and only for it",
             )
-        for name in ("height", "width", "shortest_edge", "max_tiles"):
-            size = getattr(self, name)
-            _check(size is None or type(size) is int, f"{name} = {quoted(size)} is no whole number")
         check_numbers(self)
         if self.shortest_edge is not None:
             _check(
