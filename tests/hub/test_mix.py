@@ -14,10 +14,11 @@ from nanovlm.data.collate import collate
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import generate
-from nanovlm.hub.models import load_model, save_model
+from nanovlm.hub.models import _new, load_model, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import ChatConfig, Message
 from nanovlm.inputs.image import image_pixels
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training import building
 from nanovlm.training.building import build_model
@@ -282,3 +283,9 @@ def test_a_preset_without_folders_says_what_to_fetch():
         "the folder of google/siglip-so400m-patch14-384, and --language-model DIR, "
         "the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a preset, which needs none"
     )
+
+
+def test_a_new_part_is_compared_with_the_memory_before_it_is_built():
+    config = LanguageModelConfig(hidden_size=2**16, intermediate_size=2**19, num_hidden_layers=60)
+    with pytest.raises(NanoVLMError, match=r"the new LanguageModel takes [\d.]+ GB, and this mach"):
+        _new(lambda: LanguageModel(config))
