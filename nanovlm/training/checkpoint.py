@@ -79,8 +79,13 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise NanoVLMError(
             f"{run}: holds {min(names)}, which is of no run; name another folder with --out"
         )
-    advice = "it is finished; name" if model.exists() else "continue it with --resume, or name"
-    raise NanoVLMError(f"{run}: holds another run; {advice} another folder with --out")
+    if model.exists():
+        raise NanoVLMError(
+            f"{run}: holds another run, which is finished; name another folder with --out"
+        )
+    raise NanoVLMError(
+        f"{run}: holds another run; continue it with --resume, or name another folder with --out"
+    )
 
 
 def _took_no_step(run: Path, names: set[str]) -> bool:
@@ -163,6 +168,13 @@ def list_checkpoints(run: Path) -> list[Path]:
         if (name := re.fullmatch("step_(0|[1-9][0-9]{0,17})", folder.name)) and folder.is_dir()
     }
     return [found[step] for step in sorted(found)]
+
+
+def dict_at(state: dict[str, Any], key: str, where: Path | str) -> dict[str, Any]:
+    """The object under `key` in the state of a checkpoint; an older one may lack it."""
+    if not isinstance(found := state.get(key, {}), dict):
+        raise NanoVLMError(f"{where}: {key} is {quoted(found)}, expected an object")
+    return found
 
 
 def parse_progress(state: dict[str, Any], where: Path | str) -> Progress:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nanovlm.training.checkpoint import (
     STATE,
     NoRoomError,
     Progress,
+    dict_at,
     list_checkpoints,
     load_checkpoint,
     parse_progress,
@@ -38,12 +40,12 @@ from nanovlm.training.monitor.skipped import Skipped
 from nanovlm.training.monitor.tracking import Tracker
 from nanovlm.training.objectives import Objective
 from nanovlm.training.optim.optimizer import build_optimizer, schedule, set_learning_rates
-from nanovlm.training.precision import LossScaler, Precision
+from nanovlm.training.precision import Precision
 from nanovlm.training.recipes import Recipe
-from nanovlm.training.settings import Settings
-from nanovlm.utils.config import from_dict
+from nanovlm.training.settings import Settings, deciding
 from nanovlm.utils.console import say
 from nanovlm.utils.interruption import Interrupted, Interruption
+from nanovlm.utils.parser import flag
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Run:
         return Path(self.settings.out)
 
     @property
-    def facts(self) -> dict[str, int]:
-        """What has to stay the same when the run is resumed, though no setting alone decides it."""
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, and so has to stay the same when the run is resumed."""
         per_step = self.settings.batch_size * self.settings.accumulate * self.parallel.world
-        return {"records to train on": len(self.batches.records), "records per step": per_step}
+        counts = {"records to train on": len(self.batches.records), "records per step": per_step}
+        return counts | {flag(name): value for name, value in deciding(self.settings).items()}
 
 
 @dataclass
@@ -366,7 +369,7 @@ def save(
 
 
 def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
-    """Go back to the newest whole checkpoint, in which `run.facts` have to be what they are now."""
+    """Go back to the newest whole checkpoint; refused if `run.facts` were others."""
     folder, parallel, scaler = run.folder, run.parallel, run.precision.scaler
     if not parallel.largest(len(list_checkpoints(folder))):
         say(f"{folder}: stopped before its first checkpoint, so it starts again")
@@ -374,21 +377,19 @@ def resume(run: Run, optimizer: torch.optim.Optimizer) -> Progress:
     state = load_checkpoint(folder, run.model, optimizer)
     where = list_checkpoints(folder)[-1] / STATE
     progress = parse_progress(state, where)
-    facts = state.get("facts")
-    for what, now in run.facts.items():
-        was = facts.get(what) if isinstance(facts, dict) else None
-        if was != now and not run.settings.allow_changes:
-            raise NanoVLMError(
-                f"{folder}: {what} were {quoted(was)} and are {now} now; give the run "
-                "what it had (its data; processes × --batch-size × --accumulate), "
-                "or go on all the same with --allow-changes"
-            )
+    facts = dict_at(state, "facts", where)
+    changed = [
+        f"{what} {quoted(now)} (was {quoted(facts[what])})"
+        for what, now in run.facts.items()
+        if facts.get(what, now) != now
+    ]
+    if changed and not run.settings.allow_changes:
+        raise NanoVLMError(
+            f"{where}: was saved with other data or settings: {', '.join(changed[:5])}; give the "
+            "run what it had (records per step are processes × --batch-size × --accumulate), or go "
+            "on all the same with --allow-changes"
+        )
     if scaler is not None and "scaler" in state:
-        saved = from_dict(LossScaler, state["scaler"], where=f"{where}: scaler")
-        if not (0 < saved.scale < math.inf and saved.growth_interval > 0):
-            raise NanoVLMError(
-                f"{where}: scaler is {quoted(state['scaler'])}; it has to be above 0"
-            )
-        vars(scaler).update(vars(saved))
+        scaler.restore(state["scaler"], f"{where}: scaler")
     parallel.check_same("finished steps", progress.step)
     return progress

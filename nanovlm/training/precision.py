@@ -4,14 +4,16 @@ Lesson: lessons/source/15_mixed_precision.py.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.training.distributed.shares import local
+from nanovlm.utils.config import from_dict
 
 
 @dataclass
@@ -25,6 +27,13 @@ class LossScaler:
     scale: float = 2.0**16
     growth_interval: int = 1000  # steps without overflow after which the factor doubles
     good_steps: int = 0
+
+    def restore(self, saved: dict, where: str) -> None:
+        """Go on from what `vars` gave before; `where` begins the message of a NanoVLMError."""
+        before = from_dict(LossScaler, saved, where)
+        if not 0 < before.scale < math.inf or before.growth_interval < 1 or before.good_steps < 0:
+            raise NanoVLMError(f"{where} is {quoted(saved)}; its numbers have to be above 0")
+        vars(self).update(vars(before))
 
     def unscale(self, parameters: list[nn.Parameter], largest: Callable[[int], int] = int) -> bool:
         """Divide the gradients by the factor; True if all are finite, so the step may be taken.

@@ -11,7 +11,7 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.hub.toy import ASSETS, TOY_LAYERS
-from nanovlm.training.settings import ASSETS_MARK, FREE_TO_CHANGE, GROUPS, RunSettings, Settings
+from nanovlm.training.settings import ASSETS_MARK, GROUPS, Settings, deciding
 from nanovlm.utils.config import from_dict, unknown_key
 from nanovlm.utils.files import read_text
 from nanovlm.utils.parser import CommandParser, expand_user, flag
@@ -89,12 +89,11 @@ def _refuse_changes(
             "off? Add what the run had, or take the defaults with --allow-changes"
         )
     before = from_dict(Settings, kept, where=str(path))
-    may_change = {field.name for field in dataclasses.fields(RunSettings)} | {*FREE_TO_CHANGE}
+    was, now = deciding(before), deciding(settings)
     changed = [
-        f"{flag(name)} {quoted(now)} (was {quoted(was)})"
+        f"{flag(name)} {quoted(now[name])} (was {quoted(was[name])})"
         for name in given
-        if (now := getattr(settings, name)) not in ((was := getattr(before, name)), "auto")
-        and name not in may_change
+        if name in now and now[name] not in (was[name], "auto")
     ]
     if changed:
         raise NanoVLMError(

@@ -260,6 +260,12 @@ class Settings(
             )
 
 
+def deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the result of a run."""
+    free = {each.name for each in dataclasses.fields(RunSettings)} | {*FREE_TO_CHANGE}
+    return {name: value for name, value in vars(settings).items() if name not in free}
+
+
 def _checked_text(name: str, text: str) -> str:
     """The text of a setting as a file of settings can hold it; in paths without `~`."""
     if name in PATHS:

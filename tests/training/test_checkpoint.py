@@ -325,7 +325,7 @@ def test_a_run_of_no_steps_is_replaced_and_everything_else_stays(tmp_path):
             ("checkpoints/step_1/state.json", taken),
             ("checkpoints/step_1.bak/state.json", taken),
             ("notes.txt", taken),
-            ("model/config.json", "holds another run; it is finished; name another folder"),
+            ("model/config.json", "holds another run, which is finished; name another folder"),
         )
     ):
         run = prepared(tmp_path / str(number))

@@ -384,9 +384,25 @@ def test_a_run_does_not_go_on_with_other_batches_or_data(tiny, tmp_path, monkeyp
         lines = (tiny.data / "train.jsonl").read_text().splitlines()[:-1]
         (tmp_path / "fewer.jsonl").write_text("\n".join(lines))
         changes = {"data": str(tmp_path / "fewer.jsonl"), "images": str(tiny.data)}
-    with pytest.raises(NanoVLMError, match="records .* were .* and are .* now"):
+    with pytest.raises(NanoVLMError, match=r"other data or settings: records .* \(was "):
         tiny.train(tmp_path / "run", **settings | changes, resume=True)
     tiny.train(tmp_path / "run", **settings | changes, resume=True, allow_changes=True)
+
+
+def test_a_run_does_not_go_on_with_settings_that_its_checkpoint_did_not_have(
+    tiny, tmp_path, monkeypatch
+):
+    settings = dict(init=str(tiny.model), max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, 1)
+        tiny.train(tmp_path / "run", **settings)
+    changed = settings | {"lr": 0.5, "system": "x" * 999}  # in a file that was edited or damaged
+    with pytest.raises(
+        NanoVLMError, match=r"other data or settings: .*--lr 0.5 \(was 0.001\)"
+    ) as caught:
+        tiny.train(tmp_path / "run", **changed, resume=True)
+    assert "state.json: " in str(caught.value) and len(str(caught.value)) < 900
+    tiny.train(tmp_path / "run", **changed, resume=True, allow_changes=True)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,6 +1,7 @@
 """The number format of each part, and the loss scaler."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -88,3 +89,27 @@ def test_an_overflow_halves_the_factor_and_good_steps_double_it():
         step(float("nan"), 0)
     assert scaler.scale == 1.0  # and never less
     assert scaler.unscale([nn.Parameter(torch.zeros(1))])  # no gradient at all is no overflow
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [],
+        {"scale": 0.0},
+        {"scale": -1},
+        {"scale": math.inf},
+        {"scale": math.nan},
+        {"scale": "2"},
+        {"growth_interval": 0},
+        {"good_steps": -1},
+        {"good_steps": 1.5},
+        {"factor": 2},
+    ],
+)
+def test_a_damaged_loss_scaler_is_refused_by_name(saved):
+    scaler = LossScaler(scale=8.0)
+    with pytest.raises(NanoVLMError, match="^state.json: scaler"):
+        scaler.restore(saved, "state.json: scaler")
+    assert scaler == LossScaler(scale=8.0)
+    scaler.restore({"scale": 4.0, "good_steps": 3}, "")
+    assert scaler == LossScaler(scale=4.0, good_steps=3)

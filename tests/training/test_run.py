@@ -227,7 +227,7 @@ def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
 
 def test_a_folder_that_holds_something_is_refused_and_stays(tiny, finished, tmp_path):
     before = contents(finished)
-    with pytest.raises(NanoVLMError, match="holds another run; it is finished"):
+    with pytest.raises(NanoVLMError, match="holds another run, which is finished"):
         tiny.train(finished)
     with pytest.raises(NanoVLMError, match="this run is finished"):
         tiny.train(finished, resume=True)
