@@ -29,11 +29,6 @@ class AddedToken:
     normalized: bool = False  # searched for after NFC instead of before
 
 
-def _is_text(text: str) -> bool:
-    """Whether UTF-8 can hold a text."""
-    return without_surrogates(text) == text
-
-
 class BytePairTokenizer(Tokenizer):
     """Byte-level byte-pair encoding, equal to the `tokenizers` package for any text.
 
@@ -71,8 +66,6 @@ class BytePairTokenizer(Tokenizer):
                 f"vocabulary: {len(vocab) - len(self._tokens)} ids are used twice; damaged file?"
             )
         check_number("token_id", max(self._tokens, default=0), "vocabulary: the highest id", 0)
-        if not _is_text("".join(vocab)):
-            raise NanoVLMError("vocabulary: holds half a character (a lone surrogate); damaged?")
         self._use_nfc = read_normalizer(pipeline.get("normalizer"))
         self._word_patterns = read_pre_tokenizer(pipeline.get("pre_tokenizer"))
         self._encoder = BytePairEncoder(vocab, merges)
@@ -103,7 +96,8 @@ class BytePairTokenizer(Tokenizer):
 
     def _check_added(self, token: AddedToken) -> None:
         name = f"added token {quoted(token.content)} with id {quoted(token.id)}"
-        if not token.content or not _is_text(token.content) or token.id < 0:
+        is_text = token.content and without_surrogates(token.content) == token.content
+        if not is_text or token.id < 0:
             raise NanoVLMError(f"{name}: is no text, or below 0; damaged file?")
         check_number("token_id", token.id, f"{name}: the id", default=0)
         if self._tokens.get(token.id, token.content) != token.content:

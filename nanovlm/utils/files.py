@@ -175,9 +175,23 @@ def read_json(path: str | Path) -> dict:
         raise NanoVLMError(
             f"{path}{place}: is not valid JSON ({reason}); fetch or write the file again"
         ) from None
+    if "\\ud" in text.lower() and not _is_writable(value):
+        raise NanoVLMError(
+            f"{path}: holds half of a character (a lone surrogate, such as \\ud800); "
+            "fetch or write the file again"
+        )
     if not isinstance(value, dict):
         raise NanoVLMError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _is_writable(value: Any) -> bool:
+    """Whether UTF-8 can hold all texts in a value that JSON gave."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _instead_of(expected: str, what: str | None) -> str:

@@ -357,7 +357,8 @@ def damaged(folder: Path, target: Path, change) -> Path:
         ),
         (lambda d: d["model"]["vocab"].update(zzz=2**62), "the highest id is .* at most 4194304"),
         (lambda d: d["model"]["vocab"].update({"\ud800": 9999}), "lone surrogate"),
-        (lambda d: d["added_tokens"][0].update(content="\ud800"), "is no text"),
+        (lambda d: d["added_tokens"][0].update(content="\ud800"), "lone surrogate"),
+        (lambda d: d.update(post_processor={"type": "\ud800"}), "lone surrogate"),
         (lambda d: d["added_tokens"][0].update(id=2**62), "the id is .* at most 4194304"),
         (
             lambda d: d.update(

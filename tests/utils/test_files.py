@@ -55,6 +55,15 @@ def test_json_that_cannot_be_used(tmp_path, data, expected):
     assert "\n" not in message
 
 
+def test_json_with_half_a_character_is_refused(tmp_path):
+    """It could not be written again."""
+    (tmp_path / "a.json").write_text('{"a": [{"b": "\\uD83D"}]}')
+    with pytest.raises(NanoVLMError, match="a.json: holds half of a character"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": "\\uD83D\\uDE00"}')  # both halves
+    assert read_json(tmp_path / "a.json") == {"a": "😀"}
+
+
 def test_json_that_is_there_and_json_that_is_not(tmp_path):
     (tmp_path / "a.json").write_text('{"图": [1, 2.5, null]}', encoding="utf-8")
     assert read_json(tmp_path / "a.json") == {"图": [1, 2.5, None]}
