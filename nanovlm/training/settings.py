@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
 from nanovlm.utils.config import RENAMED_VALUES, check_number
 from nanovlm.utils.device import DEVICES, DTYPES
 from nanovlm.utils.parser import expand_user, flag
@@ -245,7 +245,7 @@ class Settings(
         unknown = set(self.trained_parts) - set(PARTS)
         if unknown or not self.trained_parts:
             raise NanoVLMError(
-                f"--train names {', '.join(sorted(unknown)) or 'no part'}; "
+                f"--train names {', '.join(sorted(unknown))[:MAX_QUOTED] or 'no part'}; "
                 "parts are projector, language_model and vision_encoder"
             )
         if self.lora_rank and "language_model" not in self.trained_parts:
