@@ -47,7 +47,7 @@ def main() -> None:
     )
     if arguments.max_new_tokens < 1:
         raise NanoVLMError("--max-new-tokens has to be 1 or more")
-    images = [open_image(path) for path in image_paths]
+    images = [open_image(os.path.expanduser(path)) for path in image_paths]
     model = _load_model(arguments)
     if prompt is not None:
         _check_prompt(prompt, model)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive, data_uri
@@ -151,7 +151,7 @@ def _without_text(file: BinaryIO) -> bytes:
     return b"".join(kept)
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
     """The image with nothing decoded yet."""
     file.seek(0)
     start = file.read(FIRST_BYTES)
