@@ -240,12 +240,12 @@ def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _read_list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """The records of a JSON list."""
-    text = file.read(MAX_LIST + 1)
-    if len(text) > MAX_LIST:
+    if os.fstat(file.fileno()).st_size > MAX_LIST:
         raise NanoVLMError(
             f"{path}: is larger than {MAX_LIST >> 30} GiB, which are not read at once; "
             "write one record a line and name the file .jsonl"
         )
+    text = file.read()
     try:
         entries = json.loads(text.decode("utf-8-sig", errors="surrogateescape"))
     except json.JSONDecodeError as error:
