@@ -65,8 +65,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, type=int, default=default, help=f"{text} (%(default)s)")
     options = parser.parse_args()
     for name, value in vars(options).items():
-        if type(value) is int and name != "seed" and value < 1:
-            raise NanoVLMError(f"{flag(name)} is {value}; it starts at 1")
+        least = 0 if name == "seed" else 1
+        if type(value) is int and value < least:
+            raise NanoVLMError(f"{flag(name)} is {value}; it starts at {least}")
     return options
 
 
