@@ -21,13 +21,13 @@ _FIRST_QWEN_SYSTEM = "You are a helpful assistant."
 # IMAGE_MARKER if it has none.
 _PLACEHOLDERS = ("<|image_pad|>", IMAGE_MARKER, _FIRST_QWEN_TOKEN)
 
-# By our template: the default system prompt as it stands in the text of a published template.
-_DEFAULT_SYSTEM = {
-    "chatml": re.compile(r"<\|im_start\|>system(?:\n|\\n)(?P<text>[^<'{]+)<\|im_end\|>"),
-    "vicuna": re.compile(
-        r"""(?P<quote>['"])(?P<text>A chat between (?:\\.|(?!(?P=quote))[^\\])*+)(?P=quote)"""
-    ),
-}
+# The default system prompt in a published template that does not write it between tokens: as the
+# value of a variable, or as the words by which Vicuna's begins.
+_DEFAULT_SYSTEM = re.compile(
+    r"""(?:\bset\s+\w{0,40}system\w{0,40}\s*=\s*|(?=.A chat between ))(?P<quote>['"])"""
+    r"""(?P<text>(?:\\.|(?!(?P=quote))[^\\])++)(?P=quote)""",
+    re.DOTALL,
+)
 # In the outline of a published template: the name of a turn's role, and any other text that is
 # filled in, such as what a turn says. Private characters, which no template writes.
 _ROLE, _FILLED = "\ue000", "\ue001"
@@ -61,7 +61,7 @@ def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
         raise _no_template(folder, "its chat template is another one")
     template = fitting[0]
     end_of_turn = TEMPLATES[template].end_of_turn["assistant"]
-    system = _default_system(template, source)
+    system = _default_system(TEMPLATES[template], source, outline)
     if _FIRST_QWEN_TOKEN in special and not source:
         system = _FIRST_QWEN_SYSTEM
     return ChatConfig(
@@ -156,7 +156,7 @@ def _written_by(expression: str, tokens: dict[str, str]) -> Iterator[str]:
             piece = _ROLE if token[1:-1] == "role" and piece else piece
         elif token[0] in "'\"":
             yield piece
-            piece = (match[1] or match[2] or "").replace("\\n", "\n").replace("\\'", "'")
+            piece = _unescaped(match[1] or match[2] or "")
         elif before in (".", "|"):  # an attribute or a filter
             piece = _ROLE if token == "role" else piece
         elif token.isidentifier() and token not in _JINJA_WORDS:
@@ -190,13 +190,23 @@ def _is_written(template: Template, outline: str, tokens: dict[str, str]) -> boo
     return not outline.endswith("<think>\n")
 
 
-def _default_system(template: str, source: str) -> str | None:
-    """The default system prompt in the text of a published template that is our `template`."""
-    pattern = _DEFAULT_SYSTEM.get(template)
-    found = pattern.search(source) if pattern else None
-    if found is None:
-        return None
-    return found["text"].partition("USER:")[0].replace("\\'", "'").strip()
+def _default_system(template: Template, source: str, outline: str) -> str | None:
+    """The default system prompt of a published template that writes turns as `template` does.
+
+    It is what the template writes word for word in a turn of the system.
+    """
+    before, end = template.before["system"], template.end_of_turn["system"]
+    marks = f"{_ROLE}{_FILLED}"
+    pattern = rf"{re.escape(before)}((?:(?!{re.escape(before)})[^{marks}])+?){re.escape(end)}"
+    if end and (written := re.search(pattern, outline)):
+        return written[1].strip()
+    found = _DEFAULT_SYSTEM.search(source)
+    return _unescaped(found["text"]).partition("USER:")[0].strip() if found else None
+
+
+def _unescaped(text: str) -> str:
+    """The text of a string as Jinja writes it down, without its quotes."""
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def _no_template(folder: str | Path, problem: str) -> NanoVLMError:

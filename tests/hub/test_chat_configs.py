@@ -111,6 +111,35 @@ def test_the_template_that_a_folder_writes_decides_between_two_that_its_tokens_a
     assert read_chat_config(tmp_path, load_tokenizer(tmp_path)).template == "llama3"
 
 
+LLAMA_FACTORY = (
+    "{% set system_message = 'You help.' %}{% if messages[0].role == 'system' %}"
+    "{% set system_message = messages[0].content %}{% endif %}"
+    "{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}"
+)
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("written", "system"),
+    [
+        (r"{{ '<|im_start|>system\nYou\'re a \"bot\".<|im_end|>\n' }}", 'You\'re a "bot".'),
+        (r"""{{ "<|im_start|>system\nThe user's friend.<|im_end|>\n" }}""", "The user's friend."),
+        # Qwen2.5-Math
+        (r"{{ '<|im_start|>system\nWrite \\boxed{}.<|im_end|>\n' }}", r"Write \boxed{}."),
+        ("{{ '<|im_start|>system\nUse <b>…</b>。\n好。<|im_end|>\n' }}", "Use <b>…</b>。\n好。"),
+        (LLAMA_FACTORY, "You help."),
+        ("{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}", None),
+        ("{% set system_message = '' %}", None),
+        ("", None),
+    ],
+)
+def test_the_default_system_prompt_is_what_a_template_writes_word_for_word(
+    tmp_path, written, system
+):
+    byte_pair(tmp_path, written + chatml(TURN), special=CHATML)
+    assert read_chat_config(tmp_path, load_tokenizer(tmp_path)).default_system == system
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [([321, 322, 321], (322,)), (322, (322,)), (321, ()), (None, ()), ([], ())],
