@@ -36,9 +36,16 @@ IGNORED = frozenset({
     "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
     "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p",
     "use_bfloat16", "use_return_dict", "trust_remote_code", "tokenizer_model_max_length",
+    "keys_to_ignore_at_inference",
+    # How a model is trained or computed, not what.
+    "attn_implementation", "flash_attention", "gradient_checkpointing", "initializer_factor",
+    "model_max_length", "use_flash_attention", "use_flash_attn",
 })  # fmt: skip
-# Keys by which tools sign a file: what they are, their versions, their private notes.
-_SIGNATURES = re.compile(r"_.*|unsloth_.*|.*_version|.*_revision|.*_hash")
+# Keys by which tools and authors sign a file, and dropouts, which are off in a forward pass.
+_SIGNATURES = re.compile(
+    r"_.*|unsloth_.*|.*_version|.*_revision|.*_hash|.*dropout.*|.*_pdrop"
+    r"|name|model_name|author|license|description|comment"
+)
 
 # Files by which a folder that lacks `config.json` or weights is recognised, and what it is.
 _NEEDS_A_PART = "give a vision encoder or a language model"

@@ -26,6 +26,7 @@ _SHARED_DEFAULTS: dict[str, Any] = dict(
     layer_types=[],
     use_sliding_window=False,
     rope_interleaved=False,
+    partial_rotary_factor=1.0,
 )
 _QWEN2_DEFAULTS = _SHARED_DEFAULTS | dict(
     vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768
@@ -123,6 +124,7 @@ def _parse_llama(config: dict[str, Any]) -> dict[str, Any]:
     defaults = _DEFAULTS.get(family, _SHARED_DEFAULTS)
     config = parse_hub_config(config, LANGUAGE_FAMILIES, defaults, _IGNORED)
     require(config, hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
+    require(config, partial_rotary_factor=1.0)
     other_layers = [kind for kind in config["layer_types"] if kind != "full_attention"]
     require({"layer_types": other_layers}, layer_types=[])
     if family != "llama":

@@ -40,6 +40,7 @@ LLAMA3 = {
             QWEN3 | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
             "rope_parameters: rope_type = 'yarn' is not implemented, only 'default'",
         ),
+        (QWEN2 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
         (
             QWEN2 | {"rope_parameters": {"partial_rotary_factor": 0.5}},
             "partial_rotary_factor = 0.5 is not implemented",
@@ -339,12 +340,21 @@ def test_null_is_as_good_as_absent():
     assert parse_language_model_config(QWEN2 | {"rope_scaling": table}) == plain
 
 
+def test_a_whole_rotation_may_be_written_down():
+    plain = parse_language_model_config(QWEN2)
+    assert parse_language_model_config(QWEN2 | {"partial_rotary_factor": 1.0}) == plain
+
+
 def test_keys_that_only_sign_a_file_are_passed_over():
     signed = {
         "unsloth_fixed": True,
         "unsloth_version": "2025.9.7",
         "some_tool_version": "1",
         "_commit_hash": "a",
+        "license": "mit",
+        "resid_pdrop": 0.0,
+        "gradient_checkpointing": False,
+        "attn_implementation": "sdpa",
     }
     assert parse_language_model_config(QWEN2 | signed) == parse_language_model_config(QWEN2)
     assert parse_vision_encoder_config(DINOV2 | signed) == parse_vision_encoder_config(DINOV2)
