@@ -58,9 +58,10 @@ IMAGE_BYTES = ("bytes", "base64", "data")
 _PLACE = re.compile(r"<image>|<img>([^<>]+)</img>")
 # What other programs write for images, video, sound and boxes. Here it would be learned as text.
 _FOREIGN = re.compile(
-    r"</?\|?(?:(?:start|begin|end)_of_|fake_token_around_)?"
+    r"<\|?(?:(?:start|begin|end)_of_|fake_token_around_)?"
     r"(?:image|img|im_patch|picture|video|audio|speech|sound|vision|media)"
-    r"[\w-]{0,40}(?: \d{1,4})?\|?>|</?(?:bbox|ref-object)>|\[(?:img|image)\]",
+    r"[\w-]{0,40}(?: \d{1,4})?\|? ?/?>|<(?:bbox|ref-object)>"
+    r"|</(?:image|img)>|\[(?:img|image)\](?!\()",  # but not a link in Markdown
     re.IGNORECASE,
 )
 # Keys of a record or a turn that change what it means, and others that name images.
@@ -98,7 +99,7 @@ def read_conversation(entry: dict[str, Any]) -> tuple[tuple[Message, ...], list[
     turns, has_roles = _turns(entry)
     messages, names = [], []
     for turn in turns:
-        message, own = _read_turn(turn)
+        message, own = _read_turn(turn, len(names))
         messages.append(message)
         names += own
     given = _given_images(entry)
@@ -127,7 +128,11 @@ def as_turns(value: Any, role: str) -> list[Any]:
 def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
     """The turns of a record, and whether it gives them with roles."""
     found = [key for key in TURN_LISTS if key in entry]
-    found += [key for key in ((*PROMPTS, "history") if found else QUESTIONS) if key in entry]
+    if found:
+        others = [key for key in (*PROMPTS, "history") if key in entry]
+        found += [key for key in others if not _opens(entry[found[0]], entry[key])]
+    else:
+        found += [key for key in QUESTIONS if key in entry]
     if not found:
         raise NanoVLMError(
             "has neither messages nor conversations, nor a question with an answer; "
@@ -141,6 +146,12 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
     if not isinstance(given, list):
         raise NanoVLMError(f"{key} is {quoted(given)}, expected a list of turns")
     return list(_unpaired(given)), _has_turn(given)
+
+
+def _opens(turns: Any, prompt: Any) -> bool:
+    """Whether a list of turns opens with a prompt, which then repeats it (UltraChat)."""
+    first = turns[0] if isinstance(turns, list) else None
+    return isinstance(first, dict) and prompt in (first.get(key, first) for key in TEXT)
 
 
 def _question_and_answer(entry: dict[str, Any], key: str) -> list[Any]:
@@ -173,8 +184,11 @@ def _unpaired(items: Any) -> Iterator[Any]:
             yield item
 
 
-def _read_turn(turn: Any) -> tuple[Message, list[str]]:
-    """The message of a turn, and the names of its images: "" for the next one of the record."""
+def _read_turn(turn: Any, number: int = 0) -> tuple[Message, list[str]]:
+    """The message of a turn, and the names of its images: "" for the next one of the record.
+
+    `number` is the number of images before it.
+    """
     if not isinstance(turn, dict):
         raise NanoVLMError(f"a turn is {quoted(turn)}, expected an object with role and content")
     turn = present(turn)
@@ -190,7 +204,7 @@ def _read_turn(turn: Any) -> tuple[Message, list[str]]:
     content = turn.get(text_key, "")
     if any(turn[key] != content for key in TEXT if key in turn):
         raise NanoVLMError(f"a turn of the {role} has two texts, and they differ")
-    text, names = _read_content(content, role)
+    text, names = _read_content(content, role, number)
     if not text.strip() and role != "system":  # an empty system prompt replaces a model's own
         raise NanoVLMError(f"a turn of the {role} has no text in {text_key!r}")
     if role != "assistant":
@@ -202,11 +216,11 @@ def _read_turn(turn: Any) -> tuple[Message, list[str]]:
     return Message.parse(role, text, _is_learned(turn)), names
 
 
-def _read_content(content: Any, role: str) -> tuple[str, list[str]]:
+def _read_content(content: Any, role: str, number: int) -> tuple[str, list[str]]:
     """The text of a turn, with `<image>` for each of its images, and their names."""
     whole, names = "", []
     for part in content if isinstance(content, list) else [content]:
-        text, name = _read_part(part)
+        text, name = _read_part(part, number + len(names))
         if text is None:
             if role != "user":
                 raise NanoVLMError(f"a turn of the {role} has an image; images belong to the user")
@@ -223,12 +237,18 @@ def _read_content(content: Any, role: str) -> tuple[str, list[str]]:
     return whole, names
 
 
-def _read_part(part: Any) -> tuple[str | None, str]:
-    """The text of a part of a content, or None and the name of an image ("": of the record's)."""
+def _read_part(part: Any, number: int) -> tuple[str | None, str]:
+    """The text of a part of a content, or None and the name of an image ("": of the record's).
+
+    An image of the record's may be given by its `number` (llava-instruct-mix), which has to be the
+    next one.
+    """
     if isinstance(part, str):
         return part, ""
     if isinstance(part, dict):
         part = present(part)
+        if part.get("type") == "image" and part.get("index") == number:
+            del part["index"]
         kind = part.get("type") or _first(part, ("text", *IMAGE_NAMES))
         has_image = _first(part, (*IMAGE_NAMES, *IMAGE_BYTES))
         text = part.get("text", "" if len(part) == 1 else None)
@@ -335,7 +355,8 @@ def _names_image(text: str) -> bool:
 
 def _refuse(entry: dict[str, Any], keys: re.Pattern[str]) -> None:
     for key in filter(keys.fullmatch, entry):
-        _refuse_key(key)
+        if entry[key] != "[]":  # a list without anything, written down as text (LLaMA-Factory)
+            _refuse_key(key)
 
 
 def _refuse_key(key: str) -> None:

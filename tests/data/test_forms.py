@@ -64,6 +64,13 @@ SAME = {
         "completion": [{"role": "assistant", "content": ANSWER}],
         "images": ["a.png"],
     },
+    "parts with null columns": chat(
+        [{"type": "image", "index": 0, "text": None}, TEXT | {"index": None}], images=["a.png"]
+    ),
+    "a prompt that repeats the question": chat(
+        f"<image>\n{ASK}", image="a.png", prompt=f"<image>\n{ASK}", prompt_id="a"
+    ),
+    "tools that are none": sharegpt(f"<image>\n{ASK}", image="a.png", tools="[]"),
     "a table of the hub": chat(f"<image>\n{ASK}", images=[{"path": "a.png", "bytes": None}]),
     "Anthropic": chat([{"type": "image", "source": {"type": "url", "url": "a.png"}}, TEXT]),
     "ms-swift, a query": {"query": ASK, "response": ANSWER, "images": ["a.png"], "history": []},
@@ -364,7 +371,7 @@ MARKERS = """<video> <audio> <img> <img></img> <Image> <image_0> <ImageHere> <|i
 <image_soft_token> <|AUDIO|> <image-placeholder> <im_patch> </image> <bbox>"""
 
 
-@pytest.mark.parametrize("marker", [*MARKERS.split(), "<image 1>"])
+@pytest.mark.parametrize("marker", [*MARKERS.split(), "<image 1>", "<image />"])
 def test_markers_of_other_programs_are_named(folder, marker):
     for entry in (
         sharegpt(f"{marker}\nWhat is red?"),
@@ -378,4 +385,5 @@ def test_markers_of_other_programs_are_named(folder, marker):
 
 def test_control_tokens_and_other_tags_are_ordinary_text(folder):
     text = "<|im_end|> <|im_start|>assistant </s> <b>imagine</b> a < image > <br> <img src='x'>"
+    text += " <video controls></video> [img](x) ![image](b.png) \u2028 a<b>c 😀"
     assert read(sharegpt(text), folder).messages[0] == Message("user", (text,))
