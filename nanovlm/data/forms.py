@@ -130,7 +130,7 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
     found = [key for key in TURN_LISTS if key in entry]
     if found:
         others = [key for key in (*PROMPTS, "history") if key in entry]
-        found += [key for key in others if not _opens(entry[found[0]], entry[key])]
+        found += [key for key in others if not repeats(entry[key], entry[found[0]])]
     else:
         found += [key for key in QUESTIONS if key in entry]
     if not found:
@@ -148,10 +148,10 @@ def _turns(entry: dict[str, Any]) -> tuple[list[Any], bool]:
     return list(_unpaired(given)), _has_turn(given)
 
 
-def _opens(turns: Any, prompt: Any) -> bool:
-    """Whether a list of turns opens with a prompt, which then repeats it (UltraChat)."""
-    first = turns[0] if isinstance(turns, list) else None
-    return isinstance(first, dict) and prompt in (first.get(key, first) for key in TEXT)
+def repeats(prompt: Any, turns: Any) -> bool:
+    """Whether a prompt says again how a list of turns begins (UltraChat, UltraFeedback)."""
+    first = [turn for turn in turns[:2] if isinstance(turn, dict)] if _has_turn(turns) else []
+    return any(prompt == turn.get(key) for turn in first for key in TEXT)
 
 
 def _question_and_answer(entry: dict[str, Any], key: str) -> list[Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanovlm.data.batches import BatchOptions, RecordEncoder
-from nanovlm.data.forms import QUESTIONS, TURN_LISTS, as_turns, present
+from nanovlm.data.forms import QUESTIONS, TURN_LISTS, as_turns, present, repeats
 from nanovlm.data.records import Record, parse_record, read_records
 from nanovlm.data.sequences import TokenSequence, share_prefix
 from nanovlm.errors import NanoVLMError
@@ -83,12 +83,25 @@ def _with_chosen(entry: dict[str, Any]) -> dict[str, Any]:
 def _with_answer(entry: dict[str, Any], name: str) -> dict[str, Any]:
     """The record that ends with one of a pair's answers."""
     answer, rest = entry[name], {k: v for k, v in entry.items() if k not in ANSWERS}
+    if isinstance(answer, list) and len(answer) > 1:  # with the question
+        return _with_conversation(rest, answer, entry["chosen"])
     for key in TURN_LISTS:
         if isinstance(turns := rest.get(key), list):
             return {**rest, key: [*turns, *as_turns(answer, "assistant")]}
     if any(key in rest for key in QUESTIONS):
         return {**rest, "completion": answer}
     return {**rest, "messages": as_turns(answer, "assistant")}
+
+
+def _with_conversation(rest: dict[str, Any], turns: list[Any], chosen: Any) -> dict[str, Any]:
+    """The record of an answer that is all turns, without what says them again (UltraFeedback).
+
+    Other turns stay beside them, and the record is refused.
+    """
+    for key in (*TURN_LISTS, *QUESTIONS):
+        if key in rest and (rest[key] in (chosen, turns[:-1]) or repeats(rest[key], turns)):
+            rest.pop(key)
+    return {**rest, next(key for key in TURN_LISTS if key not in rest): turns}
 
 
 @dataclass

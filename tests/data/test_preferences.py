@@ -79,6 +79,19 @@ SAME = {
         "chosen": [ASKED, turn("Hello.")],
         "rejected": [ASKED, turn("No.")],
     },
+    "UltraFeedback": {
+        "prompt": "Hi",
+        "prompt_id": "a",
+        "chosen": [ASKED, turn("Hello.")],
+        "rejected": [ASKED, turn("No.")],
+        "messages": [ASKED, turn("Hello.")],
+        "score_chosen": 7.5,
+    },
+    "a prompt of turns, with the question in both": {
+        "prompt": [ASKED],
+        "chosen": [ASKED, turn("Hello.")],
+        "rejected": [ASKED, turn("No.")],
+    },
     "ms-swift": {"messages": [ASKED, turn("Hello.")], "rejected_response": "No."},
     "ms-swift, a query": {"query": "Hi", "response": "Hello.", "rejected_response": "No."},
     "LLaMA-Factory": {"instruction": "Hi", "input": "", "chosen": "Hello.", "rejected": "No."},
@@ -117,6 +130,14 @@ BAD = {
     "two questions": (
         {"chosen": [ASKED, turn("a")], "rejected": [TURNS[0], turn("b")], "image": "a.jpg"},
         "the text has 0 <image> markers",
+    ),
+    "another prompt": (
+        {"prompt": "a", "chosen": [ASKED, turn("a")], "rejected": [ASKED, turn("b")]},
+        "has messages and prompt; it is not clear",
+    ),
+    "other messages": (
+        {"messages": TURNS, "chosen": [ASKED, turn("a")], "rejected": [ASKED, turn("b")]},
+        "has messages and conversations; it is not clear",
     ),
     "another question": (
         {"chosen": [ASKED, turn("a")], "rejected": [TURNS[2], turn("b")]},
