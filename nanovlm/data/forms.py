@@ -38,15 +38,16 @@ TURN_LISTS = ("messages", "conversations", "conversation", "texts")
 PROMPTS = ("prompt", "query", "instruction")
 QUESTIONS = (*PROMPTS, "question")
 ANSWERS = ("response", "completion", "output", "answer")
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 IMAGES = ("images", "image")
 READ = {*TURN_LISTS, *QUESTIONS, *ANSWERS, *SYSTEM, *IMAGES, "input", "history", "references"}
-CONTEXT = ("context", "passage", "choices", "options", "hint")  # belongs to a question; not read
+# What belongs to a question and is not read; "A" as in MMBench, whose choices have keys.
+CONTEXT = ("context", "passage", "article", "choices", "options", "hint", "A", "option_a")
 
 # Of a turn, and of a question with its answer that stand in a list.
 ROLE, TEXT = ("role", "from"), ("content", "value", "text")
 ASKED, ANSWERED = (*QUESTIONS, "user", "human", "input"), (*ANSWERS, "assistant", "gpt", "bot")
-LOSS = ("loss", "weight", "loss_weight", "loss_scale", "train", "trainable", "masked")
+LOSS = ("loss", "weight", "loss_weight", "loss_scale", "train", "training", "trainable", "masked")
 
 # Types of parts; and where an object has the name of an image, or the image itself in base64.
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -75,6 +76,8 @@ _MEANING = re.compile(
 _IMAGE_KEY = re.compile(
     rf"(?:image|img|picture|pic|photo|screenshot)s?[_-]?\d*{_OF_A_FILE}", re.IGNORECASE
 )
+_OTHER_IMAGE_KEY = re.compile(rf"\w+[_-](?:image|img|picture|photo)s?{_OF_A_FILE}", re.IGNORECASE)
+_LEARNING = re.compile(r"\w*(?:loss|mask|train|supervise)\w*", re.IGNORECASE)  # keys of a turn
 _IMAGE_FILE = re.compile(r".+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 
@@ -199,8 +202,10 @@ def _read_turn(turn: Any, number: int = 0) -> tuple[Message, list[str]]:
         raise NanoVLMError(
             f"a turn has {role_key} = {quoted(written)}, expected system, user or assistant"
         )
-    _refuse(turn, _MEANING)
-    _refuse(turn, _IMAGE_KEY)
+    rest = {key: value for key, value in turn.items() if key not in (*ROLE, *TEXT, *LOSS)}
+    for keys in (_MEANING, _IMAGE_KEY, _LEARNING):
+        _refuse(rest, keys)
+    _check_other_images(rest, [])
     content = turn.get(text_key, "")
     if any(turn[key] != content for key in TEXT if key in turn):
         raise NanoVLMError(f"a turn of the {role} has two texts, and they differ")
@@ -208,8 +213,8 @@ def _read_turn(turn: Any, number: int = 0) -> tuple[Message, list[str]]:
     if not text.strip() and role != "system":  # an empty system prompt replaces a model's own
         raise NanoVLMError(f"a turn of the {role} has no text in {text_key!r}")
     if role != "assistant":
-        rest = text.replace(IMAGE_MARKER, "") if role == "user" else text
-        if foreign := _FOREIGN.search(rest):
+        own = text.replace(IMAGE_MARKER, "") if role == "user" else text
+        if foreign := _FOREIGN.search(own):
             raise NanoVLMError(f"a turn of the {role} has {foreign[0]}, which is no image here")
         if _first(turn, LOSS) and _is_learned(turn):
             raise NanoVLMError(f"a turn of the {role} is to be learned, and only answers can be")
@@ -218,8 +223,10 @@ def _read_turn(turn: Any, number: int = 0) -> tuple[Message, list[str]]:
 
 def _read_content(content: Any, role: str, number: int) -> tuple[str, list[str]]:
     """The text of a turn, with `<image>` for each of its images, and their names."""
-    whole, names = "", []
-    for part in content if isinstance(content, list) else [content]:
+    parts, whole, names = content if isinstance(content, list) else [content], "", []
+    if len(parts) > 1 and all(isinstance(part, str) for part in parts):
+        raise NanoVLMError(f"has a list of texts, {quoted(parts)}; it is not clear what they are")
+    for part in parts:
         text, name = _read_part(part, number + len(names))
         if text is None:
             if role != "user":
@@ -253,6 +260,7 @@ def _read_part(part: Any, number: int) -> tuple[str | None, str]:
         has_image = _first(part, (*IMAGE_NAMES, *IMAGE_BYTES))
         text = part.get("text", "" if len(part) == 1 else None)
         if kind in TEXT_PARTS and not has_image and isinstance(text, str):
+            _refuse(part, _IMAGE_KEY)
             return text, ""
         if kind in IMAGE_PARTS and "text" not in part and (has_image or len(part) == 1):
             return None, _image_name(part) if has_image else ""
@@ -332,7 +340,10 @@ def _check_other_images(entry: dict[str, Any], names: list[str]) -> None:
         if _IMAGE_KEY.fullmatch(key):  # beside images that are read, addresses and file names
             if not names or not all("://" in t or _base_name(t) in known for t in _texts(value)):
                 _refuse_key(key)
-        elif not names and any(map(_names_image, _texts(value))):
+        elif not names and (
+            any(map(_names_image, _texts(value)))
+            or (_OTHER_IMAGE_KEY.fullmatch(key) and any(_texts(value)))
+        ):
             _refuse_key(key)
 
 

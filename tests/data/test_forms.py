@@ -251,6 +251,23 @@ REFUSED = {
         "only answers can be",
     ),
     "two texts": (turn(value="y"), "has two texts, and they differ"),
+    "several answers": (
+        {"question": "x", "answer": ["cat", "cats"]},
+        "has a list of texts, ['cat', 'cats']; it is not clear",
+    ),
+    "a path among texts": (chat(["a.png", "x"]), "has a list of texts, ['a.png', 'x']"),
+    "files beside a text": (
+        {
+            "messages": [
+                {"role": "user", "content": "x", "files": ["a.png"]},
+                *chat("x")["messages"],
+            ]
+        },
+        "has 'files'",
+    ),
+    "images within a text": (chat([TEXT | {"images": ["a.png"]}]), "has 'images'"),
+    "a mask of losses": (turn(loss_mask=0), "has 'loss_mask'"),
+    "choices with keys": ({"question": "x", "A": "cat", "B": "dog", "answer": "A"}, "has 'A'"),
     "a list of media": (chat("x", media=[{"type": "image", "url": "a.png"}]), "has 'media'"),
     "weights of parts of an answer": (turn(train_detail=[{"train": False}]), "'train_detail'"),
     "a call of a tool": (turn(tool_calls=[{"id": 1}]), "has 'tool_calls'"),
@@ -353,7 +370,7 @@ def test_what_cannot_be_read_as_it_is_meant_is_refused_by_name(folder, entry, re
 
 
 KEYS = """image_path imgs img image_url image_file picture photo pics imagePath image_base64
-img_path image_names images_list image1 image_2 screenshot media thumbnail"""
+img_path image_names images_list image1 image_2 screenshot media thumbnail input_image"""
 
 
 @pytest.mark.parametrize("key", KEYS.split())
@@ -361,7 +378,11 @@ def test_an_image_under_a_key_that_is_not_read_is_named(folder, key):
     for value in ("a.png", ["a.png"]):
         with pytest.raises(NanoVLMError, match=f"has '{key}', which is not read"):
             read(sharegpt("What is red?") | {key: value}, folder)
-    if key not in ("media", "thumbnail"):  # with an image that is read, these are other versions
+    if key not in (
+        "media",
+        "thumbnail",
+        "input_image",
+    ):  # with an image that is read, these are other versions
         with pytest.raises(NanoVLMError, match=f"has '{key}', which is not read"):
             read(sharegpt("<image>", image="b.png") | {key: "a.png"}, folder)
 
