@@ -109,7 +109,7 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
         source = next((it.get("template") for it in named if it.get("name") == "default"), source)
     if source is not None and (not isinstance(source, str) or len(source) > _MAX_TEMPLATE):
         raise _no_template(folder, "its chat template is no text, or too long")
-    return source or ""
+    return (source or "").replace("\r\n", "\n")  # as Jinja reads it
 
 
 def _outline(source: str, tokens: dict[str, str]) -> str:
@@ -186,8 +186,18 @@ def _is_written(template: Template, outline: str, tokens: dict[str, str]) -> boo
             re.findall(any_role, outline)
         ):
             return False  # another text opens a turn
-    # A model that always thinks aloud begins its answers so, and ours does not.
-    return not outline.endswith("<think>\n")
+    return _opens_answer(template, outline)
+
+
+def _opens_answer(template: Template, outline: str) -> bool:
+    """Whether a published template opens an answer as `template` does, or writes no opening.
+
+    A model that may think opens it with an empty think block. One that always does is not ours.
+    """
+    if outline.endswith(EMPTY_THINK):
+        outline = outline.removesuffix(EMPTY_THINK).removesuffix("<think>\n")
+    opening, end = template.before["assistant"], template.end_of_turn["assistant"]
+    return outline.rstrip(f" \n{_FILLED}").endswith((opening.rstrip(), end))
 
 
 def _default_system(template: Template, source: str, outline: str) -> str | None:

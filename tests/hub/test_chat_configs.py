@@ -46,6 +46,9 @@ CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+
+
 def chatml(turn: str) -> str:
     return "{% for m in messages %}" + turn + "{% endfor %}" + OPENING
 
@@ -57,6 +60,7 @@ def chatml(turn: str) -> str:
         chatml("{{- '<|im_start|>' ~ m.role ~ \"\\n\" ~ m.content | trim -}}{{ '<|im_end|>\\n' }}"),
         "{% for m in messages %}\n<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
         "{% endfor %}\n{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}".strip(),
+        chatml(TURN) + "\r\n",
         chatml(  # Yi's, which opens the answer with the question
             "{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n"
             "<|im_start|>assistant\n' }}{% else %}{{ m.content + eos_token + '\n' }}{% endif %}"
@@ -87,6 +91,8 @@ def test_templates_that_write_chatml_are_chatml(tmp_path, template):
         + "{{ '<think>\n' }}",
         chatml("{{ '<用户>' + m.content + '<AI>' }}"),
         "{{ messages }}",
+        chatml(TURN).replace("assistant\n", "model\n"),
+        chatml(TURN).replace("assistant\n", "assistant\nSure! "),
         "{{" * 20_000,
         "{% set x = '<" * 20_000,
         "x" * 300_000,
@@ -116,7 +122,6 @@ LLAMA_FACTORY = (
     "{% set system_message = messages[0].content %}{% endif %}"
     "{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}"
 )
-TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 
 
 @pytest.mark.parametrize(
