@@ -77,7 +77,8 @@ _IMAGE_KEY = re.compile(
     rf"(?:image|img|picture|pic|photo|screenshot)s?[_-]?\d*{_OF_A_FILE}", re.IGNORECASE
 )
 _OTHER_IMAGE_KEY = re.compile(rf"\w+[_-](?:image|img|picture|photo)s?{_OF_A_FILE}", re.IGNORECASE)
-_LEARNING = re.compile(r"\w*(?:loss|mask|train|supervise)\w*", re.IGNORECASE)  # keys of a turn
+# Keys of a turn that may say whether it is learned, besides those that are read.
+_LEARNING = re.compile(r"(?:\w+_)?(?:loss|mask|train|supervised?)(?:_\w+)?", re.IGNORECASE)
 _IMAGE_FILE = re.compile(r".+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 

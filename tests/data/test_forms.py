@@ -70,6 +70,13 @@ SAME = {
     "a prompt that repeats the question": chat(
         f"<image>\n{ASK}", image="a.png", prompt=f"<image>\n{ASK}", prompt_id="a"
     ),
+    "other facts about a turn": {
+        "image": "a.png",
+        "messages": [
+            {"role": "user", "content": f"<image>\n{ASK}", "constraints": "short", "name": "Li"},
+            {"role": "assistant", "content": ANSWER, "glossary": "x", "id": 3},
+        ],
+    },
     "tools that are none": sharegpt(f"<image>\n{ASK}", image="a.png", tools="[]"),
     "a table of the hub": chat(f"<image>\n{ASK}", images=[{"path": "a.png", "bytes": None}]),
     "Anthropic": chat([{"type": "image", "source": {"type": "url", "url": "a.png"}}, TEXT]),
