@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from nanovlm.training.settings import Settings
 from nanovlm.utils.console import run_command
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share
+# A shell lets what it starts in the background ignore Ctrl-C, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL = ["<image>", "<system>", "<user>", "<assistant>"]
 VISION_CONFIG = {

@@ -58,11 +58,13 @@ class Interrupted(BaseException):
 class Interruption:
     """Keeps the first SIGINT or SIGTERM as `signal`, for the loop to check after each step.
 
-    A second one exits at once, with 128 + its number.
+    A second one exits at once, with 128 + its number. A process forked within ignores both: one
+    that prepares batches is ended by its parent.
     """
 
     def __enter__(self) -> "Interruption":
         self.signal = 0  # the number of the signal received, or 0
+        self._process = os.getpid()
         self._waiting = False
         self._previous = {
             number: signal.signal(number, self._receive)
@@ -82,6 +84,8 @@ class Interruption:
             self._waiting = False
 
     def _receive(self, number: int, _) -> None:
+        if os.getpid() != self._process:
+            return
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number

@@ -1,5 +1,6 @@
 """Ctrl-C at any moment of a command: one line, exit code 130, and no traceback."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,3 +81,14 @@ def test_ctrl_c_is_kept_from_children_and_put_off_here():
             done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
         pytest.fail("was lost")
     assert done.stdout == b"goes on\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_forked_while_a_run_waits_ignores_the_signal(number: signal.Signals):
+    with interruption.Interruption() as kept, kept.while_waiting():
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=signal.raise_signal, args=[number])
+        child.start()
+        child.join()
+    assert (child.exitcode, kept.signal) == (0, 0)
