@@ -94,9 +94,16 @@ def prepare_ahead(
     return _watched(loader, started)
 
 
+# Loaders that were not read to their end, kept so that PyTorch does not shut them down: it would
+# wait for the batches that workers are at, and for ever for a lock that a killed one held.
+_given_up: list[Iterator[Any]] = []
+
+
 def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[Any]:
+    is_done = False
     try:
         yield from loader
+        is_done = True
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -105,10 +112,13 @@ def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[
             f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened"
         ) from None
     finally:
-        # If a signal ends the run, each would be waited for until its batch is complete.
         for process in started:
             atexit.unregister(process.kill)
-            process.kill()
+        if not is_done:
+            _given_up.append(loader)
+            for process in started:
+                process.kill()
+                process.join()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -1,5 +1,6 @@
 """Worker processes: what they leave to their parent, and what is said when one dies."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -161,6 +162,18 @@ def test_a_loader_that_is_given_up_does_not_wait_for_its_workers():
     loader.close()
     assert time.monotonic() - start < 4
     assert set(multiprocessing.active_children()) <= set(others)
+
+
+def test_a_loader_that_is_given_up_asks_for_no_lock_that_a_killed_worker_held(monkeypatch):
+    shut_down = []
+    kind = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(kind, "_shutdown_workers", shut_down.append)
+    loader = prepare_ahead(Processes(), 0, 6, Loading(workers=2))
+    next(loader)
+    loader.close()
+    del loader
+    gc.collect()
+    assert not shut_down
 
 
 @pytest.mark.gpu
