@@ -55,8 +55,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError:
         # Python flushes it once more at exit, and a failure there would change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if status and _processes()[1] > 1:
-        # No clean-up between processes: it would wait for this one. torchrun ends the others.
+    if _processes()[1] > 1:
+        # No clean-up between processes: it would wait for this one, or abort it, if a thread of the
+        # connection is still there. After an error torchrun ends the others.
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -177,3 +177,20 @@ def test_a_closed_pipe_ends_the_command_quietly():
     )
     os.close(writer)
     assert done.returncode == 141 and done.stderr == b""
+
+
+def test_one_of_several_processes_ends_without_clean_up():
+    """Threads of a connection that is being closed can abort a process that cleans up."""
+    program = (
+        "import atexit, os; from nanovlm.utils.console import run_command; "
+        "atexit.register(os.abort); run_command(lambda: print('done'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
