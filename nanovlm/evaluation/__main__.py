@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.records import Record, read_records, record_files
+from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.metrics import (
@@ -45,8 +45,7 @@ def main() -> None:
         inputs = (arguments.model, *record_files(arguments.data))
         check_new_file(arguments.answers, "--answers", inputs)
     records, skipped = read_records(arguments.data, arguments.images)
-    for reason in skipped:
-        say(f"skipped: {reason}")
+    say_skipped(skipped, len(records) + len(skipped))
     records = records[: arguments.limit or None]
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)

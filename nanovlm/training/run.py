@@ -338,12 +338,12 @@ def _usable(validation: Batches, loading: Loading) -> Batches | None:
     """Without the records that cannot be used; they are named here, not at each validation."""
     records, options = validation.records, validation.options
     one_by_one = dataclasses.replace(options, batch_size=1, rank=0, world=1)
-    usable = []
+    usable, skipped = [], []
     singles = Batches(records, validation.encoder, one_by_one, validation.features)
     for loaded, record in zip(singles.loader(0, len(singles), loading), records):
         usable += [] if loaded.skipped else [record]
-        for reason in loaded.skipped:
-            say(f"skipped: {reason}")
+        skipped += loaded.skipped
+    say_skipped(skipped, len(records))
     return Batches(usable, validation.encoder, options, validation.features) if usable else None
 
 
