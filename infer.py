@@ -75,7 +75,8 @@ def _answer(
     model: VisionLanguageModel, batch: Batch, max_new_tokens: int, sampling: Sampling, verbose: bool
 ) -> str:
     """Stream the answer to stdout and return it."""
-    streamer, answer = TextStreamer(model.tokenizer), ""
+    streamer = TextStreamer(model.tokenizer, model.chat.space_opens_answer)
+    answer = ""
     start, first = time.perf_counter(), 0.0
 
     def show(text: str) -> None:
@@ -192,7 +193,7 @@ def _parser() -> CommandParser:
         "--model",
         type=Path,
         metavar="DIR",
-        help=f"model folder (default: {TRAINED}, else the shipped one)",
+        help=f"model folder, trained here or published (default: {TRAINED}, else the shipped one)",
     )
     parser.add_argument(
         "--adapter",

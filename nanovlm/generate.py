@@ -275,13 +275,14 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
 class TextStreamer:
     """Token ids in, text out, whole characters only.
 
-    The bytes of a character may be spread over several tokens.
+    The bytes of a character may be spread over several tokens. A space before the first word is
+    left out where SentencePiece puts it, and with `strip_space` (`Chat.space_opens_answer`).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, strip_space: bool = False) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_space = tokenizer.puts_space  # SentencePiece writes one before the first word
+        self._strip_space = strip_space or tokenizer.puts_space
 
     def put(self, token: int) -> str:
         """The characters that `token` completes: often one word, sometimes nothing yet."""

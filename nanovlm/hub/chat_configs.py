@@ -1,12 +1,13 @@
 """How a published model writes its conversations: its folder → `ChatConfig`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
-from nanovlm.inputs.chat import EMPTY_THINK, IMAGE_MARKER, TEMPLATES, ChatConfig, Template
+from nanovlm.inputs.chat import EMPTY_THINK, IMAGE_MARKER, ChatConfig
+from nanovlm.inputs.templates import TEMPLATES, TEXT_TEMPLATES, Template
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.utils.config import check_number
 from nanovlm.utils.files import read_json, read_text
@@ -33,29 +34,43 @@ _DEFAULT_SYSTEM = re.compile(
 _ROLE, _FILLED = "\ue000", "\ue001"
 _MAX_TEMPLATE = 2**18  # characters; the longest published templates, with tools, have a tenth
 _JINJA_WORDS = ("if", "else", "and", "or", "not", "is", "in")
+# The whole outlines of vision-language models' templates, by our name of them.
+_VISION_OUTLINES = {
+    "smolvlm": rf"<\|im_start\|>{_ROLE}:: {_FILLED}<image>(<video>)?<end_of_utterance>\nAssistant:",
+    "idefics3": rf"<\|begin_of_text\|>{_ROLE}:: {_FILLED}<image><end_of_utterance>\nAssistant:",
+    "llava": rf"{_ROLE}: <image>\n({_FILLED} ){{1,2}}ASSISTANT:",
+    "llava-qwen": rf"<\|im_start\|>{_ROLE}\n<image>(\n{_FILLED}){{1,2}}<\|im_end\|>\n"
+    r"<\|im_start\|>assistant",
+}
 
 
-def read_chat_config(folder: str | Path, tokenizer: Tokenizer) -> ChatConfig:
+def read_chat_config(
+    folder: str | Path, tokenizer: Tokenizer, default: str | None = None
+) -> ChatConfig:
     """Work out a hub folder's template from its special tokens and its chat template.
 
     The published template is a program, and is not run. Its outline has to be that of one of ours:
     the text that it writes around a turn of the user and of the assistant. Two more facts are read
     from it: the default system prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2,
-    Vicuna), and whether it has think blocks (Qwen3). Without a published template, the first of
-    ours whose special tokens the tokenizer has is taken. The end tokens are those of
+    Vicuna), and whether it has think blocks (Qwen3). Without a published template, `default` is
+    taken, or the first of ours whose special tokens the tokenizer has. The end tokens are those of
     `generation_config.json`.
 
     Raises NanoVLMError if no template fits, with what each of them needs.
     """
     folder, special = Path(folder), tokenizer.special_tokens
     config = _read_if_there(folder / "tokenizer_config.json")
-    source, outline = _template_source(folder, config), ""
-    fitting = [name for name, template in TEMPLATES.items() if template.special <= special.keys()]
+    source = _template_source(folder, config)
+    tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token")}
+    outline = _outline(source, tokens)
+    whole = None if source else default
+    for name, pattern in _VISION_OUTLINES.items():
+        whole = name if re.fullmatch(pattern, outline.rstrip("\n")) else whole
+    candidates = [whole] if whole else [*TEXT_TEMPLATES]
+    fitting = [name for name in candidates if TEMPLATES[name].special <= special.keys()]
     if not fitting:
-        raise _no_template(folder, "it lacks special tokens of each")
-    if source:
-        tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token")}
-        outline = _outline(source, tokens)
+        raise _no_template(folder, "it lacks special tokens of each", candidates)
+    if source and not whole:
         fitting = [name for name in fitting if _is_written(TEMPLATES[name], outline, tokens)]
     if not fitting:
         raise _no_template(folder, "its chat template is another one")
@@ -98,12 +113,14 @@ def _end_ids(folder: Path) -> tuple[int, ...]:
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
     """The text of a hub folder's chat template; nothing where it has none.
 
-    It is a file of its own in newer folders, a setting of the tokenizer in older ones: the text, or
-    a list of named ones.
+    It is a file of its own in newer folders and those of whole models, a setting of the tokenizer
+    in older ones: the text, or a list of named ones.
     """
     path, source = folder / "chat_template.jinja", config.get("chat_template")
     if path.exists():
         source = refuse_stand_in(path, read_text(path))
+    elif (folder / "chat_template.json").exists():
+        source = read_json(folder / "chat_template.json").get("chat_template")
     elif isinstance(source, list):
         named = [item for item in source if isinstance(item, dict)]
         source = next((it.get("template") for it in named if it.get("name") == "default"), source)
@@ -219,8 +236,8 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
-def _no_template(folder: str | Path, problem: str) -> NanoVLMError:
-    needs = "; ".join(
-        f"{name} needs {' '.join(sorted(template.special))}" for name, template in TEMPLATES.items()
-    )
+def _no_template(
+    folder: str | Path, problem: str, names: Iterable[str] = TEXT_TEMPLATES
+) -> NanoVLMError:
+    needs = "; ".join(f"{name} needs {' '.join(sorted(TEMPLATES[name].special))}" for name in names)
     return NanoVLMError(f"{folder}: no chat template fits its tokenizer: {problem} ({needs})")

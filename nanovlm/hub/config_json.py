@@ -36,7 +36,7 @@ IGNORED = frozenset({
     "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
     "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p",
     "use_bfloat16", "use_return_dict", "trust_remote_code", "tokenizer_model_max_length",
-    "keys_to_ignore_at_inference",
+    "keys_to_ignore_at_inference", "transformers.js_config",
     # How a model is trained or computed, not what.
     "attn_implementation", "flash_attention", "gradient_checkpointing", "initializer_factor",
     "model_max_length", "use_flash_attention", "use_flash_attn",

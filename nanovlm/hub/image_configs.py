@@ -56,6 +56,7 @@ _DEFAULTS = {
     "BitImageProcessor": _CLIP_DEFAULTS,
     "CLIPImageProcessor": _CLIP_DEFAULTS,
     "ViTImageProcessor": _VIT_DEFAULTS,
+    "LlavaImageProcessor": _CLIP_DEFAULTS,
     "SiglipImageProcessor": _VIT_DEFAULTS | {"resample": 3},
     "Idefics3ImageProcessor": _IDEFICS3_DEFAULTS,
     "SmolVLMImageProcessor": _IDEFICS3_DEFAULTS,

@@ -66,7 +66,7 @@ _QWEN1_DEFAULTS: dict[str, Any] = dict(
 # refused, and in Mistral, where `_parse_llama` refuses the first.
 _IGNORED = (
     "attention_dropout", "sliding_window", "max_window_layers", "use_mrope", "pretraining_tp",
-    "is_llama_config", "max_sequence_length", "transformers.js_config",
+    "is_llama_config", "max_sequence_length",
 )  # fmt: skip
 # Dropouts are 0 in every published file and off in inference; `rope_theta` repeats
 # `rotary_emb_base` for programs other than the reference; the others are about kernels, number

@@ -13,7 +13,9 @@ from nanovlm.hub.chat_configs import read_chat_config
 from nanovlm.hub.config_json import read_config, what_model
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.loading import load_into, open_checkpoint
-from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES, refuse_old_names
+from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES, Target, refuse_old_names
+from nanovlm.hub.published.families import OTHERS, PUBLISHED, read_published
+from nanovlm.hub.published.parts import Parts
 from nanovlm.hub.safetensors import Deferred, save_file
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import ImageConfig
@@ -21,7 +23,7 @@ from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig, build_projector
 from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
-from nanovlm.tokenizer import load_tokenizer
+from nanovlm.tokenizer import Tokenizer, load_tokenizer
 from nanovlm.utils.config import from_dict
 from nanovlm.utils.device import check_memory
 from nanovlm.utils.files import write_json
@@ -30,20 +32,53 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-    """Load a model folder (`config.json`, `model.safetensors`, tokenizer files), in eval mode.
+    """Load a model folder (`config.json`, weights, tokenizer files), in eval mode.
+
+    It is one that `save_model` wrote, or a published folder of SmolVLM, Idefics3 or LLaVA.
 
     Loading is strict: any missing, unexpected or mis-shaped tensor is an error. No weight is held
     twice. `dtype` is that of the weights; None keeps the file's.
     """
     folder = Path(folder)
-    _, config = read_config(folder, parse_model_config)
+    model_type, parsed = read_config(folder, _parse)
     tokenizer = load_tokenizer(folder)
+    config, name_map = _joined(folder, model_type, parsed, tokenizer)
     with torch.device("meta"):
         model = VisionLanguageModel(config, tokenizer)
     checkpoint = open_checkpoint(folder)
-    refuse_old_names(checkpoint.keys(), checkpoint.path)
-    load_into(model, checkpoint, lambda name: name, dtype=dtype)
+    if model_type not in PUBLISHED:
+        refuse_old_names(checkpoint.keys(), checkpoint.path)
+    tied = {
+        f"language_model.{name}": f"language_model.{same}"
+        for name, same in model.language_model.tied_names.items()
+    }
+    load_into(model, checkpoint, name_map, dtype=dtype, tied=tied)
     return model.eval()
+
+
+def read_model_config(folder: str | Path) -> VLMConfig:
+    """The settings of a folder that `load_model` reads, without its weights."""
+    folder = Path(folder)
+    model_type, parsed = read_config(folder, _parse)
+    if isinstance(parsed, VLMConfig):
+        return parsed
+    return _joined(folder, model_type, parsed, load_tokenizer(folder))[0]
+
+
+def _parse(config: dict[str, Any]) -> VLMConfig | Parts:
+    """Parse the `config.json` of a whole model, ours or a published one."""
+    family = PUBLISHED.get(str(config.get("model_type")))
+    return family.parse(config) if family else parse_model_config(config)
+
+
+def _joined(
+    folder: Path, model_type: str, parsed: VLMConfig | Parts, tokenizer: Tokenizer
+) -> tuple[VLMConfig, Callable[[str], Target]]:
+    """A model's settings, and the function from its tensors' names to ours."""
+    if isinstance(parsed, VLMConfig):
+        return parsed, lambda name: name
+    family = PUBLISHED[model_type]
+    return read_published(folder, family, parsed, tokenizer), family.name_map(parsed)
 
 
 def save_model(
@@ -165,12 +200,20 @@ def parse_model_config(config: dict[str, Any]) -> VLMConfig:
     """Parse the `config.json` that `save_model` wrote; an unknown or missing key is an error.
 
     An older file has no `vision_norm`: layer -1 was then after the final norm, any other before it.
+    Nor has it a `vision_first_token`.
     """
-    if config.get("model_type") != "nanovlm":
+    if (model_type := config.get("model_type")) != "nanovlm":
+        if model_type in OTHERS:
+            raise NanoVLMError(
+                f"config.json: model_type is {quoted(model_type)}: {OTHERS[model_type]}; "
+                f"of published models, {', '.join(PUBLISHED)} are read"
+            )
         raise NanoVLMError(
-            f"config.json: model_type is {quoted(config.get('model_type'))}{what_model(config)}, "
-            "expected 'nanovlm'; give the folder of a trained model, such as runs/stage2/model"
+            f"config.json: model_type is {quoted(model_type)}{what_model(config)}, "
+            "expected 'nanovlm'; give the folder of a trained model, such as runs/stage2/model, "
+            f"or of a published one ({', '.join(PUBLISHED)})"
         )
     settings = {name: value for name, value in config.items() if name != "model_type"}
+    settings.setdefault("vision_first_token", None)
     settings.setdefault("vision_norm", settings.get("vision_layer", -1) == -1)
     return from_dict(VLMConfig, settings, where="config.json")

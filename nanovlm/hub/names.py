@@ -91,7 +91,7 @@ def translate(table: NameTable) -> Callable[[str], Target]:
         if pattern not in table:
             return name
         target = table[pattern]
-        return target if block is None else _renamed(target, lambda name: name.format(block[1]))
+        return target if block is None else renamed(target, lambda name: name.format(block[1]))
 
     return ours
 
@@ -108,13 +108,13 @@ def invert(table: NameTable) -> NameTable:
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
     """`table`, each of whose lines stands for a weight and a bias."""
     return {
-        f"{theirs}{separator}{kind}": _renamed(ours, ("{}." + kind).format)
+        f"{theirs}{separator}{kind}": renamed(ours, ("{}." + kind).format)
         for theirs, ours in table.items()
         for kind in ("weight", "bias")
     }
 
 
-def _renamed(target: Target, rename: Callable[[str], str]) -> Target:
+def renamed(target: Target, rename: Callable[[str], str]) -> Target:
     """`target` with all its names changed."""
     if isinstance(target, Split):
         return replace(target, names=tuple(map(rename, target.names)))

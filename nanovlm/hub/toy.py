@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nanovlm.inputs.chat import TEMPLATES
+from nanovlm.inputs.templates import TEMPLATES
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig

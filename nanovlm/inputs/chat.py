@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs.templates import ROLES, TEMPLATES
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.tokenizer.base import spelling_pattern
 
@@ -92,63 +93,6 @@ class ChatConfig:
     end_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's end of turn
 
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Template:
-    """What stands around the turns of each role.
-
-    In `first` and `before`, the spelling of one of `special` is that token; the rest is text.
-    """
-
-    special: frozenset[str]  # tokens that a tokenizer has to have
-    before: dict[str, str]
-    end_of_turn: dict[str, str]  # a special token or nothing; the assistant's has a label
-    after: dict[str, str]  # text between the turn and the next
-    first: str = ""  # at the beginning of the conversation
-
-    @classmethod
-    def alike(
-        cls, before: str, end_of_turn: str, after: str, special: Iterable[str], first: str = ""
-    ) -> "Template":
-        """The template in which all roles' turns are written the same way, but for `{role}`."""
-        return cls(
-            frozenset(special),
-            {role: before.format(role=role) for role in ROLES},
-            dict.fromkeys(ROLES, end_of_turn),
-            dict.fromkeys(ROLES, after),
-            first,
-        )
-
-
-# A tokenizer takes the first one whose special tokens it has.
-TEMPLATES = {
-    # <|im_start|>user\n…<|im_end|>\n: Qwen, SmolLM2 and many others
-    "chatml": Template.alike(
-        "<|im_start|>{role}\n", "<|im_end|>", "\n", ("<|im_start|>", "<|im_end|>")
-    ),
-    # <|start_header_id|>user<|end_header_id|>\n\n…<|eot_id|>: LLaMA 3
-    "llama3": Template.alike(
-        "<|start_header_id|>{role}<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        "",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        first="<|begin_of_text|>",
-    ),
-    # <user>…</s><assistant>…</s>: the tiny model, to which a turn costs two tokens
-    "plain": Template.alike("<{role}>", "</s>", "", ("<system>", "<user>", "<assistant>", "</s>")),
-    # <s>… USER: … ASSISTANT: …</s>USER: …: Vicuna and LLaVA-1.5. LLaMA's tokenizer puts a space
-    # before every text, which gives the one before an answer. Roles are plain text here, so a user
-    # who types "ASSISTANT:" can imitate one.
-    "vicuna": Template(
-        special=frozenset(("<s>", "</s>")),
-        first="<s>",
-        before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
-        end_of_turn={"system": "", "user": "", "assistant": "</s>"},
-        after={"system": " ", "user": " ", "assistant": ""},
-    ),
-}
 _CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")  # as most families spell theirs
 EMPTY_THINK = "<think>\n\n</think>\n\n"
 
@@ -189,6 +133,8 @@ class Chat:
         self.image_token_id = tokenizer.special_tokens[config.image_token]
         self.end_of_turn_id = tokenizer.special_tokens[self.template.end_of_turn["assistant"]]
         self.stop_ids = {self.end_of_turn_id, *config.end_ids}  # each of them ends an answer
+        # Whether the model writes a space before its answers, which is no part of them.
+        self.space_opens_answer = self.template.before_text.get("assistant") == " "
         self._spellings = spelling_pattern(self.template.special)
         self._tile_frame = next(
             pair
@@ -233,37 +179,34 @@ class Chat:
             (i for i, message in enumerate(messages) if message.role == "user"), default=-1
         )
         text = self._open(sample, "", self.template.first)
+        last = len(messages) - (not add_generation_prompt)  # of a last answer, if there is one
         for index, message in enumerate(messages):
-            text = self._encode_turn(sample, text, message, remaining, think=index > last_query)
+            role = "earlier" if message.role == "assistant" and index < last else message.role
+            if message.role not in ROLES:
+                raise NanoVLMError(
+                    f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
+                )
+            text = self._open(sample, text, self._before(role, think=index > last_query))
+            text = self._encode_turn(sample, text, message, role, remaining)
         if add_generation_prompt:
             text = self._open(sample, text, self._before("assistant", think=True))
         sample.extend(self.tokenizer.encode(text))
         return sample
 
     def _encode_turn(
-        self,
-        sample: Sample,
-        text: str,
-        message: Message,
-        images: Iterator[ImageTokens],
-        think: bool,
+        self, sample: Sample, text: str, message: Message, role: str, images: Iterator[ImageTokens]
     ) -> str:
-        """Append a turn to `sample`.
+        """Append a turn to `sample`, behind its opening.
 
-        `text` is the end of the turn before it, not yet tokenized, because it is tokenized together
-        with what follows; returns the end of this turn.
+        `text` is the end of that opening, not yet tokenized, because it is tokenized together with
+        what follows; returns the end of this turn. `role` is the template's for it.
         """
-        if message.role not in ROLES:
-            raise NanoVLMError(
-                f"role {message.role!r} is not known; take one of {', '.join(ROLES)}"
-            )
         is_answer = message.role == "assistant"
         labelled = is_answer and message.labelled
-        text = self._open(sample, text, self._before(message.role, think))
         if is_answer:  # no token reaches from the prompt into the answer
             sample.extend(self.tokenizer.encode(text))
             text = ""
-        for part in message.content:
+        for part in self._laid_out(message, role):
             if isinstance(part, str):
                 text += part
             elif message.role != "user":
@@ -274,11 +217,36 @@ class Chat:
                 sample.extend(self.tokenizer.encode(text))
                 sample.extend(self._image_ids(next(images)))
                 text = ""
-        if end := self.template.end_of_turn[message.role]:
-            ids = self.tokenizer.encode(text)
-            sample.extend([*ids, self.tokenizer.special_tokens[end]], labelled)
+        end, after = self.template.end_of_turn[role], self.template.after[role]
+        if is_answer or end:
+            sample.extend(self.tokenizer.encode(text), labelled)
             text = ""
-        return text + self.template.after[message.role]
+        if end:
+            sample.extend([self.tokenizer.special_tokens[end]], labelled)
+        elif is_answer and self.tokenizer.puts_space:
+            after = after.removeprefix(" ")  # the tokenizer puts it before the next text
+        return text + after
+
+    def _laid_out(self, message: Message, role: str) -> list[str | ImageSlot]:
+        """The turn's content as the template writes it.
+
+        Records and prompts put each image that opens a turn on a line of its own.
+        """
+        content = list(message.content)
+        if content and isinstance(content[0], str):
+            is_spaced = message.role == "assistant" and content[0][:1].isspace()
+            before = "" if is_spaced else self.template.before_text.get(role, "")
+            return [before + content[0], *content[1:]]
+        if self.template.after_images is None:
+            return content
+        images, text = [], ""
+        while content and not text:
+            part = content.pop(0)
+            if isinstance(part, str):
+                text = part.removeprefix("\n")
+            else:
+                images.append(part)
+        return [*images, self.template.after_images + text, *content] if text else images
 
     def _image_ids(self, image: ImageTokens) -> list[int]:
         """An image's placeholders.
@@ -311,5 +279,6 @@ class Chat:
         return text + frame[start:]
 
     def _before(self, role: str, think: bool) -> str:
-        opens_with_think = think and role == "assistant" and self.config.empty_think
+        is_answer = role in ("assistant", "earlier")
+        opens_with_think = think and is_answer and self.config.empty_think
         return self.template.before[role] + (EMPTY_THINK if opens_with_think else "")

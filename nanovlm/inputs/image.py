@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 # 8192 × 8192: more than a 50-megapixel photo, and 256 MiB decoded (four bytes a pixel).
 MAX_PIXELS = 2**26
+LONG_SIDE = 32  # times the shorter one: a longer image is not resized whole to be cropped
 MAX_SIDE = 2**16  # pixels; pillow's resizing takes memory by the side
 MAX_BYTES = 2**29  # of a file: the pixels of the largest image, 8 bytes each
 MAX_SCANNED = 2**30  # pixels of all scans of a JPEG; a progressive one has about 10 scans
@@ -359,16 +360,19 @@ def preprocess(image: Image.Image, config: ImageConfig) -> torch.Tensor:
 def _resize_and_crop(image: Image.Image, config: ImageConfig, shortest_edge: int) -> Image.Image:
     """Resize `image` until its shorter side is `shortest_edge`, and cut out the middle.
 
-    Only what the crop keeps is resized. That gives the same pixels but for some rounding, for less
-    work, and an image of 1 × 5000 needs no giant copy. (With "nearest", a column or row that lies
-    exactly between two pixels can differ.)
+    Of a very long image only what the crop keeps is resized, so that 1 × 5000 pixels need no giant
+    copy. That gives the same pixels but for some rounding. (With "nearest", a column or row that
+    lies exactly between two pixels can differ, and pillow 13 resizes the rows of a tall image
+    first.)
     """
     width, height = (shortest_edge * side // min(image.size) for side in image.size)
     left, top = (width - config.width) // 2, (height - config.height) // 2
     right, bottom = left + config.width, top + config.height
+    resample = FILTERS[config.resample]
+    if max(image.size) <= LONG_SIDE * min(image.size):
+        return image.resize((width, height), resample).crop((left, top, right, bottom))
     columns = (left * image.width / width, 0, right * image.width / width, image.height)
     rows = (0, top * image.height / height, config.width, bottom * image.height / height)
-    # Columns first, as pillow does with a whole image; for a part it may swap the two passes.
-    resample = FILTERS[config.resample]
+    # Columns first, as pillow does with a wide image; for a part it may swap the two passes.
     resized = image.resize((config.width, image.height), resample, columns)
     return resized.resize((config.width, config.height), resample, rows)

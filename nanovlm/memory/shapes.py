@@ -10,16 +10,15 @@ import torch
 
 from nanovlm.data.preferences import PairBatch
 from nanovlm.errors import NanoVLMError
-from nanovlm.hub.models import parse_model_config
+from nanovlm.hub.models import read_model_config
 from nanovlm.hub.toy import toy_model
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.chat import TEMPLATES
+from nanovlm.inputs.templates import TEMPLATES
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.building import planned_config, set_up
 from nanovlm.training.monitor.walk import BatchShape
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
-from nanovlm.utils.files import read_json
 
 TEXT_TOKENS = 64  # of a sample, unless --tokens is given
 
@@ -101,7 +100,7 @@ def model_config(settings: Settings) -> VLMConfig:
     """
     parts = settings.vision_encoder or settings.language_model
     if settings.init and not parts and Path(settings.init, "config.json").exists():
-        return parse_model_config(read_json(Path(settings.init, "config.json")))
+        return read_model_config(settings.init)
     config = planned_config(
         dataclasses.replace(
             settings,

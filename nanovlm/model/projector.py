@@ -26,7 +26,7 @@ class ProjectorConfig:
     grid: int = 8  # bilinear: side of the downsampled grid of patches
     scale: int = 2  # pixel_shuffle: side of the square of patches merged into one token
     activation: str = "gelu"  # mlp, bilinear, resampler: a name of ACTIVATIONS
-    bias: bool = True  # linear, pixel_shuffle: whether their single matrix has one
+    bias: bool = True  # linear, mlp, pixel_shuffle, bilinear: whether their matrices have one
     num_queries: int = 32  # resampler: visual tokens of an image
     num_heads: int = 8  # resampler
 
@@ -64,8 +64,8 @@ class MLPProjector(Projector):
     def __init__(self, vision_width: int, text_width: int, config: ProjectorConfig) -> None:
         super().__init__(vision_width, text_width, config)
         self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(vision_width, text_width)
-        self.down = nn.Linear(text_width, text_width)
+        self.up = nn.Linear(vision_width, text_width, bias=config.bias)
+        self.down = nn.Linear(text_width, text_width, bias=config.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N, P, C_vision) → (N, P, C_text)."""

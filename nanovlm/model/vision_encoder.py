@@ -97,13 +97,24 @@ class VisionEncoderConfig:
         return self.num_prefix_tokens + self.num_patches(height, width)
 
     def feature_shape(
-        self, height: int, width: int, layer: int = -1, norm: bool = True
+        self,
+        height: int,
+        width: int,
+        layer: int = -1,
+        norm: bool = True,
+        first_token: int | None = None,
     ) -> tuple[int, int]:
         """(P, C) of what `VisionEncoder.patches` gives for an image of height × width pixels."""
         self.check_norm(layer, norm)
-        patches = self.num_patches(height, width)
-        is_resampled = norm and self.num_queries > 0
-        return (self.num_queries, self.output_size) if is_resampled else (patches, self.hidden_size)
+        if norm and self.num_queries > 0:
+            return self.num_queries, self.output_size
+        first_token = self.num_prefix_tokens if first_token is None else first_token
+        count = self.num_tokens(height, width) - first_token
+        if count < 1:
+            raise NanoVLMError(
+                f"token {first_token} is not one of an image of {height}×{width} pixels"
+            )
+        return count, self.hidden_size
 
     def check_norm(self, layer: int, norm: bool) -> None:
         """Refuse the final norm for any layer but the last, which alone it follows."""
@@ -209,19 +220,23 @@ class VisionEncoder(nn.Module):
             return tokens
         return self.resampler(tokens, *self.config.grid(*pixels.shape[-2:]))
 
-    def patches(self, pixels: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
+    def patches(
+        self, pixels: Tensor, layer: int = -1, norm: bool = True, first_token: int | None = None
+    ) -> Tensor:
         """(N, 3, H, W) → the patch vectors alone, (N, P, C), row by row from the top left.
 
         `layer` counts as the reference's `hidden_states` and LLaVA's `vision_feature_layer` do: 0
         is before the first block, -1 after the last one, -2 before it. With `norm`, which layer -1
         alone may have, the final norm follows, and then the resampler where there is one.
+        `first_token` is the first of the tokens (`forward`) that is given: 0 adds class token and
+        registers, as LLaVA's `vision_feature_select_strategy = "full"` does.
         """
         self.config.check_norm(layer, norm)
         if norm and self.config.num_queries:
             return self(pixels)
         blocks = self.config.blocks_below(layer)
         tokens = self(pixels) if norm else self._hidden_states(pixels, blocks)
-        return tokens[:, self.config.num_prefix_tokens :]
+        return tokens[:, self.config.num_prefix_tokens if first_token is None else first_token :]
 
     def _hidden_states(self, pixels: Tensor, count: int) -> Tensor:
         """(N, 3, H, W) → (N, tokens, C) after the first `count` blocks."""

@@ -45,6 +45,7 @@ class VLMConfig:
     vision_layer: int = -1  # whose patch vectors the projector gets (`VisionEncoder.patches`)
     vision_norm: bool = True  # whether they pass the vision encoder's final norm; layer -1 alone
     bidirectional_images: bool = False  # visual tokens of one image attend to each other both ways
+    vision_first_token: int | None = None  # the first that the projector gets; None: a patch's
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -53,7 +54,12 @@ class VLMConfig:
     def feature_shape(self) -> tuple[int, int]:
         """(P, C_v) of a tile's patch vectors that the projector gets."""
         size = self.image.height, self.image.width
-        return self.vision_encoder.feature_shape(*size, self.vision_layer, self.vision_norm)
+        return self.vision_encoder.feature_shape(*size, *self.which_features)
+
+    @property
+    def which_features(self) -> tuple[int, bool, int | None]:
+        """Layer, norm and first token, as `VisionEncoder.patches` takes them."""
+        return self.vision_layer, self.vision_norm, self.vision_first_token
 
 
 class VisionLanguageModel(nn.Module):
@@ -127,7 +133,7 @@ class VisionLanguageModel(nn.Module):
     def vision_features(self, pixels: Tensor) -> Tensor:
         """The patch vectors that the projector gets: (N, 3, H, W) → (N, P, C_v)."""
         pixels = pixels.to(self.vision_encoder.patch_embedding.weight.dtype)
-        which = self.config.vision_layer, self.config.vision_norm
+        which = self.config.which_features
         if not torch.is_inference_mode_enabled() or len(pixels) <= TILES_AT_ONCE:
             return self.vision_encoder.patches(pixels, *which)
         parts = pixels.split(TILES_AT_ONCE)

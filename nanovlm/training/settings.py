@@ -89,7 +89,7 @@ class ModelSettings:
     projector_activation: str = setting(
         "gelu", "in mlp, bilinear and resampler: silu, gelu, gelu_pytorch_tanh or quick_gelu"
     )
-    projector_bias: bool = setting(True, "bias of the linear and pixel_shuffle projectors")
+    projector_bias: bool = setting(True, "bias of the projector's matrices (not the resampler's)")
     grid: int = setting(8, "side of the grid that the bilinear projector makes")
     scale: int = setting(2, "side of the squares that pixel_shuffle merges")
     num_queries: int = setting(32, "visual tokens per image of the resampler projector")

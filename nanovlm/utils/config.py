@@ -47,7 +47,8 @@ LIMITS: dict[str, tuple[float, float]] = {
         ("dropout warmup min_lr val_fraction beta2 lora_dropout label_smoothing", (0, 1)),
         ("rank lora_rank", (1, 4096)),
         ("layer_decay", (1e-3, 10)),
-        ("vision_layer", (-1000, 1000)),
+        ("vision_layer vision_feature_layer", (-1000, 1000)),
+        ("vision_first_token", (0, 1024)),
         ("workers", (0, 256)),
         # Of sampling: within these, logits stay finite in fp32.
         ("temperature", (1e-6, 1e6)),

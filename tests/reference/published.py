@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     Idefics3Config,
@@ -172,7 +172,7 @@ def _smolvlm_tokenizer(path: Path, row_tokens: bool, first: str) -> dict[str, in
         model_max_length=2048,
         tokenizer_class="PreTrainedTokenizerFast",
     )
-    return {token: tokenizer.token_to_id(token) for token in (*CHATML, *added)}
+    return tokenizer.get_vocab()
 
 
 def llava_folder(
@@ -222,6 +222,7 @@ def _llava_tokenizer(path: Path, language: str) -> tuple[int, int, dict[str, int
     """Write the tokenizer. Returns the image token's id, the number of ids and the text's ids."""
     if language == "vicuna":
         tokenizer = sentence_piece(path)
+        _add_first_token(path / "tokenizer.json", "<s>", tokenizer.get_vocab()["<s>"])
         _write_json(path / "chat_template.json", chat_template=LLAVA_TEMPLATE)
         bos, end = "<s>", "</s>"
     elif language == "qwen2":
@@ -233,9 +234,18 @@ def _llava_tokenizer(path: Path, language: str) -> tuple[int, int, dict[str, int
         bos, end = LLAMA3[0], LLAMA3[3]
         config = json.loads((path / "tokenizer_config.json").read_text())
         _write_json(path / "tokenizer_config.json", **config, bos_token=bos, eos_token=end)
-    to_id = tokenizer.convert_tokens_to_ids
-    ids = {"bos_token_id": to_id(bos), "eos_token_id": to_id(end)}
-    return to_id(IMAGE), len(tokenizer), ids
+    vocab = tokenizer.get_vocab()
+    ids = {"bos_token_id": vocab[bos], "eos_token_id": vocab[end]}
+    return vocab[IMAGE], len(tokenizer), ids
+
+
+def _add_first_token(path: Path, token: str, id: int) -> None:
+    """Let the reference begin a text with `token`, as the published `tokenizer.json` does."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, id)]
+    )
+    tokenizer.save(str(path))
 
 
 def _write_llava_processor(path: Path, vision: str, strategy: str) -> None:
