@@ -293,8 +293,8 @@ def change_config(folder: Path, change) -> None:
         ),
         (lambda config: config.pop("image"), "key 'image' is missing"),
         (
-            lambda config: config.update(model_type="llava"),
-            "model_type is 'llava', expected 'nanovlm'",
+            lambda config: config.update(model_type="bert"),
+            "model_type is 'bert', expected 'nanovlm'",
         ),
         (
             lambda config: config.update(bidirectional_images=1),

@@ -40,8 +40,9 @@ def parse_llava(config: Mapping[str, Any]) -> Parts:
     """Parse the `config.json` of a LLaVA; omitted settings take its defaults."""
     if "text_config" not in config:
         raise NanoVLMError(
-            "config.json: is a LLaVA in its first publisher's layout, which is not read; take the "
-            "same model in the layout of transformers, such as llava-hf/llava-1.5-7b-hf"
+            "config.json: model_type is 'llava' without a text_config, as in LLaVA's first "
+            "publisher's layout, which is not read; take the same model in the layout of "
+            "transformers, such as llava-hf/llava-1.5-7b-hf"
         )
     if isinstance(layers := config.get("vision_feature_layer"), list):
         raise NanoVLMError(

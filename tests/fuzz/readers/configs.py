@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from nanovlm.errors import NanoVLMError
 from nanovlm.hub.config_json import read_config
 from nanovlm.hub.image_configs import parse_image_config, read_processor
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import parse_model_config
+from nanovlm.hub.published.families import PUBLISHED
+from nanovlm.hub.published.parts import Parts
 from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
 from nanovlm.hub.toy import ASSETS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
@@ -20,6 +23,7 @@ from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vision_encoder import VisionEncoder
 from tests.fuzz.damage import damaged_json, rewritten, to_json
 from tests.fuzz.inputs import FaultError, Input, Kind
+from tests.reference.published_configs import LLAVA_7B, LLAVA_QWEN, SMOLVLM2_500M, SMOLVLM_256M
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 SMALLEST, LARGEST = 1e-30, 2**63 - 1  # the latter is the largest seed
@@ -39,11 +43,13 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 def make(rng: Random) -> Input:
     """A damaged config of a vision encoder, a language model, a whole model or a processor."""
-    what = rng.choice(("vision", "language", "language", "model", "processor"))
+    what = rng.choice(("vision", "language", "language", "model", "published", "processor"))
     if what == "processor":
         value = rng.choice([published.processor for published in VISION_ENCODERS.values()])
     elif what == "model":
         value = json.loads((ASSETS / "tiny-vlm" / CONFIG).read_text())
+    elif what == "published":
+        value = rng.choice((SMOLVLM_256M, SMOLVLM2_500M, LLAVA_7B, LLAVA_QWEN))
     elif what == "vision":
         value = rng.choice(VISION)
         if rng.random() < 0.2:
@@ -70,12 +76,20 @@ def read(input: Input) -> None:
             "vision": parse_vision_encoder_config,
             "language": parse_language_model_config,
             "model": parse_model_config,
+            "published": _parse_published,
         }[what]
         _, config = read_config(folder, parse)
     check_numbers(dataclasses.asdict(config))
     if what in ("vision", "language"):
         with torch.device("meta"):
             (VisionEncoder if what == "vision" else LanguageModel)(config)
+
+
+def _parse_published(config: dict[str, Any]) -> Parts:
+    family = PUBLISHED.get(str(config.get("model_type")))
+    if family is None:
+        raise NanoVLMError("another model's")
+    return family.parse(config)
 
 
 def check_numbers(value: Any, name: str = "") -> None:

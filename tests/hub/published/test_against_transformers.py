@@ -62,9 +62,12 @@ class Published:
         # As `apply_chat_template` with tokenize=True does.
         starts = text.startswith(self.processor.tokenizer.bos_token or "\0")
         images = IMAGES[:count] or None
-        nested = [images] if images and isinstance(self.processor, Idefics3Processor) else images
+        tiled = isinstance(self.ours.config.image.max_tiles, int)
         theirs = self.processor(
-            text=text, images=nested, add_special_tokens=not starts, return_tensors="pt"
+            text=text,
+            images=[images] if images and tiled else images,
+            add_special_tokens=not starts,
+            return_tensors="pt",
         )
         theirs.pop("token_type_ids", None)
         ours = prepare(self.ours, [conversation], [images or []], add_generation_prompt=True)

@@ -20,149 +20,13 @@ from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.tokenizer import load_tokenizer
 from nanovlm.training.settings import Settings
 from tests.reference.published import llava_folder, smolvlm_folder
-
-# The keys that matter of the published files, with what they omit left out.
-SMOLVLM_TEXT = {
-    "_flash_attn_2_enabled": True,
-    "_name_or_path": "None",
-    "architectures": ["VLlama3ForCausalLM"],
-    "head_dim": 64,
-    "hidden_size": 576,
-    "initializer_range": 0.041666666666666664,
-    "intermediate_size": 1536,
-    "is_llama_config": True,
-    "max_position_embeddings": 8192,
-    "model_type": "llama",
-    "neftune_noise_alpha": 0.0,
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "pad_token_id": 2,
-    "perceiver_config": {"model_type": "vllama3", "resampler_depth": 6},
-    "pixel_shuffle_factor": 4,
-    "qk_layer_norms": False,
-    "rms_norm_eps": 1e-05,
-    "rope_interleaved": False,
-    "rope_theta": 100000,
-    "torch_dtype": "bfloat16",
-    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
-    "use_resampler": False,
-    "vocab_size": 49280,
-}
-SMOLVLM_256M = {  # HuggingFaceTB/SmolVLM-256M-Instruct
-    "architectures": ["Idefics3ForConditionalGeneration"],
-    "image_token_id": 49190,
-    "model_type": "idefics3",
-    "pad_token_id": 128002,
-    "scale_factor": 4,
-    "text_config": SMOLVLM_TEXT,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers.js_config": {},
-    "use_cache": False,
-    "use_reentrant_checkpointing": False,
-    "vision_config": {
-        "hidden_size": 768,
-        "image_size": 512,
-        "max_image_size": {"longest_edge": 512},
-        "model_type": "idefics3",
-        "num_attention_heads": 12,
-        "patch_size": 16,
-        "size": {"longest_edge": 2048},
-        "tie_word_embeddings": False,
-        "use_base_siglip": True,
-    },
-    "vocab_size": 49280,
-}
-SMOLVLM2_500M = SMOLVLM_256M | {  # HuggingFaceTB/SmolVLM2-500M-Video-Instruct
-    "architectures": ["SmolVLMForConditionalGeneration"],
-    "model_type": "smolvlm",
-    "text_config": SMOLVLM_TEXT
-    | {
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_attention_heads": 15,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 5,
-    },
-    "vision_config": SMOLVLM_256M["vision_config"]
-    | {"model_type": "smolvlm_vision", "use_base_siglip": False},
-}
-LLAVA_7B: dict[str, Any] = {  # llava-hf/llava-1.5-7b-hf
-    "architectures": ["LlavaForConditionalGeneration"],
-    "ignore_index": -100,
-    "image_token_index": 32000,
-    "model_type": "llava",
-    "pad_token_id": 32001,
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "_name_or_path": "lmsys/vicuna-7b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "vision_config": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "vocab_size": 32000,
-    },
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "vocab_size": 32064,
-}
-LLAVA_QWEN = {  # llava-hf/llava-interleave-qwen-0.5b-hf
-    "architectures": ["LlavaForConditionalGeneration"],
-    "ignore_index": -100,
-    "image_token_index": 151646,
-    "model_type": "llava",
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "_name_or_path": "Qwen/Qwen1.5-0.5B-Chat",
-        "architectures": ["Qwen2ForCausalLM"],
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 21,
-        "model_type": "qwen2",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "num_key_value_heads": 16,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": 152000,
-    },
-    "torch_dtype": "bfloat16",
-    "vision_config": {
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "image_size": 384,
-        "intermediate_size": 4304,
-        "layer_norm_eps": 1e-06,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 26,
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "full",
-}
+from tests.reference.published_configs import (
+    LLAVA_7B,
+    LLAVA_QWEN,
+    SMOLVLM2_500M,
+    SMOLVLM2_PROCESSOR,
+    SMOLVLM_256M,
+)
 
 
 @pytest.mark.parametrize(
@@ -205,23 +69,9 @@ def test_omitted_settings_of_published_configs_take_the_references_defaults():
 
 
 def test_image_processors_as_published():
-    smolvlm2 = {
-        **{f"do_{step}": True for step in ("convert_rgb", "image_splitting", "normalize", "pad")},
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SmolVLMImageProcessor",
-        "image_std": [0.5, 0.5, 0.5],
-        "max_image_size": {"longest_edge": 512},
-        "processor_class": "SmolVLMProcessor",
-        "resample": 1,
-        "rescale_factor": 0.00392156862745098,
-        "size": {"longest_edge": 2048},
-        "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}},
-    }
     half = (0.5, 0.5, 0.5)
     expected = ImageConfig(512, 512, "tiles", None, "lanczos", half, half, max_tiles=4)
-    assert parse_image_config(smolvlm2) == expected
+    assert parse_image_config(SMOLVLM2_PROCESSOR) == expected
     llava = {
         "crop_size": {"height": 336, "width": 336},
         "do_center_crop": True,
@@ -265,7 +115,7 @@ def changed(folder: Path, copy: Path, file: str = "config.json", **changes: Any)
 REFUSED = [
     ("llava", {"vision_feature_layer": [-2, -5]}, r"several layers .* = \[-2, -5\]\)"),
     ("llava", {"vision_feature_select_strategy": "cls"}, "strategy = 'cls' is not implemented"),
-    ("llava", {"text_config": None}, "a LLaVA in its first publisher's layout"),
+    ("llava", {"text_config": None}, "in LLaVA's first publisher's layout"),
     ("llava", {"vision_config": "clip"}, "vision_config is 'clip', expected a table"),
     ("llava", {"vision_config": None}, "vision_config is None, expected a table"),
     ("llava", {"image_grid_pinpoints": [[336, 672]]}, "unknown key 'image_grid_pinpoints'"),
