@@ -120,8 +120,12 @@ FOLDERS: dict[str, Callable[[Path], Published]] = {
     "dinov2-vicuna": lambda folder: llava(
         folder, "dinov2", "vicuna", layout="new", vision_feature_layer=1
     ),
-    "registers-qwen2": lambda folder: llava(
-        folder, "dinov2_with_registers", "qwen2", vision_feature_layer=-3
+    "registers-qwen3": lambda folder: llava(
+        folder,
+        "dinov2_with_registers",
+        "qwen2",
+        vision_feature_layer=-3,
+        text_config={"model_type": "qwen3"},
     ),
     "clip-full": lambda folder: llava(
         folder,
@@ -133,7 +137,11 @@ FOLDERS: dict[str, Callable[[Path], Published]] = {
         multimodal_projector_bias=False,
     ),
     "siglip-first-patch-left-out": lambda folder: llava(
-        folder, "siglip", "vicuna", vision_feature_select_strategy="default"
+        folder,
+        "siglip",
+        "vicuna",
+        vision_feature_select_strategy="default",
+        text_config={"model_type": "mistral", "sliding_window": None},
     ),
 }
 
