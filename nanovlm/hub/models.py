@@ -17,6 +17,7 @@ from nanovlm.hub.names import LANGUAGE_FAMILIES, OWN, VISION_FAMILIES, Target, r
 from nanovlm.hub.published.families import OTHERS, PUBLISHED, read_published
 from nanovlm.hub.published.parts import Parts
 from nanovlm.hub.safetensors import Deferred, save_file
+from nanovlm.hub.shapes import find_model
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
@@ -39,7 +40,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLa
     Loading is strict: any missing, unexpected or mis-shaped tensor is an error. No weight is held
     twice. `dtype` is that of the weights; None keeps the file's.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     model_type, parsed = read_config(folder, _parse)
     tokenizer = load_tokenizer(folder)
     config, name_map = _joined(folder, model_type, parsed, tokenizer)

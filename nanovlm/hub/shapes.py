@@ -1,12 +1,17 @@
 """Published models by their shapes alone, to plan with one before it is downloaded.
 
 The tables hold what the models' own `config.json` and `preprocessor_config.json` say; the same code
-reads them.
+reads them. Once `python -m data_tools.download NAME` has fetched a model to `weights/NAME`, its
+name stands for that folder.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from nanovlm.errors import NanoVLMError
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.names import OWN
@@ -216,3 +221,39 @@ LANGUAGE_MODELS: dict[str, PublishedLanguageModel] = {
         "", _shape(OWN, 1024, 14, 4, **_SVLM), ChatConfig("vicuna", image_token="<image>")
     ),
 }
+TOKENIZERS = {"llama-tokenizer": "llava-hf/llava-1.5-7b-hf"}  # published alone: no shape
+
+# Whole models to ask, by their names in commands and on the hub, in small letters.
+MODELS = {
+    "smolvlm2-256m": "smolvlm2-256m",
+    "smolvlm2-256m-video-instruct": "smolvlm2-256m",
+    "llava-1.5-7b": "llava-1.5-7b",
+    "llava-1.5-7b-hf": "llava-1.5-7b",
+}
+WEIGHTS = Path("weights")
+
+
+def fetched(name: str) -> str:
+    """The folder that `data_tools.download` made for a published name; else what was given."""
+    is_name = name and Path(name).name == name and not Path(name).exists()
+    return str(WEIGHTS / name) if is_name and (WEIGHTS / name).is_dir() else name
+
+
+def download_command(names: Iterable[str]) -> str:
+    """The command that fetches published models by their names."""
+    return f"`python -m data_tools.download {' '.join(names)}`"
+
+
+def find_model(given: str | Path) -> Path:
+    """The folder of a whole model: as given, or in WEIGHTS by its name.
+
+    A NanoVLMError says how to fetch what is a published name and no folder.
+    """
+    folder = Path(fetched(str(given)))
+    if folder.exists():
+        return folder
+    advice = "check the path; `python -m data_tools.download --list` shows what can be fetched"
+    if near := difflib.get_close_matches(folder.name.lower()[:100], MODELS, n=1, cutoff=0.7):
+        name = MODELS[near[0]]
+        advice = f"fetch it with {download_command([name])}, then give {WEIGHTS / name}"
+    raise NanoVLMError(f"{given}: there is no such folder; {advice}")

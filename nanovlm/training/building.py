@@ -12,7 +12,13 @@ from nanovlm.hub.config_json import read_config
 from nanovlm.hub.image_configs import read_image_config, read_processor
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import join_parts, load_model
-from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
+from nanovlm.hub.shapes import (
+    LANGUAGE_MODELS,
+    TOKENIZERS,
+    VISION_ENCODERS,
+    WEIGHTS,
+    download_command,
+)
 from nanovlm.hub.toy import toy_model
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.inputs.chat import ChatConfig
@@ -161,24 +167,30 @@ def _say_what_is_unused(settings: ModelSettings) -> None:
 
 
 def _check_folders(settings: ModelSettings) -> None:
-    """Refuse published shapes without folders: weights and tokenizers are for the user to fetch."""
-    missing = [
-        f"{name} DIR, the folder of {shapes[value].hub or value}"
-        for name, value, shapes in (
-            ("--vision-encoder", settings.vision_encoder, VISION_ENCODERS),
-            ("--language-model", settings.language_model, LANGUAGE_MODELS),
-        )
-        if value in shapes and not Path(value).exists()
-    ]
-    if settings.language_model_shape and not settings.language_model:
-        missing.append(
-            "--language-model DIR, a folder with a tokenizer, such as LLaMA's tokenizer.model"
-        )
+    """Refuse names without folders: weights and tokenizers are for the user to fetch."""
+    given = {
+        "--vision-encoder": settings.vision_encoder,
+        "--language-model": settings.language_model,
+    }
+    names = VISION_ENCODERS.keys() | LANGUAGE_MODELS.keys() | TOKENIZERS.keys()
+    missing = {
+        part: name for part, name in given.items() if name in names and not Path(name).exists()
+    }
+    for part, name in missing.items():
+        if name in LANGUAGE_MODELS and not LANGUAGE_MODELS[name].hub:
+            raise NanoVLMError(
+                f"{name} is a shape that nobody publishes; give {part} DIR, a folder"
+            )
     if missing:
         raise NanoVLMError(
-            "only shapes are named here, without weights; "
-            f"fetch and give {', and '.join(missing)}; "
-            "or add --tiny to a preset, which needs none"
+            f"{' and '.join(str(WEIGHTS / name) for name in missing.values())}: not there yet; "
+            f"fetch with {download_command(missing.values())}, or give a folder with "
+            f"{' and '.join(missing)}, or add --tiny to a preset, which needs none"
+        )
+    if settings.language_model_shape and not settings.language_model:
+        raise NanoVLMError(
+            "--language-model is missing, which gives the tokenizer; name a folder with one, or "
+            f"llama-tokenizer, which {download_command(TOKENIZERS)} fetches"
         )
     if not settings.vision_encoder or not settings.language_model:
         raise NanoVLMError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.hub.shapes import fetched
 from nanovlm.hub.toy import ASSETS, TOY_LAYERS
 from nanovlm.training.settings import ASSETS_MARK, GROUPS, Settings, deciding
 from nanovlm.utils.config import from_dict, unknown_key
@@ -56,6 +57,9 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
             if cause in layer:
                 values = {name: value for name, value in values.items() if name not in chosen}
         values |= layer
+    for part in ("vision_encoder", "language_model"):
+        if isinstance(values.get(part), str):
+            values[part] = fetched(values[part])
     settings = from_dict(Settings, values, where=str(path))
     if flags["resume"] and not flags["allow_changes"]:
         _refuse_changes(layers[0], settings, layers[-1], path)

@@ -188,7 +188,7 @@ def refusal(settings: Settings) -> str:
         ({"projector_activation": "relu"}, "activation is 'relu'; take one of gelu"),
         (
             {"vision_encoder": "siglip-so400m-384"},
-            "--vision-encoder DIR, the folder of google/siglip-so400m-patch14-384; or add --tiny",
+            "fetch with `python -m data_tools.download siglip-so400m-384`, or give a folder with",
         ),
         (
             {"vision_encoder": "nowhere"},
@@ -207,11 +207,15 @@ def refusal(settings: Settings) -> str:
         ),
         (
             {"language_model": "", "language_model_shape": "svlm"},
-            "--language-model DIR, a folder with a tokenizer, such as LLaMA's tokenizer.model",
+            "--language-model is missing, which gives the tokenizer; name a folder with one",
         ),
         (
             {"language_model": "qwen2.5-0.5b"},
-            "--language-model DIR, the folder of Qwen/Qwen2.5-0.5B-Instruct",
+            "weights/qwen2.5-0.5b: not there yet; fetch with `python -m data_tools.download qwen2",
+        ),
+        (
+            {"language_model": "decoder-0.1b"},
+            "decoder-0.1b is a shape that nobody publishes; give --language-model DIR, a folder",
         ),
         (
             {"language_model": "{hub}/siglip"},
@@ -279,9 +283,9 @@ def test_a_language_model_without_the_tokens_for_it(
 
 def test_a_preset_without_folders_says_what_to_fetch():
     assert refusal(load_settings("stage1", ["--preset", "mary"])) == (
-        "only shapes are named here, without weights; fetch and give --vision-encoder DIR, "
-        "the folder of google/siglip-so400m-patch14-384, and --language-model DIR, "
-        "the folder of Qwen/Qwen2.5-0.5B-Instruct; or add --tiny to a preset, which needs none"
+        "weights/siglip-so400m-384 and weights/qwen2.5-0.5b: not there yet; fetch with "
+        "`python -m data_tools.download siglip-so400m-384 qwen2.5-0.5b`, or give a folder with "
+        "--vision-encoder and --language-model, or add --tiny to a preset, which needs none"
     )
 
 

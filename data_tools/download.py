@@ -1,0 +1,365 @@
+"""Fetch published weights and data sets by name, from Hugging Face, its mirror or ModelScope.
+
+    python -m data_tools.download smolvlm2-256m qwen3-0.6b
+    python -m data_tools.download the-cauldron/aokvqa --from modelscope --to /big/disk
+    python -m data_tools.download --list
+
+Weights go to `weights/NAME`, data to `data/NAME`, as they are published; the last line of the
+output is the next command. An interrupted download goes on where it stopped. Every file is compared
+with the digest that the hub lists before it gets its name. `hubs.toml` is the table of names.
+"""
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command, say
+
+# isort: split
+import argparse
+import hashlib
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_tools.hub_clients import Hub, HubFile, Listing, explain, open_hub
+from data_tools.hubs import HUBS, Entry, find_entry, list_names
+from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.utils.files import open_regular, read_json, write_json
+from nanovlm.utils.outputs import only_writer
+from nanovlm.utils.parser import CommandParser
+
+RECORD = ".download"  # begins the name of what says which files were fetched into a folder
+PARTIAL = ".incomplete"  # what has arrived in part
+WORKERS = 4  # files at once
+MARGIN = 100e6  # bytes of a disk that are left free
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A name, where its files come from and go to, and which of them are not there yet."""
+
+    entry: Entry
+    source: str  # one of HUBS
+    hub: Hub
+    listing: Listing  # of the files needed
+    folder: Path
+    record: Path
+    lacking: list[HubFile]
+    next_command: str
+
+    def __str__(self) -> str:
+        licence = self.listing.licence or self.entry.licence
+        repository = self.entry.repository(self.source)
+        return f"{self.hub.address} ({repository}), licence: {licence}"
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is still to arrive."""
+        partial = self.folder / PARTIAL
+        arrived = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        return max(sum(file.size for file in self.lacking) - arrived, 0)
+
+
+def plan(given: str, to: Path, source: str) -> Job | None:
+    """What a name needs; None, and a line, if all of it is there."""
+    entry, subset = find_entry(given)
+    folder = to / entry.kind / (entry.folder or entry.name)
+    record_path = folder / (f"{RECORD}-{subset}.json" if subset else f"{RECORD}.json")
+    record = _read_record(record_path)
+    next_command = entry.next.format(folder=folder / subset, weights=to / "weights")
+    if _is_complete(folder, record):
+        _say_complete(folder, record["files"], "is complete, nothing to do", next_command)
+        return None
+    repository = entry.repository(source)
+    if not repository:
+        raise NanoVLMError(
+            f"{entry.name}: is not on {source}; take --from {' or --from '.join(entry.hubs)}"
+        )
+    hub = open_hub(source, repository, entry.kind == "data")
+    # An interrupted download goes on at the revision at which it began.
+    revision = record.get("revision", "") if record.get("source") == source else ""
+    with _one_line_errors(entry, source, hub.address):
+        listing = hub.list_files(revision, subset)
+        files = _choose(hub, listing, entry, subset)
+    if not files:
+        raise NanoVLMError(
+            f"{hub.address} ({repository}): holds no "
+            f"{' and no '.join(entry.files).format(subset=subset)}"
+        )
+    for file in files:
+        _check_path(file.path, repository)
+    listing = Listing(listing.revision, listing.licence, files)
+    lacking = _lacking(folder, files, record.get("files", {}))
+    return Job(entry, source, hub, listing, folder, record_path, lacking, next_command)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(line, list) and [*map(type, line)] == [int, str] for line in files.values()
+    ):
+        raise NanoVLMError(f"{path}: is damaged; delete it, and what is there is checked again")
+    return record
+
+
+def _is_complete(folder: Path, record: dict[str, Any]) -> bool:
+    return record.get("complete") is True and all(
+        _has_size(folder / path, size) for path, (size, _) in record["files"].items()
+    )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _choose(hub: Hub, listing: Listing, entry: Entry, subset: str) -> list[HubFile]:
+    """The files that an entry needs; of shards, those that its index names for its tensors."""
+    files = [file for file in listing.files if entry.wants(file.path, subset)]
+    if not entry.tensors:
+        return files
+    indices = [file for file in files if file.path.endswith(".index.json")]
+    with tempfile.TemporaryDirectory() as folder:
+        for file in indices:
+            places = read_json(hub.fetch(file, listing.revision, Path(folder))).get("weight_map")
+            if not isinstance(places, dict):
+                raise NanoVLMError(f"{file.path}: has no weight_map; try another --from")
+            shards = {shard for name, shard in places.items() if name.startswith(entry.tensors)}
+            files += [file for file in listing.files if file.path in shards]
+    return files
+
+
+def _check_path(path: str, repository: str) -> None:
+    """Refuse a name that would lie outside of the folder, or hide among our own files."""
+    parts = PurePosixPath(path).parts
+    if (
+        not parts
+        or path.startswith("/")
+        or "/".join(parts) != path
+        or any(part in (".", "..", PARTIAL) or part.startswith(RECORD) for part in parts)
+        or any(character in path or not path.isprintable() for character in '\\:*?"<>|')
+    ):
+        raise NanoVLMError(f"{repository}: lists a file named {quoted(path)}, which is not fetched")
+
+
+def _lacking(
+    folder: Path, files: list[HubFile], recorded: dict[str, tuple[int, str]]
+) -> list[HubFile]:
+    """The files that are not there. One of another content is refused, unless it came from here."""
+    lacking = []
+    for file in files:
+        path = folder / file.path
+        size, digest = recorded.get(file.path, (-1, ""))
+        if not os.path.lexists(path):
+            lacking.append(file)
+        elif _has_size(path, file.size) and (
+            digest == file.digest or _has_digest(path, file.digest)
+        ):
+            continue
+        elif _has_size(path, size) and _has_digest(path, digest):
+            lacking.append(file)  # of an earlier revision
+        else:
+            raise NanoVLMError(
+                f"{path}: is there already with another content than the hub's and stays as it is; "
+                "move it away, or name another folder with --to"
+            )
+    return lacking
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    """Whether a file has a digest of `HubFile`; also where the hub gives none."""
+    kind, _, expected = digest.partition(":")
+    if not expected:
+        return True
+    hasher = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+    if kind == "git":
+        hasher.update(f"blob {path.stat().st_size}\0".encode())
+    with open_regular(path) as file:
+        while block := file.read(BLOCK):
+            hasher.update(block)
+    return hasher.hexdigest() == expected
+
+
+def check_room(jobs: list[Job], to: Path) -> None:
+    """Refuse what would not fit on the disk."""
+    there = next(folder for folder in (to, *to.absolute().parents) if folder.is_dir())
+    needed, free = sum(job.missing_bytes for job in jobs), shutil.disk_usage(there).free
+    if needed + MARGIN > free:
+        raise NanoVLMError(
+            f"{to}: {_gb(needed)} are needed, and {_gb(free)} are free; "
+            "free some room, or name a folder on another disk with --to"
+        )
+
+
+def fetch(job: Job) -> None:
+    """Fetch what is lacking, check it, and move it to its place."""
+    with only_writer(job.folder, "--to"):
+        say(f"{job.folder}: {_gb(job.missing_bytes)} in {len(job.lacking)} files from {job}")
+        there = [file for file in job.listing.files if file not in job.lacking]
+        files = {file.path: (file.size, file.digest) for file in there}
+        record = {"source": job.source, "revision": job.listing.revision, "from": str(job)}
+        record |= {"complete": False, "files": files}
+        partial = job.folder / PARTIAL
+        partial.mkdir(exist_ok=True)
+        write_json(job.record, record)
+        with _one_line_errors(job.entry, job.source, job.hub.address):
+            for file in _each_done(job.lacking, lambda file: _fetch_one(job, file)):
+                files[file.path] = (file.size, file.digest)
+                write_json(job.record, record)
+        shutil.rmtree(partial)
+        write_json(job.record, record | {"complete": True})
+    _say_complete(job.folder, files, "is complete", job.next_command)
+
+
+def _fetch_one(job: Job, file: HubFile) -> None:
+    arrived = job.hub.fetch(file, job.listing.revision, job.folder / PARTIAL)
+    if not _has_size(arrived, file.size) or not _has_digest(arrived, file.digest):
+        arrived.unlink()
+        raise NanoVLMError(
+            f"{file.path}: arrived with another digest than {job.hub.address} lists, and was "
+            "removed; the same command fetches it again"
+        )
+    target = job.folder / file.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(arrived, target)
+
+
+def _each_done(files: list[HubFile], fetch: Callable[[HubFile], None]) -> Iterator[HubFile]:
+    """Each file as it is done, several at once; the first error is raised.
+
+    The threads are daemons: Ctrl-C and errors end the command without waiting for them.
+    """
+    waiting: queue.SimpleQueue[HubFile] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[HubFile, Exception | None]] = queue.SimpleQueue()
+    stopped = threading.Event()
+    for file in files:
+        waiting.put(file)
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                file = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                fetch(file)
+                done.put((file, None))
+            except Exception as error:
+                done.put((file, error))
+
+    for _ in range(min(WORKERS, len(files))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in files:
+            file, error = _next_of(done)
+            if error is not None:
+                raise error
+            yield file
+    finally:
+        stopped.set()
+
+
+def _next_of(done: queue.SimpleQueue) -> tuple[HubFile, Exception | None]:
+    while True:  # a wait without an end cannot be interrupted on Windows
+        try:
+            return done.get(timeout=0.5)
+        except queue.Empty:
+            continue
+
+
+@contextmanager
+def _one_line_errors(entry: Entry, source: str, address: str) -> Iterator[None]:
+    """Makes one line of what the hubs' libraries raise, with the other hubs to try."""
+    try:
+        yield
+    except NanoVLMError:
+        raise
+    except Exception as error:
+        line = explain(error, source, address, entry.repository(source))
+        if line is None:
+            raise
+        others = " or ".join(f"--from {hub}" for hub in entry.hubs if hub != source)
+        raise NanoVLMError(
+            f"{line}; or try {others}" if others and line.startswith(address) else line
+        ) from None
+
+
+def show(job: Job) -> None:
+    """Print what would be fetched."""
+    print(f"{job.entry.name}: {job}")
+    for file in job.listing.files:
+        mark = "" if file in job.lacking else "  (is there)"
+        print(f"{_gb(file.size):>10}  {job.folder / file.path}{mark}")
+    print(f"{_gb(job.missing_bytes):>10}  to fetch; nothing was written")
+
+
+def _say_complete(folder: Path, files: dict[str, Any], state: str, next_command: str) -> None:
+    total = sum(size for size, _ in files.values())
+    say(f"{folder}: {state} ({len(files)} files, {_gb(total)})", f"next:  {next_command}")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the flags."""
+    parser = CommandParser(
+        prog="python -m data_tools.download",
+        description="Fetch published weights and data sets by name.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of --list")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder that gets weights/NAME and data/NAME (default: the current one)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        choices=HUBS,
+        default="hf",
+        help="hf (default; HF_ENDPOINT names a mirror), hf-mirror (hf-mirror.com), or modelscope",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show files, sizes and licence; write nothing"
+    )
+    parser.add_argument("--list", action="store_true", help="show the names")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fetch all names, or show them."""
+    arguments = parse_arguments()
+    if arguments.list:
+        print(list_names())
+        return
+    if not arguments.names:
+        raise NanoVLMError("no name is given; --list shows the names")
+    jobs = [plan(name, arguments.to, arguments.source) for name in dict.fromkeys(arguments.names)]
+    jobs = [job for job in jobs if job]
+    if arguments.dry_run:
+        for job in jobs:
+            show(job)
+        return
+    check_room(jobs, arguments.to)
+    try:
+        for job in jobs:
+            fetch(job)
+    except KeyboardInterrupt:
+        say("interrupted; what has arrived is kept, and the same command goes on from there")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    run_command(main)
