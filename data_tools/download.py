@@ -14,30 +14,39 @@ from nanovlm.utils.console import run_command, say
 
 # isort: split
 import argparse
-import hashlib
 import os
 import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from data_tools.hub_clients import Hub, HubFile, Listing, explain, open_hub
+from tqdm import tqdm
+
+from data_tools.hub_clients import Hub, Listing, explain, open_hub
+from data_tools.hub_files import (
+    PARTIAL,
+    RECORD,
+    HubFile,
+    check_path,
+    find_lacking,
+    has_digest,
+    has_size,
+    read_record,
+    size_of,
+)
 from data_tools.hubs import HUBS, Entry, find_entry, list_names
-from nanovlm.errors import NanoVLMError, quoted
-from nanovlm.utils.files import open_regular, read_json, write_json
+from nanovlm.errors import NanoVLMError
+from nanovlm.utils.files import read_json, write_json
 from nanovlm.utils.outputs import only_writer
 from nanovlm.utils.parser import CommandParser
 
-RECORD = ".download"  # begins the name of what says which files were fetched into a folder
-PARTIAL = ".incomplete"  # what has arrived in part
 WORKERS = 4  # files at once
 MARGIN = 100e6  # bytes of a disk that are left free
-BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,15 @@ class Job:
     next_command: str
 
     def __str__(self) -> str:
-        licence = self.listing.licence or self.entry.licence
+        licence = self.listing.licence
+        licence = self.entry.licence if licence in ("", "other", "unknown") else licence
         repository = self.entry.repository(self.source)
         return f"{self.hub.address} ({repository}), licence: {licence}"
 
     @property
     def missing_bytes(self) -> int:
         """How much is still to arrive."""
-        partial = self.folder / PARTIAL
-        arrived = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        return max(sum(file.size for file in self.lacking) - arrived, 0)
+        return max(sum(file.size for file in self.lacking) - size_of(self.folder / PARTIAL), 0)
 
 
 def plan(given: str, to: Path, source: str) -> Job | None:
@@ -71,7 +79,7 @@ def plan(given: str, to: Path, source: str) -> Job | None:
     entry, subset = find_entry(given)
     folder = to / entry.kind / (entry.folder or entry.name)
     record_path = folder / (f"{RECORD}-{subset}.json" if subset else f"{RECORD}.json")
-    record = _read_record(record_path)
+    record = read_record(record_path)
     next_command = entry.next.format(folder=folder / subset, weights=to / "weights")
     if _is_complete(folder, record):
         _say_complete(folder, record["files"], "is complete, nothing to do", next_command)
@@ -93,32 +101,16 @@ def plan(given: str, to: Path, source: str) -> Job | None:
             f"{' and no '.join(entry.files).format(subset=subset)}"
         )
     for file in files:
-        _check_path(file.path, repository)
+        check_path(file.path, repository)
     listing = Listing(listing.revision, listing.licence, files)
-    lacking = _lacking(folder, files, record.get("files", {}))
+    lacking = find_lacking(folder, files, record.get("files", {}))
     return Job(entry, source, hub, listing, folder, record_path, lacking, next_command)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    files = record.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(line, list) and [*map(type, line)] == [int, str] for line in files.values()
-    ):
-        raise NanoVLMError(f"{path}: is damaged; delete it, and what is there is checked again")
-    return record
 
 
 def _is_complete(folder: Path, record: dict[str, Any]) -> bool:
     return record.get("complete") is True and all(
-        _has_size(folder / path, size) for path, (size, _) in record["files"].items()
+        has_size(folder / path, size) for path, (size, _) in record["files"].items()
     )
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _choose(hub: Hub, listing: Listing, entry: Entry, subset: str) -> list[HubFile]:
@@ -129,63 +121,13 @@ def _choose(hub: Hub, listing: Listing, entry: Entry, subset: str) -> list[HubFi
     indices = [file for file in files if file.path.endswith(".index.json")]
     with tempfile.TemporaryDirectory() as folder:
         for file in indices:
+            check_path(file.path, entry.hf)
             places = read_json(hub.fetch(file, listing.revision, Path(folder))).get("weight_map")
             if not isinstance(places, dict):
                 raise NanoVLMError(f"{file.path}: has no weight_map; try another --from")
             shards = {shard for name, shard in places.items() if name.startswith(entry.tensors)}
             files += [file for file in listing.files if file.path in shards]
     return files
-
-
-def _check_path(path: str, repository: str) -> None:
-    """Refuse a name that would lie outside of the folder, or hide among our own files."""
-    parts = PurePosixPath(path).parts
-    if (
-        not parts
-        or path.startswith("/")
-        or "/".join(parts) != path
-        or any(part in (".", "..", PARTIAL) or part.startswith(RECORD) for part in parts)
-        or any(character in path or not path.isprintable() for character in '\\:*?"<>|')
-    ):
-        raise NanoVLMError(f"{repository}: lists a file named {quoted(path)}, which is not fetched")
-
-
-def _lacking(
-    folder: Path, files: list[HubFile], recorded: dict[str, tuple[int, str]]
-) -> list[HubFile]:
-    """The files that are not there. One of another content is refused, unless it came from here."""
-    lacking = []
-    for file in files:
-        path = folder / file.path
-        size, digest = recorded.get(file.path, (-1, ""))
-        if not os.path.lexists(path):
-            lacking.append(file)
-        elif _has_size(path, file.size) and (
-            digest == file.digest or _has_digest(path, file.digest)
-        ):
-            continue
-        elif _has_size(path, size) and _has_digest(path, digest):
-            lacking.append(file)  # of an earlier revision
-        else:
-            raise NanoVLMError(
-                f"{path}: is there already with another content than the hub's and stays as it is; "
-                "move it away, or name another folder with --to"
-            )
-    return lacking
-
-
-def _has_digest(path: Path, digest: str) -> bool:
-    """Whether a file has a digest of `HubFile`; also where the hub gives none."""
-    kind, _, expected = digest.partition(":")
-    if not expected:
-        return True
-    hasher = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
-    if kind == "git":
-        hasher.update(f"blob {path.stat().st_size}\0".encode())
-    with open_regular(path) as file:
-        while block := file.read(BLOCK):
-            hasher.update(block)
-    return hasher.hexdigest() == expected
 
 
 def check_room(jobs: list[Job], to: Path) -> None:
@@ -211,7 +153,7 @@ def fetch(job: Job) -> None:
         partial.mkdir(exist_ok=True)
         write_json(job.record, record)
         with _one_line_errors(job.entry, job.source, job.hub.address):
-            for file in _each_done(job.lacking, lambda file: _fetch_one(job, file)):
+            for file in _each_done(job):
                 files[file.path] = (file.size, file.digest)
                 write_json(job.record, record)
         shutil.rmtree(partial)
@@ -221,7 +163,7 @@ def fetch(job: Job) -> None:
 
 def _fetch_one(job: Job, file: HubFile) -> None:
     arrived = job.hub.fetch(file, job.listing.revision, job.folder / PARTIAL)
-    if not _has_size(arrived, file.size) or not _has_digest(arrived, file.digest):
+    if not has_size(arrived, file.size) or not has_digest(arrived, file.digest):
         arrived.unlink()
         raise NanoVLMError(
             f"{file.path}: arrived with another digest than {job.hub.address} lists, and was "
@@ -232,47 +174,45 @@ def _fetch_one(job: Job, file: HubFile) -> None:
     os.replace(arrived, target)
 
 
-def _each_done(files: list[HubFile], fetch: Callable[[HubFile], None]) -> Iterator[HubFile]:
-    """Each file as it is done, several at once; the first error is raised.
+def _each_done(job: Job) -> Iterator[HubFile]:
+    """Fetch what is lacking, several files at once; each as it is done. Raises the first error.
 
     The threads are daemons: Ctrl-C and errors end the command without waiting for them.
     """
     waiting: queue.SimpleQueue[HubFile] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[HubFile, Exception | None]] = queue.SimpleQueue()
     stopped = threading.Event()
-    for file in files:
+    for file in job.lacking:
         waiting.put(file)
 
     def work() -> None:
-        while not stopped.is_set():
-            try:
+        with suppress(queue.Empty):
+            while not stopped.is_set():
                 file = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                fetch(file)
-                done.put((file, None))
-            except Exception as error:
-                done.put((file, error))
+                try:
+                    _fetch_one(job, file)
+                    done.put((file, None))
+                except Exception as error:
+                    done.put((file, error))
 
-    for _ in range(min(WORKERS, len(files))):
-        threading.Thread(target=work, daemon=True).start()
+    for _ in range(min(WORKERS, len(job.lacking))):
+        threading.Thread(target=work, name="fetch", daemon=True).start()
+    total, complete = sum(file.size for file in job.lacking), 0
+    bar = tqdm(total=total, desc=job.entry.name, unit="B", unit_scale=True, disable=None)
     try:
-        for _ in files:
-            file, error = _next_of(done)
+        for _ in job.lacking:
+            while True:  # a wait without an end could not be interrupted on Windows
+                with suppress(queue.Empty):
+                    file, error = done.get(timeout=0.5)
+                    break
+                bar.update(complete + size_of(job.folder / PARTIAL) - bar.n)
             if error is not None:
                 raise error
+            complete += file.size
             yield file
     finally:
         stopped.set()
-
-
-def _next_of(done: queue.SimpleQueue) -> tuple[HubFile, Exception | None]:
-    while True:  # a wait without an end cannot be interrupted on Windows
-        try:
-            return done.get(timeout=0.5)
-        except queue.Empty:
-            continue
+        bar.close()
 
 
 @contextmanager

@@ -10,10 +10,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.request import getproxies
 
+from tqdm import tqdm
+
+from data_tools.hub_files import HubFile
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import first_line
 
@@ -25,15 +29,6 @@ TOKENS = {
     "modelscope": "make one at https://modelscope.cn/my/myaccesstoken and set MODELSCOPE_API_TOKEN "
     "to it",
 }
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file as the hub lists it."""
-
-    path: str  # within the repository, with /
-    size: int  # bytes
-    digest: str  # "sha256:…", or "git:…", the id that git gives a small file
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,8 @@ class Hub(Protocol):
         """The files at a revision ("" for the newest), of one folder or ("") of all."""
         ...
 
-    def fetch(self, file: HubFile, revision: str, partial: Path) -> Path:
-        """Fetch a file into the folder `partial`, or the rest of it; where it is, unchecked."""
+    def fetch(self, file: HubFile, revision: str, folder: Path) -> Path:
+        """Fetch a file, or what of it is not in `folder` yet; where it lies there, unchecked."""
         ...
 
 
@@ -74,20 +69,23 @@ class HuggingFace:
     """A repository of Hugging Face or of a mirror (`HF_ENDPOINT`)."""
 
     def __init__(self, repository: str, is_data: bool, address: str | None) -> None:
-        import huggingface_hub
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.utils import disable_progress_bars
 
-        huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = CHUNK  # in place of 10 MB
-        self._hub = huggingface_hub
-        self._api = huggingface_hub.HfApi(endpoint=address)
+        disable_progress_bars()  # download.py has one for all files
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK  # in place of 10 MB
+        self._api = HfApi(endpoint=address)
         self.address = self._api.endpoint
         self._repository, self._kind = repository, "dataset" if is_data else "model"
 
     def list_files(self, revision: str, folder: str) -> Listing:
         """See Hub."""
+        from huggingface_hub.hf_api import RepoFile
+
         info = self._api.repo_info(
             self._repository, repo_type=self._kind, revision=revision or None
         )
-        licence = getattr(info.card_data, "license", None) or ""
+        licence = getattr(getattr(info, "card_data", None), "license", None) or ""
         tree = self._api.list_repo_tree(
             self._repository,
             folder or None,
@@ -98,17 +96,18 @@ class HuggingFace:
         files = [
             HubFile(item.path, item.size, _digest(item))
             for item in tree
-            if isinstance(item, self._hub.hf_api.RepoFile)
+            if isinstance(item, RepoFile)
         ]
         licence = licence if isinstance(licence, str) else ", ".join(licence)
         return Listing(info.sha or revision, licence, files)
 
-    def fetch(self, file: HubFile, revision: str, partial: Path) -> Path:
+    def fetch(self, file: HubFile, revision: str, folder: Path) -> Path:
         """See Hub. Resumes what an earlier run left, which `hf_hub_download` does not do."""
         from huggingface_hub.file_download import hf_hub_url, http_get
+        from huggingface_hub.utils import build_hf_headers
 
         # Named by path and content: what has arrived of another revision is not gone on with.
-        path = partial / hashlib.sha256(f"{file.path} {file.digest}".encode()).hexdigest()
+        path = folder / hashlib.sha256(f"{file.path} {file.digest}".encode()).hexdigest()
         done = path.stat().st_size if path.exists() else 0
         if done > file.size:
             path.unlink()
@@ -126,7 +125,7 @@ class HuggingFace:
                     url,
                     out,
                     resume_size=done,
-                    headers=self._hub.utils.build_hf_headers(),
+                    headers=build_hf_headers(),
                     expected_size=file.size,
                     displayed_filename=file.path,
                 )
@@ -148,8 +147,10 @@ class ModelScope:
         # A large file on a slow line takes more than the library's hour.
         os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", str(30 * 24 * 3600))
         import modelscope_hub
+        from modelscope_hub import _download
 
-        self._api = modelscope_hub.HubApi()
+        setattr(_download, "tqdm", partial(tqdm, disable=True))  # noqa: B010 (a private name)
+        self._api = modelscope_hub.HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT") or None)
         self.address = str(self._api.legacy.endpoint)
         self._repository, self._kind = repository, "dataset" if is_data else "model"
 
@@ -164,14 +165,14 @@ class ModelScope:
         ]
         return Listing(revision or "master", "", files)
 
-    def fetch(self, file: HubFile, revision: str, partial: Path) -> Path:
+    def fetch(self, file: HubFile, revision: str, folder: Path) -> Path:
         """See Hub."""
         return self._api.download_file(
             self._repository,
             self._kind,
             file.path,
             revision=revision,
-            local_dir=partial,
+            local_dir=folder,
             expected_sha256=file.digest.removeprefix("sha256:") or None,
             file_size=file.size,
         )
@@ -193,11 +194,11 @@ def explain(error: Exception, hub: str, address: str, repository: str) -> str | 
     for pattern, explanation in _NETWORK:
         if re.search(pattern, text, re.IGNORECASE):
             proxies = " and ".join(f"{name}_proxy" for name in getproxies() if name != "no")
-            via = f" ({proxies} set, which may be why)" if proxies else ""
+            via = f" ({proxies} is set)" if proxies else ""
             return f"{site}: {explanation}{via}"
     if isinstance(error, OSError) and error.errno and error.filename:
         return None  # of the disk, which names the file
-    if isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith(
+    if isinstance(error, OSError) or type(error).__module__.startswith(
         ("huggingface_hub", "modelscope_hub", "httpx", "requests", "urllib3")
     ):
         return f"{site}: {first_line(error)}"
@@ -216,7 +217,8 @@ _NETWORK = (
      f"a file arrived damaged and was removed; {_GOES_ON}"),
     ("Proxy", "the proxy cannot be used; check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"),
     ("CERTIFICATE|SSL|TLS",
-     "its TLS certificate is not accepted; check the clock, and set SSL_CERT_FILE to your proxy's"),
+     "its TLS certificate is not accepted; check the clock, and behind a proxy "
+     + "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to its certificate"),
     ("Name or service not known|name resolution|NameResolution|getaddrinfo|nodename|No address",
      "no such host is found; is there a network, and does its DNS know the hub?"),
     ("RemoteProtocol|ReadError|Incomplete|ChunkedEncoding|ConnectionReset|RemoteDisconnected",

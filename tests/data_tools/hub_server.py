@@ -99,7 +99,7 @@ def running_hub() -> Iterator[HubServer]:
     servers = []
     for is_storage in (False, True):
         handler = type("Handler", (_Handler,), {"hub": hub, "is_storage": is_storage})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
     hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)
@@ -109,6 +109,11 @@ def running_hub() -> Iterator[HubServer]:
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # clients go away, as they are meant to
 
 
 class _Handler(BaseHTTPRequestHandler):
