@@ -22,6 +22,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 MAX_SETTINGS = 2**20  # bytes of a file of settings
 TOY_PAIRS = "data/scenes/pairs.jsonl"  # made by data_tools/make_preferences.py
 STAGES = ("stage1", "stage2")  # those that the two scripts train; a preset may have more
+BASE = "base"  # key of a file of stages: the preset whose stages it changes
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # Settings that were chosen for another one's value: a new value of that one resets them.
 CHOSEN_FOR = {
@@ -53,10 +54,7 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     layers.append({name: value for name, value in flags.items() if value is not None})
     values: dict[str, Any] = {}
     for layer in layers:
-        for cause, chosen in CHOSEN_FOR.items():
-            if cause in layer:
-                values = {name: value for name, value in values.items() if name not in chosen}
-        values |= layer
+        values = _overridden(values, layer)
     for part in ("vision_encoder", "language_model"):
         if isinstance(values.get(part), str):
             values[part] = fetched(values[part])
@@ -66,14 +64,21 @@ def load_settings(stage: str, arguments: list[str] | None = None) -> Settings:
     return settings
 
 
+def _overridden(values: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """`values` with those of `layer` in their place, and without what was chosen for them."""
+    for cause, chosen in CHOSEN_FOR.items():
+        if cause in layer:
+            values = {name: value for name, value in values.items() if name not in chosen}
+    return values | layer
+
+
 def stage_names(arguments: list[str] | None = None) -> list[str]:
     """The stages of the preset or file that a command line names.
 
     A run's `settings.toml`, which is one stage without a name, has none.
     """
     given = _parser("stage1").parse_args(arguments)
-    tables = read_tables(_source(given.preset, given.config))
-    return _stages(tables)
+    return _stages(_with_base(_source(given.preset, given.config)))
 
 
 def _source(preset: str | None, config: str | None) -> Path:
@@ -122,6 +127,7 @@ def _at_toy_size(values: dict[str, Any]) -> dict[str, Any]:
         "accumulate": 1,
         "lr": 1e-3,
         "dtype": "float32",
+        "stochastic_rounding": False,  # of bf16
         "checkpointing": False,
     }
     if values.get("objective") == "dpo":
@@ -144,10 +150,9 @@ def read_tables(path: Path) -> dict[str, Any]:
     A NanoVLMError says where it is broken, or what it is if it is no TOML.
     """
     if not os.path.exists(path):
-        available = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
         raise NanoVLMError(
-            f"{path}: cannot be read (there is no such file); presets are {available}, "
-            "and a file of your own is named with --config"
+            f"{path}: cannot be read (there is no such file); presets are "
+            f"{', '.join(preset_names())}, and a file of your own is named with --config"
         )
     if path.is_dir():
         raise NanoVLMError(f"{path}: is a folder; name a file, such as {path / 'settings.toml'}")
@@ -169,6 +174,32 @@ def read_tables(path: Path) -> dict[str, Any]:
     return tables
 
 
+def _with_base(path: Path) -> dict[str, Any]:
+    """The content of a file, with the stages of the preset that its `base` names.
+
+    Each stage has the settings of the base's, and those that the file gives in place of them.
+    """
+    tables = read_tables(path)
+    if BASE not in tables:
+        return tables
+    name = tables.pop(BASE)
+    presets = preset_names()
+    if not isinstance(name, str) or name not in presets:
+        raise NanoVLMError(
+            f"{path}: {BASE} is {quoted(name)}, which is no preset; take one of "
+            f"{', '.join(presets)}"
+        )
+    based = _with_base(PRESETS / f"{name}.toml")
+    for key, value in tables.items():
+        based[key] = _overridden(based.get(key, {}), value) if isinstance(value, dict) else value
+    return based
+
+
+def preset_names() -> list[str]:
+    """The presets that ship, in order."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
 def _stages(tables: dict[str, Any]) -> list[str]:
     return [
         name for name, value in tables.items() if isinstance(value, dict) and name not in FIELDS
@@ -177,7 +208,7 @@ def _stages(tables: dict[str, Any]) -> list[str]:
 
 def _read_stage(path: Path, stage: str) -> dict[str, Any]:
     """The stage's table of a preset, or a whole file without such tables (a `settings.toml`)."""
-    table = read_tables(path)
+    table = _with_base(path)
     stages = _stages(table)
     if stage in table and stage not in stages:
         raise NanoVLMError(
@@ -212,7 +243,7 @@ def _parser(stage: str) -> CommandParser:
     )
     named = parser.add_argument_group("source of settings")
     source = named.add_mutually_exclusive_group()
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.toml")))
+    presets = ", ".join(preset_names())
     source.add_argument("--preset", metavar="NAME", help=f"a file of nanovlm/presets: {presets}")
     source.add_argument(
         "--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run"

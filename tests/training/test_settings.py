@@ -9,7 +9,7 @@ import pytest
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.toy import ASSETS
-from nanovlm.training.presets import load_settings
+from nanovlm.training.presets import load_settings, preset_names, stage_names
 from nanovlm.training.settings import GROUPS, Settings, to_toml
 from nanovlm.utils.parser import flag as spelled
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_refuses_what_would_change_its_result(tmp_path):
         ("stray", "unrecognized arguments: stray"),
         ("--batch-size x", "invalid int value: 'x'"),
         ("--lr", "expected one argument"),
-        ("--preset nope", "presets are basic-vlm, dinov2"),
+        ("--preset nope", "presets are basic-vlm, basic-vlm-24gb"),
         ("--config nope.toml", "nope.toml: cannot be read"),
         ("--system \udcff", "--system is '\\udcff', which is no UTF-8 text"),
         ("--preset tiny --config a", "not allowed with"),
@@ -241,6 +241,11 @@ def test_what_is_refused(flags, expected):
         ("[[stage1]]\nlr = 1\n", "stage1 is no table; write the line [stage1]"),
         ("lr = 1\n[stage1]\n", "lr stands outside of the stages; move it below [stage1]"),
         ("[stage2]\nlr = 1\n", "has no stage 'stage1'; its stages are stage2"),
+        ('base = "marry"\n', "base is 'marry', which is no preset; take one of basic-vlm"),
+        ('base = "../presets/mary"\n', "base is '../presets/mary', which is no preset"),
+        ("base = 3\n[stage1]\nlr = 1\n", "base is 3, which is no preset"),
+        ('base = "mary"\nlr = 1\n', "lr stands outside of the stages; move it below [stage1]"),
+        ('base = "mary"\nstage1 = 3\n', "stage1 is no table; write the line [stage1]"),
         ("", "holds no settings; was it cut off?"),
         ("lr: 1e-3\nbatch_size: 8\n", "is YAML; settings are read from TOML"),
         ('{"lr": 0.001}', "is JSON; settings are read from TOML"),
@@ -342,6 +347,42 @@ def test_a_later_stage_of_a_preset():
         NanoVLMError, match="no stage 'stage4'; its stages are stage1, stage2, stage3"
     ):
         load_settings("stage2", ["--preset", "zero-qwen-vl", "--stage", "stage4"])
+
+
+def test_a_file_changes_a_few_settings_of_a_preset_that_it_names_as_its_base(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "mary"\n[stage2]\nbatch_size = 1\n[more]\nlr = 1e-6\n')
+    flags = ["--config", str(path)]
+    assert load_settings("stage1", flags) == load_settings("stage1", ["--preset", "mary"])
+    assert load_settings("stage2", flags) == dataclasses.replace(
+        load_settings("stage2", ["--preset", "mary"]), batch_size=1
+    )
+    assert stage_names(flags) == ["stage1", "stage2", "dpo", "more"]
+    assert load_settings("stage2", [*flags, "--stage", "more"]) == Settings(lr=1e-6)
+
+
+def test_a_learning_rate_in_place_of_the_bases_resets_what_was_chosen_for_that(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "dinov2-qwen2.5"\n[stage2]\nlr = 1e-6\n')
+    settings = load_settings("stage2", ["--config", str(path)])
+    assert [settings.peak_lr(part) for part in settings.trained_parts] == [1e-6, 1e-6]
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name.endswith("gb")])
+def test_a_preset_for_a_card_trains_the_same_model_as_its_base(preset):
+    """It may change how much is held at once, and how: the same records make a step."""
+    base = preset.rsplit("-", 1)[0]
+    assert stage_names(["--preset", preset]) == stage_names(["--preset", base])
+    for stage in stage_names(["--preset", base]):
+        ours, theirs = (
+            load_settings("stage2", ["--preset", name, "--stage", stage]) for name in (preset, base)
+        )
+        changed = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
+        assert changed <= {
+            "max_length", "batch_size", "accumulate", "checkpointing", "optimizer",
+            "stochastic_rounding", "quantize", "lora_rank", "lr_language_model",
+        }  # fmt: skip
+        assert ours.batch_size * ours.accumulate == theirs.batch_size * theirs.accumulate
 
 
 def test_every_number_of_the_settings_is_finite_and_bounded():
