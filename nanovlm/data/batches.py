@@ -29,6 +29,8 @@ from nanovlm.inputs.image import image_pixels, image_size, open_image, tile_grid
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 
+CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
+
 
 @dataclass(frozen=True)
 class BatchOptions:

@@ -7,10 +7,15 @@ exact answers for each `kind` of record go to stderr. Records of kind "describe"
 wrong objects, {"chair_i": …, "chair_s": …}. `--control blind` and `--control shuffled` take the
 image away.
 
+With `--loss`, nothing is answered. The line is the loss of the answers that the records have, as
+the validation of a training run computes it: {"loss": …, "perplexity": …, "tokens": …, "n": …}.
+
 Lesson: lessons/source/17_measuring.py.
 """
 
+import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from tqdm import tqdm
 from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
+from nanovlm.evaluation.loss import Loss, measure_loss
 from nanovlm.evaluation.metrics import (
     bleu,
     cider_d,
@@ -29,6 +35,7 @@ from nanovlm.evaluation.metrics import (
 )
 from nanovlm.generate import compile_decoding
 from nanovlm.hub.models import load_model
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.files import to_jsonl
@@ -37,10 +44,15 @@ from nanovlm.utils.parser import CommandParser, expand_user
 
 
 def main() -> None:
-    """Read the flags, answer, score, print."""
+    """Read the flags, answer or compute the loss, score, print."""
     arguments = _parser().parse_args()
-    if arguments.limit < 0 or arguments.batch_size < 1 or arguments.max_new_tokens < 1:
-        raise NanoVLMError("--limit, --batch-size and --max-new-tokens have to be above 0")
+    numbers = (arguments.batch_size, arguments.max_new_tokens, arguments.max_length)
+    if arguments.limit < 0 or min(numbers) < 1:
+        raise NanoVLMError(
+            "--limit, --batch-size, --max-new-tokens and --max-length have to be above 0"
+        )
+    if arguments.loss and arguments.answers:
+        raise NanoVLMError("--loss answers nothing; leave out --answers or --loss")
     if arguments.answers:
         inputs = (arguments.model, *record_files(arguments.data))
         check_new_file(arguments.answers, "--answers", inputs)
@@ -50,9 +62,48 @@ def main() -> None:
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     model = load_model(arguments.model, dtype).to(device)
+    say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
+    if arguments.loss:
+        print(json.dumps(_tell_loss(model, records, arguments)))
+        return
     if arguments.compile:
         compile_decoding(model.language_model)
-    say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
+    print(json.dumps(_answer_and_score(model, records, arguments)))
+
+
+def _tell_loss(
+    model: VisionLanguageModel, records: list[Record], arguments: argparse.Namespace
+) -> dict[str, float | None]:
+    """The loss per labelled token of the records with answers; null where it is not finite."""
+    asked = [record for record in records if not record.references]
+    if without := len(records) - len(asked):
+        say(f"skipped: {without} of {len(records)} records, which have references and no answer")
+    if not asked:
+        raise NanoVLMError(
+            f"{arguments.data}: no record has an answer, whose loss could be computed; give "
+            "records as training reads them, or leave out --loss"
+        )
+    flags = arguments.control, arguments.batch_size, arguments.max_length
+    loss, skipped, cut = Loss(0.0, 0, 0), [], 0
+    name = f"computing the loss ({arguments.control} control)"
+    with tqdm(desc=name, total=len(asked), unit="record", dynamic_ncols=True) as bar:
+        for loaded, so_far in measure_loss(model, asked, *flags):
+            bar.update(loaded.samples + len(loaded.skipped))
+            loss, skipped, cut = so_far, skipped + loaded.skipped, cut + len(loaded.cut)
+    say_skipped(skipped, len(asked))
+    if cut:
+        say(f"cut: {cut} of {len(asked)} records at --max-length {arguments.max_length} tokens")
+    if not loss.tokens:
+        raise NanoVLMError(f"{arguments.data}: no record could be used, for the reasons above")
+    figures = {"loss": loss.mean, "perplexity": loss.perplexity}
+    finite = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+    return {**finite, "tokens": loss.tokens, "n": loss.records}
+
+
+def _answer_and_score(
+    model: VisionLanguageModel, records: list[Record], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """The scores of the model's answers, which are also written where `--answers` says."""
     stream = answer_records(
         model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
     )
@@ -70,7 +121,7 @@ def main() -> None:
             for record, answer in answered
         )
         write_new(arguments.answers, to_jsonl(lines))
-    print(json.dumps(score(records, answers)))
+    return score(records, answers)
 
 
 def score(records: list[Record], answers: list[str]) -> dict[str, float]:
@@ -144,6 +195,18 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--control", choices=CONTROLS, default="none", help="blank the images, or swap them"
+    )
+    parser.add_argument(
+        "--loss",
+        action="store_true",
+        help="compute the loss and the perplexity of the records' answers, and answer nothing",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="with --loss: tokens of a record; longer text is cut at the end (default: 2048)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"

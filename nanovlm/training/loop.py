@@ -19,6 +19,8 @@ from tqdm import tqdm
 from nanovlm.data.batches import Batches, LoadedBatch
 from nanovlm.data.workers import Loading
 from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.evaluation.loss import perplexity, sums_over
+from nanovlm.inputs.batch import Batch
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import (
     STATE,
@@ -332,15 +334,19 @@ def validate(run: Run, batches: Batches) -> dict[str, float | None]:
     Of cross entropy, which has none, the perplexity. Each process takes its part of the records.
     """
     model, objective, parallel = run.model, run.objective, run.parallel
+    count = 0
+
+    def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+        nonlocal count
+        count += objective.count_targets(batch)
+        with run.precision.autocast():
+            return objective(model, batch.to(run.precision.device))
+
     model.eval()
-    sums, count = [0.0] * (1 + len(objective.metric_names)), 0
-    for loaded in batches.loader(0, len(batches), run.loading):
-        if (batch := parallel.complete(loaded.batch)) is not None:
-            with run.precision.autocast():
-                loss, metrics = objective(model, batch.to(run.precision.device))
-            new = torch.cat((loss[None], metrics)).tolist()
-            sums = [before + more for before, more in zip(sums, new)]
-            count += objective.count_targets(batch)
+    loaded = batches.loader(0, len(batches), run.loading)
+    whole = (parallel.complete(item.batch) for item in loaded)
+    present = (batch for batch in whole if batch is not None)
+    sums = sums_over(present, measure, len(objective.metric_names))
     parallel.reshard()
     model.train()
     *sums, count = total(*sums, count)
@@ -348,7 +354,7 @@ def validate(run: Run, batches: Batches) -> dict[str, float | None]:
     val = {"val_loss": loss}
     val |= {f"val_{name}": value for name, value in zip(objective.metric_names, metrics)}
     if not objective.metric_names:
-        val["val_perplexity"] = math.exp(min(loss, 700.0))  # a float holds no more
+        val["val_perplexity"] = perplexity(loss)
     finite = all(map(math.isfinite, val.values()))
     return dict(val) if finite else dict.fromkeys(val)  # JSON has no word for infinity
 

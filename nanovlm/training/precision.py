@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.training.distributed.shares import local
 from nanovlm.utils.config import from_dict
+from nanovlm.utils.device import autocast
 
 
 @dataclass
@@ -88,14 +89,8 @@ class Precision:
                 setattr(module, name, buffer.to(self.device))
 
     def autocast(self, device: torch.device | None = None) -> contextlib.AbstractContextManager:
-        """The context of a forward pass; `device` if the model is on another one than the run.
-
-        Autocast does not cache casts: each weight is used once, and the cache would hold its copy
-        until the end of the pass, even where checkpointing has freed it.
-        """
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast((device or self.device).type, dtype=self.dtype, cache_enabled=False)
+        """The context of a forward pass; `device` if the model is on another one than the run."""
+        return autocast(device or self.device, self.dtype)
 
     @property
     def may_overflow(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
+from nanovlm.data.batches import CUDA_LENGTHS, Batches, BatchOptions, RecordEncoder
 from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.data.records import Record, check_skipped, read_records, say_skipped
 from nanovlm.data.split import split
@@ -52,7 +52,6 @@ from nanovlm.utils.files import write_atomically
 from nanovlm.utils.outputs import check_no_input, only_writer
 from nanovlm.utils.processes import is_main
 
-CUDA_LENGTHS = 64  # rows are padded to a multiple of it: no kernel gets ragged or unaligned rows
 MAX_COPIES = 100  # of each record in a step
 # Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
 # fit its cache; a GPU is kept busy by more.

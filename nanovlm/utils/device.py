@@ -1,6 +1,7 @@
 """The device, the compute dtype that is fast on it, and the memory it takes."""
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import os
@@ -107,6 +108,17 @@ def _say_if_torch_lacks_cuda() -> None:
         f"the build for GPUs: python -m pip install --force-reinstall torch=={version} "
         f"--index-url {CUDA_BUILDS} (in China {CUDA_BUILDS_IN_CHINA})"
     )
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context of a forward pass whose products are computed in `dtype`.
+
+    It does not cache casts: each weight is used once, and the cache would hold its copy until the
+    end of the pass, even where checkpointing has freed it.
+    """
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def allow_tf32(dtype: torch.dtype, device: torch.device) -> bool:
