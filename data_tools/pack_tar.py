@@ -129,7 +129,7 @@ def member_name(written: str, path: Path) -> str:
 
 
 def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
-    """Store an image without its time and owner on this machine."""
+    """Store an image as it is."""
     try:
         if data_uri.is_data_uri(path):
             data = data_uri.read(path)
@@ -137,6 +137,11 @@ def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
             data = archive.read_member(path) if archive.is_member(path) else read_bytes(path)
     except NanoVLMError as error:
         raise NanoVLMError(f"image {path} {error}") from None
+    add_member(tar, member, data)
+
+
+def add_member(tar: tarfile.TarFile, member: str, data: bytes) -> None:
+    """Store bytes under a name, without the time and the owner of a file on this machine."""
     header = tarfile.TarInfo(member)
     header.size = len(data)
     tar.addfile(header, BytesIO(data))

@@ -32,7 +32,12 @@ from tests.pages import (
 )
 
 MADE_BY_OTHERS = ("runs/", "data/scenes/", "$")  # made by an earlier command, or the reader's own
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-lessons.txt")
+REQUIREMENTS = (
+    "requirements.txt",
+    "requirements-data.txt",
+    "requirements-dev.txt",
+    "requirements-lessons.txt",
+)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
 PROGRAMS = (
     ("train_stage1.py",),

@@ -73,7 +73,7 @@ _MEANING = re.compile(
     r"|chosen|rejected|rejected_response|train(?:ing)?_detail",
     re.IGNORECASE,
 )
-_IMAGE_KEY = re.compile(
+IMAGE_KEY = re.compile(
     rf"(?:image|img|picture|pic|photo|screenshot)s?[_-]?\d*{_OF_A_FILE}", re.IGNORECASE
 )
 _OTHER_IMAGE_KEY = re.compile(rf"\w+[_-](?:image|img|picture|photo)s?{_OF_A_FILE}", re.IGNORECASE)
@@ -181,6 +181,8 @@ def _unpaired(items: Any) -> Iterator[Any]:
                 if system := _first(item, SYSTEM):
                     yield {"role": "system", "content": item[system]}
                 item = [item[asked], item[answered]]
+            elif asked and not _is_turn(item):
+                raise NanoVLMError(f"a question has no answer beside {asked!r}")
         if isinstance(item, list) and len(item) == 2:
             yield {"role": "user", "content": item[0]}
             yield {"role": "assistant", "content": item[1]}
@@ -204,7 +206,7 @@ def _read_turn(turn: Any, number: int = 0) -> tuple[Message, list[str]]:
             f"a turn has {role_key} = {quoted(written)}, expected system, user or assistant"
         )
     rest = {key: value for key, value in turn.items() if key not in (*ROLE, *TEXT, *LOSS)}
-    for keys in (_MEANING, _IMAGE_KEY, _LEARNING):
+    for keys in (_MEANING, IMAGE_KEY, _LEARNING):
         _refuse(rest, keys)
     _check_other_images(rest, [])
     content = turn.get(text_key, "")
@@ -261,7 +263,7 @@ def _read_part(part: Any, number: int) -> tuple[str | None, str]:
         has_image = _first(part, (*IMAGE_NAMES, *IMAGE_BYTES))
         text = part.get("text", "" if len(part) == 1 else None)
         if kind in TEXT_PARTS and not has_image and isinstance(text, str):
-            _refuse(part, _IMAGE_KEY)
+            _refuse(part, IMAGE_KEY)
             return text, ""
         if kind in IMAGE_PARTS and "text" not in part and (has_image or len(part) == 1):
             return None, _image_name(part) if has_image else ""
@@ -338,7 +340,7 @@ def _check_other_images(entry: dict[str, Any], names: list[str]) -> None:
     for key, value in entry.items():
         if key in READ:
             continue
-        if _IMAGE_KEY.fullmatch(key):  # beside images that are read, addresses and file names
+        if IMAGE_KEY.fullmatch(key):  # beside images that are read, addresses and file names
             if not names or not all("://" in t or _base_name(t) in known for t in _texts(value)):
                 _refuse_key(key)
         elif not names and (

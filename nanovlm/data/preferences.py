@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovlm.data.batches import BatchOptions, RecordEncoder
 from nanovlm.data.forms import QUESTIONS, TURN_LISTS, as_turns, present, repeats
-from nanovlm.data.records import Record, parse_record, read_records
+from nanovlm.data.records import Images, Record, parse_record, read_records
 from nanovlm.data.sequences import TokenSequence, share_prefix
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
@@ -44,10 +44,10 @@ def read_pairs(
     return read_records(data, images, parse_pair)
 
 
-def parse_pair(entry: Any, where: str, folder: Path) -> Record:
+def parse_pair(entry: Any, where: str, images: Images) -> Record:
     """Check one pair and resolve its image paths; raises with `where` and the reason."""
     if not isinstance(entry, dict):
-        return parse_record(entry, where, folder)  # which says what it is instead
+        return parse_record(entry, where, images)  # which says what it is instead
     entry = _with_chosen(present(entry))
     for name in ANSWERS:
         answer = entry.get(name)
@@ -55,7 +55,7 @@ def parse_pair(entry: Any, where: str, folder: Path) -> Record:
             raise NanoVLMError(
                 f"{where}: has no text in {name!r}; a pair has a chosen and a rejected answer"
             )
-    chosen, rejected = (parse_record(_with_answer(entry, name), where, folder) for name in ANSWERS)
+    chosen, rejected = (parse_record(_with_answer(entry, name), where, images) for name in ANSWERS)
     if chosen.messages[:-1] != rejected.messages[:-1] or chosen.images != rejected.images:
         raise NanoVLMError(f"{where}: chosen and rejected do not answer the same question")
     if len(chosen.messages) < 2 or chosen.messages[-2].role != "user":

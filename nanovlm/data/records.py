@@ -20,11 +20,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from nanovlm.data.forms import READ, present, read_conversation
+from nanovlm.data.json_stream import stream_json
 from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
 from nanovlm.inputs import archive, data_uri
 from nanovlm.inputs.chat import IMAGE_MARKER, Message
@@ -36,7 +38,10 @@ from nanovlm.utils.sniff import FIRST_BYTES, what_is
 MAX_SKIPPED = 0.01  # share of unusable records above which a run stops
 MAX_NAMED = 50  # how many of them are listed then
 MAX_LINE = 2**26  # bytes of a line of .jsonl: a record with its image in base64
-MAX_LIST = 2**32  # bytes of a .json file, which is read whole
+
+# Where images are: the folder that their paths are relative to, or what finds each by its name and
+# raises NanoVLMError.
+Images = Path | Callable[[str], Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +63,16 @@ class Record:
             turn: dict[str, Any] = {"role": message.role, "content": "".join(parts)}
             turns.append(turn if message.labelled else {**turn, "loss": False})
         entry = {**self.extra, "images": list(images), "messages": turns}
+        if self.rejected:
+            answer = {"chosen": self.messages[-1].text, "rejected": self.rejected}
+            entry |= {"messages": turns[:-1], **answer}
         return {**entry, "references": list(self.references)} if self.references else entry
 
 
 def read_records(
     data: str | Path,
     images: str | Path | None = None,
-    parse: Callable[[Any, str, Path], Record] | None = None,
+    parse: Callable[[Any, str, Images], Record] | None = None,
 ) -> tuple[list[Record], list[str]]:
     """All usable records of the `record_files` that `data` names, and a line for each one skipped.
 
@@ -146,21 +154,22 @@ def say_skipped(skipped: Sequence[str], total: int) -> None:
         say(f"skipped: {len(skipped)} of {total} records, {first}named above")
 
 
-def parse_record(entry: Any, where: str, folder: Path) -> Record:
+def parse_record(entry: Any, where: str, images: Images) -> Record:
     """Check one record and resolve its image paths; raises with `where` and the reason."""
     try:
-        return _parse_record(entry, where, folder)
+        return _parse_record(entry, where, images)
     except NanoVLMError as error:
         raise NanoVLMError(f"{where}: {error}") from None
 
 
-def _parse_record(entry: Any, where: str, folder: Path) -> Record:
+def _parse_record(entry: Any, where: str, places: Images) -> Record:
     if isinstance(entry, NanoVLMError):  # the reason why there is none
         raise entry
     if not isinstance(entry, dict):
         raise NanoVLMError(f"is a JSON {type(entry).__name__}, expected an object")
     messages, names = read_conversation(entry)
-    images = tuple(_image_path(name, folder) for name in names)
+    find = places if callable(places) else partial(image_path, folder=places)
+    images = tuple(map(find, names))
     references = present(entry).get("references", [])
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise NanoVLMError("references is not a list of texts")
@@ -172,8 +181,11 @@ def _parse_record(entry: Any, where: str, folder: Path) -> Record:
     return Record(where, images, messages, tuple(references), extra)
 
 
-def _image_path(name: str, folder: Path) -> Path:
-    """Where an image is: an existing file, also in a tar file, or the record itself."""
+def image_path(name: str, folder: Path) -> Path:
+    """Where an image is: an existing file, also in a tar file, or the record itself.
+
+    Raises NanoVLMError with the image and the bare reason.
+    """
     try:
         if data_uri.is_data_uri(name):
             return data_uri.to_path(name)
@@ -239,23 +251,8 @@ def _read_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _read_list(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The records of a JSON list."""
-    if os.fstat(file.fileno()).st_size > MAX_LIST:
-        raise NanoVLMError(
-            f"{path}: is larger than {MAX_LIST >> 30} GiB, which are not read at once; "
-            "write one record a line and name the file .jsonl"
-        )
-    text = file.read()
-    try:
-        entries = json.loads(text.decode("utf-8-sig", errors="surrogateescape"))
-    except json.JSONDecodeError as error:
-        raise NanoVLMError(
-            f"{path}:{error.lineno}:{error.colno}: is not valid JSON ({error.msg}); mend it there, "
-            "or fetch the file again"
-        ) from None
-    except (ValueError, RecursionError):  # thousands of digits, or of nested lists
-        raise NanoVLMError(f"{path}: has a number or a nesting without end; remove it") from None
-    for number, entry in enumerate(entries, start=1):
+    """The records of a JSON list; one of a million records is never held whole."""
+    for number, (_, entry) in enumerate(stream_json(path, file), start=1):
         yield f"{path}: record {number}", _encodable(entry)
 
 

@@ -62,6 +62,16 @@ def read_member(path: str | Path) -> bytes:
     return data
 
 
+def members(path: str | Path) -> list[str]:
+    """The names of the files in a tar file, in their order. Raises NanoVLMError."""
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+    index = _index(str(path), status.st_size, status.st_mtime_ns)
+    if isinstance(index, str):
+        raise NanoVLMError(f"{path}: {index}")
+    return [name for name, place in index.items() if place is not None]
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[BinaryIO, int, int]]:
     """The archive that `path` names, opened, and the start and size of the member."""
