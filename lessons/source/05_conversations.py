@@ -464,7 +464,7 @@ check("05.3", labels_of(two_ids), two_labels)
 #
 # ## 到库里看看
 #
-# - [`nanovlm/inputs/chat.py`](../../nanovlm/inputs/chat.py)，`TEMPLATES` 与 `Chat`：Qwen 的 chatml、LLaMA 3、Vicuna 的模板，切成子图的大图。那里还有一个细节：回答总是单独分词，不和前面的文字连在一起，因为推理时也是这样。
+# - [`nanovlm/inputs/chat.py`](../../nanovlm/inputs/chat.py)，`Chat`，模板在 `nanovlm/inputs/templates.py`：Qwen 的 chatml、LLaMA 3、Vicuna 的模板，切成子图的大图。那里还有一个细节：回答总是单独分词，不和前面的文字连在一起，因为推理时也是这样。
 # - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py)，`prepare` 与 `collate`：长短不一的对话填充成一个批次（第 16 课）。
 # - [`nanovlm/tokenizer/base.py`](../../nanovlm/tokenizer/base.py)，`Tokenizer`：`encode` 与 `encode_with_special` 的分工。
 #
@@ -479,7 +479,7 @@ check("05.3", labels_of(two_ids), two_labels)
 #
 # ## Look in the package
 #
-# - [`nanovlm/inputs/chat.py`](../../nanovlm/inputs/chat.py), `TEMPLATES` and `Chat`: Qwen's chatml, the templates of LLaMA 3 and Vicuna, large images cut into tiles. One detail more: an answer is always tokenized by itself, apart from what stands before it, because that is how it comes about at inference.
+# - [`nanovlm/inputs/chat.py`](../../nanovlm/inputs/chat.py), `Chat`, with the templates of `nanovlm/inputs/templates.py`: Qwen's chatml, the templates of LLaMA 3 and Vicuna, large images cut into tiles. One detail more: an answer is always tokenized by itself, apart from what stands before it, because that is how it comes about at inference.
 # - [`nanovlm/data/collate.py`](../../nanovlm/data/collate.py), `prepare` and `collate`: conversations padded to one batch (lesson 16).
 # - [`nanovlm/tokenizer/base.py`](../../nanovlm/tokenizer/base.py), `Tokenizer`: what `encode` and `encode_with_special` are for.
 #

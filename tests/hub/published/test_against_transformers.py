@@ -202,6 +202,18 @@ def test_a_saved_folder_is_ours_and_gives_the_same_logits(asked, name, tmp_path)
     assert torch.equal(logits(saved, batch), logits(model, batch))
 
 
+@pytest.mark.parametrize("name", ["idefics3", "siglip-qwen2"])
+def test_what_newer_versions_save_is_the_same_model(asked, name, tmp_path):
+    model = asked(name)
+    model.reference.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)  # one file of settings, and chat_template.jinja
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    _, batch = model.asked(CONVERSATIONS["turns"])
+    saved = load_model(tmp_path)
+    assert saved.config == model.ours.config
+    assert torch.equal(logits(saved, batch), logits(model.ours, batch))
+
+
 def test_tiles_are_written_as_smolvlms_own_processor_writes_them(asked):
     model = asked("smolvlm").ours
     for image, (rows, columns) in zip(IMAGES, ((2, 3), (3, 1), (3, 3))):
