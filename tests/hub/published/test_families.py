@@ -193,13 +193,11 @@ def test_another_chat_template_is_refused(folders, tmp_path):
 
 
 def test_the_template_is_the_folders_or_its_familys(folders, tmp_path):
-    for name, expected in (("smolvlm", "smolvlm"), ("llava", "vicuna")):
+    for name, own, familys in (("smolvlm", "smolvlm", "smolvlm"), ("llava", "llava", "vicuna")):
         folder = changed(folders[name], tmp_path / name)
-        assert read_model_config(folder).chat.template == {"vicuna": "llava"}.get(
-            expected, expected
-        )
+        assert read_model_config(folder).chat.template == own
         (folder / "chat_template.json").unlink()
-        assert read_model_config(folder).chat.template == expected
+        assert read_model_config(folder).chat.template == familys
     template = json.loads((folders["llava"] / "chat_template.json").read_text())["chat_template"]
     (folder / "chat_template.jinja").write_text(template + "\n")
     assert read_chat_config(folder, load_tokenizer(folder)).template == "llava"
