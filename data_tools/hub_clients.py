@@ -217,8 +217,7 @@ _NETWORK = (
      f"a file arrived damaged and was removed; {_GOES_ON}"),
     ("Proxy", "the proxy cannot be used; check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"),
     ("CERTIFICATE|SSL|TLS",
-     "its TLS certificate is not accepted; check the clock, and behind a proxy "
-     + "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to its certificate"),
+     "its TLS certificate is not accepted; is the clock right? SSL_CERT_FILE names a proxy's"),
     ("Name or service not known|name resolution|NameResolution|getaddrinfo|nodename|No address",
      "no such host is found; is there a network, and does its DNS know the hub?"),
     ("RemoteProtocol|ReadError|Incomplete|ChunkedEncoding|ConnectionReset|RemoteDisconnected",

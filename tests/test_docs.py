@@ -31,13 +31,10 @@ from tests.pages import (
     prose,
 )
 
-MADE_BY_OTHERS = ("runs/", "data/scenes/", "$")  # made by an earlier command, or the reader's own
-REQUIREMENTS = (
-    "requirements.txt",
-    "requirements-data.txt",
-    "requirements-dev.txt",
-    "requirements-lessons.txt",
-)
+# Made by an earlier command, or the reader's own
+MADE_BY_OTHERS = ("runs/", "data/scenes/", "weights/", "$")
+EXTRAS = ("", "-data", "-dev", "-hub", "-lessons")
+REQUIREMENTS = tuple(f"requirements{extra}.txt" for extra in EXTRAS)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
 PROGRAMS = (
     ("train_stage1.py",),
@@ -48,6 +45,7 @@ PROGRAMS = (
     ("-m", "nanovlm.report"),
     ("data_tools/pack_tar.py",),
     ("data_tools/make_preferences.py",),
+    ("-m", "data_tools.download"),
 )
 # Words of earlier versions: flags, folders and names that are refused or gone.
 OLD = re.compile(

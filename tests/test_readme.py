@@ -12,7 +12,7 @@ from data_tools.draw_architecture import draw_architecture
 from nanovlm.training.presets import load_settings
 from tests.pages import ENGLISH, README, REPOSITORY, TEXTS, prose
 
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-hub.txt")
 
 
 def test_a_reader_need_not_scroll_for_long():
@@ -57,6 +57,7 @@ def test_packages_are_pinned_and_within_the_ranges_of_pyproject():
     ranges = {
         "requirements.txt": project["dependencies"],
         "requirements-dev.txt": project["optional-dependencies"]["dev"],
+        "requirements-hub.txt": project["optional-dependencies"]["hub"],
     }
     for name in REQUIREMENTS:
         lines = (REPOSITORY / name).read_text().splitlines()

@@ -219,7 +219,7 @@ def test_a_page_in_place_of_an_answer(hub, run, source: str):
     [
         ("http://127.0.0.1:9", "cannot be reached; is there a network?"),
         ("http://hub.invalid", "no such host is found; is there a network, and does its DNS"),
-        ("https://{hub}", "its TLS certificate is not accepted"),
+        ("https://{hub}", "its TLS certificate is not accepted; is the clock right?"),
     ],
 )
 def test_without_a_way_to_the_hub(hub, run, monkeypatch, source, address, message):
@@ -371,6 +371,16 @@ def test_the_list_shows_every_name(run):
     done = run("--list")
     names = [line.split()[0].removesuffix("/SUBSET") for line in done.stdout.splitlines()[1:]]
     assert done.returncode == 0 and names == list(read_table())
+
+
+@pytest.mark.parametrize("page", ["docs/en/data.md", "docs/zh/data.md"])
+def test_the_documentation_shows_the_table(page: str):
+    rows = []
+    for entry in read_table().values():
+        name = f"{entry.name}/SUBSET" if entry.has_subsets else entry.name
+        cells = (f"`{name}`", entry.hf, entry.modelscope, f"{entry.gb:g}" if entry.gb else "")
+        rows.append(f"| {' | '.join(cell or '—' for cell in cells)} |")
+    assert "\n".join(rows) in (REPOSITORY / page).read_text(encoding="utf-8")
 
 
 def test_every_published_part_is_in_the_table():
