@@ -162,10 +162,18 @@ def _stage(name: str, settings: Settings, own: argparse.Namespace, gpu: GPU) -> 
     )
     steps = _steps(settings, own.records or 0)
     if steps:
-        lines.append(f"{steps:,} steps take {seconds * steps / 3600:.2g} hours")
+        lines.append(f"{steps:,} steps take {_hours(seconds * steps)} hours")
     else:
-        lines.append(f"1,000 steps take {seconds / 3.6:.2g} hours; --records N counts the steps")
+        lines.append(
+            f"1,000 steps take {_hours(1000 * seconds)} hours; --records N counts the steps"
+        )
     return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    """Two digits of a short time, whole hours of a long one."""
+    hours = seconds / 3600
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
 
 
 def _table(kernels: list[FusedKernel], repeated: float, gpu: GPU) -> Iterator[str]:

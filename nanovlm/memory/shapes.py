@@ -51,6 +51,12 @@ def batch_shape(config: VLMConfig, settings: Settings, tokens: int | None = None
             f"a row of {length} tokens has no room for an image of {image_length} tokens and text; "
             f"raise {'--tokens' if tokens else '--pack'}"
         )
+    limit = config.language_model.max_position_embeddings
+    if length > limit and config.language_model.positions == "learned":
+        raise NanoVLMError(
+            f"a row of {length} tokens is longer than the {limit} positions that the language "
+            f"model has; lower {'--tokens' if tokens else '--pack or --share'}"
+        )
     images = rows * images_per_row
     return BatchShape(
         rows,

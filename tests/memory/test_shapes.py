@@ -117,6 +117,7 @@ def test_the_batch_of_the_settings(settings: Settings, tokens: int | None, expec
         (Settings(vision_encoder="nowhere"), None, "--vision-encoder nowhere.*dinov2-small"),
         (Settings(language_model="nowhere"), None, "--language-model nowhere.*qwen2.5-0.5b"),
         (Settings(), 256, "256 tokens.*--tokens"),
+        (Settings(language_model_shape="svlm"), 1025, "1025 tokens is longer than the 1024 pos"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(settings: Settings, tokens: int | None, message: str):
