@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from nanovlm.data.collate import prepare
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, see
 from nanovlm.generate import Sampling, TextStreamer, compile_decoding, generate
 from nanovlm.hub.adapters import load_adapter
 from nanovlm.hub.models import load_model
@@ -95,7 +95,7 @@ def _answer(
     show(streamer.end())
     print()
     if not answer.strip():
-        say("the answer is empty: the model ended its turn at once")
+        say(f"the answer is empty: the model ended its turn at once; {see('same-answers')}")
     if verbose:
         speed = len(tokens) / max(time.perf_counter() - first, 1e-9)
         say(
@@ -127,7 +127,9 @@ def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | 
     try:
         return inputs[:-1], os.fsencode(inputs[-1]).decode()  # the bytes, whatever the locale
     except UnicodeError:
-        raise NanoVLMError("the prompt is not UTF-8 text; set the terminal to UTF-8") from None
+        raise NanoVLMError(
+            f"the prompt is not UTF-8 text; set the terminal to UTF-8; {see('console')}"
+        ) from None
 
 
 def _check_prompt(prompt: str, model: VisionLanguageModel) -> None:
@@ -147,7 +149,7 @@ def _read_prompt() -> str:
         raise NanoVLMError(f"the prompt has more than {MAX_PROMPT:,} bytes; shorten it")
     text = line.decode(errors="replace").strip()
     if "\ufffd" in text:
-        say("the prompt is not UTF-8 text; what could not be read is � in it")
+        say(f"the prompt is not UTF-8 text; what could not be read is � in it; {see('console')}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see, and values quoted in its message."""
+"""The one exception that users are meant to see, and what its message quotes or refers to."""
 
 from typing import Any
 
@@ -13,6 +13,11 @@ class NanoVLMError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+def see(anchor: str) -> str:
+    """Where the documentation says more about a message: a section of its troubleshooting page."""
+    return f"see docs/en/troubleshooting.md#{anchor}"
 
 
 def quoted(value: Any) -> str:

@@ -28,6 +28,9 @@ def code_spans(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The fragments that a code host gives the headings of a page."""
+    """The fragments of a page: those a code host gives its headings, and its own `<a id="…">`."""
     headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    own = set(re.findall(r'<a id="([^"]+)"></a>', text))
+    return own | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }

@@ -16,6 +16,7 @@ import pytest
 
 from nanovlm.data.preferences import parse_pair
 from nanovlm.data.records import parse_record
+from nanovlm.errors import see
 from nanovlm.training.presets import load_settings
 from tests.pages import (
     ASSETS,
@@ -36,6 +37,15 @@ MADE_BY_OTHERS = ("runs/", "data/scenes/", "weights/", "$")
 EXTRAS = ("", "-data", "-dev", "-hub", "-lessons")
 REQUIREMENTS = tuple(f"requirements{extra}.txt" for extra in EXTRAS)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
+# Programs of others that the pages name, and what may follow each.
+OTHER_PROGRAMS = {
+    "conda": ("create", "activate"),
+    "nvidia-smi": (),
+    "source": (".venv/bin/activate",),
+}
+# The first column of the tables that translate the commands of other projects.
+THEIRS = re.compile(r"^\| (?:theirs|原项目) \|.*\n\|---.*\n(?:\|.*\n)+", re.MULTILINE)
+FIRST_CELL = re.compile(r"^\| (?:[^|\\]|\\.)*\|", re.MULTILINE)
 PROGRAMS = (
     ("train_stage1.py",),
     ("infer.py",),
@@ -47,6 +57,7 @@ PROGRAMS = (
     ("data_tools/make_preferences.py",),
     ("-m", "data_tools.download"),
 )
+FLAGS_OF_OTHERS = ("--help", "--force-reinstall", "--shm-size", "--ipc=host", "--ipc")
 # Words of earlier versions: flags, folders and names that are refused or gone.
 OLD = re.compile(
     r"--(lr-)?(vision|text)(?![\w-])|--(text|vision)-(shape|layers|embedding)(?![\w-])"
@@ -66,7 +77,7 @@ def commands() -> list[tuple[str, ...]]:
     for page in [english for english, _ in TWINS] + [ASSETS]:
         for language, block in code_blocks(TEXTS[page]):
             lines += block.splitlines() if language == "bash" or page == ASSETS else []
-        lines += [span for span in code_spans(TEXTS[page]) if span.startswith("python ")]
+        lines += [span for span in code_spans(ours(TEXTS[page])) if is_command(span)]
     found = []
     for command in (command for line in lines for command in line.split(" && ")):
         words = shlex.split(command)
@@ -74,6 +85,33 @@ def commands() -> list[tuple[str, ...]]:
             del words[0]
         found += [tuple(words)] if words else []
     return list(dict.fromkeys(found))
+
+
+def ours(text: str) -> str:
+    """`text` without the commands and flags of other projects that its tables translate."""
+    return THEIRS.sub(lambda table: FIRST_CELL.sub("|", table[0]), text)
+
+
+def is_command(span: str) -> bool:
+    """Whether a code span is a whole command, which is tried as such."""
+    return span.startswith(("python ", "torchrun "))
+
+
+def check_pip(words: list[str]) -> None:
+    """What follows `pip install`: our files of requirements, or PyTorch in the version they pin."""
+    (torch,) = (
+        line
+        for line in (REPOSITORY / "requirements.txt").read_text().splitlines()
+        if line.startswith("torch==")
+    )
+    following = iter(words)
+    for word in following:
+        if word == "-r":
+            assert next(following) in REQUIREMENTS
+        elif word in ("-i", "--index-url"):
+            assert next(following).startswith("https://")
+        else:
+            assert word in ("--force-reinstall", torch)
 
 
 @cache
@@ -131,12 +169,17 @@ def test_a_command_can_be_run_as_it_stands(command):
     if command[:2] == ("jupyter", "lab"):
         assert all((REPOSITORY / folder).is_dir() for folder in command[2:])
         return
+    if command[0] in OTHER_PROGRAMS:
+        assert command[1:2] == () or command[1] in OTHER_PROGRAMS[command[0]]
+        return
     assert command[0] == "python", "every other command is python's or torchrun's"
     if command[1] == "-c":
         compile(command[2], "README", "exec")
     elif command[1:3] == ("-m", "pip"):
-        assert command[3:5] == ("install", "-r")
-        assert command[5] in REQUIREMENTS and len(command) == 6
+        assert command[3] == "install" and command[4:]
+        check_pip(list(command[4:]))
+    elif command[1:] == ("-m", "venv", ".venv"):
+        pass
     elif command[1:3] == ("-m", "pytest"):
         pytest_options = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"][
             "pytest"
@@ -185,9 +228,9 @@ def test_flags_named_in_the_text_exist(page):
     known = "".join(help_of(*program) for program in PROGRAMS)
     flags = [
         flag
-        for span in code_spans(TEXTS[page])
+        for span in code_spans(ours(TEXTS[page]))
         for flag in re.findall(r"(?<!\S)--[a-z0-9_-]+", span)
-        if flag != "--help"
+        if flag not in FLAGS_OF_OTHERS and not is_command(span)
     ]
     assert not unknown_flags(flags, known)
     assert flags or page not in README
@@ -195,7 +238,31 @@ def test_flags_named_in_the_text_exist(page):
 
 @pytest.mark.parametrize("page", [*PAGES, ASSETS])
 def test_the_words_of_earlier_versions_are_gone(page):
-    assert not [match[0] for match in OLD.finditer(TEXTS[page])]
+    assert not [match[0] for match in OLD.finditer(ours(TEXTS[page]))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if THEIRS.search(TEXTS[page])])
+def test_flags_in_place_of_another_projects_are_read_with_their_values(page):
+    tables = "".join(table[0] for table in THEIRS.finditer(TEXTS[page]))
+    flags = [span for span in code_spans(ours(tables)) if span.startswith("--")]
+    assert len(flags) > 30
+    for span in flags:
+        words = shlex.split(span)
+        if len(words) > 1:  # one flag alone is in the help, which another test looks at
+            preset = "zero-qwen-vl" if "stage3" in words else "mary"
+            load_settings("stage2", ["--preset", preset, *words])
+
+
+def test_every_section_that_messages_link_to_is_there_in_both_languages():
+    linked = {
+        match[1]
+        for path in [*(REPOSITORY / "nanovlm").rglob("*.py"), *REPOSITORY.glob("*.py")]
+        for match in re.finditer(r"\bsee\(['\"]([^'\"]+)['\"]\)", path.read_text(encoding="utf-8"))
+    }
+    assert len(linked) >= 8
+    for page in ("docs/en/troubleshooting.md", "docs/zh/troubleshooting.md"):
+        assert linked <= anchors(TEXTS[page])
+    assert see("nan").endswith("docs/en/troubleshooting.md#nan")
 
 
 def test_every_page_has_its_twin():
@@ -260,8 +327,10 @@ def test_a_page_leads_to_its_twin_and_to_the_readme(page):
 
 @pytest.mark.parametrize("page", [*PAGES, ASSETS])
 def test_files_named_in_the_text_exist(page):
-    ours = re.compile(r"(nanovlm|data_tools|tests|docs)/[\w./-]*|[\w-]+\.py|nanovlm(\.\w+)+")
-    for name in (span for span in code_spans(TEXTS[page]) if ours.fullmatch(span)):
+    names_of_ours = re.compile(
+        r"(nanovlm|data_tools|tests|docs)/[\w./-]*|[\w-]+\.py|nanovlm(\.\w+)+"
+    )
+    for name in filter(names_of_ours.fullmatch, code_spans(ours(TEXTS[page]))):
         path = name if "/" in name or name.endswith(".py") else name.replace(".", "/")
         places = (path, f"{path}.py", f"nanovlm/training/{path}", f"nanovlm/model/{path}")
         assert any((REPOSITORY / place).exists() for place in places), name

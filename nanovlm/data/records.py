@@ -27,7 +27,7 @@ from urllib.parse import unquote
 
 from nanovlm.data.forms import READ, present, read_conversation
 from nanovlm.data.json_stream import stream_json
-from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted
+from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted, see
 from nanovlm.inputs import archive, data_uri
 from nanovlm.inputs.chat import IMAGE_MARKER, Message
 from nanovlm.inputs.image import open_image
@@ -141,7 +141,9 @@ def check_skipped(skipped: Sequence[str], total: int) -> None:
         lines += [f"  … and {len(skipped) - MAX_NAMED} more"] if len(skipped) > MAX_NAMED else []
         share = f", more than {MAX_SKIPPED:.0%}" if len(skipped) < total else ""
         raise NanoVLMError(
-            f"{len(skipped)} of {total} records cannot be used{share}; mend or remove them:", *lines
+            f"{len(skipped)} of {total} records cannot be used{share}; mend or remove them "
+            f"({see('skipped-records')}):",
+            *lines,
         )
 
 
@@ -151,7 +153,10 @@ def say_skipped(skipped: Sequence[str], total: int) -> None:
         say(f"skipped: {reason}")
     if skipped:
         first = "" if len(skipped) <= MAX_NAMED else f"the first {MAX_NAMED} of them "
-        say(f"skipped: {len(skipped)} of {total} records, {first}named above")
+        say(
+            f"skipped: {len(skipped)} of {total} records, {first}named above; "
+            f"{see('skipped-records')}"
+        )
 
 
 def parse_record(entry: Any, where: str, images: Images) -> Record:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, see
 from nanovlm.utils.console import first_line
 from nanovlm.utils.processes import processes_here
 
@@ -49,7 +49,8 @@ def choose_loading(workers: int | str, device: torch.device) -> tuple[Loading, s
         why = "on this system each would load PyTorch anew; --workers 2 starts two"
         return Loading(0, pin_memory), none + why
     if (free := shutil.disk_usage(SHARED_MEMORY).free) < LEAST_SHARED_MEMORY:
-        why = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free; docker run --shm-size 8g gives more"
+        room = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free"
+        why = f"{room}; docker run --shm-size 8g gives more; {see('workers')}"
         return Loading(0, pin_memory), none + why
     cores = len(os.sched_getaffinity(0)) // processes_here()
     workers = max(1, min(MOST_WORKERS, cores))
@@ -109,7 +110,8 @@ def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[
             raise
         raise NanoVLMError(
             f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
-            f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened"
+            f"or {SHARED_MEMORY}, lower --workers; if not, --workers 0 shows what happened; "
+            f"{see('workers')}"
         ) from None
     finally:
         for process in started:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.errors import NanoVLMError, quoted, see
 from nanovlm.inputs.chat import EMPTY_THINK, IMAGE_MARKER, ChatConfig
 from nanovlm.inputs.templates import TEMPLATES, TEXT_TEMPLATES, Template
 from nanovlm.tokenizer import Tokenizer
@@ -240,4 +240,7 @@ def _no_template(
     folder: str | Path, problem: str, names: Iterable[str] = TEXT_TEMPLATES
 ) -> NanoVLMError:
     needs = "; ".join(f"{name} needs {' '.join(sorted(TEMPLATES[name].special))}" for name in names)
-    return NanoVLMError(f"{folder}: no chat template fits its tokenizer: {problem} ({needs})")
+    return NanoVLMError(
+        f"{folder}: no chat template fits its tokenizer: {problem} ({needs}); "
+        f"{see('chat-template')}"
+    )

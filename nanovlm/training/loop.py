@@ -36,6 +36,7 @@ from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.training.distributed.shares import total
 from nanovlm.training.monitor.bad_steps import BadSteps
 from nanovlm.training.monitor.flops import Utilisation
+from nanovlm.training.monitor.hints import Hints
 from nanovlm.training.monitor.log import RunLog
 from nanovlm.training.monitor.samples import Samples
 from nanovlm.training.monitor.skipped import Skipped
@@ -146,6 +147,8 @@ class Monitor:
         self.bad_steps = BadSteps(run.folder, step, run.settings.max_bad_steps)
         self.utilisation = Utilisation(run.model, device, run.precision.dtype)
         self.skipped = Skipped(run.batches.records, run.parallel)
+        vocab_size = run.model.config.language_model.vocab_size
+        self.hints = Hints(run.settings, vocab_size, run.total_steps)
         self.samples: Samples | None = None
         if run.validation is not None and is_main:
             self.samples = Samples(run.folder, run.validation.records, step)
@@ -292,6 +295,7 @@ class Monitor:
             **self.utilisation.read(self.log.trained_seconds),
         }
         speed = self.log.write(line)
+        self.hints.look_at_loss(progress.step, loss)
         self.run.tracker.log(self.log.lines[-1])
         progress.loss_sum, progress.target_count, progress.measures = 0.0, 0, []
         shown = ["loss —" if loss is None else f"loss {loss:.3f}"]
@@ -304,7 +308,7 @@ class Monitor:
         run, step = self.run, self.progress.step
         whole = run.parallel.whole(run.model)
         if whole is not None and self.samples is not None:
-            self.samples.answer(whole, step, run.precision)
+            self.hints.look_at_answers(self.samples.answer(whole, step, run.precision))
             run.tracker.image("samples", run.folder / "samples.png", step)
 
     def _is_best(self, val: dict[str, float | None]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, see
 from nanovlm.utils import interruption
 from nanovlm.utils.processes import is_main, processes
 
@@ -150,7 +150,8 @@ def _message_of(error: Exception) -> str | None:
     if is_memory or "can't allocate memory" in str(error):
         return (
             f"out of memory ({first_line(error)}); "
-            "`python -m nanovlm.memory --gpu GB` with the same flags says what fits"
+            "`python -m nanovlm.memory --gpu GB` with the same flags says what fits; "
+            f"{see('out-of-memory')}"
         )
     operation, lacks, _ = first_line(error).partition(" does not have a deterministic impl")
     if lacks:

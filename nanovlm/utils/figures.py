@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from nanovlm.errors import see
 from nanovlm.utils.console import say
 from nanovlm.utils.files import atomic_path
 
@@ -46,7 +47,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
             )
     if boxes := sorted(boxes - _boxes_said):
         _boxes_said.update(boxes)
-        say(f"{path}: drawn as boxes, for want of a font: {' '.join(boxes)}")
+        say(f"{path}: drawn as boxes, for want of a font: {' '.join(boxes)}; {see('fonts')}")
 
 
 def _add_font(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from nanovlm.data.records import (
     record_files,
     say_skipped,
 )
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, see
 from nanovlm.inputs.chat import IMAGE, Message
 
 LLAVA = {
@@ -208,7 +208,10 @@ def test_above_one_percent_the_run_stops_with_the_list(folder):
     with pytest.raises(NanoVLMError) as caught:
         read_records(path)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "60 of 5999 records cannot be used, more than 1%; mend or remove them:"
+    assert lines[0] == (
+        "60 of 5999 records cannot be used, more than 1%; mend or remove them "
+        f"({see('skipped-records')}):"
+    )
     assert len(lines) == 52 and lines[-1] == "  … and 10 more"
     assert lines[1] == f"  {path}:5940: image {folder / '0.jpg'} does not exist"
 
@@ -365,7 +368,9 @@ def test_skipped_records_are_named_up_to_fifty_and_counted(capsys):
     say_skipped([f"reason {number}" for number in range(60)], 6000)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 51 and lines[49] == "skipped: reason 49"
-    assert lines[50] == "skipped: 60 of 6000 records, the first 50 of them named above"
+    assert lines[50] == (
+        f"skipped: 60 of 6000 records, the first 50 of them named above; {see('skipped-records')}"
+    )
     say_skipped([], 7)
     assert capsys.readouterr().err == ""
 

@@ -48,7 +48,8 @@ def test_status_of_main(capsys):
             (
                 "error: out of memory ([enforce fail] DefaultCPUAllocator: "
                 "can't allocate memory: you tried); `python -m nanovlm.memory --gpu GB` "
-                "with the same flags says what fits\n"
+                "with the same flags says what fits; "
+                "see docs/en/troubleshooting.md#out-of-memory\n"
             ),
         ),
         (
@@ -67,7 +68,8 @@ def test_status_of_main(capsys):
             2,
             (
                 "error: out of memory (Unable to allocate 9 GiB); "
-                "`python -m nanovlm.memory --gpu GB` with the same flags says what fits\n"
+                "`python -m nanovlm.memory --gpu GB` with the same flags says what fits; "
+                "see docs/en/troubleshooting.md#out-of-memory\n"
             ),
         ),
         (

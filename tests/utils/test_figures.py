@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_tools.scenes_text import questions
 from data_tools.scenes_world import TRAIN_PAIRS, random_scene
+from nanovlm.errors import see
 from nanovlm.training.monitor.samples import draw_answers
 from nanovlm.utils import figures
 from nanovlm.utils.figures import CHINESE_FONT, plt, save_figure
@@ -121,9 +122,10 @@ def test_characters_that_no_font_has_are_said_once(
         figure.text(0, 0.5, text)
         save_figure(figure, tmp_path / "drawn.png")
         said.append(capsys.readouterr().err)
-    assert said[0] == f"{tmp_path / 'drawn.png'}: drawn as boxes, for want of a font: 龘 𠀀\n"
+    drawn = f"{tmp_path / 'drawn.png'}: drawn as boxes, for want of a font"
+    assert said[0] == f"{drawn}: 龘 𠀀; {see('fonts')}\n"
     assert said[1] == ""
-    assert said[2].endswith(": 齉\n")
+    assert said[2].endswith(f": 齉; {see('fonts')}\n")
 
 
 def test_other_warnings_of_a_picture_are_passed_on(tmp_path):

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, see
 from nanovlm.training.monitor.log import append_lines, keep_lines
 
 
@@ -34,5 +34,6 @@ class BadSteps:
             raise NanoVLMError(
                 f"the {what} was not finite in {in_a_row} steps in a row, up to step {step}; "
                 f"their records are in {self.path}. Lower --lr, or take --dtype float32 to see "
-                "whether the compute dtype is at fault; no weight was changed by them"
+                "whether the compute dtype is at fault; no weight was changed by them; "
+                f"{see('nan')}"
             )

@@ -52,12 +52,16 @@ class Samples:
         self.watched = records[:: max(1, len(records) // WATCHED)][:WATCHED]
         self.lines = keep_lines(self.path, start_step)
 
-    def answer(self, model: VisionLanguageModel, step: int, precision: Precision) -> None:
+    def answer(
+        self, model: VisionLanguageModel, step: int, precision: Precision
+    ) -> list[dict[str, Any]]:
         """Answer greedily (so without random numbers), append to the file and redraw the figure.
 
-        An error of an image or a prompt is reported and does not stop the training.
+        Returns the lines appended. An error of an image or a prompt is reported and does not stop
+        the training.
         """
         model.eval()
+        new: list[dict[str, Any]] = []
         try:
             with precision.autocast(next(model.parameters()).device):  # of fsdp's model the CPU
                 answers = list(answer_records(model, self.watched, MAX_NEW_TOKENS))
@@ -80,6 +84,7 @@ class Samples:
             say(f"step {step}: the watched questions are not answered: {error}")
         finally:
             model.train()
+        return new
 
     def draw(self) -> None:
         """Draw `samples.png` from all answers so far, if any question is about an image."""
