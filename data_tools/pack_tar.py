@@ -34,6 +34,7 @@ from nanovlm.data.forms import IMAGES, read_conversation
 from nanovlm.data.records import Record, read_entries, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive, data_uri
+from nanovlm.inputs.image import MAX_BYTES
 from nanovlm.utils.files import read_bytes, to_jsonl, write_atomically
 from nanovlm.utils.outputs import new_folder
 from nanovlm.utils.parser import CommandParser, expand_user
@@ -128,13 +129,17 @@ def member_name(written: str, path: Path) -> str:
     return str(inside)
 
 
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image: of a file, of a tar file's member, or of the record itself."""
+    if data_uri.is_data_uri(path):
+        return data_uri.read(path)
+    return archive.read_member(path) if archive.is_member(path) else read_bytes(path, MAX_BYTES)
+
+
 def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:
     """Store an image as it is."""
     try:
-        if data_uri.is_data_uri(path):
-            data = data_uri.read(path)
-        else:
-            data = archive.read_member(path) if archive.is_member(path) else read_bytes(path)
+        data = read_image_file(path)
     except NanoVLMError as error:
         raise NanoVLMError(f"image {path} {error}") from None
     add_member(tar, member, data)

@@ -1,0 +1,68 @@
+"""A contact sheet: records with their image, question and answer, to look at before training."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image, ImageOps
+
+from data_tools.check.looking import answer_of, question_of
+from nanovlm.data.records import Record
+from nanovlm.errors import NanoVLMError
+from nanovlm.inputs.image import open_image
+from nanovlm.training.monitor.samples import FAINT, OTHER, wrap
+from nanovlm.utils.figures import plt, save_figure
+
+COLUMNS, RECORDS = 6, 30
+# In inches: a cell, the image in it, a line of text, and the space around.
+WIDTH, PICTURE, LINE, MARGIN = 2.0, 1.55, 0.135, 0.1
+PIXELS = 200  # longer side of an image
+LETTERS, QUESTION, ANSWER = 31, 3, 5  # columns of text, and lines at most
+
+
+def choose(records: Sequence[Record], number: int = RECORDS, seed: int = 0) -> list[Record]:
+    """A random sample of records, in their order: the same for the same records and seed."""
+    chosen = random.Random(seed).sample(range(len(records)), min(number, len(records)))
+    return [records[index] for index in sorted(chosen)]
+
+
+def draw_sheet(path: Path, records: Sequence[Record]) -> None:
+    """Draw records in rows of COLUMNS, each with its first image, its last question and answer."""
+    height = PICTURE + LINE * (QUESTION + ANSWER + 1) + 3 * MARGIN
+    columns = min(COLUMNS, len(records))
+    rows = -(-len(records) // columns)
+    figure = plt.figure(figsize=(columns * WIDTH + MARGIN, rows * height), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    style = {"va": "top", "fontsize": 7}
+    with plt.rc_context({"text.parse_math": False}):
+        for number, record in enumerate(records):
+            x, y = number % columns * WIDTH + MARGIN, number // columns * height + MARGIN
+            name = record.where.replace("\\", "/").rpartition("/")[2]
+            more = f" (+{len(record.images) - 1} images)" if len(record.images) > 1 else ""
+            axes.text(x, y, wrap(name + more, LETTERS, 1), color=FAINT, **style)
+            y += LINE + MARGIN / 2
+            if record.images:
+                _draw(axes, record.images[0], x, y)
+                y += PICTURE + MARGIN / 2
+            question = wrap(question_of(record), LETTERS, QUESTION)
+            axes.text(x, y, question, color=FAINT, **style)
+            y += LINE * (question.count("\n") + 1) + MARGIN / 4
+            axes.text(x, y, wrap(answer_of(record), LETTERS, ANSWER), color=OTHER, **style)
+        axes.set(xlim=(0, columns * WIDTH + MARGIN), ylim=(rows * height, 0), aspect="auto")
+        axes.axis("off")
+        save_figure(figure, path, dpi=120)
+
+
+def _draw(axes: Axes, path: Path, x: float, y: float) -> None:
+    """An image in its place, whose upper left corner is (x, y)."""
+    try:
+        shrunk = ImageOps.contain(open_image(path), (PIXELS, PIXELS), Image.Resampling.LANCZOS)
+    except NanoVLMError:
+        axes.text(x, y + PICTURE / 2, "cannot be read", color="#cf222e", fontsize=7)
+        return
+    width, height = (PICTURE * side / max(shrunk.size) for side in shrunk.size)
+    top = y + (PICTURE - height) / 2
+    extent = (x, x + width, top + height, top)
+    axes.imshow(np.asarray(shrunk), extent=extent, interpolation="lanczos")
