@@ -84,9 +84,8 @@ class Output:
         for path in (*self.folder.glob("shard-*.tar"), self.folder / PART, self.folder / JOURNAL):
             path.unlink(missing_ok=True)
 
-    def save(self) -> None:
-        """Keep on disk what has been done, before the process ends."""
-        self._save()
+    def close(self) -> None:
+        """End as it is; a second run goes on from the last entry of the journal."""
         self._records.close()
         if self._tar_file is not None:
             self._tar_file.close()
@@ -172,14 +171,14 @@ class Output:
 
 @contextmanager
 def output(folder: Path, settings: dict[str, Any], *, pack: bool) -> Iterator[Output]:
-    """An output folder to write to; what is done by then is kept when an error ends the work."""
+    """An output folder to write to; what has been done is kept when an error ends the work."""
     with only_writer(folder, "--out"):
         writing = Output(folder, settings, pack=pack)
         try:
             yield writing
         except BaseException:
             if (folder / JOURNAL).exists():
-                writing.save()
+                writing.close()
             raise
 
 

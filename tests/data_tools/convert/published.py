@@ -153,7 +153,8 @@ def rlhf_v(folder: Path) -> None:
 
     rows = [
         {"ds_name": "RLHF-V", "image": {"bytes": picture(n), "path": "llava1.5/000.jpg"},
-         "text": pair(f"A dog {n}."), "origin_dataset": "VQAv2", "origin_split": "{}", "idx": n, "image_path": f"./x/{n}.jpg"}
+         "text": pair(f"A dog {n}."), "origin_dataset": "VQAv2", "origin_split": "{}", "idx": n,
+         "image_path": f"./x/{n}.jpg"}
         for n in range(6)
     ]  # fmt: skip
     rows[5]["text"] = pair("A cat.")

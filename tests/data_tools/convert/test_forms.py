@@ -11,6 +11,7 @@ from data_tools.convert.recognise import FORMS, recognise
 from nanovlm.data.preferences import read_pairs
 from nanovlm.data.records import check_images, read_records
 from nanovlm.errors import NanoVLMError
+from nanovlm.training.run import run_stage
 from tests.data_tools.convert import published
 
 pytest.importorskip("pyarrow")
@@ -190,3 +191,11 @@ def test_the_form_can_be_named_and_a_wrong_one_is_refused(tmp_path):
 def test_a_limit_counts_the_records_written(tmp_path):
     lines = converted(tmp_path, published.ai_challenger, limit=3)
     assert len(lines) == 3
+
+
+def test_what_was_converted_trains(tmp_path, tiny):
+    published.the_cauldron(tmp_path / "source")
+    convert(Task(tmp_path / "source", tmp_path / "out", shards=True))
+    records = str(tmp_path / "out" / "records.jsonl")
+    run_stage(tiny.settings(tmp_path / "run", data=records, val=records, batch_size=2))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
