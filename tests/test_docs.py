@@ -33,7 +33,7 @@ from tests.pages import (
 )
 
 # Made by an earlier command, or the reader's own
-MADE_BY_OTHERS = ("runs/", "data/scenes/", "weights/", "$")
+MADE_BY_OTHERS = ("runs/", "data/", "weights/", "$")
 EXTRAS = ("", "-data", "-dev", "-hub", "-lessons")
 REQUIREMENTS = tuple(f"requirements{extra}.txt" for extra in EXTRAS)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
@@ -53,6 +53,7 @@ PROGRAMS = (
     ("-m", "nanovlm.bench"),
     ("-m", "nanovlm.memory"),
     ("-m", "nanovlm.report"),
+    ("-m", "data_tools.convert"),
     ("data_tools/pack_tar.py",),
     ("data_tools/make_preferences.py",),
     ("-m", "data_tools.download"),
