@@ -136,7 +136,7 @@ def check_room(jobs: list[Job], to: Path) -> None:
     needed, free = sum(job.missing_bytes for job in jobs), shutil.disk_usage(there).free
     if needed + MARGIN > free:
         raise NanoVLMError(
-            f"{to}: {_gb(needed)} are needed, and {_gb(free)} are free; "
+            f"{to}: {_amount(needed)} are needed, and {_amount(free)} are free; "
             "free some room, or name a folder on another disk with --to"
         )
 
@@ -144,7 +144,7 @@ def check_room(jobs: list[Job], to: Path) -> None:
 def fetch(job: Job) -> None:
     """Fetch what is lacking, check it, and move it to its place."""
     with only_writer(job.folder, "--to"):
-        say(f"{job.folder}: {_gb(job.missing_bytes)} in {len(job.lacking)} files from {job}")
+        say(f"{job.folder}: {_amount(job.missing_bytes, len(job.lacking))} from {job}")
         there = [file for file in job.listing.files if file not in job.lacking]
         files = {file.path: (file.size, file.digest) for file in there}
         record = {"source": job.source, "revision": job.listing.revision, "from": str(job)}
@@ -198,7 +198,15 @@ def _each_done(job: Job) -> Iterator[HubFile]:
     for _ in range(min(WORKERS, len(job.lacking))):
         threading.Thread(target=work, name="fetch", daemon=True).start()
     total, complete = sum(file.size for file in job.lacking), 0
-    bar = tqdm(total=total, desc=job.entry.name, unit="B", unit_scale=True, disable=None)
+    bar = tqdm(
+        total=total,
+        initial=size_of(job.folder / PARTIAL),
+        desc=job.entry.name,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None,  # in a file or a pipe
+    )
     try:
         for _ in job.lacking:
             while True:  # a wait without an end could not be interrupted on Windows
@@ -237,17 +245,21 @@ def show(job: Job) -> None:
     print(f"{job.entry.name}: {job}")
     for file in job.listing.files:
         mark = "" if file in job.lacking else "  (is there)"
-        print(f"{_gb(file.size):>10}  {job.folder / file.path}{mark}")
-    print(f"{_gb(job.missing_bytes):>10}  to fetch; nothing was written")
+        print(f"{_amount(file.size):>10}  {job.folder / file.path}{mark}")
+    print(f"{_amount(job.missing_bytes):>10}  to fetch; nothing was written")
 
 
 def _say_complete(folder: Path, files: dict[str, Any], state: str, next_command: str) -> None:
     total = sum(size for size, _ in files.values())
-    say(f"{folder}: {state} ({len(files)} files, {_gb(total)})", f"next:  {next_command}")
+    say(f"{folder}: {state} ({_amount(total, len(files))})", f"next:  {next_command}")
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def _amount(size: float, files: int | None = None) -> str:
+    """ "1.02 MB", or "1.02 MB in 4 files"."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    name, scale = next(((name, scale) for name, scale in units if size >= scale), ("B", 1))
+    number = f"{size / scale:.{0 if scale == 1 else 2}f} {name}"
+    return number if files is None else f"{number} in {files} file{'s' * (files != 1)}"
 
 
 def parse_arguments() -> argparse.Namespace:

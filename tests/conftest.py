@@ -16,6 +16,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from data_tools.make_scenes import make_scenes
+from nanovlm.hub import shapes
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import join_parts, save_model
@@ -110,6 +111,12 @@ def tiny(tmp_path_factory) -> TinyWorld:
     model = join_parts(vision_folder, language_folder, ProjectorConfig("mlp"), image)
     save_model(model, folder / "model")
     return TinyWorld(vision_folder, language_folder, folder / "model", data)
+
+
+@pytest.fixture(autouse=True)
+def no_fetched_weights(monkeypatch):
+    """Presets take no weights that `data_tools.download` has left in this clone."""
+    monkeypatch.setattr(shapes, "WEIGHTS", REPOSITORY / "weights-of-no-test")
 
 
 @pytest.fixture

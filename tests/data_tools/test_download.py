@@ -55,6 +55,7 @@ def hub(tmp_path: Path, monkeypatch) -> Iterator[HubServer]:
         for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN"):
             monkeypatch.setenv(name, "hf_secret")
         monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(shapes, "WEIGHTS", Path("weights"))
         monkeypatch.setenv("MODELSCOPE_DOWNLOAD_INTRA_CLOUD", "0")
         monkeypatch.setattr(hub_clients, "CHUNK", 50_000)
         monkeypatch.setattr(hub_clients, "MIRROR", server.url)
@@ -100,11 +101,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_needed_is_fetched_once(hub, run, source: str):
     done = run("smolvlm2-256m", "--from", source)
     assert done.returncode == 0 and contents(FOLDER) == FILES
-    assert f"{FOLDER}: is complete (4 files, 1.02 MB)\nnext:  python infer.py" in done.stderr
+    assert f"{FOLDER}: is complete (1.02 MB in 4 files)\nnext:  python infer.py" in done.stderr
     assert f"--model {FOLDER}\n" in done.stderr
     hub.requests.clear()
     again = run("smolvlm2-256m", "--from", source)
-    assert again.returncode == 0 and "is complete, nothing to do (4 files" in again.stderr
+    assert (
+        again.returncode == 0 and "is complete, nothing to do (1.02 MB in 4 files)" in again.stderr
+    )
     assert not hub.requests
     (FOLDER / "tokenizer.json").unlink()  # of all others nothing is fetched again
     assert run("smolvlm2-256m", "--from", source).returncode == 0 and contents(FOLDER) == FILES
@@ -156,10 +159,9 @@ def test_a_cut_connection_goes_on_in_the_next_run(hub, run, source: str):
 @pytest.mark.parametrize("source", ["hf", "modelscope"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_wrong_digest_is_never_kept(hub, run, source: str, name: str):
-    hub.fail(f"(FilePath=|resolve/[^/]*/|^/){name}", damage=True)
-    hub.faults[0].pattern = name  # also of the second server
+    hub.fail(name, damage=True)  # on the server that has it
     done = run("smolvlm2-256m", "--from", source)
-    fails(done, "and was removed; the same command fetches it again" if source == "hf" else "remov")
+    fails(done, "and was removed; the same command")
     assert name not in contents(FOLDER)
     assert FILES[name][1:] not in {data[1:] for data in contents(FOLDER).values()}
     hub.faults.clear()
@@ -241,7 +243,7 @@ def test_a_proxy_that_is_gone(hub, run, monkeypatch, source: str):
 def test_a_disk_without_room_is_refused_before_anything_is_written(hub, run, monkeypatch):
     usage = SimpleNamespace(free=100.5e6)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
-    fails(run("smolvlm2-256m"), "1.02 MB are needed, and 0.10 GB are free; free some room, or name")
+    fails(run("smolvlm2-256m"), "1.02 MB are needed, and 100.50 MB are free; free some room, or n")
     assert not list(Path().iterdir())
     usage.free = 102e6
     assert run("smolvlm2-256m").returncode == 0
@@ -451,6 +453,7 @@ def test_a_preset_uses_what_was_fetched_without_flags(hub, run, tmp_path):
 )
 def test_a_model_by_name_says_how_to_fetch_it(tmp_path, monkeypatch, given: str, advice: str):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "WEIGHTS", Path("weights"))
     with pytest.raises(NanoVLMError) as caught:
         load_model(given)
     assert str(caught.value).startswith(f"{given}: there is no such folder; ")
@@ -459,6 +462,7 @@ def test_a_model_by_name_says_how_to_fetch_it(tmp_path, monkeypatch, given: str,
 
 def test_a_fetched_model_is_loaded_by_its_name(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "WEIGHTS", Path("weights"))
     Path("weights").mkdir()
     Path("weights/smolvlm2-256m").symlink_to(tiny.model)
     assert load_model("smolvlm2-256m").config == load_model(tiny.model).config
