@@ -74,6 +74,7 @@ class HuggingFace:
 
         disable_progress_bars()  # download.py has one for all files
         constants.DOWNLOAD_CHUNK_SIZE = CHUNK  # in place of 10 MB
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the main site, also behind a mirror
         self._api = HfApi(endpoint=address)
         self.address = self._api.endpoint
         self._repository, self._kind = repository, "dataset" if is_data else "model"

@@ -103,6 +103,7 @@ def test_what_is_needed_is_fetched_once(hub, run, source: str):
     assert done.returncode == 0 and contents(FOLDER) == FILES
     assert f"{FOLDER}: is complete (1.02 MB in 4 files)\nnext:  python infer.py" in done.stderr
     assert f"--model {FOLDER}\n" in done.stderr
+    assert all(SMOLVLM in r.path or r.on_storage for r in hub.requests)  # and nobody else is asked
     hub.requests.clear()
     again = run("smolvlm2-256m", "--from", source)
     assert (
