@@ -37,7 +37,8 @@ def relocated(entry: dict[str, Any], record: Record, source: Path, target: Path)
 
 
 def _name_from(path: Path, source: Path, target: Path) -> str:
-    if data_uri.is_data_uri(path) or not str(path).startswith(str(source)) or str(source) == "/":
+    was_absolute = path.is_absolute() and not path.is_relative_to(source)
+    if was_absolute or data_uri.is_data_uri(path):
         return str(path)
     try:
         return Path(os.path.relpath(path, target)).as_posix()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unicodedata import category
 
+import numpy as np
+
 from nanovlm.data.records import Record
 
 LOOKED_AT = 20_000  # characters of a text that the slower rules look at
@@ -65,6 +67,7 @@ _MOJIBAKE = re.compile(
     f"(?:[ÂÃ]{_CONTINUED}|{_OF_THREE}|ð{_CONTINUED}{{3}})"
     f"(?:[Â-ß]{_CONTINUED}|{_OF_THREE}|ð{_CONTINUED}{{3}})*"
 )
+_HAN_IN_UTF8 = re.compile(rb"(?:[\xe4-\xe9][\x80-\xbf]{2}){2,}")
 _NOT_ASCII = re.compile("[^\0-\x7f]{3,}")
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
@@ -77,12 +80,11 @@ _MARKUP = re.compile(
     r"```|`[^`\n]*&|</?[a-z][a-z0-9]*[^<>\n]*>|\bHTML\b|\bXML\b|实体|转义", re.IGNORECASE
 )
 
-# A phrase that stands several times in a row, and how often it has to, by its length.
-_LOOP = re.compile(r"(.{2,120}?)(?:\1){4,}|(.{12,400}?)(?:\2){2,}", re.DOTALL)
-_SENTENCE = re.compile(r"[^。！？.!?\n]+[。！？.!?\n]")
-LOOP_SHARE = 0.3  # of an answer that has to be a loop
-LOOP_LETTERS, LOOP_HAN = 30, 15  # it is at least so long
-VARIED = 0.85  # share of distinct runs of three words above which nothing can be one
+_SENTENCE_END = re.compile(r"[。！？.!?\n]+")
+# A phrase of several words that stands three times in a row is a loop, and a shorter one that
+# stands five times; so long in all, and so much of the answer.
+LONG_PHRASE, LONGEST_PHRASE = 4, 60  # words and Chinese characters
+LOOP, LOOP_SHARE = 12, 0.3
 
 
 class Problem(NamedTuple):
@@ -216,36 +218,49 @@ def _decoded(run: str) -> str:
 
 def _decoded_from_gbk(run: str) -> str:
     """What the bytes of a text that was read as GBK say in UTF-8: Chinese, or ""."""
-    try:
-        meant = run.encode("gbk").decode()
-    except UnicodeError:
+    data = run.encode("gbk", errors="replace")
+    found = _HAN_IN_UTF8.search(data)
+    if found is None or (len(found[0]) < 9 and found[0] != data):  # three of them are no accident
         return ""
-    return meant if len(meant) > 1 and all(map(HAN.match, meant)) else ""
+    return found[0].decode()
 
 
 def repeated_within(answer: str) -> str:
     """The phrase or sentence that an answer says over and over; "" if there is none.
 
-    It has to have words or Chinese characters, and to fill a good part of the answer: neither a
-    table's ruler nor laughter is a loop.
+    It has words or Chinese characters, and fills a good part of the answer: neither a table's ruler
+    nor laughter is a loop.
     """
     text = answer[:LOOKED_AT]
     words = _WORD_OR_HAN.findall(text)
-    runs = [*zip(words, words[1:], words[2:])]
-    if len(set(runs)) > VARIED * len(runs):
-        return ""
-    for found in _LOOP.finditer(text):
-        phrase = found[1] or found[2]
-        times = len(found[0]) // len(phrase)
-        is_long = len(found[0]) >= LOOP_LETTERS or len(HAN.findall(found[0])) >= LOOP_HAN
-        has_words = size(phrase) and len(normal(phrase)) > 2
-        if is_long and has_words and len(found[0]) >= LOOP_SHARE * len(text):
-            return f"{shorten(phrase.strip())!r} {times} times in a row"
-    sentences = [sentence.strip() for sentence in _SENTENCE.findall(text)]
-    long = [sentence for sentence in sentences if size(sentence) >= 4]
+    if len(set(words)) * 3 <= len(words) * 2 and (loop := _loop(words)):
+        return loop
+    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(text)]
+    long = [sentence for sentence in sentences if size(sentence) >= LONG_PHRASE]
     for sentence, times in Counter(long).most_common(1):
         if times >= 3 and times * len(sentence) >= 2 * LOOP_SHARE * len(text):
             return f"{shorten(sentence)!r} {times} times"
+    return ""
+
+
+def _loop(words: list[str]) -> str:
+    """The shortest phrase that stands so often in a row that it is a loop."""
+    number = {word: place for place, word in enumerate(words)}
+    ids = np.array([number[word] for word in words])
+    for length in range(1, min(LONGEST_PHRASE, len(words) // 3) + 1):
+        same = np.concatenate(([False], ids[length:] == ids[:-length], [False]))
+        starts, ends = np.flatnonzero(np.diff(same.astype(np.int8))).reshape(-1, 2).T
+        if not len(starts):
+            continue
+        longest = int(np.argmax(ends - starts))
+        repeated = int(ends[longest] - starts[longest])
+        phrase = words[starts[longest] : starts[longest] + length]
+        times = repeated // length + 1
+        is_laughter = len(set(phrase)) == 1 and len(phrase[0]) < 3
+        is_loop = times >= (3 if length >= LONG_PHRASE else 5) and not is_laughter
+        if is_loop and repeated + length >= max(LOOP, LOOP_SHARE * len(words)):
+            joined = "".join(word if HAN.match(word) else f"{word} " for word in phrase)
+            return f"{shorten(joined)!r} {times} times in a row"
     return ""
 
 
