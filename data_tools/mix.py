@@ -30,9 +30,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.check.reading import entries_of, parse
+from data_tools.check.reading import entries_of, files_of, parse
 from data_tools.relocation import relocated
-from nanovlm.data.records import check_skipped, record_files, say_skipped
+from nanovlm.data.records import check_skipped, say_skipped
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.utils.outputs import check_new_file, new_file
 from nanovlm.utils.parser import CommandParser, expand_user
@@ -50,7 +50,7 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """Its files, sorted."""
-        return record_files(self.name)
+        return files_of(self.name)
 
     def entries(self, chosen: set[int] | None) -> Iterator[tuple[str, Any, Path]]:
         """The usable records once, in order; of them, those whose places are `chosen`."""

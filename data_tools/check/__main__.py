@@ -31,10 +31,9 @@ from data_tools.check.findings import KINDS, Finding
 from data_tools.check.lengths import encoder_of, measure_lengths, summarise
 from data_tools.check.looking import Images, find, too_long
 from data_tools.check.page import draw_page
-from data_tools.check.reading import Split, read_split
+from data_tools.check.reading import Split, files_of, read_split
 from data_tools.check.sheet import choose, draw_sheet
 from data_tools.check.summary import readable, summarise_split
-from nanovlm.data.records import record_files
 from nanovlm.data.workers import MOST_WORKERS
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import write_json
@@ -123,7 +122,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     """Refuse flags that make no sense; returns what is read, by the name of its flag."""
     inputs = {"data": arguments.data, "val": arguments.val, "against": arguments.against}
     inputs = {name: path for name, path in inputs.items() if path}
-    files = [path for given in inputs.values() for path in record_files(given)]
+    files = [path for given in inputs.values() for path in files_of(given)]
     if bool(arguments.keep) != bool(arguments.drop):
         raise NanoVLMError(
             "--drop says which records to leave out and --keep where to write the others; "

@@ -69,6 +69,7 @@ def _near_pairs(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
             alike = keys[order[:-step]] == keys[order[step:]]
             if not alike.any():
                 break
+            alike &= brightness[order[step:]] - brightness[order[:-step]] <= MAX_COLOR
             pairs = np.stack((order[:-step][alike], order[step:][alike]), axis=1)
             found += [
                 part[_are_near(part, hashes, colors, shapes)]

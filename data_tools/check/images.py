@@ -23,6 +23,7 @@ from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 SIDE = 8  # of the grids that say what an image looks like
 AT_ONCE = 16  # images that a worker hands over together
+BLANK = 4  # of 255: between the least and the most of a colour
 DIGEST = 16  # bytes of a SHA-256 that are kept: two images in 10^15 would share them by chance
 
 
@@ -37,7 +38,7 @@ class ImageFacts(NamedTuple):
     pixel_digest: bytes = b""  # of its size and its RGB pixels
     gradients: bytes = b""  # 2 · SIDE² bits
     colors: bytes = b""  # SIDE² RGB pixels
-    is_blank: bool = False  # all pixels are equal
+    is_blank: bool = False  # all pixels are equal, but for what compression adds
 
 
 def look_at_image(path: Path) -> ImageFacts:
@@ -59,7 +60,7 @@ def look_at_image(path: Path) -> ImageFacts:
         pixel_digest=hashlib.sha256(size + pixels.tobytes()).digest()[:DIGEST],
         gradients=_gradients(image),
         colors=colors.tobytes(),
-        is_blank=bool((pixels == pixels[0, 0]).all()),
+        is_blank=int(np.ptp(pixels, axis=(0, 1)).max()) <= BLANK,
     )
 
 

@@ -12,6 +12,7 @@ from nanovlm.data.forms import present
 from nanovlm.data.preferences import ANSWERS, REJECTED, parse_pair
 from nanovlm.data.records import Record, parse_record, read_entries, record_files
 from nanovlm.errors import NanoVLMError
+from nanovlm.utils.files import open_regular
 
 # What differs between records that are skipped for one reason: texts, paths, numbers.
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
@@ -34,9 +35,9 @@ def read_split(name: str, data: str, images: Path | None) -> Split:
     Records with references have no answer: training skips them, but an evaluation reads them, and
     so does `against`. Raises NanoVLMError for a file that cannot be read or holds no records.
     """
-    split = Split(name)
+    split, files = Split(name), files_of(data)
     with tqdm(desc=f"reading {name}", unit="record", dynamic_ncols=True) as bar:
-        for path in record_files(data):
+        for path in files:
             number = bar.n
             for where, entry, folder in entries_of(path, images):
                 try:
@@ -53,6 +54,14 @@ def read_split(name: str, data: str, images: Path | None) -> Split:
             if bar.n == number:
                 raise NanoVLMError(f"{path}: holds no records")
     return split
+
+
+def files_of(data: str) -> list[Path]:
+    """The files that `data` names; raises NanoVLMError for one that cannot be opened."""
+    files = record_files(data)
+    for path in files:
+        open_regular(path).close()
+    return files
 
 
 def entries_of(path: Path, images: Path | None) -> Iterator[tuple[str, Any, Path]]:
