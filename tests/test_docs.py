@@ -54,6 +54,8 @@ PROGRAMS = (
     ("-m", "nanovlm.memory"),
     ("-m", "nanovlm.report"),
     ("-m", "data_tools.convert"),
+    ("-m", "data_tools.check"),
+    ("-m", "data_tools.mix"),
     ("data_tools/pack_tar.py",),
     ("data_tools/make_preferences.py",),
     ("-m", "data_tools.download"),

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from data_tools.check.looking import answer_of, question_of
 from nanovlm.data.records import Record
+from nanovlm.data.sequences import chunks
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.image import open_image
 from nanovlm.training.monitor.samples import FAINT, OTHER, wrap
@@ -30,32 +31,39 @@ def choose(records: Sequence[Record], number: int = RECORDS, seed: int = 0) -> l
 
 def draw_sheet(path: Path, records: Sequence[Record]) -> None:
     """Draw records in rows of COLUMNS, each with its first image, its last question and answer."""
-    height = PICTURE + LINE * (QUESTION + ANSWER + 1) + 3 * MARGIN
-    columns = min(COLUMNS, len(records))
-    rows = -(-len(records) // columns)
-    figure = plt.figure(figsize=(columns * WIDTH + MARGIN, rows * height), facecolor="white")
+    width = min(COLUMNS, len(records)) * WIDTH + MARGIN
+    figure = plt.figure(figsize=(width, 1), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
-    style = {"va": "top", "fontsize": 7}
+    bottom = MARGIN
     with plt.rc_context({"text.parse_math": False}):
-        for number, record in enumerate(records):
-            x, y = number % columns * WIDTH + MARGIN, number // columns * height + MARGIN
-            name = record.where.replace("\\", "/").rpartition("/")[2]
-            more = f" (+{len(record.images) - 1} images)" if len(record.images) > 1 else ""
-            axes.text(x, y, wrap(name + more, LETTERS, 1), color=FAINT, **style)
-            y += LINE + MARGIN / 2
-            if record.images:
-                _draw(axes, record.images[0], x, y)
-                y += PICTURE + MARGIN / 2
-            question = wrap(question_of(record), LETTERS, QUESTION)
-            axes.text(x, y, question, color=FAINT, **style)
-            y += LINE * (question.count("\n") + 1) + MARGIN / 4
-            axes.text(x, y, wrap(answer_of(record), LETTERS, ANSWER), color=OTHER, **style)
-        axes.set(xlim=(0, columns * WIDTH + MARGIN), ylim=(rows * height, 0), aspect="auto")
+        for row in chunks(list(records), COLUMNS):
+            top, lefts = bottom + MARGIN, (MARGIN + column * WIDTH for column in range(COLUMNS))
+            bottom = max(_draw_record(axes, record, x, top) for record, x in zip(row, lefts))
+        axes.set(xlim=(0, width), ylim=(bottom + MARGIN, 0), aspect="auto")
         axes.axis("off")
+        figure.set_size_inches(width, bottom + MARGIN)
         save_figure(figure, path, dpi=120)
 
 
-def _draw(axes: Axes, path: Path, x: float, y: float) -> None:
+def _draw_record(axes: Axes, record: Record, x: float, y: float) -> float:
+    """One record whose upper left corner is (x, y); returns where it ends."""
+    name = record.where.replace("\\", "/").rpartition("/")[2]
+    more = f" (+{len(record.images) - 1} images)" if len(record.images) > 1 else ""
+    texts = (
+        (wrap(name + more, LETTERS, 1), FAINT),
+        (wrap(question_of(record), LETTERS, QUESTION), FAINT),
+        (wrap(answer_of(record), LETTERS, ANSWER), OTHER),
+    )
+    for number, (text, color) in enumerate(texts):
+        axes.text(x, y, text, color=color, va="top", fontsize=7)
+        y += LINE * (text.count("\n") + 1) + MARGIN / 2
+        if number == 0 and record.images:
+            _draw_image(axes, record.images[0], x, y)
+            y += PICTURE + MARGIN / 2
+    return y
+
+
+def _draw_image(axes: Axes, path: Path, x: float, y: float) -> None:
     """An image in its place, whose upper left corner is (x, y)."""
     try:
         shrunk = ImageOps.contain(open_image(path), (PIXELS, PIXELS), Image.Resampling.LANCZOS)

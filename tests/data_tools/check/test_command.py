@@ -13,6 +13,7 @@ from data_tools.check.findings import KINDS
 from data_tools.check.reading import reason_of
 from nanovlm.data.records import read_records
 from tests.data_tools.check.test_images import photo, saved
+from tests.pages import REPOSITORY
 
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="alert(2)"> & \' " \x1b[31m \u202e ]]>'
 
@@ -253,3 +254,9 @@ def test_reasons_are_the_same_for_records_that_differ_in_names_and_numbers():
     reasons = [reason_of(line) for line in lines]
     assert reasons[1] == "image … does not exist" and reasons[2] == reasons[3]
     assert reasons[4] == "the text has N <image> markers and the record N images"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documentation_names_every_finding(language):
+    page = (REPOSITORY / "docs" / language / "data.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)[-len(KINDS) :] == [*KINDS]
