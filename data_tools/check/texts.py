@@ -22,7 +22,7 @@ COPIED_QUESTION = 5  # words and Chinese characters: "Yes or no?" is no question
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 WORD = re.compile(r"[A-Za-zÀ-ɏ]+(?:['’-][A-Za-zÀ-ɏ]+)*")
-_WORD_OR_HAN = re.compile(f"{HAN.pattern}|{WORD.pattern}")
+_PIECE = re.compile(f"{HAN.pattern}|{WORD.pattern}|[0-9]+")
 _OTHER_LETTER = re.compile(f"[^\\W\\d_A-Za-zÀ-ɏ{HAN.pattern[1:-1]}]")
 # Shares of Chinese characters among these and words, by which a text counts as English or Chinese.
 ENGLISH, CHINESE = 0.1, 0.7
@@ -52,7 +52,7 @@ _BOILERPLATE = re.compile(
     r"(?:provided|attached|uploaded|given|included)"
     rf"|\b{_IMAGE} (?:failed to load|could not be loaded|not available|unavailable|not found)"
     rf"|\bplease (?:provide|upload|attach|share) (?:me with )?(?:the|an?|your) {_IMAGE}"
-    r"|(?:图片|图像|照片)(?:加载失败|无法加载|加载不出来|无法显示|未能加载|已失效|不存在)"
+    r"|(?:图片|图像|照片)(?:加载失败|无法加载|加载不出来|无法显示|未能加载|已失效)"
     r"|作为(?:一[个名款])?(?:人工智能|AI|大?语言模型)|我(?:只)?是(?:一[个名款])?(?:人工智能|AI|大?语言模型|基于文本)"
     r"|(?:抱歉|对不起|很遗憾)[，,。！! ]{0,2}(?:但)?我(?:无法|不能|没有办法|没法|看不到)"
     r"|我(?:无法|不能|没法|没有办法)(?:直接)?(?:查看|看到|看见|访问|打开|浏览|接收)[^，。！？\n]{0,8}(?:图片|图像|照片)"
@@ -232,7 +232,7 @@ def repeated_within(answer: str) -> str:
     nor laughter is a loop.
     """
     text = answer[:LOOKED_AT]
-    words = _WORD_OR_HAN.findall(text)
+    words = _PIECE.findall(text)
     if len(set(words)) * 3 <= len(words) * 2 and (loop := _loop(words)):
         return loop
     sentences = [sentence.strip() for sentence in _SENTENCE_END.split(text)]
@@ -256,10 +256,10 @@ def _loop(words: list[str]) -> str:
         repeated = int(ends[longest] - starts[longest])
         phrase = words[starts[longest] : starts[longest] + length]
         times = repeated // length + 1
-        is_laughter = len(set(phrase)) == 1 and len(phrase[0]) < 3
+        joined = "".join(word if HAN.match(word) else f"{word} " for word in phrase)
+        is_laughter = not size(joined) or (len(set(phrase)) == 1 and len(phrase[0]) < 3)
         is_loop = times >= (3 if length >= LONG_PHRASE else 5) and not is_laughter
         if is_loop and repeated + length >= max(LOOP, LOOP_SHARE * len(words)):
-            joined = "".join(word if HAN.match(word) else f"{word} " for word in phrase)
             return f"{shorten(joined)!r} {times} times in a row"
     return ""
 

@@ -84,7 +84,8 @@ def test_a_rule_finds_what_it_is_for(question, answer, kind):
             "A red ball, a red box, a red car, a red book, a red pen and a red hat.",
         ),
         ("图里有什么？", "一只红色的杯子、一只蓝色的杯子、一只绿色的杯子和一只白色的杯子。"),
-        ("What number?", "1 000 000 000 000"),
+        ("What number?", "1 000 000 000 000 000 000 000 000 000 000 000 000 000 000 000"),
+        ("Which ones?", "see page 1, see page 2, see page 3, see page 4, see page 5, see page 6"),
         ("Count.", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"),
         ("What is it?", "A border: ------------------------------------------------"),
         # Accents, quotation marks and dashes of several languages, and rare characters.

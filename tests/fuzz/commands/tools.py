@@ -174,6 +174,26 @@ def _draw(rng: Random) -> Input:
     )
 
 
+def _check(rng: Random) -> Input:
+    files: dict[str, Content] = {"a.jsonl": _lines(rng, [RECORD] * 3), "a.png": SCENE}
+    if rng.random() < 0.3:
+        files["a.png"] = damaged_file(rng, SCENE, lambda: damaged_bytes(rng, SCENE))
+    out = _out(rng, list(files), "out")
+    flags = rng.choice((("--out", out), ("--drop", "broken,duplicates", "--keep", out)))
+    return Input(files, ("data_tools.check.__main__", "a.jsonl", *flags, "--workers", "0"))
+
+
+def _mix(rng: Random) -> Input:
+    files: dict[str, Content] = {
+        "a.jsonl": _lines(rng, [RECORD] * 3),
+        "b/b.jsonl": to_json({**RECORD, "image": "../a.png"}) + b"\n",
+        "a.png": SCENE,
+    }
+    weights = rng.choice((("a.jsonl", "b/b.jsonl"), ("a.jsonl=1", "b/b.jsonl=2.5")))
+    out = _out(rng, list(files), "out.jsonl")
+    return Input(files, ("data_tools.mix", *weights, "--out", out))
+
+
 def check(input: Input, folder: Path, was_read: bool) -> None:
     """As `nothing_lost`, but for photos: they are copied one by one, and records come last."""
     only_photos = all("/images/" in name for name in input.added(folder))
@@ -182,6 +202,6 @@ def check(input: Input, folder: Path, was_read: bool) -> None:
 
 TOOLS = (
     _captions, _pack, _pack, _extract, _extract, _flickr, _preferences, _scenes_again,
-    _evaluation, _report, _draw,
+    _evaluation, _report, _draw, _check, _mix,
 )  # fmt: skip
 KIND = Kind("tools", make, read, short=4, long=240, check=check)
