@@ -10,6 +10,7 @@ killed one was, with the same bytes in the end.
 
 import argparse
 import os
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_tools.convert.images import ImageFinder, ImageReader
 from data_tools.convert.output import RECORDS, Output, output
 from data_tools.convert.pipeline import Converter, convert_rows, cores
 from data_tools.convert.recognise import FORMS, Source, recognise
-from data_tools.convert.report import Report
+from data_tools.convert.report import Report, printed
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.outputs import check_no_input
@@ -41,7 +42,7 @@ class Task:
     images: Path | None = None  # None: beside the records
     limit: int | None = None  # of the records written
     shards: bool = False
-    threads: int = 0  # 0: one a core
+    threads: int | None = None  # None: one a core
 
 
 def convert(task: Task) -> Report:
@@ -52,7 +53,8 @@ def convert(task: Task) -> Report:
             raise NanoVLMError(f"{place}: does not exist; check the path")
     check_no_input(task.out, "--out", filter(Path.is_dir, inputs))
     source = recognise(task.source, task.form)
-    say(f"{task.source}: {source.form}" + (f", {source.total:,} rows" if source.total else ""))
+    rows = f", {source.total:,} rows" if source.total else ""
+    say(f"{task.source}: {source.form}, {len(source.files):,} files{rows}")
     for name, reason in list(source.left_out.items())[:MOST_LEFT_OUT]:
         say(f"left out: {name} {reason}")
     with output(task.out, _settings(source, task), pack=task.shards) as writing:
@@ -81,10 +83,12 @@ def _write(source: Source, task: Task, writing: Output) -> None:
         writing.discard()
         what = f"none of its {report.records_in:,} records can be used"
         raise NanoVLMError(
-            f"{task.source}: {what if report.records_in else 'holds no records'}", *report.lines()
+            f"{task.source}: {what if report.records_in else 'holds no records'}",
+            *(f"  {line}" for line in report.lines()),
         )
-    about = {"source": str(task.source), "form": source.form, "holds": source.kind}
-    writing.finish({**about, "left_out": source.left_out})
+    about = {"source": printed(str(task.source)), "form": source.form, "holds": source.kind}
+    left_out = {printed(name): printed(reason) for name, reason in source.left_out.items()}
+    writing.finish({**about, "left_out": left_out})
 
 
 def _settings(source: Source, task: Task) -> dict[str, Any]:
@@ -92,8 +96,8 @@ def _settings(source: Source, task: Task) -> dict[str, Any]:
     files = [(os.path.realpath(file), os.stat(file)) for file in source.files[:MOST_COMPARED]]
     return {
         "form": source.form,
-        "files": [[name, status.st_size, status.st_mtime_ns] for name, status in files],
-        "images": os.path.realpath(task.images) if task.images else None,
+        "files": [[printed(name), status.st_size, status.st_mtime_ns] for name, status in files],
+        "images": printed(os.path.realpath(task.images)) if task.images else None,
         "limit": task.limit,
         "shards": task.shards,
     }
@@ -101,7 +105,10 @@ def _settings(source: Source, task: Task) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the flags."""
-    forms = "\n".join(f"  {name:14} {text}" for name, text in FORMS.items())
+    forms = "\n".join(
+        textwrap.fill(text, 100, initial_indent=f"  {name:14} ", subsequent_indent=" " * 17)
+        for name, text in FORMS.items()
+    )
     parser = CommandParser(
         prog="python -m data_tools.convert",
         description="Turn a published data set into the records that training reads.",
@@ -130,7 +137,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads",
         type=int,
-        default=0,
         metavar="N",
         help="threads that open images (default: one a core, 8 at most)",
     )
@@ -142,7 +148,7 @@ def main() -> None:
     arguments = parse_arguments()
     for name in ("limit", "threads"):
         value = getattr(arguments, name)
-        if value is not None and value < (1 if name == "limit" else 0):
+        if value is not None and value < 1:
             raise NanoVLMError(f"--{name} is {value}; it has to be 1 or more")
     report = convert(Task(**vars(arguments)))
     for line in report.lines():

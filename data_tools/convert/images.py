@@ -86,6 +86,7 @@ class ImageFinder:
 
     def __init__(self, root: Path, *, is_given: bool = False) -> None:
         self.root, self._is_given = root, is_given  # by a flag: before the records' own folder
+        self.damage: NanoVLMError | None = None  # of an archive: no single record's fault
         self._index: dict[str, list[Path | Member]] | None = None
         self._lock = threading.Lock()
 
@@ -112,7 +113,11 @@ class ImageFinder:
     def _ends_like(self, name: str) -> list[Path | Member]:
         with self._lock:
             if self._index is None:
-                self._index = self._read_index()
+                try:
+                    self._index = self._read_index()
+                except NanoVLMError as error:
+                    self.damage = error
+                    raise
         wanted, suffix = _parts(name), PurePosixPath(name).suffix.lower()
         found = self._index.get(_key(name), [])
         if suffix in SUFFIXES:
@@ -149,7 +154,8 @@ class ImageFinder:
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Member]]:
     try:
-        opened = zipfile.ZipFile(path)  # stays open: its members are read from it
+        # The file stays open, and threads read from it: a ZipFile does not close one it was given.
+        opened = zipfile.ZipFile(open_regular(path))
     except NOT_WHOLE as error:
         raise NanoVLMError(f"{path}: is no whole zip archive ({error}); fetch it again") from None
     for info in opened.infolist():

@@ -9,7 +9,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -176,8 +176,10 @@ def output(folder: Path, settings: dict[str, Any], *, pack: bool) -> Iterator[Ou
         writing = Output(folder, settings, pack=pack)
         try:
             yield writing
-        except BaseException:
-            if (folder / JOURNAL).exists():
+        except BaseException as error:
+            if isinstance(error, OSError):  # a full disk does not name the file
+                error.filename = error.filename or str(folder)
+            with suppress(OSError):
                 writing.close()
             raise
 

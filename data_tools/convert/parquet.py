@@ -50,7 +50,7 @@ def _opened(path: Path) -> Iterator[Any]:
             # Page by page, not whole columns: a group of rows may be larger than the memory.
             with parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
                 yield table
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise NanoVLMError(

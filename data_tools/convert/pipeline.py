@@ -74,6 +74,8 @@ class Converter:
         try:
             record = parse(entry, row.where, find)
         except NanoVLMError as error:
+            if self._finder.damage is not None:
+                raise self._finder.damage from None
             return Converted(row.where, None, [], str(error).removeprefix(f"{row.where}: "))
         kept = {key: entry[key] for key in KEPT if isinstance(entry.get(key), (str, int, float))}
         record = dataclasses.replace(record, extra=kept)

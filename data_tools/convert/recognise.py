@@ -63,11 +63,13 @@ class Source:
 def recognise(path: Path, form: str | None = None) -> Source:
     """The source at `path`, in `form` if one is given. Raises NanoVLMError with what it is."""
     if not path.is_dir():
-        found, what = form_of(path)
-        found = _forced(path, found, what, form)
-        return _source(path, found, [path], {})
+        if (path.parent / llama_factory.INFO).is_file() and form in (None, LLAMA_FACTORY):
+            found, _ = llama_factory.read_info(path.parent)
+            if own := [data_set for data_set in found if path.samefile(data_set.path)]:
+                return _llama_factory(path, own, {})
+        return _source(path, _forced(path, *form_of(path), form), [path], {})
     if (path / llama_factory.INFO).is_file() and form in (None, LLAMA_FACTORY):
-        return _llama_factory(path)
+        return _llama_factory(path, *llama_factory.read_info(path))
     files = list(walk(path))
     names = [file.relative_to(path).as_posix() for file in files]
     if form == FOLDER or (form is None and samples.has_samples(names)):
@@ -95,7 +97,7 @@ def form_of(path: Path) -> tuple[str | None, str]:
         return _form_of_json(path, head)
     if what and what not in ("YAML", "TOML"):
         return None, what
-    lines = head.decode("utf-8-sig", errors="ignore").splitlines()[:-1][:20]
+    lines = _first_lines(head)
     if lines and sum(map(bool, map(captions.CAPTION_LINE.fullmatch, lines))) * 2 > len(lines):
         return LINES, "lines of captions"
     if is_csv(path):
@@ -123,8 +125,8 @@ def _form_of_json(path: Path, head: bytes) -> tuple[str | None, str]:
         sample = [row.value for row in islice(rows(path), SAMPLE)]
     except NanoVLMError as error:
         return None, str(error).removeprefix(f"{path}: ").removeprefix("is ")
-    shown = next((", ".join(value) for value in sample if isinstance(value, dict)), "no objects")
-    return _first_kind(sample), f"JSON with {shown}"
+    keys = next((", ".join(value) for value in sample if isinstance(value, dict)), "")
+    return _first_kind(sample), f"JSON with {keys or 'no records'}"
 
 
 def _first_kind(sample: list) -> str | None:
@@ -258,8 +260,9 @@ def _basic_vlm(path: Path, files: list[Path], left_out: dict[str, str]) -> Sourc
     return Source(path, BASIC_VLM, TURNS, read, [image_map, captions_file], left_out)
 
 
-def _llama_factory(path: Path) -> Source:
-    found, left_out = llama_factory.read_info(path)
+def _llama_factory(
+    path: Path, found: list[llama_factory.DataSet], left_out: dict[str, str]
+) -> Source:
     ranking = [data_set for data_set in found if data_set.is_ranking]
     taken = [data_set for data_set in found if not data_set.is_ranking] or ranking
     if not taken:
@@ -270,13 +273,19 @@ def _llama_factory(path: Path) -> Source:
             left_out[data_set.path.name] = "holds pairs: convert it by itself"
     kind = PAIRS if taken is ranking else TURNS
     read = _from(lambda: chain.from_iterable(each.rows() for each in taken))
-    files = [path / llama_factory.INFO, *(each.path for each in taken)]
+    files = [taken[0].folder / llama_factory.INFO, *(each.path for each in taken)]
     return Source(path, LLAMA_FACTORY, kind, read, files, left_out)
 
 
 def _lists_photos(path: Path) -> bool:
     """Whether a text file lists photos, one a line."""
     with open_regular(path) as file:
-        lines = file.read(FIRST_BYTES).decode("utf-8-sig", errors="ignore").split("\n")
-    lines = [line for line in (lines[:-1] if len(lines) > 1 else lines) if line.strip()]
+        lines = _first_lines(file.read(FIRST_BYTES))
     return bool(lines) and all(map(captions.NAME_LINE.fullmatch, lines))
+
+
+def _first_lines(head: bytes) -> list[str]:
+    """The lines that a file begins with, without empty ones and one that may be cut off."""
+    lines = head.decode("utf-8-sig", errors="ignore").splitlines()
+    lines = lines[:-1] if len(head) == FIRST_BYTES else lines
+    return [line for line in lines if line.strip()]

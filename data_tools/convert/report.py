@@ -29,6 +29,11 @@ HEADINGS = (
 OTHER = "other"
 
 
+def printed(text: str) -> str:
+    """A text that UTF-8 can hold: bytes of a file's name that are none are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @dataclass
 class Report:
     """Counts of what is read, written and skipped; `records_in` is the sum of the other two."""
@@ -46,7 +51,7 @@ class Report:
         entry = self.skipped.setdefault(heading, {"count": 0, "examples": []})
         entry["count"] += 1
         if len(entry["examples"]) < EXAMPLES:
-            entry["examples"].append(f"{where}: {reason}")
+            entry["examples"].append(printed(f"{where}: {reason}"))
 
     def lines(self) -> list[str]:
         """A line for each heading, the largest first, with an example."""

@@ -199,3 +199,13 @@ def test_what_was_converted_trains(tmp_path, tiny):
     records = str(tmp_path / "out" / "records.jsonl")
     run_stage(tiny.settings(tmp_path / "run", data=records, val=records, batch_size=2))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_file_of_llama_factory_is_read_as_its_folder_says(tmp_path):
+    published.llama_factory(tmp_path)
+    source = recognise(tmp_path / "dpo.json")
+    assert (source.form, source.kind) == ("llama-factory", "pairs")
+    assert recognise(tmp_path).left_out == {
+        "elsewhere": "has no file in this folder (file_name)",
+        "dpo.json": "holds pairs: convert it by itself",
+    }

@@ -166,7 +166,9 @@ def test_none_usable_is_an_error_with_the_reasons_and_leaves_nothing(tmp_path, c
         run_command(main)
     errors = capsys.readouterr().err
     assert ended.value.code == 2 and not (tmp_path / "out").exists()
-    assert f"error: {folder}: none of its 2 records can be used\nskipped: 2 × image miss" in errors
+    assert (
+        f"error: {folder}: none of its 2 records can be used\n  skipped: 2 × image miss" in errors
+    )
 
 
 def test_pyarrow_that_is_missing_is_one_line_with_the_command(tmp_path, monkeypatch):
