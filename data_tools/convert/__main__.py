@@ -54,7 +54,8 @@ def convert(task: Task) -> Report:
     check_no_input(task.out, "--out", filter(Path.is_dir, inputs))
     source = recognise(task.source, task.form)
     rows = f", {source.total:,} rows" if source.total else ""
-    say(f"{task.source}: {source.form}, {len(source.files):,} files{rows}")
+    files = f"{len(source.files):,} file" + ("s" if len(source.files) > 1 else "")
+    say(f"{task.source}: {source.form}, {files}{rows}")
     for name, reason in list(source.left_out.items())[:MOST_LEFT_OUT]:
         say(f"left out: {name} {reason}")
     with output(task.out, _settings(source, task), pack=task.shards) as writing:

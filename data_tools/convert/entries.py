@@ -91,6 +91,9 @@ def _tidy(row: dict[str, Any]) -> dict[str, Any]:
     for key in (*TURN_LISTS, *PAIR, "history"):
         if isinstance(row.get(key), str) and row[key].lstrip().startswith(("[{", "[[")):
             row[key] = _parse(row[key], key)
+    several = row["image"].split(",") if isinstance(row.get("image"), str) else []
+    if len(several) > 1 and all(map(_IMAGE_FILE.fullmatch, several)):  # minimind-v of 2024
+        row["image"] = [name.strip() for name in several]
     text = row.get("text")
     if isinstance(text, str) and text.lstrip().startswith("{") and '"chosen"' in text:  # RLHF-V
         inner = _parse(row.pop("text"), "text")

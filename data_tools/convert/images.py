@@ -122,7 +122,10 @@ class ImageFinder:
         found = self._index.get(_key(name), [])
         if suffix in SUFFIXES:
             found = [place for place in found if self._path_of(place).lower().endswith(suffix)]
-        return [place for place in found if _share_an_end(wanted, _parts(self._path_of(place)))]
+        found = [place for place in found if _share_an_end(wanted, _parts(self._path_of(place)))]
+        file = PurePosixPath(name).name
+        same = [place for place in found if PurePosixPath(self._path_of(place)).name == file]
+        return same or found  # of COCO's photos, those of the same year first
 
     def _path_of(self, place: Path | Member) -> str:
         if isinstance(place, Member):

@@ -104,6 +104,16 @@ def allava(folder: Path) -> None:
     put_zip(chunks / "images_1.zip", {rows[n]["image"]: picture(n) for n in range(3, 5)})
 
 
+def svlm_data(folder: Path) -> None:
+    """SVLM's, and minimind-v's of 2024: several images are one text."""
+    turns = [{"role": "user", "content": "<image>\n描述"}, {"role": "assistant", "content": "猫"}]
+    two = [{"role": "user", "content": "<image><image>\n比较"}, turns[1]]
+    rows: list[dict] = [{"conversations": turns, "image": f"{n}.jpg"} for n in range(5)]
+    rows.append({"conversations": two, "image": "0.jpg, 1.jpg"})
+    put_lines(folder / "pretrain_vlm_data.jsonl", rows)
+    put_images(folder / "pretrain_images", [f"{n}.jpg" for n in range(4)])
+
+
 def chinese_llava(folder: Path) -> None:
     """LinkSoul's: originals and translations in their own folders, images beside them."""
     put(folder / "LLaVA-Instruct-150K" / "translated" / "llava_instruct_80k.json",

@@ -24,6 +24,7 @@ CASES: dict[Callable[[Path], None], tuple[str, int, int, str, dict[str, int]]] =
     published.cc3m_zip: ("turns", 6, 5, "第 0 个物体。", {MISSING: 1}),
     published.allava: ("turns", 6, 5, "第 0 个物体。", {MISSING: 1}),
     published.chinese_llava: ("turns", 6, 5, "第 0 个物体。", {MISSING: 1}),
+    published.svlm_data: ("turns", 6, 5, "猫", {MISSING: 1}),
     published.the_cauldron: ("turns", 6, 5, "Red.", {BROKEN: 1}),
     published.fine_vision: ("turns", 6, 5, "0 shapes.", {EMPTY: 1}),
     published.minimind: ("turns", 6, 5, "好的。", {MARKERS: 1}),
@@ -161,6 +162,12 @@ def test_images_elsewhere_are_found_by_the_end_of_their_path(tmp_path):
     )
     report = convert(Task(tmp_path / "a", tmp_path / "zip", images=tmp_path / "t.zip"))
     assert report.records_out == 3
+    names = [f"train2014/COCO_train2014_{7:012}.jpg", f"train2017/{7:012}.jpg"]
+    published.put_images(tmp_path / "both", names)  # the same photo, under both of its names
+    published.put(tmp_path / "b" / "chat.json", [published.llava(7)])
+    convert(Task(tmp_path / "b", tmp_path / "one", images=tmp_path / "both"))
+    (line,) = (tmp_path / "one" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["images"] == [f"../both/{names[1]}"]
 
 
 def test_an_image_that_several_have_is_not_guessed(tmp_path):
