@@ -9,6 +9,7 @@ killed one was, with the same bytes in the end.
 """
 
 import argparse
+import hashlib
 import os
 import textwrap
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.convert.images import ImageFinder, ImageReader
-from data_tools.convert.output import RECORDS, Output, output
+from data_tools.convert.output import RECORDS, REPORT, Output, output
 from data_tools.convert.pipeline import Converter, convert_rows, cores
 from data_tools.convert.recognise import FORMS, Source, recognise
 from data_tools.convert.report import Report, printed
@@ -28,7 +29,6 @@ from nanovlm.utils.console import run_command, say
 from nanovlm.utils.outputs import check_no_input
 from nanovlm.utils.parser import CommandParser
 
-MOST_COMPARED = 10_000  # files of a source, when a conversion goes on
 MOST_LEFT_OUT = 10  # files that are named on stderr; report.json has all
 
 
@@ -58,6 +58,8 @@ def convert(task: Task) -> Report:
     say(f"{task.source}: {source.form}, {files}{rows}")
     for name, reason in list(source.left_out.items())[:MOST_LEFT_OUT]:
         say(f"left out: {name} {reason}")
+    if (more := len(source.left_out) - MOST_LEFT_OUT) > 0:
+        say(f"left out: {more:,} more, which {REPORT} names")
     with output(task.out, _settings(source, task), pack=task.shards) as writing:
         _write(source, task, writing)
         return writing.report
@@ -94,10 +96,11 @@ def _write(source: Source, task: Task, writing: Output) -> None:
 
 def _settings(source: Source, task: Task) -> dict[str, Any]:
     """What makes a conversion the same one: its source, file by file, and its flags."""
-    files = [(os.path.realpath(file), os.stat(file)) for file in source.files[:MOST_COMPARED]]
+    files = [(os.path.realpath(file), os.stat(file)) for file in source.files]
+    states = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
     return {
         "form": source.form,
-        "files": [[printed(name), status.st_size, status.st_mtime_ns] for name, status in files],
+        "files": hashlib.sha256(repr(states).encode()).hexdigest(),
         "images": printed(os.path.realpath(task.images)) if task.images else None,
         "limit": task.limit,
         "shards": task.shards,

@@ -134,7 +134,7 @@ class Output:
 
     def _read_journal(self) -> dict[str, Any]:
         path = self.folder / JOURNAL
-        if path.is_file():
+        if path.is_file() and not (self.folder / RECORDS).exists():
             journal = read_json(path)
             if journal.get("settings") != self._settings:
                 raise NanoVLMError(
@@ -143,7 +143,7 @@ class Output:
                     "folder with --out"
                 )
             return journal
-        if names := sorted(name for name in os.listdir(self.folder) if name != LOCK):
+        if names := sorted(set(os.listdir(self.folder)) - {LOCK, JOURNAL}):
             raise NanoVLMError(
                 f"{self.folder}: holds {names[0]} already; name a new or an empty folder with --out"
             )
@@ -186,6 +186,8 @@ def output(folder: Path, settings: dict[str, Any], *, pack: bool) -> Iterator[Ou
 
 def _reopened(path: Path, size: int) -> BinaryIO:
     """A file to write on with, cut off after `size` bytes."""
+    if size > (path.stat().st_size if path.exists() else 0):
+        raise NanoVLMError(f"{path}: is not as it was left; delete {path.parent}, and begin anew")
     file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by its owner)
     file.truncate(size)
     file.seek(size)

@@ -114,6 +114,21 @@ def test_only_the_same_conversion_goes_on(tmp_path):
     assert convert(task).records_out == 1
 
 
+def test_a_folder_that_lost_something_is_not_gone_on_with(tmp_path):
+    published.llava_folder(tmp_path / "source")
+    task = Task(tmp_path / "source", tmp_path / "out")
+    killed(task, 3)
+    (task.out / ".records.jsonl.part").write_bytes(b"{}\n")
+    with pytest.raises(NanoVLMError, match="part: is not as it was left; delete .*out, and begin"):
+        convert(task)
+    shutil.rmtree(task.out)
+    convert(task)
+    journal = task.out / ".convert.json"
+    journal.write_text("{}")  # a kill right at the end leaves it
+    with pytest.raises(NanoVLMError, match="out: holds records.jsonl already"):
+        convert(task)
+
+
 def test_nothing_that_is_there_is_written_over(tmp_path):
     published.llava_folder(tmp_path / "source")
     out = tmp_path / "out"
