@@ -35,7 +35,7 @@ _BINARY = (
     (rb"PK\x03\x04", "a zip archive", _UNPACK),
     (rb".{257}ustar", "a tar archive", ""),
     # Tables.
-    (rb"PAR1", "a parquet table", _TO_RECORDS),
+    (rb"PAR1", "a parquet table", "`python -m data_tools.convert` makes records of it"),
     (rb"ARROW1|\xff{4}..\0\0", "an Arrow table", _TO_RECORDS),
     (rb"SQLite format 3\0", "an SQLite database", _TO_RECORDS),
     # Weights.

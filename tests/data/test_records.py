@@ -241,7 +241,7 @@ def test_check_skipped_counts_against_all_and_one_record_ends_no_run():
         ("data.json", b'{\n "a": []\n}', "is a JSON object over several lines; write one record a"),
         ("data.csv", b"image,text\na.png,x\n", "is no JSON; records are JSON objects, one a line"),
         ("data.yaml", b"image: a.png\ntext: x\n", "is YAML; records are JSON objects"),
-        ("data.parquet", b"PAR1\x15", "is a parquet table: convert it to .jsonl"),
+        ("data.parquet", b"PAR1\x15", "is a parquet table: `python -m data_tools.convert`"),
         ("data.jsonl", b"<!DOCTYPE html><html>", "is an HTML page"),
         ("data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],

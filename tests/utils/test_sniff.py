@@ -51,7 +51,10 @@ def image(format: str) -> bytes:
         (zipped("archive/data.pkl"), "a PyTorch file"),
         (zipped("a.txt"), "a zip archive"),
         (tarred(), "a tar archive"),
-        (b"PAR1\x15\x04\x15\x10\xff\xfe", "a parquet table: convert it to .jsonl"),
+        (
+            b"PAR1\x15\x04\x15\x10\xff\xfe",
+            "a parquet table: `python -m data_tools.convert` makes records",
+        ),
         (b"\xff\xff\xff\xff\x10\x00\x00\x00", "an Arrow table"),
         (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
         (pickle.dumps({}), "a Python pickle"),
