@@ -16,6 +16,8 @@ from nanovlm.utils.files import open_regular
 
 # `NAME.jpg#zhc#0 caption` (Flickr8k-CN), `NAME.jpg#0 caption` (Flickr8k, COCO-CN).
 CAPTION_LINE = re.compile(r"([^\s#]+)(?:#[a-z]\w*)?#(\d+)\s+(.*\S)\s*")
+# Captions cut into words with their kinds, `一:m 个:q 男人:n`, which COCO-CN has beside the others.
+SEGMENTED = re.compile(r"(?:\S+:[a-z]{1,5}(?:\s+|$))+")
 # One photo a line: `1000268201_693b08cb0e.jpg`, `COCO_train2014_000000123456`.
 NAME_LINE = re.compile(r"[\w-]*\d[\w-]*(?:\.jpe?g)?\s*", re.IGNORECASE)
 TRAINING = re.compile(r"train", re.IGNORECASE)
@@ -77,6 +79,12 @@ def line_rows(path: Path, names: list[Path]) -> Iterator[Row]:
                 yield Row(f"{path}:{number}", value, path.parent)
         except UnicodeDecodeError:
             raise NanoVLMError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def are_segmented(lines: list[str]) -> bool:
+    """Whether lines of captions are cut into words."""
+    found = filter(None, map(CAPTION_LINE.fullmatch, lines))
+    return all(SEGMENTED.fullmatch(match[3]) for match in found)
 
 
 def _stem(name: str) -> str:

@@ -107,7 +107,8 @@ class ImageFinder:
             shown = ", ".join(map(self._path_of, found[:MAX_SHOWN]))
             raise NanoVLMError(f"image {quoted(name)} may be any of {len(found)}: {shown}")
         if not found:
-            raise NanoVLMError(f"image {quoted(name)} does not exist in {self.root}")
+            hint = "" if self._is_given else "; is it elsewhere? --images says where"
+            raise NanoVLMError(f"image {quoted(name)} does not exist in {self.root}{hint}")
         return found[0]
 
     def _ends_like(self, name: str) -> list[Path | Member]:

@@ -99,6 +99,8 @@ def form_of(path: Path) -> tuple[str | None, str]:
         return None, what
     lines = _first_lines(head)
     if lines and sum(map(bool, map(captions.CAPTION_LINE.fullmatch, lines))) * 2 > len(lines):
+        if captions.are_segmented(lines):
+            return None, "captions cut into words; the file that is not is converted"
         return LINES, "lines of captions"
     if is_csv(path):
         header = lines[0] if lines else ""

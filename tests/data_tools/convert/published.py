@@ -224,6 +224,9 @@ def flickr8k_csv(folder: Path) -> None:
 def coco_cn(folder: Path) -> None:
     ids = [f"COCO_train2014_{n:012}" for n in range(6)]
     put(folder / "imageid.human-written-caption.txt", "".join(f"{i}#0\t一个男人。\n" for i in ids))
+    put(folder / "imageid.human-written-caption.bosonseg.txt",
+        "".join(f"{i}#0\t一:m 个:q 男人:n\n" for i in ids))  # fmt: skip
+    put(folder / "imageid.human-written-tags.txt", "".join(f"{i} 男人 街道\n" for i in ids))
     put(folder / "coco-cn_train.txt", "".join(f"{i}\n" for i in ids))
     put_images(folder / "train2014", [f"{i}.jpg" for i in ids[:5]])
 
