@@ -22,7 +22,7 @@ HEADINGS = (
     (r"not to be learned|is to be learned|all or nothing is learned", "not to be learned"),
     (r"neither messages nor|not clear which|is not read|list of texts|differ", "turns not clear"),
     (r"a turn has (?:role|from)", "turns of another role"),
-    (r"the same|chosen|rejected", "pair that says nothing"),
+    (r"the same|chosen|rejected", "pair that cannot be used"),
     (r"valid JSON|UTF-8|columns|is a line of|half of a|without end", "damaged"),
     (r"JSON \w+, expected|#NUMBER caption|is not an object with q", "damaged"),
 )
