@@ -20,7 +20,7 @@ from nanovlm.utils.console import run_command, say
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ def main() -> int:
     """Read, look, print; write the report and the records to keep."""
     arguments = _parser().parse_args()
     inputs = _check(arguments)
+    with new_folder(arguments.out, "--out") if arguments.out else nullcontext() as folder:
+        report, is_clean = _look(arguments, inputs, folder)
+    _print(arguments, report)
+    return int(arguments.strict and not is_clean)
+
+
+def _look(
+    arguments: argparse.Namespace, inputs: dict[str, str], folder: Path | None
+) -> tuple[dict[str, Any], bool]:
+    """The report, and whether nothing was found; writes what the flags ask for."""
     splits = [
         read_split(name, path, arguments.images if name == "data" else None)
         for name, path in inputs.items()
@@ -60,16 +70,14 @@ def main() -> int:
         found = findings[split.name]
         report["splits"][split.name] = summarise_split(split, images, found)
     if arguments.keep:
-        kinds = arguments.drop
-        report["kept"] = write_kept(
-            arguments.keep, splits[0], arguments.data, arguments.images, findings["data"], kinds
-        )
-    if arguments.out:
-        _write(arguments, report, findings, looked_at, images)
-    _print(arguments, report)
-    return int(
-        arguments.strict and any(split.skipped or findings[split.name] for split in looked_at)
-    )
+        data, kinds = (arguments.data, arguments.images), arguments.drop
+        report["kept"] = write_kept(arguments.keep, splits[0], *data, findings["data"], kinds)
+    if folder is not None:
+        write_json(folder / "report.json", report)
+        draw_page(folder / "report.html", report, findings, looked_at, images)
+        if sample := choose(splits[0].records, seed=arguments.seed):
+            draw_sheet(folder / "samples.png", sample)
+    return report, not any(split.skipped or findings[split.name] for split in looked_at)
 
 
 def _print(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -104,20 +112,6 @@ def _measure(split: Split, arguments: argparse.Namespace) -> tuple[dict[str, Any
     return {"of": of, **summarise(lengths, arguments.max_length)}, long
 
 
-def _write(
-    arguments: argparse.Namespace,
-    report: dict[str, Any],
-    findings: dict[str, list[Finding]],
-    splits: Sequence[Split],
-    images: Images,
-) -> None:
-    with new_folder(arguments.out, "--out") as folder:
-        write_json(folder / "report.json", report)
-        draw_page(folder / "report.html", report, findings, splits, images)
-        if sample := choose(splits[0].records, seed=arguments.seed):
-            draw_sheet(folder / "samples.png", sample)
-
-
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
     """Refuse flags that make no sense; returns what is read, by the name of its flag."""
     inputs = {"data": arguments.data, "val": arguments.val, "against": arguments.against}
@@ -136,12 +130,6 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
         check_new_file(arguments.keep, "--keep", files)
     if arguments.out:
         check_no_input(arguments.out, "--out", files)
-        with_names = os.listdir(arguments.out) if os.path.isdir(arguments.out) else []
-        if with_names:
-            raise NanoVLMError(
-                f"{arguments.out}: holds {min(with_names)} already; name a new or an empty folder "
-                "with --out"
-            )
     return inputs
 
 

@@ -1,5 +1,6 @@
 """Everything that is wrong with some records: each by itself, and compared with the others."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from data_tools.check.images import ImageFacts, look_at_images
 from data_tools.check.reading import Split
 from data_tools.check.texts import problems, shorten, size
 from nanovlm.data.records import Record
+from nanovlm.inputs.data_uri import is_data_uri
 
 # An answer that is the same for several images: how long it has to be, how many images at least,
 # and what share of all. People write the same short caption for many photos.
@@ -25,7 +27,7 @@ class Images:
 
     paths: list[Path] = field(default_factory=list)
     facts: list[ImageFacts] = field(default_factory=list)
-    number: dict[Path, int] = field(default_factory=dict)
+    _number: dict[str, int] = field(default_factory=dict)  # by what `_one_name` gives
     split: list[str] = field(default_factory=list)  # the first that has it
     where: list[str] = field(default_factory=list)  # the first record that has it
     exact: dict[int, int] = field(default_factory=dict)  # copy → the earlier one
@@ -38,8 +40,9 @@ class Images:
         for split in reversed([*splits]):
             for record in split.records:
                 for path in record.images:
-                    if path not in images.number:
-                        images.number[path] = len(images.paths)
+                    key = _one_name(path)
+                    if key not in images._number:
+                        images._number[key] = len(images.paths)
                         images.paths.append(path)
                         images.split.append(split.name)
                         images.where.append(record.where)
@@ -49,10 +52,19 @@ class Images:
         images.exact, images.near = copies(images.facts)
         return images
 
+    def number(self, path: Path) -> int:
+        """The number of an image, which is one for all spellings of its path."""
+        return self._number[_one_name(path)]
+
     def same(self, path: Path) -> int:
         """The number of the first image with the same pixels."""
-        number = self.number[path]
+        number = self.number(path)
         return self.exact.get(number, number)
+
+
+def _one_name(path: Path) -> str:
+    """The same text for `a/../b.jpg` and `b.jpg`, and for the absolute path."""
+    return str(path) if is_data_uri(path) else os.path.abspath(path)
 
 
 def find(split: Split, images: Images) -> list[Finding]:
@@ -73,7 +85,7 @@ def _about_images(split: Split, images: Images) -> list[Finding]:
     found = []
     for number, record in enumerate(split.records):
         for path in record.images:
-            image = images.number[path]
+            image = images.number(path)
             facts = images.facts[image]
             if facts.error:
                 found.append(Finding("broken", number, f"{shown(path)}: {facts.error}"))

@@ -95,7 +95,7 @@ def _card(record: Record, finding: Finding, images: Images) -> str:
     """A record with its place, the finding, its images, and what an image is a copy of."""
     pictures = [*record.images[:IMAGES_SHOWN]]
     for path in record.images[:IMAGES_SHOWN]:
-        number = images.number[path]
+        number = images.number(path)
         if (earlier := images.exact.get(number, images.near.get(number))) is not None:
             pictures.append(images.paths[earlier])
     shown = "".join(map(_thumbnail, dict.fromkeys(pictures)))

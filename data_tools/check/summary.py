@@ -18,8 +18,8 @@ LANGUAGES = ("Chinese", "English", "mixed", "other", "none")
 def summarise_split(split: Split, images: Images, findings: Sequence[Finding]) -> dict[str, Any]:
     """The numbers of the records of one flag."""
     records = split.records
-    paths = {path for record in records for path in record.images}
-    facts = [images.facts[images.number[path]] for path in paths]
+    numbers = {images.number(path) for record in records for path in record.images}
+    facts = [images.facts[number] for number in numbers]
     readable = [image for image in facts if not image.error]
     answers = [answer_of(record) for record in records]
     total = len(records) + len(split.skipped)
@@ -34,7 +34,7 @@ def summarise_split(split: Split, images: Images, findings: Sequence[Finding]) -
         "answers": sum(m.role == "assistant" for record in records for m in record.messages),
         "languages": _languages(split),
         "images": {
-            "files": len(paths),
+            "files": len(facts),
             "broken": len(facts) - len(readable),
             "formats": dict(sorted(Counter(image.format for image in readable).items())),
             "width": percentiles(sorted(image.width for image in readable)),

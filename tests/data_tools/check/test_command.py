@@ -243,6 +243,24 @@ def test_what_makes_no_sense_is_refused_in_one_line(world, call, monkeypatch, fl
     assert (sorted(world.rglob("*")), (world / "data.jsonl").read_bytes()) == before
 
 
+def test_one_file_by_two_names_is_no_copy_of_itself(world, call, monkeypatch):
+    entry = record("images/1.png", "这是什么？", "一只猫。")
+    entries = [
+        entry,
+        {**entry, "image": "images/../images/1.png", "messages": entry["messages"][:1]},
+    ]
+    entries[1]["messages"] = [entries[1]["messages"][0], {"role": "assistant", "content": "狗。"}]
+    (world / "twice.jsonl").write_text("".join(json.dumps(each) + "\n" for each in entries))
+    (world / "once.jsonl").write_text(json.dumps(entry) + "\n")
+    monkeypatch.chdir(world)
+    report = json.loads(call(check.main, "twice.jsonl", "--json").stdout)["splits"]["data"]
+    assert report["findings"] == {} and report["images"]["files"] == 1
+    leaked = json.loads(
+        call(check.main, "twice.jsonl", "--val", world / "once.jsonl", "--json").stdout
+    )
+    assert leaked["splits"]["data"]["findings"]["leaked"]["records"] == 2
+
+
 def test_reasons_are_the_same_for_records_that_differ_in_names_and_numbers():
     lines = (
         "data.jsonl:17: image images/a b.jpg does not exist",
