@@ -82,7 +82,7 @@ def find_usable(source: Source) -> None:
     Raises as training does where too many cannot.
     """
     skipped, number = [], 0
-    with tqdm(desc=f"reading {source.name}", unit="record", dynamic_ncols=True) as bar:
+    with tqdm(desc=f"reading {source.name}", unit="record", leave=False, dynamic_ncols=True) as bar:
         for path in source.files:
             for where, entry, folder in entries_of(path, None):
                 try:

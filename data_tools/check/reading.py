@@ -36,7 +36,7 @@ def read_split(name: str, data: str, images: Path | None) -> Split:
     so does `against`. Raises NanoVLMError for a file that cannot be read or holds no records.
     """
     split, files = Split(name), files_of(data)
-    with tqdm(desc=f"reading {name}", unit="record", dynamic_ncols=True) as bar:
+    with tqdm(desc=f"reading {name}", unit="record", leave=False, dynamic_ncols=True) as bar:
         for path in files:
             number = bar.n
             for where, entry, folder in entries_of(path, images):
