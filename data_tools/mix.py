@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain
 from nanovlm.utils.console import run_command, say
 
 # isort: split
-import json
 import random
 import re
 from array import array
@@ -34,6 +33,7 @@ from data_tools.check.reading import entries_of, files_of, parse
 from data_tools.relocation import relocated
 from nanovlm.data.records import check_skipped, say_skipped
 from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import check_new_file, new_file
 from nanovlm.utils.parser import CommandParser, expand_user
 
@@ -143,7 +143,7 @@ def write_mixture(path: Path, sources: Sequence[Source], seed: int) -> None:
         for where, entry, folder in mixed:
             record = parse(entry, where, folder)
             new = relocated(entry, record, folder, path.parent)
-            file.write(json.dumps(new, ensure_ascii=False) + "\n")
+            file.write(to_jsonl([new]))
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 """Records in a new file, from which the paths of their images lead to the same files."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from data_tools.check.reading import parse
 from nanovlm.data.forms import IMAGES
 from nanovlm.data.records import Record
-from nanovlm.errors import NanoVLMError
+from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.inputs import data_uri
 
 
@@ -16,10 +17,17 @@ def relocated(entry: dict[str, Any], record: Record, source: Path, target: Path)
 
     `source` is the folder from which they were named before. Absolute paths stay as they are, and
     so do images within the record. One whose turns name its images is written as messages.
+    Raises NanoVLMError for a path that no record can hold.
     """
     if not record.images or os.path.realpath(source) == os.path.realpath(target):
         return entry
     names = [_name_from(path, source, target) for path in record.images]
+    for name in names:
+        if re.search("[\ud800-\udfff]", name):
+            raise NanoVLMError(
+                f"{record.where}: image {quoted(name)} has a path that is no UTF-8 text, which no "
+                "record can hold; rename the folder, or write the new file beside the old one"
+            )
     expected = tuple(data_uri.to_path(n) if data_uri.is_data_uri(n) else target / n for n in names)
     for key in IMAGES:
         if entry.get(key):
@@ -29,11 +37,7 @@ def relocated(entry: dict[str, Any], record: Record, source: Path, target: Path)
                     return new
             except NanoVLMError:  # its turns name them, too
                 pass
-    new = record.to_entry(names)
-    if not record.rejected:
-        return new
-    *question, chosen = new["messages"]
-    return {**new, "messages": question, "chosen": chosen["content"], "rejected": record.rejected}
+    return record.to_entry(names)
 
 
 def _name_from(path: Path, source: Path, target: Path) -> str:

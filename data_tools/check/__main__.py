@@ -14,11 +14,10 @@ number of workers.
 """
 
 # First, because Ctrl-C is one line from here on, also during the slow imports below.
-from nanovlm.utils.console import run_command, say
+from nanovlm.utils.console import printable, run_command, say
 
 # isort: split
 import argparse
-import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,7 +35,7 @@ from data_tools.check.sheet import choose, draw_sheet
 from data_tools.check.summary import readable, summarise_split
 from nanovlm.data.workers import MOST_WORKERS
 from nanovlm.errors import NanoVLMError
-from nanovlm.utils.files import write_json
+from nanovlm.utils.files import to_jsonl, write_atomically
 from nanovlm.utils.outputs import check_new_file, check_no_input, new_folder
 from nanovlm.utils.parser import CommandParser, expand_user
 
@@ -56,7 +55,7 @@ def _look(
 ) -> tuple[dict[str, Any], bool]:
     """The report, and whether nothing was found; writes what the flags ask for."""
     splits = [
-        read_split(name, path, arguments.images if name == "data" else None)
+        read_split(name, path, None if name == "against" else arguments.images)
         for name, path in inputs.items()
     ]
     images = Images.of(splits, arguments.workers)
@@ -73,7 +72,7 @@ def _look(
         data, kinds = (arguments.data, arguments.images), arguments.drop
         report["kept"] = write_kept(arguments.keep, splits[0], *data, findings["data"], kinds)
     if folder is not None:
-        write_json(folder / "report.json", report)
+        write_atomically(folder / "report.json", to_jsonl([report]))
         draw_page(folder / "report.html", report, findings, looked_at, images)
         if sample := choose(splits[0].records, seed=arguments.seed):
             draw_sheet(folder / "samples.png", sample)
@@ -82,9 +81,9 @@ def _look(
 
 def _print(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     if arguments.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(to_jsonl([report]), end="")
     else:
-        print("\n".join(readable(report)))
+        print("\n".join(map(printable, readable(report))))
     if kept := report.get("kept"):
         reasons = (f"{n:,} {kind}" for kind, n in kept.items() if kind not in ("kept", UNUSABLE))
         say(
@@ -160,7 +159,11 @@ def _parser() -> CommandParser:
     ):
         parser.add_argument(flag, type=expand_user, metavar=metavar, help=help)
     for flag, metavar, help in (
-        ("--images", "DIR", "folder of DATA's images (default: the records' folder)"),
+        (
+            "--images",
+            "DIR",
+            "folder of the images of DATA and --val (default: the records' folder)",
+        ),
         ("--model", "DIR", "model folder, to count tokens as it does"),
         ("--tokenizer", "DIR", "tokenizer of a language model, to count tokens with"),
         ("--out", "DIR", "new folder for report.json, report.html and samples.png"),

@@ -1,6 +1,5 @@
 """A new file of records, without those that a finding says to drop."""
 
-import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from data_tools.check.findings import Finding
 from data_tools.check.reading import Split, entries_of
 from data_tools.relocation import relocated
 from nanovlm.data.records import record_files
+from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import new_file
 
 UNUSABLE = "skipped by training"
@@ -46,5 +46,5 @@ def write_kept(
                 counts[reasons.get(number, "kept")] += 1
                 if number not in reasons:
                     kept = relocated(entry, record, folder, path.parent)
-                    file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+                    file.write(to_jsonl([kept]))
     return dict(counts)

@@ -7,6 +7,7 @@ and quotations are no finding. What a rule cannot tell from that, it does not re
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 from unicodedata import category
 
@@ -85,6 +86,7 @@ _SENTENCE_END = re.compile(r"[。！？.!?\n]+")
 # stands five times; so long in all, and so much of the answer.
 LONG_PHRASE, LONGEST_PHRASE = 4, 60  # words and Chinese characters
 LOOP, LOOP_SHARE = 12, 0.3
+VARIED = 0.85  # share of distinct pairs of words above which nothing can be a loop
 
 
 class Problem(NamedTuple):
@@ -233,7 +235,8 @@ def repeated_within(answer: str) -> str:
     """
     text = answer[:LOOKED_AT]
     words = _PIECE.findall(text)
-    if len(set(words)) * 3 <= len(words) * 2 and (loop := _loop(words)):
+    pairs = [*pairwise(words)]
+    if len(set(pairs)) <= VARIED * len(pairs) and (loop := _loop(words)):
         return loop
     sentences = [sentence.strip() for sentence in _SENTENCE_END.split(text)]
     long = [sentence for sentence in sentences if size(sentence) >= LONG_PHRASE]
@@ -257,9 +260,9 @@ def _loop(words: list[str]) -> str:
         phrase = words[starts[longest] : starts[longest] + length]
         times = repeated // length + 1
         joined = "".join(word if HAN.match(word) else f"{word} " for word in phrase)
-        is_laughter = not size(joined) or (len(set(phrase)) == 1 and len(phrase[0]) < 3)
-        is_loop = times >= (3 if length >= LONG_PHRASE else 5) and not is_laughter
-        if is_loop and repeated + length >= max(LOOP, LOOP_SHARE * len(words)):
+        is_speech = size(joined) and (len(set(phrase)) > 1 or len(phrase[0]) > 2)  # not "Ha ha"
+        is_often = times >= (3 if length >= LONG_PHRASE else 5)
+        if is_speech and is_often and repeated + length >= max(LOOP, LOOP_SHARE * len(words)):
             return f"{shorten(joined)!r} {times} times in a row"
     return ""
 

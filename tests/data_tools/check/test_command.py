@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -92,6 +93,23 @@ def test_every_kind_of_trouble_is_counted_and_named(world, call):
     assert split["most_common_questions"][0] == {"text": "用一句话描述这张图片。", "count": 12}
     text = call(check.main, data, "--workers", "0").stdout
     assert f"{data}:13: as in {data}:1" in text and "training would stop" in text
+    assert "\x1b" not in text and "\u202e" not in text  # of the hostile record
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are text")
+def test_names_that_are_no_text_are_shown_and_written(world, tmp_path, call):
+    folder = tmp_path / "\udcff"
+    world.rename(folder)
+    done = call(check.main, folder / "data.jsonl", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["inputs"]["data"] == str(folder / "data.jsonl")
+    flags = ("--drop", "broken", "--keep")
+    refused = call(check.main, folder / "data.jsonl", *flags, tmp_path / "kept.jsonl")
+    assert refused.returncode == 2 and "is no UTF-8 text" in refused.stderr
+    assert not (tmp_path / "kept.jsonl").exists()
+    assert call(check.main, folder / "data.jsonl", *flags, folder / "kept.jsonl").returncode == 0
+    assert len(read_records(folder / "kept.jsonl")[0]) == 23
 
 
 def test_the_report_does_not_depend_on_the_workers_and_is_written_whole(world, tmp_path, call):
