@@ -18,6 +18,7 @@ from nanovlm.utils.console import printable, run_command, say
 
 # isort: split
 import argparse
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,7 +73,8 @@ def _look(
         data, kinds = (arguments.data, arguments.images), arguments.drop
         report["kept"] = write_kept(arguments.keep, splits[0], *data, findings["data"], kinds)
     if folder is not None:
-        write_atomically(folder / "report.json", to_jsonl([report]))
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / "report.json", text.encode(errors="backslashreplace"))
         draw_page(folder / "report.html", report, findings, looked_at, images)
         if sample := choose(splits[0].records, seed=arguments.seed):
             draw_sheet(folder / "samples.png", sample)
