@@ -105,9 +105,10 @@ def _copy(split: str, image: int, images: Images) -> Finding | None:
     if earlier is None:
         return None
     is_exact = image in images.exact
-    detail = f"{'as' if is_exact else 'nearly as'} in {images.where[earlier]}: " + shown(
-        images.paths[earlier]
-    )
+    files = {images.facts[number].file_digest for number in (image, earlier)}
+    how = "the same bytes" if len(files) == 1 else "the same pixels"
+    how = how if is_exact else "nearly the same"
+    detail = f"{how} as in {images.where[earlier]}: {shown(images.paths[earlier])}"
     if images.split[earlier] != split:
         return Finding("leaked", 0, detail, severity=float(is_exact))
     if images.facts[image].is_blank:  # all of them are alike

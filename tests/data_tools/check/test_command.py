@@ -84,7 +84,7 @@ def test_every_kind_of_trouble_is_counted_and_named(world, call):
     places = {kind: each["examples"][0]["where"] for kind, each in split["findings"].items()}
     assert places["duplicates"] == f"{data}:13" and places["leaked"] == f"{data}:15"
     assert split["findings"]["leaked"]["examples"][0]["detail"].startswith(
-        f"nearly as in {world / 'val.jsonl'}:1"
+        f"nearly the same as in {world / 'val.jsonl'}:1"
     )
     assert (split["records"], split["usable"], split["skipped"]) == (27, 24, 3)
     assert split["training_stops"] and len(split["skipped_for"]) == 3
@@ -92,7 +92,7 @@ def test_every_kind_of_trouble_is_counted_and_named(world, call):
     assert split["images"]["broken"] == 1 and split["languages"]["Chinese"] == 22
     assert split["most_common_questions"][0] == {"text": "用一句话描述这张图片。", "count": 12}
     text = call(check.main, data, "--workers", "0").stdout
-    assert f"{data}:13: as in {data}:1" in text and "training would stop" in text
+    assert f"{data}:13: the same pixels as in {data}:1" in text and "training would stop" in text
     assert "\x1b" not in text and "\u202e" not in text  # of the hostile record
 
 
