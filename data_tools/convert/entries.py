@@ -31,6 +31,7 @@ IN_BYTES = "image in bytes "  # name of an image that the row itself holds, befo
 # Columns that a record keeps, where they are a text or a number.
 KEPT = ("id", "kind", "type", "task", "category", "source", "language", "split")
 CHINESE = re.compile(r"[\u3400-\u9fff]")
+_JSON_LIST = re.compile(r"\s*\[\s*[\[{]")  # of turns, or of questions with their answers
 _IMAGE_FILE = re.compile(r"[^\n]{1,999}\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 PLACEHOLDER_SIZE = (8, 8)  # a black image that minimind-v gives to conversations without one
 
@@ -89,7 +90,7 @@ def _tidy(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the names of columns that are read, and JSON that is written as text parsed."""
     row = {RENAMED.get(key, key): value for key, value in present(row).items()}
     for key in (*TURN_LISTS, *PAIR, "history"):
-        if isinstance(row.get(key), str) and row[key].lstrip().startswith(("[{", "[[")):
+        if isinstance(row.get(key), str) and _JSON_LIST.match(row[key]):
             row[key] = _parse(row[key], key)
     several = row["image"].split(",") if isinstance(row.get("image"), str) else []
     if len(several) > 1 and all(map(_IMAGE_FILE.fullmatch, several)):  # minimind-v of 2024

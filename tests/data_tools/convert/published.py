@@ -143,7 +143,7 @@ def fine_vision(folder: Path) -> None:
 def minimind(folder: Path) -> None:
     def row(question: str, image: bytes) -> dict:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "好的。"}]
-        return {"conversations": json.dumps(turns, ensure_ascii=False), "image_bytes": image}
+        return {"conversations": json.dumps(turns, indent=1), "image_bytes": image}
 
     rows = [row("<image>\n请描述图片。", picture(n % 2)) for n in range(4)]
     rows.append(row("讲个笑话。", picture(0)))  # an image that no turn shows
