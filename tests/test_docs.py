@@ -33,7 +33,7 @@ from tests.pages import (
 )
 
 # Made by an earlier command, or the reader's own
-MADE_BY_OTHERS = ("runs/", "data/", "weights/", "$")
+MADE_BY_OTHERS = ("runs/", "data/", "weights/", "the-cauldron/", "$")
 EXTRAS = ("", "-data", "-dev", "-hub", "-lessons")
 REQUIREMENTS = tuple(f"requirements{extra}.txt" for extra in EXTRAS)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
