@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from nanovlm.data.batches import LoadedBatch
 from nanovlm.data.records import MAX_NAMED, Record, are_too_many, check_images, check_skipped
+from nanovlm.errors import see
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.utils.console import say
 
 SMALL = 2000  # records, all of which are looked at before a run stops
+ADVICE = {"skipped": see("skipped-records"), "cut": see("never-ends")}
 
 
 class Skipped:
@@ -42,4 +44,7 @@ class Skipped:
         for kind, reasons in self._reasons.items():
             if reasons:
                 first = "" if len(reasons) <= MAX_NAMED else f"the first {MAX_NAMED} of them "
-                say(f"{kind}: {len(reasons)} of {len(self._records)} records, {first}named above")
+                say(
+                    f"{kind}: {len(reasons)} of {len(self._records)} records, {first}named above; "
+                    f"{ADVICE[kind]}"
+                )
