@@ -9,6 +9,11 @@ output is the next command. An interrupted download goes on where it stopped. Ev
 with the digest that the hub lists before it gets its name. `hubs.toml` is the table of names.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
 # First, because Ctrl-C is one line from here on, also during the slow imports below.
 from nanovlm.utils.console import run_command, say
 
@@ -22,7 +27,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm

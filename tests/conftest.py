@@ -113,10 +113,12 @@ def tiny(tmp_path_factory) -> TinyWorld:
     return TinyWorld(vision_folder, language_folder, folder / "model", data)
 
 
-@pytest.fixture(autouse=True)
-def no_fetched_weights(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def no_fetched_weights():
     """Presets take no weights that `data_tools.download` has left in this clone."""
-    monkeypatch.setattr(shapes, "WEIGHTS", REPOSITORY / "weights-of-no-test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "WEIGHTS", REPOSITORY / "weights-of-no-test")
+        yield
 
 
 @pytest.fixture

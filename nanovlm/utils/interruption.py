@@ -104,8 +104,8 @@ def _is_command() -> bool:
     root, script = __file__, getattr(sys.modules["__main__"], "__file__", None)
     for _ in range(3):  # from nanovlm/utils/ upwards
         root = os.path.dirname(root)
-    folder = script and os.path.dirname(os.path.abspath(script))
-    return folder in (root, os.path.join(root, "data_tools"))
+    folder, tools = os.path.dirname(os.path.abspath(script or "")), os.path.join(root, "data_tools")
+    return bool(script) and (folder in (root, tools) or os.path.dirname(folder) == tools)
 
 
 if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
