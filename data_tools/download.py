@@ -64,7 +64,7 @@ class Job:
     folder: Path
     record: Path
     lacking: list[HubFile]
-    next_command: str
+    next_commands: list[str]
 
     def __str__(self) -> str:
         licence = self.listing.licence
@@ -84,9 +84,10 @@ def plan(given: str, to: Path, source: str) -> Job | None:
     folder = to / entry.kind / (entry.folder or entry.name)
     record_path = folder / (f"{RECORD}-{subset}.json" if subset else f"{RECORD}.json")
     record = read_record(record_path)
-    next_command = entry.next.format(folder=folder / subset, weights=to / "weights")
+    places = {"folder": folder / subset, "weights": to / "weights", "data": to / "data"}
+    next_commands = [command.format(**places) for command in entry.next]
     if _is_complete(folder, record):
-        _say_complete(folder, record["files"], "is complete, nothing to do", next_command)
+        _say_complete(folder, record["files"], "is complete, nothing to do", next_commands)
         return None
     repository = entry.repository(source)
     if not repository:
@@ -108,7 +109,7 @@ def plan(given: str, to: Path, source: str) -> Job | None:
         check_path(file.path, repository)
     listing = Listing(listing.revision, listing.licence, files)
     lacking = find_lacking(folder, files, record.get("files", {}))
-    return Job(entry, source, hub, listing, folder, record_path, lacking, next_command)
+    return Job(entry, source, hub, listing, folder, record_path, lacking, next_commands)
 
 
 def _is_complete(folder: Path, record: dict[str, Any]) -> bool:
@@ -162,7 +163,7 @@ def fetch(job: Job) -> None:
                 write_json(job.record, record)
         shutil.rmtree(partial)
         write_json(job.record, record | {"complete": True})
-    _say_complete(job.folder, files, "is complete", job.next_command)
+    _say_complete(job.folder, files, "is complete", job.next_commands)
 
 
 def _fetch_one(job: Job, file: HubFile) -> None:
@@ -253,9 +254,13 @@ def show(job: Job) -> None:
     print(f"{_amount(job.missing_bytes):>10}  to fetch; nothing was written")
 
 
-def _say_complete(folder: Path, files: dict[str, Any], state: str, next_command: str) -> None:
+def _say_complete(
+    folder: Path, files: dict[str, Any], state: str, next_commands: list[str]
+) -> None:
     total = sum(size for size, _ in files.values())
-    say(f"{folder}: {state} ({_amount(total, len(files))})", f"next:  {next_command}")
+    say(f"{folder}: {state} ({_amount(total, len(files))})")
+    for word, command in zip(("next", "then"), next_commands, strict=False):
+        say(f"{word}:  {command}")
 
 
 def _amount(size: float, files: int | None = None) -> str:

@@ -24,11 +24,13 @@ class Entry:
     name: str
     kind: str  # "weights" or "data": the folder that it goes into
     licence: str
-    next: str  # the next command; {folder} is where the files are, {name} the name
     hf: str = ""  # repository on Hugging Face and its mirror; empty if it is on neither
     modelscope: str = ""
     files: tuple[str, ...] = ()  # patterns; * does not cross a folder, ** is every file
     tensors: str = ""  # of a checkpoint in shards, only those with tensors that begin with this
+    next: tuple[
+        str, ...
+    ] = ()  # the next commands, with {folder}, and {weights} and {data} beside it
     gb: float = 0.0  # about; the hub says how much exactly
     folder: str = ""  # in place of the name
     by_hand: str = ""  # what to do, where no hub has it

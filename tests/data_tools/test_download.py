@@ -3,6 +3,8 @@
 import ast
 import hashlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -405,11 +407,28 @@ def test_every_published_part_is_in_the_table():
 def test_the_table_fetches_no_pickles_but_those_that_are_extracted():
     for entry in read_table().values():
         assert entry.kind in ("weights", "data") and entry.licence
-        assert bool(entry.by_hand) == (not entry.hubs) == (not entry.files)
-        extracted = "extract_vision.py {folder}" in entry.next
+        assert bool(entry.by_hand) == (not entry.hubs) == (not entry.files) == (not entry.next)
+        assert len(entry.next) <= 2
+        extracted = any("extract_vision.py {folder}" in command for command in entry.next)
         assert entry.wants("pytorch_model.bin") <= extracted
         assert not any(entry.wants(f"model{end}") for end in (".pt", ".pkl", ".ckpt", ".onnx"))
         assert not entry.wants("modeling.py")
+
+
+def test_the_next_commands_name_what_there_is():
+    table = read_table()
+    for command in (command for entry in table.values() for command in entry.next):
+        program, *words = shlex.split(command.split("  (")[0])[:3]
+        if program != "python":
+            assert program == "tar"
+            continue
+        path = words[1].replace(".", "/") if words[0] == "-m" else words[0]
+        places = (REPOSITORY / path, REPOSITORY / f"{path}.py")
+        assert any(place.exists() for place in places), command
+        if "data_tools.download" in words:
+            assert shlex.split(command)[3] in table
+        if preset := re.search(r"--preset (\S+)", command):
+            assert (PRESETS / f"{preset[1]}.toml").exists()
 
 
 def test_the_package_imports_nothing_of_the_data_tools():
