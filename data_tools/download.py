@@ -21,6 +21,7 @@ from nanovlm.utils.console import run_command, say
 import argparse
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -84,8 +85,7 @@ def plan(given: str, to: Path, source: str) -> Job | None:
     folder = to / entry.kind / (entry.folder or entry.name)
     record_path = folder / (f"{RECORD}-{subset}.json" if subset else f"{RECORD}.json")
     record = read_record(record_path)
-    places = {"folder": folder / subset, "weights": to / "weights", "data": to / "data"}
-    next_commands = [command.format(**places) for command in entry.next]
+    next_commands = _next_commands(entry, folder / subset, to)
     if _is_complete(folder, record):
         _say_complete(folder, record["files"], "is complete, nothing to do", next_commands)
         return None
@@ -110,6 +110,20 @@ def plan(given: str, to: Path, source: str) -> Job | None:
     listing = Listing(listing.revision, listing.licence, files)
     lacking = find_lacking(folder, files, record.get("files", {}))
     return Job(entry, source, hub, listing, folder, record_path, lacking, next_commands)
+
+
+def _next_commands(entry: Entry, folder: Path, to: Path) -> list[str]:
+    """The commands of the table, with paths that a shell takes as they stand."""
+    places = {"folder": folder, "weights": to / "weights", "data": to / "data"}
+    texts = {name: path.as_posix() for name, path in places.items()}
+    return [
+        re.sub(r"\S*\{\w+\}\S*", lambda word: _word(word[0].format(**texts)), command)
+        for command in entry.next
+    ]
+
+
+def _word(text: str) -> str:
+    return f'"{text}"' if " " in text else text
 
 
 def _is_complete(folder: Path, record: dict[str, Any]) -> bool:

@@ -160,7 +160,7 @@ class ModelScope:
         items = self._api.list_repo_files(self._repository, self._kind, revision=revision or None)
         inside = f"{folder}/" if folder else ""
         files = [
-            HubFile(item.path, item.size, f"sha256:{item.sha256}" if item.sha256 else "")
+            HubFile(item.path, item.size, f"sha256:{item.sha256.lower()}" if item.sha256 else "")
             for item in items
             if item.type == "blob" and item.path.startswith(inside)
         ]

@@ -59,7 +59,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLa
 
 def read_model_config(folder: str | Path) -> VLMConfig:
     """The settings of a folder that `load_model` reads, without its weights."""
-    folder = Path(folder)
+    folder = find_model(folder)
     model_type, parsed = read_config(folder, _parse)
     if isinstance(parsed, VLMConfig):
         return parsed

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import file_download
 from modelscope_hub import _download as modelscope_download
 
+import infer
 from data_tools import download, extract_vision, hub_clients
 from data_tools.hubs import read_table
 from nanovlm.errors import NanoVLMError
@@ -29,6 +30,7 @@ from nanovlm.training.presets import FIELDS, PRESETS, load_settings, read_tables
 from tests.data_tools.hub_server import HubServer, running_hub
 from tests.data_tools.test_extract_vision import qwen_vl
 from tests.reference import hub_folders
+from tests.reference.published import smolvlm_folder
 
 REPOSITORY = Path(__file__).parents[2]
 SMOLVLM = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
@@ -325,15 +327,16 @@ def test_a_data_set_by_subset(hub, run, tmp_path, source: str):
         (folder / name).write_bytes(name.encode())
     repository = "HuggingFaceM4/the_cauldron" if source == "hf" else "AI-ModelScope/the_cauldron"
     hub.repositories[repository] = folder
-    done = run("the-cauldron/aokvqa", "--from", source, "--to", "disk")
-    there = Path("disk/data/the-cauldron")
+    done = run("the-cauldron/aokvqa", "--from", source, "--to", "a disk")
+    there = Path("a disk/data/the-cauldron")
     assert done.returncode == 0 and sorted(p.name for p in (there / "aokvqa").iterdir()) == [
         "train-0.parquet",
         "train-1.parquet",
     ]
-    assert f"data_tools.convert {there}/aokvqa --out {there}/aokvqa-records\n" in done.stderr
+    command = f'data_tools.convert "{there}/aokvqa" --out "{there}/aokvqa-records"\n'
+    assert command in done.stderr
     assert not (there / "ai2d").exists()
-    assert run("the-cauldron/ai2d", "--from", source, "--to", "disk").returncode == 0
+    assert run("the-cauldron/ai2d", "--from", source, "--to", "a disk").returncode == 0
     assert (there / "ai2d/train-0.parquet").read_bytes() == b"ai2d/train-0.parquet"
     fails(run("the-cauldron/nothing", "--from", source), "nothing")
     fails(run("the-cauldron/../x"), "has no such subset")
@@ -480,9 +483,13 @@ def test_a_model_by_name_says_how_to_fetch_it(tmp_path, monkeypatch, given: str,
     assert advice in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_fetched_model_is_loaded_by_its_name(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "WEIGHTS", Path("weights"))
-    Path("weights").mkdir()
-    Path("weights/smolvlm2-256m").symlink_to(tiny.model)
-    assert load_model("smolvlm2-256m").config == load_model(tiny.model).config
+def test_a_fetched_model_is_asked(hub, run, call, tmp_path):
+    """By its folder or its name."""
+    smolvlm_folder(tmp_path / "smolvlm")
+    hub.repositories[SMOLVLM] = tmp_path / "smolvlm"
+    assert run("smolvlm2-256m").returncode == 0
+    image = REPOSITORY / "nanovlm/assets/scene.png"
+    asked = [image, "What is in the image?", "--max-new-tokens", 2, "--device", "cpu", "--model"]
+    by_folder, by_name = (call(infer.main, *asked, model) for model in (FOLDER, FOLDER.name))
+    assert by_folder.returncode == by_name.returncode == 0
+    assert by_folder.stdout == by_name.stdout and by_name.stdout.strip()
