@@ -28,9 +28,7 @@ class Entry:
     modelscope: str = ""
     files: tuple[str, ...] = ()  # patterns; * does not cross a folder, ** is every file
     tensors: str = ""  # of a checkpoint in shards, only those with tensors that begin with this
-    next: tuple[
-        str, ...
-    ] = ()  # the next commands, with {folder}, and {weights} and {data} beside it
+    next: tuple[str, ...] = ()  # the next commands; {folder}, {weights} and {data} are paths
     gb: float = 0.0  # about; the hub says how much exactly
     folder: str = ""  # in place of the name
     by_hand: str = ""  # what to do, where no hub has it
