@@ -21,7 +21,6 @@ from nanovlm.utils.console import run_command, say
 import argparse
 import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -44,7 +43,7 @@ from data_tools.hub_files import (
     read_record,
     size_of,
 )
-from data_tools.hubs import HUBS, Entry, find_entry, list_names
+from data_tools.hubs import HUBS, Entry, find_entry, list_names, next_commands
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_json, write_json
 from nanovlm.utils.outputs import only_writer
@@ -65,7 +64,6 @@ class Job:
     folder: Path
     record: Path
     lacking: list[HubFile]
-    next_commands: list[str]
 
     def __str__(self) -> str:
         licence = self.listing.licence
@@ -82,12 +80,11 @@ class Job:
 def plan(given: str, to: Path, source: str) -> Job | None:
     """What a name needs; None, and a line, if all of it is there."""
     entry, subset = find_entry(given)
-    folder = to / entry.kind / (entry.folder or entry.name)
+    folder = entry.folder_in(to)
     record_path = folder / (f"{RECORD}-{subset}.json" if subset else f"{RECORD}.json")
     record = read_record(record_path)
-    next_commands = _next_commands(entry, folder / subset, to)
     if _is_complete(folder, record):
-        _say_complete(folder, record["files"], "is complete, nothing to do", next_commands)
+        _say_complete(folder, record["files"], "is complete, nothing to do")
         return None
     repository = entry.repository(source)
     if not repository:
@@ -109,21 +106,7 @@ def plan(given: str, to: Path, source: str) -> Job | None:
         check_path(file.path, repository)
     listing = Listing(listing.revision, listing.licence, files)
     lacking = find_lacking(folder, files, record.get("files", {}))
-    return Job(entry, source, hub, listing, folder, record_path, lacking, next_commands)
-
-
-def _next_commands(entry: Entry, folder: Path, to: Path) -> list[str]:
-    """The commands of the table, with paths that a shell takes as they stand."""
-    places = {"folder": folder, "weights": to / "weights", "data": to / "data"}
-    texts = {name: path.as_posix() for name, path in places.items()}
-    return [
-        re.sub(r"\S*\{\w+\}\S*", lambda word: _word(word[0].format(**texts)), command)
-        for command in entry.next
-    ]
-
-
-def _word(text: str) -> str:
-    return f'"{text}"' if " " in text else text
+    return Job(entry, source, hub, listing, folder, record_path, lacking)
 
 
 def _is_complete(folder: Path, record: dict[str, Any]) -> bool:
@@ -177,7 +160,7 @@ def fetch(job: Job) -> None:
                 write_json(job.record, record)
         shutil.rmtree(partial)
         write_json(job.record, record | {"complete": True})
-    _say_complete(job.folder, files, "is complete", job.next_commands)
+    _say_complete(job.folder, files, "is complete")
 
 
 def _fetch_one(job: Job, file: HubFile) -> None:
@@ -268,13 +251,9 @@ def show(job: Job) -> None:
     print(f"{_amount(job.missing_bytes):>10}  to fetch; nothing was written")
 
 
-def _say_complete(
-    folder: Path, files: dict[str, Any], state: str, next_commands: list[str]
-) -> None:
+def _say_complete(folder: Path, files: dict[str, Any], state: str) -> None:
     total = sum(size for size, _ in files.values())
     say(f"{folder}: {state} ({_amount(total, len(files))})")
-    for word, command in zip(("next", "then"), next_commands, strict=False):
-        say(f"{word}:  {command}")
 
 
 def _amount(size: float, files: int | None = None) -> str:
@@ -321,8 +300,8 @@ def main() -> None:
         return
     if not arguments.names:
         raise NanoVLMError("no name is given; --list shows the names")
-    jobs = [plan(name, arguments.to, arguments.source) for name in dict.fromkeys(arguments.names)]
-    jobs = [job for job in jobs if job]
+    names = list(dict.fromkeys(arguments.names))
+    jobs = [job for name in names if (job := plan(name, arguments.to, arguments.source))]
     if arguments.dry_run:
         for job in jobs:
             show(job)
@@ -334,6 +313,9 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted; what has arrived is kept, and the same command goes on from there")
         raise SystemExit(130) from None
+    for commands in next_commands(names, arguments.to):
+        for word, command in zip(("next", "then"), commands, strict=False):
+            say(f"{word}:  {command}")
 
 
 if __name__ == "__main__":

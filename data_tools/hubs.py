@@ -1,6 +1,7 @@
 """The table of published models and data sets that `data_tools.download` fetches (`hubs.toml`)."""
 
 import difflib
+import re
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.utils.config import from_dict
 
 TABLE = Path(__file__).with_name("hubs.toml")
+PRESETS = Path(__file__).parents[1] / "nanovlm" / "presets"
 HUBS = ("hf", "hf-mirror", "modelscope")
 # Never fetched unless a pattern names the ending: these run code when they are opened, or are the
 # same weights once more.
@@ -46,6 +48,10 @@ class Entry:
     def has_subsets(self) -> bool:
         """Whether it is fetched by subset, as NAME/SUBSET."""
         return any("{subset}" in pattern for pattern in self.files)
+
+    def folder_in(self, to: Path) -> Path:
+        """Where it is fetched to."""
+        return to / self.kind / (self.folder or self.name)
 
     def wants(self, path: str, subset: str = "") -> bool:
         """Whether the file at `path` of the repository is one of those needed."""
@@ -96,6 +102,41 @@ def find_entry(given: str) -> tuple[Entry, str]:
     if entry.by_hand:
         raise NanoVLMError(f"{name}: is on no hub; {entry.by_hand}")
     return entry, subset
+
+
+def next_commands(names: list[str], to: Path) -> list[list[str]]:
+    """What to type after names were fetched to `to`: for each name one command, or two in turn.
+
+    Names whose command trains a preset of which a part is not there are left out, unless all are.
+    """
+    found: dict[tuple[str, ...], bool] = {}
+    for name in names:
+        entry, subset = find_entry(name)
+        folder = entry.folder_in(to) / subset
+        places = {"folder": folder, "weights": to / "weights", "data": to / "data"}
+        commands = tuple(_with_places(command, places) for command in entry.next)
+        found[commands] = all(_has_its_parts(command, to / "weights") for command in entry.next)
+    ready = [list(commands) for commands, has_parts in found.items() if has_parts]
+    return ready or [list(commands) for commands in found]
+
+
+def _with_places(command: str, places: dict[str, Path]) -> str:
+    """A command with paths that a shell takes as they stand."""
+    texts = {name: path.as_posix() for name, path in places.items()}
+
+    def filled(word: re.Match[str]) -> str:
+        text = word[0].format(**texts)
+        return f'"{text}"' if " " in text else text
+
+    return re.sub(r"\S*\{\w+\}\S*", filled, command)
+
+
+def _has_its_parts(command: str, weights: Path) -> bool:
+    preset = re.search(r"--preset (\S+)", command)
+    if not preset:
+        return True
+    stage1 = tomllib.loads((PRESETS / f"{preset[1]}.toml").read_text(encoding="utf-8"))["stage1"]
+    return all((weights / stage1[part]).is_dir() for part in ("vision_encoder", "language_model"))
 
 
 def list_names() -> str:

@@ -20,7 +20,7 @@ from modelscope_hub import _download as modelscope_download
 
 import infer
 from data_tools import download, extract_vision, hub_clients
-from data_tools.hubs import read_table
+from data_tools.hubs import next_commands, read_table
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub import shapes
 from nanovlm.hub.config_json import explain_folder
@@ -193,6 +193,22 @@ def test_a_refusal_is_one_line(hub, run, source: str, where: str, answer: tuple,
     assert "hf_secret" not in line
     if source == "modelscope" and "token" in message:
         assert "MODELSCOPE_API_TOKEN" in line or status == 429
+
+
+def test_the_next_commands_are_those_whose_parts_are_there(tmp_path, monkeypatch):
+    """A language model that several presets share does not lead to one that lacks its encoder."""
+    monkeypatch.chdir(tmp_path)
+    stage1 = "python train_stage1.py --preset"
+    names = ["siglip-so400m-384", "qwen2.5-0.5b", "llava-cc3m-595k"]
+    for name in names[:2]:
+        (Path("weights") / name).mkdir(parents=True, exist_ok=True)
+    folder = Path("data/llava-cc3m-595k")
+    convert = f"python -m data_tools.convert {folder} --out {folder}-records"
+    assert next_commands(names, Path()) == [f"{stage1} mary --data FILE", convert]
+    assert next_commands(names[1:2], Path()) == [f"{stage1} dinov2-qwen2.5 --data FILE"]
+    Path("weights/dinov2-small").mkdir()
+    both = [f"{stage1} {preset} --data FILE" for preset in ("dinov2-qwen2.5", "mary")]
+    assert next_commands(["dinov2-small", *reversed(names[:2])], Path()) == both
 
 
 def test_what_is_not_on_a_hub_is_said(hub, run):
