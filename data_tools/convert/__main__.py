@@ -11,6 +11,7 @@ killed one was, with the same bytes in the end.
 import argparse
 import hashlib
 import os
+import shlex
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -159,8 +160,11 @@ def main() -> None:
         say(line)
     lost = 1 - report.records_out / report.records_in
     share = f", {lost:.1%} skipped" if report.records_out < report.records_in else ""
+    records = arguments.out / RECORDS
     say(
-        f"{arguments.out / RECORDS}: {report.records_out:,} of {report.records_in:,} records{share}"
+        f"{records}: {report.records_out:,} of {report.records_in:,} records{share}",
+        "next:  python -m data_tools.check "
+        + shlex.join([str(records), "--out", f"{arguments.out}-checked"]),
     )
 
 

@@ -171,6 +171,18 @@ def test_none_usable_is_an_error_with_the_reasons_and_leaves_nothing(tmp_path, c
     )
 
 
+def test_the_last_line_is_the_next_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published.csv(Path("photos"))
+    monkeypatch.setattr("sys.argv", ["convert", "photos", "--out", "my records"])
+    from data_tools.convert.__main__ import main
+
+    main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    records = str(Path("my records/records.jsonl"))
+    assert last == f"next:  python -m data_tools.check '{records}' --out 'my records-checked'"
+
+
 def test_pyarrow_that_is_missing_is_one_line_with_the_command(tmp_path, monkeypatch):
     published.the_cauldron(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
