@@ -44,7 +44,8 @@ nav a { margin-right: 0.9rem; white-space: nowrap; }
   grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: 0.7rem;
   overflow-wrap: anywhere; }
-.card img { max-width: 47%; max-height: 12.5rem; margin: 0 0.4rem 0.4rem 0; border-radius: 4px; }
+.card img { max-width: 47%; max-height: 12.5rem; margin: 0 0.4rem 0.4rem 0; border-radius: 4px;
+  outline: 1px solid var(--line); }
 .where { font-size: 0.8rem; } .detail { color: var(--mark); margin: 0.2rem 0 0.5rem; }
 .turn { margin: 0.3rem 0; white-space: pre-wrap; }
 .turn b { color: var(--faint); font-weight: 600; }

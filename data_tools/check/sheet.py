@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
 from data_tools.check.looking import answer_of, question_of
@@ -74,3 +75,7 @@ def _draw_image(axes: Axes, path: Path, x: float, y: float) -> None:
     top = y + (PICTURE - height) / 2
     extent = (x, x + width, top + height, top)
     axes.imshow(np.asarray(shrunk), extent=extent, interpolation="lanczos")
+    # A white image shows on white paper, too.
+    axes.add_patch(
+        Rectangle((x, top), width, height, fill=False, edgecolor="#d0d7de", linewidth=0.5)
+    )

@@ -100,8 +100,9 @@ def _lines_of_split(split: Mapping[str, Any]) -> list[str]:
     broken = f"; {images['broken']:,} cannot be read" if images["broken"] else ""
     without = f"; {split['without_image']:,} without an image" if split["without_image"] else ""
     different = f"{split['distinct_answers']:,} different last ones"
+    lost = split["findings"].get("broken", {}).get("records", 0)
     lines = [
-        f"  records    {split['records']:,}, training can use {split['usable']:,}{without}",
+        f"  records    {split['records']:,}, training can use {split['usable'] - lost:,}{without}",
         f"  turns      {split['turns']:,}, of which {split['answers']:,} answers, {different}",
         f"  languages  {', '.join(languages) or 'none'}",
         f"  images     {images['files']:,} files: {', '.join(formats) or 'none'}{broken}",

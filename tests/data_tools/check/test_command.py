@@ -92,6 +92,7 @@ def test_every_kind_of_trouble_is_counted_and_named(world, call):
     assert split["images"]["broken"] == 1 and split["languages"]["Chinese"] == 22
     assert split["most_common_questions"][0] == {"text": "用一句话描述这张图片。", "count": 12}
     text = call(check.main, data, "--workers", "0").stdout
+    assert "  records    27, training can use 23" in text  # of the 24, one has a broken image
     assert f"{data}:13: the same pixels as in {data}:1" in text and "training would stop" in text
     assert "\x1b" not in text and "\u202e" not in text  # of the hostile record
 
