@@ -85,7 +85,7 @@ def _tell_loss(
         )
     flags = arguments.control, arguments.batch_size, arguments.max_length
     loss, skipped, cut = Loss(0.0, 0, 0), [], 0
-    name = f"computing the loss ({arguments.control} control)"
+    name = f"computing the loss{_control_of(arguments)}"
     with tqdm(desc=name, total=len(asked), unit="record", dynamic_ncols=True) as bar:
         for loaded, so_far in measure_loss(model, asked, *flags):
             bar.update(loaded.samples + len(loaded.skipped))
@@ -107,7 +107,7 @@ def _answer_and_score(
     stream = answer_records(
         model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
     )
-    name = f"answering ({arguments.control} control)"
+    name = f"answering{_control_of(arguments)}"
     progress = tqdm(stream, name, len(records), unit="question", dynamic_ncols=True)
     answered = [pair for pair in zip(records, list(progress)) if pair[1] is not None]
     if num_skipped := len(records) - len(answered):
@@ -122,6 +122,10 @@ def _answer_and_score(
         )
         write_new(arguments.answers, to_jsonl(lines))
     return score(records, answers)
+
+
+def _control_of(arguments: argparse.Namespace) -> str:
+    return "" if arguments.control == "none" else f" ({arguments.control} control)"
 
 
 def score(records: list[Record], answers: list[str]) -> dict[str, float]:
