@@ -104,6 +104,9 @@ def plan(given: str, to: Path, source: str) -> Job | None:
         )
     for file in files:
         check_path(file.path, repository)
+    for name in entry.files:
+        if "*" not in name and name not in {file.path for file in files}:
+            say(f"{entry.name}: {hub.address} ({repository}) has no {name} (any more)")
     listing = Listing(listing.revision, listing.licence, files)
     lacking = find_lacking(folder, files, record.get("files", {}))
     return Job(entry, source, hub, listing, folder, record_path, lacking)

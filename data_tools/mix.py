@@ -183,7 +183,7 @@ def main() -> None:
         times = source.drawn / len(source.usable)
         note = ", some of them repeated" if times > 1 else ""
         print(
-            f"{source.name}: {source.drawn:,} of {len(source.usable):,} records, "
+            f"{source.name}: {source.drawn:,} records taken from {len(source.usable):,}, "
             f"each {times:.2f} times{note}"
         )
     say(f"{arguments.out}: {sum(source.drawn for source in sources):,} records")

@@ -195,6 +195,15 @@ def test_a_refusal_is_one_line(hub, run, source: str, where: str, answer: tuple,
         assert "MODELSCOPE_API_TOKEN" in line or status == 429
 
 
+def test_a_file_that_the_hub_no_longer_has_is_named(hub, run):
+    (hub.repositories[SMOLVLM] / "model.safetensors").unlink()
+    done = run("smolvlm2-256m")
+    assert f"smolvlm2-256m: {hub.url} ({SMOLVLM}) has no model.safetensors (any more)" in (
+        done.stderr
+    )
+    assert "model.safetensors" not in contents(FOLDER)
+
+
 def test_the_next_commands_are_those_whose_parts_are_there(tmp_path, monkeypatch):
     """A language model that several presets share does not lead to one that lacks its encoder."""
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ def test_without_weights_every_record_is_taken_once_in_its_own_order(sources, tm
     assert [i for i in found if i[0] == "a"] == [f"a{n}" for n in range(40)]
     assert [i for i in found if i[0] == "b"] == [f"b{n}" for n in range(10)]
     assert found[:40] != [f"a{n}" for n in range(40)]  # they are interleaved
-    assert f"{sources[1]}: 10 of 10 records, each 1.00 times\n" in done.stdout
+    assert f"{sources[1]}: 10 records taken from 10, each 1.00 times\n" in done.stdout
 
 
 def test_weights_are_shares_and_repetition_is_said(sources, tmp_path, call):
@@ -54,8 +54,8 @@ def test_weights_are_shares_and_repetition_is_said(sources, tmp_path, call):
     of_two = [found[f"b{n}"] for n in range(10)]
     assert sum(of_two) == 25 and {*of_two} == {2, 3}  # all twice, and five of them once more
     assert all(found[f"a{n}"] <= 1 for n in range(40))
-    assert f"{two}: 25 of 10 records, each 2.50 times, some of them repeated" in done.stdout
-    assert f"{one}: 26 of 40 records, each 0.65 times\n" in done.stdout
+    assert f"{two}: 25 records taken from 10, each 2.50 times, some of them repeated" in done.stdout
+    assert f"{one}: 26 records taken from 40, each 0.65 times\n" in done.stdout
 
 
 def test_the_same_flags_give_the_same_bytes_and_another_seed_others(sources, tmp_path, call):
