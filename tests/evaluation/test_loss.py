@@ -107,6 +107,7 @@ def test_records_that_cannot_be_used_are_named_and_do_not_count(tiny, tmp_path, 
     assert "skipped: 1 of 4 records, which have references and no answer" in done.stderr
     short = call(evaluation.main, *flags, "--max-length", "24")
     assert short.returncode == 0 and "cut: " in short.stderr
+    assert "computing the loss:" in short.stderr  # and no control is named where there is none
     tokens = [json.loads(each.stdout)["tokens"] for each in (short, done)]
     assert tokens[0] < tokens[1]
 
