@@ -31,6 +31,7 @@ from nanovlm.utils.console import run_command, say
 
 # isort: split
 import argparse
+import io
 import lzma
 import random
 import re
@@ -88,9 +89,14 @@ class Skipped:
         say(f"{self.source}: skipped {len(self.names)} of {total}: {'; '.join(self.names)}")
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines as files have them: `str.splitlines` also cuts at characters that captions hold."""
+    return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a published text file."""
-    return read_text(path).splitlines()
+    return split_lines(read_text(path))
 
 
 def read_names(path: Path) -> list[str]:

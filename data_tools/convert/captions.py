@@ -1,6 +1,6 @@
 """Caption files that are no tables: COCO's, Flickr8k's, and the two maps of Basic-VLM."""
 
-import codecs
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +63,7 @@ def line_rows(path: Path, names: list[Path]) -> Iterator[Row]:
     """A row for each line of a caption file, of the photos that the files `names` list, if any."""
     wanted = {_stem(line.strip()) for file in names for line in read_lines(file) if line.strip()}
     with open_regular(path) as binary:
-        lines = codecs.getreader("utf-8-sig")(binary)
+        lines = io.TextIOWrapper(binary, encoding="utf-8-sig")
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():

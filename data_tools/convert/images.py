@@ -25,7 +25,8 @@ from nanovlm.utils.sniff import FIRST_BYTES, what_is
 MAX_IMAGE = 2**26  # bytes of an image in an archive or a table; a photo has a few million
 MAX_KNOWN = 2**16  # images that have been opened and need not be again
 MAX_SHOWN = 3  # candidates that a message lists
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jfif",
+            ".avif")  # fmt: skip
 EXTENSIONS = {
     "a JPEG image": "jpg",
     "a PNG image": "png",

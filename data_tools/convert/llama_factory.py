@@ -10,6 +10,8 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_json
 
 INFO = "dataset_info.json"
+# Where a data set of it is: one of these keys.
+PLACES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
 # Its columns → ours, with the names that they have if the file gives none.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 SHAREGPT = {"messages": "conversations", "system": "system"}
@@ -71,6 +73,13 @@ class DataSet:
         )
         rest = {key: value for key, value in turn.items() if key not in (role_tag, content_tag)}
         return {**rest, "role": role, "content": turn.get(content_tag)}
+
+
+def has_info(folder: Path) -> bool:
+    """Whether a folder has LLaMA-Factory's file: `datasets` writes another one of this name."""
+    path = folder / INFO
+    entries = read_json(path).values() if path.is_file() else ()
+    return any(isinstance(entry, dict) and not PLACES.isdisjoint(entry) for entry in entries)
 
 
 def read_info(folder: Path) -> tuple[list[DataSet], dict[str, str]]:

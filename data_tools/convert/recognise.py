@@ -12,6 +12,7 @@ from data_tools.convert.entries import CAPTIONS, MIXED, PAIRS, TURNS, kind_of, r
 from data_tools.convert.images import SUFFIXES, walk
 from data_tools.convert.parquet import count_rows
 from data_tools.convert.tables import Row, is_csv, rows
+from data_tools.flickr8k_cn import split_lines
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.inputs import archive
 from nanovlm.utils.files import open_regular
@@ -63,12 +64,12 @@ class Source:
 def recognise(path: Path, form: str | None = None) -> Source:
     """The source at `path`, in `form` if one is given. Raises NanoVLMError with what it is."""
     if not path.is_dir():
-        if (path.parent / llama_factory.INFO).is_file() and form in (None, LLAMA_FACTORY):
+        if form in (None, LLAMA_FACTORY) and llama_factory.has_info(path.parent):
             found, _ = llama_factory.read_info(path.parent)
             if own := [data_set for data_set in found if path.samefile(data_set.path)]:
                 return _llama_factory(path, own, {})
         return _source(path, _forced(path, *form_of(path), form), [path], {})
-    if (path / llama_factory.INFO).is_file() and form in (None, LLAMA_FACTORY):
+    if form in (None, LLAMA_FACTORY) and llama_factory.has_info(path):
         return _llama_factory(path, *llama_factory.read_info(path))
     files = list(walk(path))
     names = [file.relative_to(path).as_posix() for file in files]
@@ -177,6 +178,8 @@ def _folder(path: Path, files: list[Path], form: str | None) -> Source:
             left_out[name] = f"is {what}"
     chosen = next((each for each in PRIORITY if each in by_form), None) if form is None else form
     if chosen not in by_form:
+        if not left_out:  # what it holds instead
+            left_out = {file.name: f"is {form_of(file)[1]}" for file in files[:3]}
         looked = "; ".join(f"{name} {reason}" for name, reason in list(left_out.items())[:3])
         has = ", ".join(f"{len(files)} × {each}" for each, files in by_form.items())
         raise NanoVLMError(
@@ -288,6 +291,6 @@ def _lists_photos(path: Path) -> bool:
 
 def _first_lines(head: bytes) -> list[str]:
     """The lines that a file begins with, without empty ones and one that may be cut off."""
-    lines = head.decode("utf-8-sig", errors="ignore").splitlines()
+    lines = split_lines(head.decode("utf-8-sig", errors="ignore"))
     lines = lines[:-1] if len(head) == FIRST_BYTES else lines
     return [line for line in lines if line.strip()]

@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV or TSV file as objects, by the names in its first line."""
     csv.field_size_limit(MAX_FIELD)
     with open_regular(path) as binary:
-        lines = codecs.getreader("utf-8-sig")(binary)
+        lines = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
         try:
             header = _clean(lines.readline())
             delimiter = max(DELIMITERS, key=header.count)

@@ -126,8 +126,37 @@ def test_a_folder_of_nothing_says_what_it_holds(tmp_path):
     put(tmp_path / "s" / "t.json", b"<!DOCTYPE html><html>")
     with pytest.raises(NanoVLMError, match=r"s: holds nothing in a known form \(t.json is an HTML"):
         convert(Task(tmp_path / "s", tmp_path / "out"))
+    put(tmp_path / "packed" / "d.jsonl.gz", b"\x1f\x8b\x08" + bytes(99))
+    with pytest.raises(NanoVLMError, match=r"\(d.jsonl.gz is a gzip file: unpack it first\)"):
+        convert(Task(tmp_path / "packed", tmp_path / "out"))
     with pytest.raises(NanoVLMError, match="does not exist; check the path"):
         convert(Task(tmp_path / "none", tmp_path / "out"))
+
+
+def test_a_line_ends_where_a_text_file_ends_it(tmp_path):
+    """Not at the other characters that `str.splitlines` and `codecs` cut at."""
+    odd = "a\u2028b\x0bc\x0cd\x1ce\x85f"
+    path = put(tmp_path / "t.csv", f"image,caption\r\n1.jpg,{odd}\r\n2.jpg,x\n3.jpg,y\r4.jpg,z\n")
+    assert [value["caption"] for _, value in csv_rows(path)] == [odd, "x", "y", "z"]
+    lines = put(tmp_path / "token" / "t.txt", f"1.jpg#0\t{odd}\r\n2.jpg#0 {odd}\n")
+    found = recognise(lines.parent)
+    assert found.form == "caption-lines"
+    assert [row.value["caption"] for row in found.read(0)] == [odd, odd]
+
+
+def test_a_file_that_is_named_as_one_of_llama_factory_is_not_taken_for_it(tmp_path):
+    folder = source(tmp_path, ["0.jpg"])
+    published.put_images(folder, ["0.jpg"])
+    put(folder / "dataset_info.json", {"features": {"image": {}}, "builder_name": "parquet"})
+    assert convert(Task(folder, tmp_path / "out")).records_out == 1
+    assert convert(Task(folder / "chat.json", tmp_path / "out2")).records_out == 1
+
+
+def test_images_with_rarer_endings_are_found(tmp_path):
+    names = ["a.jfif", "b.JPEG", "c.avif"]
+    folder = source(tmp_path, names)
+    published.put_images(folder / "deep", names)
+    assert convert(Task(folder, tmp_path / "out")).records_out == 3
 
 
 def test_csv_with_odd_quoting_line_ends_and_a_byte_order_mark(tmp_path):
