@@ -143,6 +143,8 @@ class ImageFinder:
             if path.suffix.lower() in SUFFIXES:
                 index.setdefault(_key(path.name), []).append(path)
                 continue
+            if not path.is_file():  # a pipe, a socket, or a link to what is gone
+                continue
             with open_regular(path) as file:
                 what = what_is(file.read(FIRST_BYTES)) or ""
             if what.startswith("a zip archive"):

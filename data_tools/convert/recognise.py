@@ -105,8 +105,11 @@ def form_of(path: Path) -> tuple[str | None, str]:
         return LINES, "lines of captions"
     if is_csv(path):
         header = lines[0] if lines else ""
-        kind = _first_kind([row.value for row in islice(rows(path), SAMPLE)])
-        return kind, f"a table with the first line {quoted(header)}"
+        try:
+            sample = [row.value for row in islice(rows(path), SAMPLE)]
+        except NanoVLMError as error:
+            return None, _bare(error, path)
+        return _first_kind(sample), f"a table with the first line {quoted(header)}"
     return None, what or "text"
 
 
@@ -127,9 +130,14 @@ def _form_of_json(path: Path, head: bytes) -> tuple[str | None, str]:
     try:
         sample = [row.value for row in islice(rows(path), SAMPLE)]
     except NanoVLMError as error:
-        return None, str(error).removeprefix(f"{path}: ").removeprefix("is ")
+        return None, _bare(error, path)
     keys = next((", ".join(value) for value in sample if isinstance(value, dict)), "")
     return _first_kind(sample), f"JSON with {keys or 'no records'}"
+
+
+def _bare(error: NanoVLMError, path: Path) -> str:
+    """What an error says that a file is."""
+    return str(error).removeprefix(f"{path}: ").removeprefix("is ")
 
 
 def _first_kind(sample: list) -> str | None:

@@ -1,6 +1,7 @@
 """Damaged, hostile and unusual sources: read or refused in one line, and never in all memory."""
 
 import json
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -159,6 +160,16 @@ def test_images_with_rarer_endings_are_found(tmp_path):
     assert convert(Task(folder, tmp_path / "out")).records_out == 3
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "old.csv", "index"])
+def test_a_text_that_cannot_be_read_does_not_stop_the_others(tmp_path, name: str):
+    folder = source(tmp_path, ["0.jpg"])
+    published.put_images(folder, ["0.jpg"])
+    put(folder / name, "caf\xe9, bar\n".encode("latin-1"))
+    found = recognise(folder)
+    assert found.left_out == {name: "is not UTF-8 text; save it as UTF-8"}
+    assert convert(Task(folder, tmp_path / "out")).records_out == 1
+
+
 def test_csv_with_odd_quoting_line_ends_and_a_byte_order_mark(tmp_path):
     text = '\ufeffImage,Caption\r\n"a,b.jpg","He said ""hi"",\r\nand left"\r\nc.jpg,5" tall\r\n\r\n'
     path = put(tmp_path / "t.csv", text)
@@ -248,6 +259,16 @@ def test_links_that_lead_in_a_circle_end(tmp_path):
     published.put_images(folder / "images", ["0.jpg"])
     (folder / "images" / "loop").symlink_to(folder)
     assert convert(Task(folder, tmp_path / "out")).records_out == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_what_is_no_file_beside_the_images_is_passed_over(tmp_path):
+    folder = source(tmp_path, ["a.jpg", "gone.jpg"])
+    published.put_images(folder / "deep", ["a.jpg"])
+    (folder / "old.lnk").symlink_to("nowhere")
+    os.mkfifo(folder / "a.sock")
+    report = convert(Task(folder, tmp_path / "out"))
+    assert report.records_out == 1 and report.skipped["image missing"]["count"] == 1
 
 
 def test_lines_of_several_kinds_in_a_folder_are_all_of_one_kind(tmp_path):
