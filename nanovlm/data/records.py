@@ -100,7 +100,7 @@ def read_records(
 def record_files(data: str | Path) -> list[Path]:
     """The files that `data` names, sorted: one, several with commas, or a pattern (`*.jsonl`)."""
     if Path(data).exists():
-        return [Path(data)]
+        return [_no_folder(Path(data))]
     files: set[Path] = set()
     for name in (name.strip() for name in str(data).split(",")):
         is_pattern = glob.has_magic(name) and not Path(name).exists()
@@ -110,7 +110,17 @@ def record_files(data: str | Path) -> list[Path]:
                 f"{name}: no file matches this pattern; check it, and put it in quotes"
             )
         files |= set(map(Path, found))
-    return sorted(files)
+    return sorted(map(_no_folder, files))
+
+
+def _no_folder(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    records = path / "records.jsonl"  # as data_tools.convert names them
+    advice = f"give its records, {records}"
+    if not records.is_file():
+        advice = "give a file of records; `python -m data_tools.convert` makes one of a data set"
+    raise NanoVLMError(f"{path}: is a folder; {advice}")
 
 
 def check_images(records: Sequence[Record]) -> tuple[list[Record], list[str]]:

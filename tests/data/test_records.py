@@ -392,3 +392,11 @@ def test_records_with_images_that_cannot_be_opened(folder):
     usable, skipped = check_images(records)
     assert usable == [records[0], records[2]]
     assert len(skipped) == 1 and skipped[0].startswith(f"1: {folder / 'a.jpg'}: not an image")
+
+
+def test_a_folder_is_told_what_to_give(tmp_path):
+    with pytest.raises(NanoVLMError, match=r"is a folder; give a file of records; `python"):
+        read_records(tmp_path)
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    with pytest.raises(NanoVLMError, match=r"is a folder; give its records, .*records\.jsonl$"):
+        read_records(tmp_path)
