@@ -213,10 +213,10 @@ def test_the_next_commands_are_those_whose_parts_are_there(tmp_path, monkeypatch
         (Path("weights") / name).mkdir(parents=True, exist_ok=True)
     folder = Path("data/llava-cc3m-595k")
     convert = f"python -m data_tools.convert {folder} --out {folder}-records"
-    assert next_commands(names, Path()) == [f"{stage1} mary --data FILE", convert]
-    assert next_commands(names[1:2], Path()) == [f"{stage1} dinov2-qwen2.5 --data FILE"]
+    assert next_commands(names, Path()) == [[f"{stage1} mary --data FILE"], [convert]]
+    assert next_commands(names[1:2], Path()) == [[f"{stage1} dinov2-qwen2.5 --data FILE"]]
     Path("weights/dinov2-small").mkdir()
-    both = [f"{stage1} {preset} --data FILE" for preset in ("dinov2-qwen2.5", "mary")]
+    both = [[f"{stage1} {preset} --data FILE"] for preset in ("dinov2-qwen2.5", "mary")]
     assert next_commands(["dinov2-small", *reversed(names[:2])], Path()) == both
 
 
