@@ -17,7 +17,7 @@ from nanovlm.utils.files import open_regular
 # What differs between records that are skipped for one reason: texts, paths, numbers.
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _PATH = re.compile(r"(?:(?<=image )|(?<=^))[^ ]*[/\\.][^ ]* ")
-_NUMBER = re.compile(r"\d[\d,.]*")
+_NUMBER = re.compile(r"(?<![\w-])\d[\d,.]*")  # but UTF-8
 
 
 @dataclass

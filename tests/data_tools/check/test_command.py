@@ -291,6 +291,7 @@ def test_reasons_are_the_same_for_records_that_differ_in_names_and_numbers():
     reasons = [reason_of(line) for line in lines]
     assert reasons[1] == "image … does not exist" and reasons[2] == reasons[3]
     assert reasons[4] == "the text has N <image> markers and the record N images"
+    assert reason_of("a.jsonl:7: is not UTF-8 text") == "is not UTF-8 text"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
