@@ -108,7 +108,7 @@ class BilinearProjector(MLPProjector):
         if square_side(num_patches) < self.grid:
             raise NanoVLMError(
                 f"{num_patches} patches cannot be averaged down to {self.grid}×{self.grid}; "
-                "use a smaller grid"
+                "use a smaller one (--grid)"
             )
         return self.grid**2
 

@@ -32,6 +32,9 @@ from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.parser import flag
 
+# Above this width a language model is pretrained, or at least not of a toy.
+PRETRAINED_WIDTH, TOO_FAST = 512, 5e-4
+
 
 def build_model(settings: Settings) -> VisionLanguageModel:
     """The model a run starts from.
@@ -41,7 +44,9 @@ def build_model(settings: Settings) -> VisionLanguageModel:
     """
     if settings.init:
         _say_what_is_unused(settings)
-        return load_model(settings.init)
+        model = load_model(settings.init)
+        _say_if_too_fast(model, settings)
+        return model
     if settings.objective == "dpo":
         raise NanoVLMError(
             "--objective dpo makes a trained model better and needs one to start from; give --init"
@@ -163,6 +168,22 @@ def _say_what_is_unused(settings: ModelSettings) -> None:
     if unused:
         say(
             f"--init {settings.init} is a whole model, so these have no effect: {', '.join(unused)}"
+        )
+
+
+def _say_if_too_fast(model: VisionLanguageModel, settings: Settings) -> None:
+    """Say so where a pretrained language model is to take the steps of a small one from scratch.
+
+    That is so with the default preset, whose rates are those of the toy world.
+    """
+    rate = settings.lr_language_model or settings.lr
+    width = model.config.language_model.hidden_size
+    trained = "language_model" in settings.trained_parts and not settings.lora_rank
+    if trained and width >= PRETRAINED_WIDTH and rate >= TOO_FAST:
+        say(
+            f"--init {settings.init}: its language model is {width} wide and would be trained at a "
+            f"rate of {rate:g}, at which pretrained weights forget what they know; take "
+            "--lr-language-model 2e-5, or a preset for pretrained weights"
         )
 
 

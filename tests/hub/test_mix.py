@@ -157,7 +157,7 @@ def refusal(settings: Settings) -> str:
         ),
         (
             {"projector": "bilinear", "grid": 5},
-            "16 patches cannot be averaged down to 5×5; use a smaller grid",
+            r"16 patches cannot be averaged down to 5×5; use a smaller one \(--grid\)",
         ),
         (
             {"projector": "mpl"},

@@ -14,6 +14,7 @@ from PIL import Image
 from nanovlm.data.workers import prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
+from nanovlm.training import building
 from nanovlm.training import run as run_module
 from nanovlm.training.building import build_model, projector_and_image
 from nanovlm.training.presets import load_settings
@@ -211,6 +212,18 @@ def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys
         f"--init {tiny.model} is a whole model, "
         "so these have no effect: --vision-encoder, --projector" in capsys.readouterr().err
     )
+
+
+def test_steps_that_make_pretrained_weights_forget_are_said(tiny, tmp_path, capsys, monkeypatch):
+    changes = {"init": str(tiny.model), "train": "language_model", "lr": 1e-3}
+    build_model(tiny.settings(tmp_path, **changes))
+    assert "forget" not in capsys.readouterr().err  # a small model from scratch
+    monkeypatch.setattr(building, "PRETRAINED_WIDTH", 16)
+    build_model(tiny.settings(tmp_path, **changes))
+    assert "trained at a rate of 0.001, at which pretrained" in capsys.readouterr().err
+    for slow in ({"lr_language_model": 2e-5}, {"train": "projector"}):
+        build_model(tiny.settings(tmp_path, **changes | slow))
+        assert "forget" not in capsys.readouterr().err
 
 
 def test_a_folder_that_does_not_say_is_named(tiny, tmp_path, capsys):
