@@ -80,7 +80,7 @@ def compile_decoding(model: LanguageModel) -> None:
     Compiling takes tens of seconds, as much as thousands of tokens save. So it is for those who
     write many answers, and only they ask for it.
     """
-    require_compiler(model.embed_tokens.weight.device)
+    require_compiler(model.norm.weight.device)
     model.compiled_steps = CompiledSteps(model)  # pyright: ignore[reportArgumentType]
 
 
