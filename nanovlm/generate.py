@@ -40,12 +40,16 @@ class Sampling:
 
 @dataclass
 class Prompt:
-    """What a language model reads before it writes: B rows of T tokens, padded on either side."""
+    """What a language model reads before it writes: B rows of T tokens, padded on either side.
 
-    embeddings: Tensor  # (B, T, C)
+    The first tokens may have been read already; the cache then holds their keys and values.
+    """
+
+    embeddings: Tensor  # (B, T, C), or of the last tokens alone, those that are not in the cache
     input_ids: Tensor  # (B, T), for the repetition penalty
     attention_mask: Tensor | None = None  # (B, T), as in `LanguageModel.hidden_states`
     groups: Tensor | None = None  # (B, T), as there
+    cache: KVCache | None = None  # with room for the answer, too
 
     def last_tokens(self) -> Tensor:
         """The index of each row's last token that is not padding, (B,)."""
@@ -96,16 +100,27 @@ def generate(
     Rows may be padded on either side. `on_tokens` is called with the B tokens of each step as they
     come, -1 for rows that have ended.
     """
-    answers: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
     with torch.inference_mode():
         groups = model.image_groups(batch)
         prompt = Prompt(model.embed(batch), batch.input_ids, batch.attention_mask, groups)
-        stop_ids = model.chat.stop_ids
-        for tokens in decode(model.language_model, prompt, max_new_tokens, stop_ids, sampling):
-            for answer, token in zip(answers, tokens):
-                answer += [token] if token >= 0 else []
-            if on_tokens is not None:
-                on_tokens(tokens)
+    return complete(model, prompt, max_new_tokens, sampling, on_tokens)
+
+
+def complete(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> list[list[int]]:
+    """As `generate`, of what is embedded already."""
+    answers: list[list[int]] = [[] for _ in range(len(prompt.input_ids))]
+    stop_ids = model.chat.stop_ids
+    for tokens in decode(model.language_model, prompt, max_new_tokens, stop_ids, sampling):
+        for answer, token in zip(answers, tokens):
+            answer += [token] if token >= 0 else []
+        if on_tokens is not None:
+            on_tokens(tokens)
     return answers
 
 
@@ -168,8 +183,11 @@ class Steps:
         )
         self.lengths, batch = prompt.lengths(), len(prompt.input_ids)
         self.row_starts = torch.arange(batch, device=prompt.input_ids.device)
-        self.cache = self.model.new_cache(batch, max_length) if self.use_cache else None
-        return self._logits(prompt.last_tokens())
+        self.cache = prompt.cache
+        if self.use_cache and self.cache is None:
+            self.cache = self.model.new_cache(batch, max_length)
+        read = prompt.cache.length if prompt.cache else 0
+        return self._logits(prompt.last_tokens() - read)
 
     def add(self, tokens: Tensor) -> Tensor:
         """The next token of each row, (B,) → logits (B, V) in fp32."""

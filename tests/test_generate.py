@@ -58,15 +58,29 @@ def prompt_batch(model: VisionLanguageModel, prompts: list[str], pad_left: bool 
     """One row a prompt. A prompt has the same random images in every batch."""
     rows, pixels = [], []
     for prompt in prompts:
-        message = Message.parse("user", prompt)
-        images = [ImageTokens(model.image_length)] * message.num_images
-        ids = model.chat.encode([message], images, add_generation_prompt=True).input_ids
-        rows.append(TokenSequence(ids, [-100] * len(ids), [1] * len(ids), ()))
+        row, images = _encode(model, [Message.parse("user", prompt)])
+        rows.append(row)
         generator = torch.Generator().manual_seed(len(prompt))
-        pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(message.num_images)]
+        pixels += [torch.randn(3, 28, 28, generator=generator) for _ in range(images)]
     batch = collate(rows, model.chat.image_token_id, pad_left=pad_left)
     batch.pixels = torch.stack(pixels) if pixels else None
     return batch
+
+
+def prompt_batch_of(model: VisionLanguageModel, messages: list[Message]) -> Batch:
+    """One row, a conversation so far. Its i-th image is the same random one in every batch."""
+    row, images = _encode(model, messages)
+    batch = collate([row], model.chat.image_token_id, pad_left=True)
+    batch.attention_mask = None
+    batch.pixels = torch.randn(9, 3, 28, 28, generator=torch.Generator().manual_seed(0))[:images]
+    return batch
+
+
+def _encode(model: VisionLanguageModel, messages: list[Message]) -> tuple[TokenSequence, int]:
+    count = sum(message.num_images for message in messages)
+    images = [ImageTokens(model.image_length)] * count
+    ids = model.chat.encode(messages, images, add_generation_prompt=True).input_ids
+    return TokenSequence(ids, [-100] * len(ids), [1] * len(ids), ()), count
 
 
 def decode_batch(

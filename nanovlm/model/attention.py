@@ -47,6 +47,17 @@ class KVCache:
         """Count the `count` tokens that every layer has stored."""
         self.length += count
 
+    def longer(self, max_length: int) -> "KVCache":
+        """A cache of `max_length` tokens that holds the same."""
+        layers, batch, heads, _, width = self.keys.shape
+        shape = layers, batch, heads, max_length, width
+        cache = KVCache(shape, self.keys.dtype, self.keys.device)
+        held = slice(self.length)
+        cache.keys[:, :, :, held] = self.keys[:, :, :, held]
+        cache.values[:, :, :, held] = self.values[:, :, :, held]
+        cache.length, cache.prompt_lengths = self.length, self.prompt_lengths
+        return cache
+
 
 class StaticCache:
     """Keys and values in tensors that stay the same, for compiled steps of one token a row.
