@@ -3,6 +3,7 @@
 python infer.py photo.jpg "描述图片"
 python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/model --temperature 0.7
 python infer.py photo.jpg --chat
+python infer.py --batch photos --prompt "描述图片" --out answers.jsonl
 """
 
 # First, because Ctrl-C is one line from here on, also during the slow imports below.
@@ -16,28 +17,26 @@ import time
 from pathlib import Path
 
 from nanovlm.data.collate import prepare
+from nanovlm.engine.conversation import Conversation
+from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.engine.many import IMAGE_SUFFIXES, answer_all, read_questions
 from nanovlm.errors import NanoVLMError, see
-from nanovlm.generate import Sampling, TextStreamer, compile_decoding, generate
-from nanovlm.hub.adapters import load_adapter
-from nanovlm.hub.models import load_model
+from nanovlm.generate import Sampling, TextStreamer
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image import open_image
-from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
+from nanovlm.utils.outputs import check_new_file
 from nanovlm.utils.parser import CommandParser
 
 TRAINED = Path("runs/stage2/model")
 MAX_PROMPT = 2**20  # bytes of a line on stdin, which may come from a file or a device
 SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def main() -> None:
-    """Answer one prompt, or keep a conversation going until an empty line."""
+    """Answer one prompt, many, or keep a conversation going until an empty line."""
     arguments = _parser().parse_args()
-    image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
     sampling = Sampling(
         arguments.temperature,
         arguments.top_p,
@@ -47,11 +46,36 @@ def main() -> None:
     )
     if arguments.max_new_tokens < 1:
         raise NanoVLMError("--max-new-tokens has to be 1 or more")
+    if arguments.batch:
+        _answer_many(arguments, sampling)
+    elif arguments.prompt or arguments.out:
+        raise NanoVLMError("--prompt and --out belong to --batch; a prompt for one answer is last")
+    else:
+        _answer_here(arguments, sampling)
+
+
+def _answer_many(arguments: argparse.Namespace, sampling: Sampling) -> None:
+    """Write a file of answers."""
+    if arguments.inputs or arguments.chat:
+        raise NanoVLMError("--batch has its questions from a folder or a file; give no others")
+    if not arguments.out:
+        raise NanoVLMError("--batch writes a file of answers; name it with --out answers.jsonl")
+    questions = read_questions(arguments.batch, arguments.prompt)
+    check_new_file(arguments.out, "--out", [arguments.batch])
+    model = _load_model(arguments)
+    _check_prompt(arguments.prompt or "", model)
+    answer_all(model, questions, arguments.out, arguments.max_new_tokens, sampling)
+
+
+def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
+    """Answer on stdout."""
+    image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
     images = [open_image(os.path.expanduser(path)) for path in image_paths]
     model = _load_model(arguments)
     if prompt is not None:
         _check_prompt(prompt, model)
 
+    conversation = Conversation(model)
     messages: list[Message] = []
     new_images = len(images)
     while True:
@@ -64,7 +88,7 @@ def main() -> None:
         content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
         messages.append(Message("user", (*content, prompt)))
         batch = prepare(model, [messages], [images], add_generation_prompt=True)
-        answer = _answer(model, batch, arguments.max_new_tokens, sampling, arguments.verbose)
+        answer = _answer(conversation, batch, arguments.max_new_tokens, sampling, arguments.verbose)
         messages.append(Message("assistant", (answer,)))
         if not arguments.chat:
             return
@@ -72,9 +96,10 @@ def main() -> None:
 
 
 def _answer(
-    model: VisionLanguageModel, batch: Batch, max_new_tokens: int, sampling: Sampling, verbose: bool
+    conversation: Conversation, batch: Batch, max_new_tokens: int, sampling: Sampling, verbose: bool
 ) -> str:
     """Stream the answer to stdout and return it."""
+    model = conversation.model
     streamer = TextStreamer(model.tokenizer, model.chat.space_opens_answer)
     answer = ""
     start, first = time.perf_counter(), 0.0
@@ -91,7 +116,7 @@ def _answer(
             show(streamer.put(tokens[0]))
 
     device = next(model.parameters()).device
-    tokens = generate(model, batch.to(device), max_new_tokens, sampling, on_tokens)[0]
+    tokens = conversation.generate(batch.to(device), max_new_tokens, sampling, on_tokens)
     show(streamer.end())
     print()
     if not answer.strip():
@@ -159,19 +184,7 @@ def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
     Which of them it is goes to stderr.
     """
     folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
-    device = choose_device(arguments.device)
-    dtype, why = choose_dtype(arguments.dtype, device)
-    model = load_model(folder, dtype)
-    if arguments.adapter:
-        load_adapter(model, arguments.adapter)
-        merge_adapters(model)
-    model.to(device)
-    if arguments.compile:
-        compile_decoding(model.language_model)
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    say(f"model: {shown}" + (f" ({why})" if why else ""))
-    if arguments.adapter:
-        say(f"adapter: {arguments.adapter}")
+    model = load_for_answers(folder, arguments)
     if folder == SHIPPED:
         say(
             "this is the shipped tiny model: it only knows its toy world of coloured shapes "
@@ -198,21 +211,23 @@ def _parser() -> CommandParser:
         help=f"model folder, trained here or published (default: {TRAINED}, else the shipped one)",
     )
     parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="DIR",
-        help="adapter folder of a LoRA run, for the model that it was trained on",
-    )
-    parser.add_argument(
         "--chat", action="store_true", help="keep the conversation going; an empty line ends it"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="time to first token and speed, on stderr"
     )
+    many = parser.add_argument_group("many answers")
+    many.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help="answer every record of a .json or .jsonl file, or --prompt for every image of a "
+        "folder; broken off, the same command goes on where it was",
+    )
+    many.add_argument("--prompt", metavar="TEXT", help="the question of images without one")
+    many.add_argument("--out", type=Path, metavar="FILE", help="where answers go, one a line")
     _add_sampling_flags(parser.add_argument_group("sampling"))
-    machine = parser.add_argument_group("machine")
-    add_machine_flags(machine)
-    add_compile_flag(machine)
+    add_model_flags(parser.add_argument_group("model and machine"))
     return parser
 
 

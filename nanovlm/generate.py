@@ -5,7 +5,7 @@ Lesson: lessons/source/10_generation.py.
 
 import codecs
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +84,7 @@ def compile_decoding(model: LanguageModel) -> None:
     Compiling takes tens of seconds, as much as thousands of tokens save. So it is for those who
     write many answers, and only they ask for it.
     """
-    require_compiler(model.norm.weight.device)
+    require_compiler(next(model.parameters()).device)
     model.compiled_steps = CompiledSteps(model)  # pyright: ignore[reportArgumentType]
 
 
@@ -130,13 +130,15 @@ def decode(
     prompt: Prompt,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     use_cache: bool = True,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], Collection[int] | None]:
     """Yield the next token of each row, and -1 once a row has ended.
 
-    It stops when all rows have ended or `max_new_tokens` are written. `use_cache=False` reads the
-    whole text again for every token; it is the reference that the cache is tested against.
+    It stops when all rows have ended or `max_new_tokens` are written. The caller may `send` the
+    indices of rows that are to end. `sampling` is that of all rows together, or one for each row,
+    whose tokens are then those that it would have alone. `use_cache=False` reads the whole text
+    again for every token; it is the reference that the cache is tested against.
     """
     batch, length = prompt.input_ids.shape
     device, limit = prompt.embeddings.device, model.config.max_position_embeddings
@@ -145,7 +147,8 @@ def decode(
             f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language "
             f"model's {limit} positions; shorten the prompt or lower --max-new-tokens"
         )
-    generator = torch.Generator(device).manual_seed(sampling.seed)
+    samplings = [sampling] if isinstance(sampling, Sampling) else sampling
+    generators = [torch.Generator(device).manual_seed(each.seed) for each in samplings]
     stops = torch.tensor(sorted(stop_ids), device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     seen = prompt.known_ids(model.config.vocab_size)
@@ -153,10 +156,13 @@ def decode(
     steps = compiled or Steps(model, use_cache)
     logits = steps.begin(prompt, length + max_new_tokens)  # (B, V)
     for written in range(1, max_new_tokens + 1):
-        token = sample(logits, seen, sampling, generator)  # (B,)
+        rows = batch // len(samplings)  # all of them, or one by one
+        parts = zip(logits.split(rows), seen.split(rows), samplings, generators)
+        token = torch.cat([sample(*part) for part in parts])  # (B,)
         ended |= torch.isin(token, stops)
         tokens = torch.where(ended, -1, token).tolist()  # the only wait for the device
-        yield tokens
+        for row in (yield tokens) or ():
+            ended[row], tokens[row] = True, -1
         if max(tokens) < 0 or written == max_new_tokens:
             return
         seen = torch.cat((seen, token[:, None]), dim=1)

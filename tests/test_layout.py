@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "nanovlm"
 # From the top. A module imports from its own folder and from lower layers.
 LAYERS = (
     ("report", "bench"),
-    ("conversation",),
     ("memory",),  # bench estimates the time of the step that it simulates
     ("training",),
     ("evaluation",),  # training shows sample answers with their metrics
+    ("engine",),
     ("data", "generate"),
     ("hub",),
     ("model",),

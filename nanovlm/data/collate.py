@@ -41,14 +41,25 @@ def prepare(
         )
     sequences, pixels = [], []
     for messages, opened in zip(conversations, map(list, images)):
-        tokens = [model.image_tokens(*image.size) for image in opened]
-        sample = model.chat.encode(messages, tokens, add_generation_prompt=add_generation_prompt)
-        sequences.append(TokenSequence.of(sample))
-        pixels += [image_pixels(image, model.config.image) for image in opened]
+        sequence, tiles = encode(model, messages, opened, add_generation_prompt)
+        sequences.append(sequence)
+        pixels += tiles
     batch = collate(sequences, model.chat.image_token_id, pixels, pad_left=add_generation_prompt)
     if len(sequences) == 1:
         batch.attention_mask = None
     return batch
+
+
+def encode(
+    model: VisionLanguageModel,
+    messages: Sequence[Message],
+    images: Sequence[Image.Image],
+    add_generation_prompt: bool = False,
+) -> tuple[TokenSequence, list[Tensor]]:
+    """One conversation's tokens, and the (n, 3, H, W) tiles of each of its images."""
+    tokens = [model.image_tokens(*image.size) for image in images]
+    sample = model.chat.encode(messages, tokens, add_generation_prompt=add_generation_prompt)
+    return TokenSequence.of(sample), [image_pixels(image, model.config.image) for image in images]
 
 
 def collate(

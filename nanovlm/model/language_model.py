@@ -191,7 +191,7 @@ class LanguageModel(nn.Module):
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.quantized_head: nn.Module | None = None  # for answers (`weight_only.py`)
+        self.quantized_head: nn.Module | None = None  # for answers (`engine/weight_only.py`)
         self.apply(_initialise)
         if config.norm == "layer":  # as in GPT-2: residual branches start smaller in deep models
             for name, parameter in self.blocks.named_parameters():
@@ -353,7 +353,7 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache of `max_length` tokens a row, with the dtype and device of the weights."""
-        config, weight = self.config, self.norm.weight
+        config, weight = self.config, next(self.norm.parameters())
         heads, width = config.num_key_value_heads, config.head_dim
         shape = config.num_hidden_layers, batch, heads, max_length, width
         return KVCache(shape, weight.dtype, weight.device)

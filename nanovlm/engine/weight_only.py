@@ -16,6 +16,7 @@ from nanovlm.model.language_model import LanguageModel
 
 GROUP = 32  # weights of a row that share a scale and an offset, in 4 bits
 MIDDLE = 8  # the code of the offset itself
+KINDS = ("int8", "int4")
 # Rows of a block of 4-bit codes, and whether the two of a byte are neighbours. PyTorch's kernel
 # takes the first order where a CPU has AVX-512, the second with AVX2, and another elsewhere.
 LAYOUTS = (64, False), (32, False), (32, True), (16, True)
@@ -81,7 +82,7 @@ class Int8WeightOnly(WeightOnlyLinear):
         return self.codes * self.steps[:, None]
 
     def kernel(self, rows: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(rows, self.codes, self.steps)
+        return torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.steps)
 
 
 class Int4WeightOnly(WeightOnlyLinear):
@@ -114,7 +115,7 @@ class Int4WeightOnly(WeightOnlyLinear):
 
     def kernel(self, rows: Tensor) -> Tensor:
         codes = self.codes.view(-1, self.in_features // 2)  # the shape that the kernel asks for
-        outputs = torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, self.scales)
+        outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, GROUP, self.scales)
         return outputs[:, : self.out_features]
 
 
@@ -147,7 +148,7 @@ def quantize_for_answers(model: LanguageModel, kind: str, dtype: torch.dtype) ->
     tied = model.config.tie_word_embeddings
     table = _table(model.embed_tokens.weight, dtype)
     model.quantized_head = table if tied else _table(model.lm_head.weight, dtype)
-    model.embed_tokens = Int8Embedding(table)
+    model.embed_tokens = Int8Embedding(table)  # pyright: ignore[reportAttributeAccessIssue]
     if not tied:
         del model.lm_head
 
@@ -187,7 +188,7 @@ def kernel_layout() -> tuple[int, bool] | None:
     """
     pattern = torch.arange(64 * 32).remainder(251).remainder(16).view(64, 32).to(torch.uint8)
     try:
-        packed = torch._convert_weight_to_int4pack_for_cpu(pattern.int(), 1).flatten()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(pattern.int(), 1).flatten()
     except (RuntimeError, AttributeError):  # a build without it
         return None
     for layout in LAYOUTS:

@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 from torch import Tensor
 
-import nanovlm.conversation
-from nanovlm.conversation import Conversation
+import nanovlm.engine.conversation
+from nanovlm.engine.conversation import Conversation
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling, generate
 from nanovlm.inputs.batch import Batch
@@ -72,7 +72,7 @@ def encoded(model, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0.9, 0, 1.3, seed=3)])
 def test_every_turn_is_answered_as_if_everything_were_read_again(model, monkeypatch, sampling):
-    monkeypatch.setattr(nanovlm.conversation, "SPARE", 0)  # the cache has to grow
+    monkeypatch.setattr(nanovlm.engine.conversation, "SPARE", 0)  # the cache has to grow
     conversation, talk = Conversation(model), Talk(model)
     for question in QUESTIONS:
         batch = talk.ask(question)

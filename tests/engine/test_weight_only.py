@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.generate import Prompt, decode
-from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
-from nanovlm.model.weight_only import (
+from nanovlm.engine.weight_only import (
     GROUP,
     LAYOUTS,
     Int4WeightOnly,
@@ -20,6 +18,8 @@ from nanovlm.model.weight_only import (
     quantize_for_answers,
     unpack,
 )
+from nanovlm.generate import Prompt, decode
+from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 
 KINDS = {"int8": Int8WeightOnly, "int4": Int4WeightOnly}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ def test_the_order_of_this_machine_is_that_of_pytorch():
 def test_without_a_kernel_the_decoded_matrix_serves(monkeypatch):
     inputs, source = torch.randn(1, 64), linear(64, 64)
     with_kernel = Int4WeightOnly(source, torch.float32)(inputs)
-    monkeypatch.setattr("nanovlm.model.weight_only.kernel_layout", lambda: None)
+    monkeypatch.setattr("nanovlm.engine.weight_only.kernel_layout", lambda: None)
     layer = Int4WeightOnly(source, torch.float32)
     assert layer.kernel_rows == 0
     torch.testing.assert_close(layer(inputs), with_kernel, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Answers fast: few bits a weight, conversations that keep their cache, many answers at once."""

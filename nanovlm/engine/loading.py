@@ -1,0 +1,54 @@
+"""A model folder, ready to answer: on its device, in its dtype, with its adapter, in few bits."""
+
+import argparse
+from pathlib import Path
+
+from nanovlm.engine.weight_only import KINDS, quantize_for_answers
+from nanovlm.generate import compile_decoding
+from nanovlm.hub.adapters import load_adapter
+from nanovlm.hub.models import load_model
+from nanovlm.model.lora import merge_adapters
+from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.utils.console import say
+from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
+
+
+def add_model_flags(parser: argparse._ActionsContainer) -> None:
+    """Give a parser, or a group of its flags, what `load_for_answers` takes beside a folder."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="adapter folder of a LoRA run, for the model that it was trained on",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("", *KINDS),
+        default="",
+        help="the language model's weights in 8 or 4 bits: smaller, and on a CPU faster",
+    )
+    add_machine_flags(parser)
+    add_compile_flag(parser)
+
+
+def load_for_answers(folder: Path, arguments: argparse.Namespace) -> VisionLanguageModel:
+    """Load a model folder as the flags of `add_model_flags` say, and name it on stderr."""
+    device = choose_device(arguments.device)
+    dtype, why = choose_dtype(arguments.dtype, device)
+    # Quantised matrices are made from the file's own, which are then never cast as a whole.
+    model = load_model(folder, None if arguments.quantize else dtype)
+    if arguments.adapter:
+        load_adapter(model, arguments.adapter)
+        merge_adapters(model)
+    if arguments.quantize:
+        quantize_for_answers(model.language_model, arguments.quantize, dtype)
+        model.to(dtype)
+    model.to(device)
+    if arguments.compile:
+        compile_decoding(model.language_model)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    notes = [note for note in (arguments.quantize, why) if note]
+    say(f"model: {shown}" + (f" ({'; '.join(notes)})" if notes else ""))
+    if arguments.adapter:
+        say(f"adapter: {arguments.adapter}")
+    return model
