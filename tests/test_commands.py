@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import infer
+from nanovlm.engine import loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation import __main__ as evaluation
 from nanovlm.hub.adapters import merged_tensors, save_adapter
@@ -91,7 +92,7 @@ def test_the_answer_alone_is_on_stdout(tiny, image, ask):
 
 
 def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypatch):
-    asked, load = [], infer.load_model
+    asked, load = [], loading.load_model
 
     def loaded(*arguments):
         model = load(*arguments)
@@ -105,7 +106,7 @@ def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypa
         )
         return model
 
-    monkeypatch.setattr(infer, "load_model", loaded)
+    monkeypatch.setattr(loading, "load_model", loaded)
     for count in (0, 1, 3):
         assert ask(*[image] * count, "你好")[0] == 0
     assert [(messages[0].num_images, len(lengths)) for messages, lengths in asked] == [

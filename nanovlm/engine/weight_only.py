@@ -36,6 +36,7 @@ class WeightOnlyLinear(nn.Module):
         """`dtype` is that of the inputs, in which scales are kept, too."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = dtype
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(dtype), False)
         self.encode(linear.weight.detach(), dtype)
 
@@ -52,6 +53,7 @@ class WeightOnlyLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.dtype)  # under autocast, norms give fp32
         rows = inputs.reshape(-1, self.in_features).contiguous()
         if inputs.device.type != "cpu" or len(rows) > self.kernel_rows:
             return F.linear(inputs, self.dequantize(), self.bias)

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data.records import Record, read_records, record_files, say_skipped
+from nanovlm.engine.loading import add_model_flags, load_for_answers
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
 from nanovlm.evaluation.loss import Loss, measure_loss
@@ -33,11 +34,8 @@ from nanovlm.evaluation.metrics import (
     tokenize,
     wrong_objects,
 )
-from nanovlm.generate import compile_decoding
-from nanovlm.hub.models import load_model
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command, say
-from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
 from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import check_new_file, write_new
 from nanovlm.utils.parser import CommandParser, expand_user
@@ -59,15 +57,10 @@ def main() -> None:
     records, skipped = read_records(arguments.data, arguments.images)
     say_skipped(skipped, len(records) + len(skipped))
     records = records[: arguments.limit or None]
-    device = choose_device(arguments.device)
-    dtype, why = choose_dtype(arguments.dtype, device)
-    model = load_model(arguments.model, dtype).to(device)
-    say(f"model: {arguments.model}" + (f" ({why})" if why else ""))
+    model = load_for_answers(arguments.model, arguments)
     if arguments.loss:
         print(json.dumps(_tell_loss(model, records, arguments)))
         return
-    if arguments.compile:
-        compile_decoding(model.language_model)
     print(json.dumps(_answer_and_score(model, records, arguments)))
 
 
@@ -228,8 +221,7 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="also write every answer here, one JSON object a line",
     )
-    add_machine_flags(parser)
-    add_compile_flag(parser)
+    add_model_flags(parser)
     return parser
 
 

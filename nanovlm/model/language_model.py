@@ -209,6 +209,8 @@ class LanguageModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output head's matrix (V, C): the embedding table itself when tied."""
+        if self.quantized_head is not None:
+            return self.quantized_head.dequantize()
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
