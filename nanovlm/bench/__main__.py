@@ -12,6 +12,11 @@ nanovlm's figures alone.
 
 trains nanovlm alone and adds bf16, packing, compiling and checkpointing one after the other.
 
+    python -m nanovlm.bench --weights DIR --answers
+
+compares ways to answer: weights in 16, 8 and 4 bits, a second turn with and without the cache of
+the first, sixteen requests one by one and together.
+
     python -m nanovlm.bench --estimate rtx-4060 [--preset NAME] [--stage NAME] [--tokens N]
         [--records N] [flags of train_stage1.py]
 
@@ -27,7 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanovlm.bench import estimate, ladder
+from nanovlm.bench import answers, estimate, ladder
 from nanovlm.bench.limits import Limits
 from nanovlm.bench.models import LANGUAGE_MODEL, VISION_ENCODER, BenchModel, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench, compare
@@ -77,6 +82,10 @@ def main() -> None:
         return
     image_token_id = _vocabulary_size(arguments.weights) - 1  # an id that no text here uses
     bench = Bench(device, dtype, image_token_id)
+    if arguments.answers:
+        figures = answers.measure(arguments.weights, bench, arguments.rounds)
+        print(json.dumps(figures) if arguments.json else answers.table(figures))
+        return
     if arguments.peak_memory_of:
         print(bench.peak_memory(_build(arguments.peak_memory_of, bench, arguments)))
         return
@@ -203,6 +212,11 @@ def _parser() -> CommandParser:
         "--ladder",
         action="store_true",
         help="train with bf16, packing, compiling, checkpointing added in turn",
+    )
+    parser.add_argument(
+        "--answers",
+        action="store_true",
+        help="compare ways to answer: few bits, a kept cache, many at once",
     )
     parser.add_argument("--rung", choices=list(ladder.RUNGS), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON: row → library → figure")

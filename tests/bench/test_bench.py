@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.bench import __main__ as bench_command
-from nanovlm.bench import limits
+from nanovlm.bench import answers, limits, tasks
 from nanovlm.bench.models import LANGUAGE_MODEL, NanoVLMModel
 from nanovlm.bench.tasks import ROWS, Bench
 from nanovlm.bench.transformers_model import TransformersModel
@@ -148,3 +148,21 @@ def test_wrong_flags_are_named(
 def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NanoVLMError, match=f"{LANGUAGE_MODEL}.config.json"):
         run_command(monkeypatch, tmp_path)
+
+
+def test_ways_to_answer_are_compared(
+    weights: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "NEW_TOKENS", 4)
+    monkeypatch.setattr(tasks, "NEW_TOKENS", 4)
+    monkeypatch.setattr(answers, "READ", 2**20)
+    run_command(monkeypatch, weights, "--answers", "--json")
+    figures = json.loads(capsys.readouterr().out)
+    decode = figures["decode"]
+    assert list(decode) == ["transformers", "nanovlm", "int8", "int4"]
+    assert decode["nanovlm"]["agreement"] == 1 and decode["int8"]["agreement"] > 0
+    assert decode["int8"]["bytes"] < decode["nanovlm"]["bytes"]  # toy widths fill no int4 block
+    assert set(figures["second_turn"]) == {"read_again", "kept"}
+    assert set(figures["together"]) == {"one_by_one", "together"}
+    lines = answers.table(figures).splitlines()
+    assert len(lines) == 7 and "16 requests of 4 tokens" in lines[-1]
