@@ -23,7 +23,7 @@ def add_model_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("", *KINDS),
+        choices=KINDS,
         default="",
         help="the language model's weights in 8 or 4 bits: smaller, and on a CPU faster",
     )
@@ -35,19 +35,19 @@ def load_for_answers(folder: Path, arguments: argparse.Namespace) -> VisionLangu
     """Load a model folder as the flags of `add_model_flags` say, and name it on stderr."""
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
-    # Quantised matrices are made from the file's own, which are then never cast as a whole.
-    model = load_model(folder, None if arguments.quantize else dtype)
+    few_bits = arguments.quantize  # made of the file's own matrices one by one: none is copied
+    model = load_model(folder, None if few_bits else dtype, aligned=not few_bits)
     if arguments.adapter:
         load_adapter(model, arguments.adapter)
         merge_adapters(model)
-    if arguments.quantize:
-        quantize_for_answers(model.language_model, arguments.quantize, dtype)
+    if few_bits:
+        quantize_for_answers(model.language_model, few_bits, dtype)
         model.to(dtype)
     model.to(device)
     if arguments.compile:
         compile_decoding(model.language_model)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    notes = [note for note in (arguments.quantize, why) if note]
+    notes = [note for note in (few_bits, why) if note]
     say(f"model: {shown}" + (f" ({'; '.join(notes)})" if notes else ""))
     if arguments.adapter:
         say(f"adapter: {arguments.adapter}")

@@ -163,7 +163,7 @@ def _is_plain_name(name: str) -> bool:
     return name == PurePosixPath(name).name == PureWindowsPath(name).name and name not in ("", "..")
 
 
-def load_into(
+def load_into(  # noqa: PLR0913 (what is loaded into what, and four things that some callers say)
     module: nn.Module,
     checkpoint: Checkpoint,
     name_map: Callable[[str], Target],
@@ -171,6 +171,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     ignore: Collection[str] = (),
     tied: Mapping[str, str] = {},
+    aligned: bool = True,
 ) -> None:
     """Fill every parameter and persistent buffer of `module` with exactly one stored tensor.
 
@@ -188,6 +189,7 @@ def load_into(
         never cast.
     ignore: shell-style patterns of checkpoint names deliberately not used.
     tied: other names of tensors that the module has; a file may hold them besides or instead.
+    aligned: whether a large tensor is copied where the file does not align it to cache lines.
 
     Raises one NanoVLMError with every problem, before the module is touched.
     """
@@ -203,7 +205,7 @@ def load_into(
     _raise_problems(module, checkpoint, problems)
 
     for names in names_of.values():
-        tensor = _take([sources[name] for name in names if name in sources], dtype)
+        tensor = _take([sources[name] for name in names if name in sources], dtype, aligned)
         target = targets[names[0]]
         if isinstance(target, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=target.requires_grad)
@@ -296,7 +298,7 @@ def _check_filled(
             problems["tied but stored with different values"].append(" = ".join(filled))
 
 
-def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
+def _take(sources: list[_Source], dtype: torch.dtype | None, aligned: bool) -> Tensor:
     """The tensor that all of `sources` store: the file's own, or a copy.
 
     After a copy, the memory of the file's own is freed.
@@ -305,7 +307,7 @@ def _take(sources: list[_Source], dtype: torch.dtype | None) -> Tensor:
     tensor = sources[0].tensor()
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
-    if tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
+    if aligned and tensor.nbytes >= LARGE and tensor.data_ptr() % ALIGNMENT:  # as in many hub files
         tensor = tensor.clone()
     if tensor.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
         for source in sources:

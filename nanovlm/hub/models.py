@@ -32,13 +32,15 @@ from nanovlm.utils.files import write_json
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLanguageModel:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, *, aligned: bool = True
+) -> VisionLanguageModel:
     """Load a model folder (`config.json`, weights, tokenizer files), in eval mode.
 
     It is one that `save_model` wrote, or a published folder of SmolVLM, Idefics3 or LLaVA.
 
     Loading is strict: any missing, unexpected or mis-shaped tensor is an error. No weight is held
-    twice. `dtype` is that of the weights; None keeps the file's.
+    twice. `dtype` is that of the weights; None keeps the file's. `aligned` as in `load_into`.
     """
     folder = find_model(folder)
     model_type, parsed = read_config(folder, _parse)
@@ -53,7 +55,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLa
         f"language_model.{name}": f"language_model.{same}"
         for name, same in model.language_model.tied_names.items()
     }
-    load_into(model, checkpoint, name_map, dtype=dtype, tied=tied)
+    load_into(model, checkpoint, name_map, dtype=dtype, tied=tied, aligned=aligned)
     return model.eval()
 
 
