@@ -31,6 +31,7 @@ class Request:
     stop: tuple[str, ...] = ()  # texts before which the answer ends
     # Called for each token with the text that it adds, often none; False ends the answer.
     on_text: OnText | None = None
+    on_end: Callable[["Answer"], object] | None = None  # called when it is complete
 
 
 @dataclass
@@ -110,6 +111,8 @@ class Writer:
             self.finish_reason = reason
             self.held += "" if cut else self.streamer.end()
             self._give(len(self.held))
+            if self.request.on_end is not None:
+                self.request.on_end(self.answer())
         return False
 
     def _give(self, length: int) -> bool:

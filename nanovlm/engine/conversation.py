@@ -79,7 +79,7 @@ class Conversation:
     def _read_before(self, batch: Batch) -> int:
         """How many of the first tokens of `batch` the cache holds; never all of them."""
         ids, held = batch.input_ids[0].tolist(), self.input_ids
-        same = _common(ids[:-1], held)
+        same = common_length(ids[:-1], held)
         pixels = torch.empty(0) if batch.pixels is None else batch.pixels
         starts = batch.image_positions[:: self.model.image_length].tolist()
         for index, start in enumerate(starts):
@@ -105,7 +105,7 @@ def _from(batch: Batch, start: int, image_length: int) -> Batch:
     )
 
 
-def _common(first: list[int], second: list[int]) -> int:
+def common_length(first: list[int], second: list[int]) -> int:
     """The length of the longest common beginning."""
     for index, (one, other) in enumerate(zip(first, second)):
         if one != other:

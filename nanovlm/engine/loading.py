@@ -1,16 +1,30 @@
 """A model folder, ready to answer: on its device, in its dtype, with its adapter, in few bits."""
 
 import argparse
+import math
 from pathlib import Path
 
+import torch
+
 from nanovlm.engine.weight_only import KINDS, quantize_for_answers
+from nanovlm.errors import NanoVLMError
 from nanovlm.generate import compile_decoding
 from nanovlm.hub.adapters import load_adapter
+from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model
+from nanovlm.hub.shapes import find_model
 from nanovlm.model.lora import merge_adapters
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import say
-from nanovlm.utils.device import add_compile_flag, add_machine_flags, choose_device, choose_dtype
+from nanovlm.utils.device import (
+    add_compile_flag,
+    add_machine_flags,
+    check_memory,
+    choose_device,
+    choose_dtype,
+)
+
+BYTES = {"int8": 1.0, "int4": 0.5}  # of a weight, at least
 
 
 def add_model_flags(parser: argparse._ActionsContainer) -> None:
@@ -36,6 +50,7 @@ def load_for_answers(folder: Path, arguments: argparse.Namespace) -> VisionLangu
     device = choose_device(arguments.device)
     dtype, why = choose_dtype(arguments.dtype, device)
     few_bits = arguments.quantize  # made of the file's own matrices one by one: none is copied
+    _check_fits(folder, device, BYTES.get(few_bits, dtype.itemsize))
     model = load_model(folder, None if few_bits else dtype, aligned=not few_bits)
     if arguments.adapter:
         load_adapter(model, arguments.adapter)
@@ -52,3 +67,13 @@ def load_for_answers(folder: Path, arguments: argparse.Namespace) -> VisionLangu
     if arguments.adapter:
         say(f"adapter: {arguments.adapter}")
     return model
+
+
+def _check_fits(folder: Path, device: torch.device, bytes_a_weight: float) -> None:
+    """Refuse a model whose weights alone are more than the memory, before they are read."""
+    try:
+        checkpoint = open_checkpoint(find_model(folder))
+    except NanoVLMError:
+        return  # `load_model` says what is wrong with it
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.keys())
+    check_memory(int(weights * bytes_a_weight), f"{folder}: the model", device)

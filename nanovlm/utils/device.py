@@ -151,14 +151,17 @@ def make_deterministic() -> None:
     deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_memory(needed: int, what: str) -> None:
-    """Refuse what takes `needed` bytes where the machine has fewer, before anything is built."""
-    if not hasattr(os, "sysconf"):  # Windows refuses the allocation itself
+def check_memory(needed: int, what: str, device: torch.device | None = None) -> None:
+    """Refuse what takes `needed` bytes where the device has fewer, before anything is built."""
+    if device is not None and device.type == "cuda":
+        there, where = torch.cuda.get_device_properties(device).total_memory, "GPU"
+    elif hasattr(os, "sysconf"):
+        there, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    else:  # Windows refuses the allocation itself
         return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise NanoVLMError(
-            f"{what} takes {needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB of "
+            f"{what} takes {needed / 1e9:.1f} GB, and this {where} has {there / 1e9:.1f} GB of "
             "memory; take a smaller one"
         )
 
