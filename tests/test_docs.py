@@ -34,7 +34,7 @@ from tests.pages import (
 
 # Made by an earlier command, or the reader's own
 MADE_BY_OTHERS = ("runs/", "data/", "weights/", "the-cauldron/", "$")
-EXTRAS = ("", "-data", "-dev", "-hub", "-lessons")
+EXTRAS = ("", "-data", "-dev", "-hub", "-lessons", "-web")
 REQUIREMENTS = tuple(f"requirements{extra}.txt" for extra in EXTRAS)
 PLACEHOLDERS = {"DIR": "somewhere", "FILE": "somewhere.jsonl", "NAME": "mary"}
 # Programs of others that the pages name, and what may follow each.
@@ -53,6 +53,7 @@ PROGRAMS = (
     ("-m", "nanovlm.bench"),
     ("-m", "nanovlm.memory"),
     ("-m", "nanovlm.report"),
+    ("-m", "nanovlm.serve"),
     ("-m", "data_tools.convert"),
     ("-m", "data_tools.check"),
     ("-m", "data_tools.mix"),

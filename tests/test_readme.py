@@ -12,7 +12,12 @@ from data_tools.draw_architecture import draw_architecture
 from nanovlm.training.presets import load_settings
 from tests.pages import ENGLISH, README, REPOSITORY, TEXTS, prose
 
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-hub.txt")
+REQUIREMENTS = (
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-hub.txt",
+    "requirements-web.txt",
+)
 
 
 def test_a_reader_need_not_scroll_for_long():
@@ -58,6 +63,7 @@ def test_packages_are_pinned_and_within_the_ranges_of_pyproject():
         "requirements.txt": project["dependencies"],
         "requirements-dev.txt": project["optional-dependencies"]["dev"],
         "requirements-hub.txt": project["optional-dependencies"]["hub"],
+        "requirements-web.txt": project["optional-dependencies"]["web"],
     }
     for name in REQUIREMENTS:
         lines = (REPOSITORY / name).read_text().splitlines()

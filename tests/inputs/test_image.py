@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageFile
@@ -93,7 +94,13 @@ def test_path_string_bytes_and_stream_give_the_same(tmp_path: Path) -> None:
         ("1", 0, "TIFF", (0, 0, 0)),
         ("CMYK", (0, 255, 255, 0), "TIFF", (255, 0, 0)),
         ("CMYK", (0, 255, 255, 0), "JPEG", (254, 0, 0)),
-        ("YCbCr", (255, 128, 128), "TIFF", (255, 255, 255)),
+        pytest.param(
+            *("YCbCr", (255, 128, 128), "TIFF", (255, 255, 255)),
+            marks=pytest.mark.skipif(
+                int(PIL.__version__.split(".")[0]) < 13,
+                reason="pillow before 13 cannot read the YCbCr of a TIFF, also its own",
+            ),
+        ),
         ("LA", (0, 0), "PNG", (255, 255, 255)),
         ("LA", (100, 255), "PNG", (100, 100, 100)),
         ("RGBA", (200, 0, 0, 0), "PNG", (255, 255, 255)),
