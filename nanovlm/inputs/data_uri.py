@@ -22,14 +22,18 @@ def is_data_uri(name: str | Path) -> bool:
 
 def to_path(uri: str) -> Path:
     """The image as a path, for `read`. Raises NanoVLMError with the bare reason."""
+    return Path(f"{PREFIX};base64,{base64.urlsafe_b64encode(decode(uri)).decode()}")
+
+
+def decode(uri: str) -> bytes:
+    """The image file that stands in `uri`. Raises NanoVLMError with the bare reason."""
     head, _, text = uri.partition(",") if uri.startswith(PREFIX) else (";base64", "", uri)
     if not head.endswith(";base64"):
         raise NanoVLMError("is a data: URI that is not in base64; write it in base64")
     try:
-        data = base64.b64decode("".join(text.split()).translate(_FROM_URL), validate=True)
+        return base64.b64decode("".join(text.split()).translate(_FROM_URL), validate=True)
     except ValueError:
         raise NanoVLMError("is damaged or cut off in its base64; write it again") from None
-    return Path(f"{PREFIX};base64,{base64.urlsafe_b64encode(data).decode()}")
 
 
 def read(path: str | Path) -> bytes:
