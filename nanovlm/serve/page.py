@@ -1,6 +1,10 @@
 """The chat page, of Gradio's own components: a question with images, the answer word by word."""
 
+import atexit
+import functools
+import html
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -57,7 +61,15 @@ STYLE = """
     .row:has(> .column button.primary) { flex-direction: column-reverse; }
 }
 """
-SPEED = "speed"  # marks the line below an answer
+SPEED, PROBLEM = "speed", "problem"  # mark the line below an answer, and what is no answer
+
+
+@functools.cache
+def uploads() -> str:
+    """The folder of this process's uploads, which goes with it; the page reads no other."""
+    folder = tempfile.mkdtemp(prefix="nanovlm-page-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Page:
@@ -65,9 +77,7 @@ class Page:
 
     def __init__(self, queue: AnswerQueue, name: str) -> None:
         self.queue, self.name = queue, name
-        # Uploads go here, and nothing else is read for the page. Removed when the server ends.
-        self.folder = tempfile.TemporaryDirectory(prefix="nanovlm-page-")
-        os.environ["GRADIO_TEMP_DIR"] = self.folder.name
+        os.environ["GRADIO_TEMP_DIR"] = uploads()
 
     def mount(self, app: FastAPI, api_key: str) -> FastAPI:
         """Put the page at `/` of a server."""
@@ -141,7 +151,7 @@ class Page:
     ) -> AsyncIterator[list[gr.ChatMessage]]:
         """The answer so far, again and again, and in the end the speed below it."""
         turns = [*history, {"role": "user", "content": _content(message)}]
-        began, status = time.perf_counter(), "answered"
+        began, status = time.perf_counter(), "stopped"
         job: Job | None = None
         try:
             job = self.queue.new_job()
@@ -151,18 +161,17 @@ class Page:
                 first = first or time.perf_counter()
                 text += piece
                 yield [gr.ChatMessage(text)]
+            status = "answered"
             yield [gr.ChatMessage(text), self._speed(job, first)]
         except RequestError as error:
             status = f"refused ({error.code or error.status})"
-            raise gr.Error(error.message, duration=None, print_exception=False) from None
+            yield [_problem(error.message)]
         except TimeoutError:
             status = "too slow"
-            told = f"the answer took longer than {self.queue.limits.seconds:g} s (--timeout)"
-            raise gr.Error(told, duration=None, print_exception=False) from None
+            seconds = self.queue.limits.seconds
+            yield [_problem(f"the answer took longer than {seconds:g} s (--timeout)")]
         finally:
             if job:
-                if not job.answer and status == "answered":
-                    status = "stopped"
                 job.close()
             say(f"page: {status} in {time.perf_counter() - began:.2f} s")
 
@@ -173,23 +182,19 @@ class Page:
         return gr.ChatMessage(line, metadata={"id": SPEED})
 
     def _question(self, turns: list[dict], *sampling: float) -> Question:
-        """The conversation as the model reads it."""
-        messages, paths = [], []
+        """The conversation as the model reads it: without speeds, and what was not answered."""
+        read: list[tuple[Message, list[str]]] = []
         for turn in turns:
-            if (turn.get("metadata") or {}).get("id") == SPEED:
-                continue
-            content: list[str | ImageSlot] = []
-            for part in turn["content"]:
-                if part["type"] == "text":
-                    content.append(part["text"])
-                else:
-                    paths.append(part["file"]["path"])
-                    content = [IMAGE, "\n", *content]
-            messages.append(Message(turn["role"], tuple(content)))
+            mark = (turn.get("metadata") or {}).get("id")
+            if mark == PROBLEM and read:
+                read.pop()
+            elif mark is None:
+                read.append(_read_turn(turn))
+        paths = [path for _, found in read for path in found]
         check_image_count(len(paths), self.queue.limits)
         tokens, temperature, top_p, seed = sampling
         return Question(
-            messages,
+            [message for message, _ in read],
             [self._file(path) for path in paths],
             int(tokens),
             Sampling(temperature, top_p, seed=int(seed)),
@@ -197,10 +202,23 @@ class Page:
 
     def _file(self, path: str) -> bytes:
         """An uploaded file; Gradio has checked its path, and this checks it once more."""
-        folders = (Path(self.folder.name).resolve(), ASSETS.resolve())
+        folders = (Path(uploads()).resolve(), ASSETS.resolve())
         if not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
             raise RequestError("an image that was not uploaded here")
         return read_bytes(path, self.queue.limits.body_bytes)
+
+
+def _read_turn(turn: dict[str, Any]) -> tuple[Message, list[str]]:
+    """A turn of the page, whose images open it, and the paths of these."""
+    paths = [part["file"]["path"] for part in turn["content"] if part["type"] == "file"]
+    text = "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+    places: list[str | ImageSlot] = [part for _ in paths for part in (IMAGE, "\n")]
+    return Message(turn["role"], (*places, text)), paths
+
+
+def _problem(message: str) -> gr.ChatMessage:
+    """What is wrong, in place of an answer. The page reads its text as HTML."""
+    return gr.ChatMessage(f"⚠ {html.escape(message)}", metadata={"id": PROBLEM})
 
 
 def _content(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from nanovlm.serve.limits import Limits
 from nanovlm.serve.queue import AnswerQueue
 from nanovlm.utils.console import say
 
+KEEP_ALIVE = 30  # seconds; clients close at 5, and would else ask while the server closes
 LAST_BYTES = 2  # seconds for sending them; an open page keeps its connection for longer
 
 
@@ -67,6 +68,7 @@ class Server(uvicorn.Server):
             log_level="error",
             access_log=False,
             ws="none",
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=LAST_BYTES,
             server_header=False,
         )

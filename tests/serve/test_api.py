@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from nanovlm.serve.limits import Limits
+from tests.pages import REPOSITORY, TEXTS, code_blocks
 from tests.serve.serving import (
     DESCRIPTION,
     NAME,
@@ -269,3 +271,17 @@ def test_curl(server, arguments, status):
     body, _, got = done.stdout.rpartition("\n")
     assert got == status
     assert ("error" in json.loads(body)) == (status != "200")
+
+
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_the_examples_of_the_documentation(server, language):
+    blocks = code_blocks(TEXTS["docs/en/serve.md"])
+    (example,) = (block for kind, block in blocks if kind == language)
+    assert "http://127.0.0.1:8000/v1" in example
+    example = example.replace("http://127.0.0.1:8000", server.url)
+    command = {"sh": ["sh", "-c"], "python": [sys.executable, "-c"]}[language]
+    done = subprocess.run([*command, example], capture_output=True, check=True, cwd=REPOSITORY)
+    if language == "sh":
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"] == DESCRIPTION
+    else:
+        assert done.stdout == b"Three."
