@@ -150,6 +150,8 @@ async def _events(
         facts["note"] = error.message
         yield event(error.body())
     finally:
+        if not job.answer:
+            facts.setdefault("note", "client gone")
         job.close()
 
 

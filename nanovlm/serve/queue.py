@@ -44,7 +44,7 @@ class Question:
 
 
 class Job:
-    """A place in the queue, from a request's arrival until `close`."""
+    """A place in the queue, from a request's arrival until its answer is complete or `close`."""
 
     def __init__(self, queue: "AnswerQueue") -> None:
         self.queue, self.began = queue, time.monotonic()
@@ -80,7 +80,12 @@ class Job:
                 yield told
 
     def tell(self, what: str | Answer | BaseException) -> bool:
-        """Hand on what the model's thread has to say; whether anybody still listens."""
+        """Hand on what the model's thread has to say; whether anybody still listens.
+
+        The last thing gives the place back, however slowly the client reads.
+        """
+        if not isinstance(what, str):
+            self.queue.remove(self, closed=False)
         if not self.closed and (what or not isinstance(what, str)):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._told.put_nowait, what)
@@ -176,10 +181,10 @@ class AnswerQueue:
                 self._waiting.append(job)
                 self._changed.notify()
 
-    def remove(self, job: Job) -> None:
-        """Give back a job's place."""
+    def remove(self, job: Job, closed: bool = True) -> None:
+        """Give back a job's place; nobody listens to it any more if it is `closed`."""
         with self._changed:
-            job.closed = True
+            job.closed |= closed
             self._jobs.discard(job)
             with contextlib.suppress(ValueError):
                 self._waiting.remove(job)

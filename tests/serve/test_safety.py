@@ -113,7 +113,7 @@ def test_an_answer_that_takes_too_long_is_ended(model, monkeypatch, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(model, endless, monkeypatch, stream):
+def test_a_client_that_goes_away_frees_its_place(model, endless, monkeypatch, capsys, stream):
     written = []
     put = Writer.put
 
@@ -135,6 +135,10 @@ def test_a_client_that_goes_away_frees_its_place(model, endless, monkeypatch, st
                 time.sleep(0.005)
             assert server.places == 1
         server.wait_for_places(0)
+        if stream:
+            while "client gone" not in (said := capsys.readouterr().err):
+                time.sleep(0.01)
+            assert said.startswith("POST /v1/chat/completions 200")
         monkeypatch.setattr(Writer, "put", put)
         server.post(question(max_tokens=1))  # the thread is free
         assert len(written) < 400
