@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nanovlm"
 # From the top. A module imports from its own folder and from lower layers.
 LAYERS = (
-    ("report", "bench", "serve"),
+    ("report", "bench", "serve", "export"),
     ("memory",),  # bench estimates the time of the step that it simulates
     ("training",),
     ("evaluation",),  # training shows sample answers with their metrics

@@ -1,5 +1,6 @@
 """How a published model writes its conversations: its folder → `ChatConfig`."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from nanovlm.errors import NanoVLMError, quoted, see
 from nanovlm.inputs.chat import EMPTY_THINK, IMAGE_MARKER, ChatConfig
+from nanovlm.inputs.jinja import read_jinja
 from nanovlm.inputs.templates import TEMPLATES, TEXT_TEMPLATES, Template
 from nanovlm.tokenizer import Tokenizer
 from nanovlm.utils.config import check_number
@@ -52,7 +54,8 @@ def read_chat_config(
     The published template is a program, and is not run. Its outline has to be that of one of ours:
     the text that it writes around a turn of the user and of the assistant. Two more facts are read
     from it: the default system prompt, which stands in it word for word (Qwen2, Qwen2.5, SmolLM2,
-    Vicuna), and whether it has think blocks (Qwen3). Without a published template, `default` is
+    Vicuna), and whether it has think blocks (Qwen3). One that `write_jinja` wrote says all that
+    itself. Without a published template, `default` is
     taken, or the first of ours whose special tokens the tokenizer has. The end tokens are those of
     `generation_config.json`.
 
@@ -61,6 +64,8 @@ def read_chat_config(
     folder, special = Path(folder), tokenizer.special_tokens
     config = _read_if_there(folder / "tokenizer_config.json")
     source = _template_source(folder, config)
+    if (ours := read_jinja(source, tokenizer)) is not None:
+        return _with_end_ids(ours, folder, tokenizer)
     tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token")}
     outline = _outline(source, tokens)
     whole = None if source else default
@@ -75,17 +80,22 @@ def read_chat_config(
     if not fitting:
         raise _no_template(folder, "its chat template is another one")
     template = fitting[0]
-    end_of_turn = TEMPLATES[template].end_of_turn["assistant"]
     system = _default_system(TEMPLATES[template], source, outline)
     if _FIRST_QWEN_TOKEN in special and not source:
         system = _FIRST_QWEN_SYSTEM
-    return ChatConfig(
+    config = ChatConfig(
         template=template,
         image_token=next((token for token in _PLACEHOLDERS if token in special), IMAGE_MARKER),
         default_system=system,
         empty_think=EMPTY_THINK in outline,
-        end_ids=tuple(id for id in _end_ids(folder) if id != special[end_of_turn]),
     )
+    return _with_end_ids(config, folder, tokenizer)
+
+
+def _with_end_ids(config: ChatConfig, folder: Path, tokenizer: Tokenizer) -> ChatConfig:
+    end_of_turn = tokenizer.special_tokens[TEMPLATES[config.template].end_of_turn["assistant"]]
+    end_ids = tuple(id for id in _end_ids(folder) if id != end_of_turn)
+    return dataclasses.replace(config, end_ids=end_ids)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from nanovlm.hub.published.parts import Parts
 from nanovlm.hub.safetensors import Deferred, save_file
 from nanovlm.hub.shapes import find_model
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
+from nanovlm.inputs.chat import tile_frame
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig, build_projector
@@ -165,6 +166,10 @@ def join_parts(  # noqa: PLR0913 - two folders, then settings that callers name 
     encoder, tokenizer = load_vision_encoder(vision_encoder), load_tokenizer(language_model)
     chat = dataclasses.replace(read_chat_config(language_model, tokenizer), default_system=system)
     tokenizer.add_special_token(chat.image_token)
+    before, after = tile_frame(tokenizer)
+    if image.max_tiles is not None and before != after:
+        # As SmolVLM's processor writes images, which knows one token for both ends.
+        chat = dataclasses.replace(chat, tile_end=before)
     if language_config is None:
         language = load_language_model(language_model)
     else:

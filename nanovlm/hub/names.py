@@ -96,13 +96,18 @@ def translate(table: NameTable) -> Callable[[str], Target]:
     return ours
 
 
-def invert(table: NameTable) -> NameTable:
+def invert(table: NameTable) -> dict[str, str]:
     """The table from our names to published ones; where several exist, the first.
 
     Not for families that publish several of our tensors as one.
     """
-    pairs = reversed(list(table.items()))
-    return {ours: theirs for theirs, ours in pairs if isinstance(ours, str)}
+    inverse = {}
+    for theirs, target in reversed(list(table.items())):
+        if isinstance(target, Unsqueezed):
+            target = target.names[0]
+        if isinstance(target, str):
+            inverse[target] = theirs
+    return inverse
 
 
 def _with_bias(table: Mapping[str, Target], separator: str = ".") -> dict[str, Target]:
@@ -275,11 +280,13 @@ class Family:
     table: from their names to ours, or a function of the model's config that returns it.
     prefix: a pattern of what may precede a name; it depends on the class that saved the file.
     unused: shell-style patterns of names, without prefix, of other parts of the published model.
+    written: the prefix that a name gets when a whole model is written.
     """
 
     table: NameTable | Callable[[Any], NameTable]
     prefix: str = ""
     unused: tuple[str, ...] = ()
+    written: str = ""
 
     def names(self, config: Any) -> Callable[[str], Target]:
         """The function from a published name to ours, for a model of shape `config`."""
@@ -293,14 +300,23 @@ class Family:
 
         return name_map
 
+    def published_names(self) -> Callable[[str], str]:
+        """The function from our name to the one that a whole model is written with.
 
-_VISION_PREFIX = r"(vision_model\.)?"
+        Only for families with one table (`invert`).
+        """
+        assert not callable(self.table)
+        theirs = translate(invert(self.table))
+        return lambda name: f"{self.written}{theirs(name)}"
+
+
+_VISION_PREFIX = {"prefix": r"(vision_model\.)?", "written": "vision_model."}
 _SIGLIP = Family(
-    SIGLIP, _VISION_PREFIX, unused=("head.*", "text_model.*", "logit_scale", "logit_bias")
+    SIGLIP, **_VISION_PREFIX, unused=("head.*", "text_model.*", "logit_scale", "logit_bias")
 )
 _CLIP = Family(
     CLIP,
-    _VISION_PREFIX,
+    **_VISION_PREFIX,
     unused=("text_model.*", "text_projection.*", "visual_projection.*", "logit_scale"),
 )
 _SMOLVLM = Family(

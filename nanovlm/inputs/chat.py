@@ -25,6 +25,12 @@ TILE_FRAMES = (
 )
 
 
+def tile_frame(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The pair of TILE_FRAMES that `tokenizer` takes."""
+    special = tokenizer.special_tokens
+    return next(pair for pair in TILE_FRAMES if all(not it or it in special for it in pair))
+
+
 class ImageSlot:
     """The place of one image in a message."""
 
@@ -91,6 +97,7 @@ class ChatConfig:
     default_system: str | None = None  # for conversations without a system turn
     empty_think: bool = False  # Qwen3 with thinking off: the last answer opens with an empty block
     end_ids: tuple[int, ...] = ()  # tokens that end an answer besides the template's end of turn
+    tile_end: str | None = None  # after the last tile of an image; None: as in TILE_FRAMES
 
 
 _CONTROL_TOKEN = re.compile(r"<\|\w{1,40}\|>")  # as most families spell theirs
@@ -136,11 +143,8 @@ class Chat:
         # Whether the model writes a space before its answers, which is no part of them.
         self.space_opens_answer = self.template.before_text.get("assistant") == " "
         self._spellings = spelling_pattern(self.template.special)
-        self._tile_frame = next(
-            pair
-            for pair in TILE_FRAMES
-            if all(not token or token in tokenizer.special_tokens for token in pair)
-        )
+        before, after = tile_frame(tokenizer)
+        self.tile_frame = before, after if config.tile_end is None else config.tile_end
 
     def control_token(self, text: str) -> str:
         """A control token that a text spells, of this model or of another; "" if there is none.
@@ -256,7 +260,7 @@ class Chat:
         """
         if not image.rows:
             return [self.image_token_id] * image.length
-        before, after = self._tile_frame
+        before, after = self.tile_frame
         tile = self.config.image_token * image.length
         text = ""
         for row in range(1, image.rows + 1):

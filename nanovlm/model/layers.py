@@ -71,6 +71,10 @@ class LayerNorm(nn.LayerNorm):
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
+def _linear(hidden_states: Tensor) -> Tensor:
+    return hidden_states
+
+
 def _quick_gelu(hidden_states: Tensor) -> Tensor:
     return hidden_states * torch.sigmoid(1.702 * hidden_states)
 
@@ -80,6 +84,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names of publis
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
     "silu": F.silu,
+    "linear": _linear,
 }
 
 

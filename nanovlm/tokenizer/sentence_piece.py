@@ -39,7 +39,7 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
     raise ValueError("an integer does not end")
 
 
-def _fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def fields(message: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of the value of each field of a protocol-buffers message."""
     while start < end:
         key, start = _varint(message, start)
@@ -67,10 +67,10 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
     pieces, patched = [], bytearray(model)
     # add_dummy_prefix and remove_extra_whitespaces: true unless the model says otherwise.
     puts_space = {3: True, 4: True}
-    for part, start, end in _fields(model, 0, len(model)):
+    for part, start, end in fields(model, 0, len(model)):
         if part == 1:  # a piece
             piece, kind = "", 1
-            for field, first, last in _fields(model, start, end):
+            for field, first, last in fields(model, start, end):
                 if field == 1:
                     piece = model[first:last].decode()
                 elif field == 3:
@@ -80,7 +80,7 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, int]], bool, bytes]:
                 raise ValueError(f"{quoted(piece)} is not a byte")
             pieces.append((piece, kind))
         elif part == 3:  # the normalizer
-            for field, first, _ in _fields(model, start, end):
+            for field, first, _ in fields(model, start, end):
                 if field in puts_space:
                     puts_space[field] = bool(model[first])
     if not pieces:
@@ -100,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, model: bytes, added_tokens: dict[str, int] | None = None):
-        self._model = model
+        self.model = model
         try:
             self._pieces, self.puts_space, patched = _read_model(model)
             self._processor = SentencePieceProcessor(model_proto=patched)
@@ -194,4 +194,4 @@ class SentencePieceTokenizer(Tokenizer):
         """Write `tokenizer.model`, byte for byte as it was read, and `added_tokens.json`."""
         folder = Path(folder)
         write_atomically(folder / ADDED_TOKENS_FILE, json.dumps(self._added, ensure_ascii=False))
-        write_atomically(folder / MODEL_FILE, self._model)
+        write_atomically(folder / MODEL_FILE, self.model)

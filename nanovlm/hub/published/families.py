@@ -1,7 +1,6 @@
 """The families of published vision-language models, and reading a folder of one of them."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ class Family:
     """How a published family becomes our model.
 
     parse: its `config.json` → `Parts`.
-    names: a pattern of the beginning of a tensor's name → our part, and what replaces it.
+    names: the beginning of a tensor's name → our part, and what replaces it.
     template: the chat template of a folder that holds none; None: the tokenizer decides.
     """
 
@@ -39,13 +38,31 @@ class Family:
         }
 
         def ours(name: str) -> Target:
-            for pattern, (part, beginning) in self.names.items():
-                if match := re.match(pattern, name):
-                    target = maps[part](beginning + name[match.end() :])
+            for prefix, (part, beginning) in self.names.items():
+                if name.startswith(prefix):
+                    target = maps[part](beginning + name.removeprefix(prefix))
                     return renamed(target, lambda own, part=part: f"{part}.{own}")
             return name  # to be reported
 
         return ours
+
+    def published_names(self, parts: Parts) -> Callable[[str], str]:
+        """The inverse of `name_map`: from our name to the first that a file may use."""
+        maps: dict[str, Callable[[str], str]] = {
+            "vision_encoder": VISION_FAMILIES[parts.vision_type].published_names(),
+            "language_model": LANGUAGE_FAMILIES[parts.language_type].published_names(),
+            "projector": lambda name: name,
+        }
+
+        def theirs(name: str) -> str:
+            part, _, own = name.partition(".")
+            published = maps[part](own)
+            for prefix, (other, beginning) in self.names.items():
+                if other == part and published.startswith(beginning):
+                    return prefix + published.removeprefix(beginning)
+            raise KeyError(name)
+
+        return theirs
 
 
 _SMOLVLM = Family(smolvlm.parse_smolvlm, smolvlm.NAMES, template="smolvlm")

@@ -14,13 +14,18 @@ from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.model.projector import ProjectorConfig
 
 # Where a tensor is in our model: the part, and what replaces the beginning of its published name.
-# Newer folders begin the names with "model.", except for `lm_head`.
 NAMES = {
-    r"(model\.)?vision_tower\.": ("vision_encoder", ""),
-    r"(language_model\.)?lm_head\.": ("language_model", "lm_head."),
-    r"(model\.)?language_model\.(model\.)?": ("language_model", "model."),
-    r"(model\.)?multi_modal_projector\.linear_1\.": ("projector", "up."),
-    r"(model\.)?multi_modal_projector\.linear_2\.": ("projector", "down."),
+    "vision_tower.": ("vision_encoder", ""),
+    "language_model.model.": ("language_model", "model."),
+    "language_model.lm_head.": ("language_model", "lm_head."),
+    "multi_modal_projector.linear_1.": ("projector", "up."),
+    "multi_modal_projector.linear_2.": ("projector", "down."),
+    # In newer folders. What is written has the names above, which every version reads.
+    "model.vision_tower.": ("vision_encoder", ""),
+    "model.language_model.": ("language_model", "model."),
+    "lm_head.": ("language_model", "lm_head."),
+    "model.multi_modal_projector.linear_1.": ("projector", "up."),
+    "model.multi_modal_projector.linear_2.": ("projector", "down."),
 }
 _DEFAULTS: dict[str, Any] = dict(
     image_token_index=None,
@@ -33,7 +38,9 @@ _DEFAULTS: dict[str, Any] = dict(
 )
 # `image_seq_length` is what the image size and the patch size say.
 _IGNORED = ("ignore_index", "image_seq_length", "vocab_size")
-_FIRST_TOKENS = {"default": 1, "full": 0}  # by the strategy: the class token is left out, or not
+# The first token that is taken, and LLaVA's name of it: the class token is left out, or not.
+STRATEGIES = {1: "default", 0: "full"}
+_FIRST_TOKENS = {strategy: first for first, strategy in STRATEGIES.items()}
 
 
 def parse_llava(config: Mapping[str, Any]) -> Parts:

@@ -15,10 +15,10 @@ from nanovlm.model.projector import ProjectorConfig
 
 # Where a tensor is in our model: the part, and what replaces the beginning of its published name.
 NAMES = {
-    r"model\.vision_model\.": ("vision_encoder", ""),
-    r"model\.text_model\.": ("language_model", "model."),
-    r"lm_head\.": ("language_model", "lm_head."),
-    r"model\.connector\.modality_projection\.proj\.": ("projector", "linear."),
+    "model.vision_model.": ("vision_encoder", ""),
+    "model.text_model.": ("language_model", "model."),
+    "lm_head.": ("language_model", "lm_head."),
+    "model.connector.modality_projection.proj.": ("projector", "linear."),
 }
 _DEFAULTS: dict[str, Any] = dict(scale_factor=2, image_token_id=128257, tie_word_embeddings=False)
 # `image_seq_len` is what the image size, the patch size and the scale say.

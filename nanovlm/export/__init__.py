@@ -1,0 +1,1 @@
+"""`python -m nanovlm.export`: models as folders that other tools read."""
