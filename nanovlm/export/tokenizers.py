@@ -18,15 +18,17 @@ PADDING = ("<pad>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>")
 def write_tokenizer(chat: Chat, form: Form, folder: Path, max_length: int) -> None:
     """Write the tokenizer's files and `chat_template.jinja`.
 
-    `tokenizer.json` adds no tokens by itself: the chat template writes all of them.
+    The chat template writes all tokens of a conversation; `transformers` adds none before one that
+    begins with the tokenizer's first token.
     """
     tokenizer, path = chat.tokenizer, folder / "tokenizer.json"
     tokenizer.save(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
         document = to_tokenizer_json(tokenizer)
-    else:
+        write_atomically(path, json.dumps(document, ensure_ascii=False))
+    elif not chat.template.first:  # it stays as it came, but for tokens before every text
         document = read_json(path) | {"post_processor": None}
-    write_atomically(path, json.dumps(document, ensure_ascii=False))
+        write_atomically(path, json.dumps(document, ensure_ascii=False))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": form.processor["processor_class"],

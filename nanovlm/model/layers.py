@@ -71,7 +71,7 @@ class LayerNorm(nn.LayerNorm):
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-def _linear(hidden_states: Tensor) -> Tensor:
+def _identity(hidden_states: Tensor) -> Tensor:
     return hidden_states
 
 
@@ -84,7 +84,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names of publis
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
     "silu": F.silu,
-    "linear": _linear,
+    "linear": _identity,
 }
 
 

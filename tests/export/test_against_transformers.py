@@ -29,6 +29,7 @@ from nanovlm.hub.image_configs import read_image_config
 from nanovlm.hub.models import join_parts, load_model, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
+from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference import hub_folders
@@ -112,7 +113,13 @@ def parts(message: Message, images) -> list[dict[str, Any]]:
 
 
 def joined(
-    root: Path, vision: str, language: str, kind: str, layer: int = -1, **settings: Any
+    root: Path,
+    vision: str,
+    language: str,
+    kind: str,
+    layer: int = -1,
+    image_size: int = 28,
+    **settings: Any,
 ) -> VisionLanguageModel:
     """A random model of two published parts, joined as in training."""
     for name, writers in ((vision, hub_folders.VISION_ENCODERS), (language, LANGUAGE_MODELS)):
@@ -121,6 +128,8 @@ def joined(
             writers[name](root / name)
     torch.manual_seed(0)
     image = read_image_config(root / vision)
+    if image_size != 28:
+        image = ImageConfig(image_size, image_size, mean=image.mean, std=image.std)
     tiles = image.max_tiles is not None
     model = join_parts(
         root / vision,
@@ -274,6 +283,14 @@ def test_the_folder_read_back_gives_the_same(exported, name):
         _, batch = model.asked(conversation)
         own, read = logits(model.ours, batch), logits(again, batch)
         torch.testing.assert_close(read[..., : own.shape[-1]], own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("vision", "size"), [("siglip", 42), ("clip", 21), ("dinov2", 35)])
+def test_images_of_another_size_than_the_position_table(tmp_path, vision, size):
+    model = joined(tmp_path, vision, "qwen2", "mlp", -2, image_size=size)
+    save_model(model, tmp_path / "ours")
+    exported = export_and_load(model, tmp_path / "ours", tmp_path / "out")
+    check_same(exported, CONVERSATIONS[15])
 
 
 @pytest.mark.slow
