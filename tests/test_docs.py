@@ -54,6 +54,7 @@ PROGRAMS = (
     ("-m", "nanovlm.memory"),
     ("-m", "nanovlm.report"),
     ("-m", "nanovlm.serve"),
+    ("-m", "nanovlm.export"),
     ("-m", "data_tools.convert"),
     ("-m", "data_tools.check"),
     ("-m", "data_tools.mix"),

@@ -55,7 +55,7 @@ def _write(
 ) -> tuple[int, int]:
     """Write all but the card; returns the number of files of weights and their bytes."""
     kept = model.language_model.embed_tokens.weight.dtype
-    name = dtype or next(name for name, known in DTYPES.items() if known == kept)
+    name = dtype or next((name for name, known in DTYPES.items() if known == kept), "float32")
     tensors = published_tensors(model, form, DTYPES[name])
     write_json(folder / "config.json", {**form.config, "torch_dtype": name})
     write_json(folder / "preprocessor_config.json", form.image_processor)

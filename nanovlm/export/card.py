@@ -152,7 +152,7 @@ def _training(inputs: list[Path]) -> str:
     first = stages[0][1]
     begun = ""
     if first.get("vision_encoder") and first.get("language_model"):
-        vision, language = _short(first["vision_encoder"]), _short(first["language_model"])
+        vision, language = (_short(str(first[it])) for it in ("vision_encoder", "language_model"))
         begun = f"The first run began with `{vision}` and `{language}`. "
     note = (
         f"{begun}The loss is per labelled token, or pair, as the mean of the last {LAST_LINES} "
@@ -164,7 +164,7 @@ def _training(inputs: list[Path]) -> str:
 def _stages(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Run folders and their settings, from the last one back."""
     if (folder / CONFIG_FILE).exists() and not (folder.parent / "settings.toml").exists():
-        folder = Path(read_json(folder / CONFIG_FILE).get("base_model") or folder)
+        folder = Path(str(read_json(folder / CONFIG_FILE).get("base_model") or folder))
     seen: set[Path] = set()
     while len(seen) < MAX_STAGES and (run := folder.resolve().parent) not in seen:
         if not (run / "settings.toml").is_file():

@@ -36,6 +36,7 @@ def write_tokenizer(chat: Chat, form: Form, folder: Path, max_length: int) -> No
         "pad_token": padding_token(chat),
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "add_bos_token": False,
         "add_eos_token": False,

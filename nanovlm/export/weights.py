@@ -99,13 +99,18 @@ def _checked(name: str, tensor: Deferred) -> Deferred:
     def make() -> Tensor:
         values = tensor.make().detach()
         cast = values.to(tensor.dtype)
-        if not cast.isfinite().all():
+        if not _is_finite(cast):
             kind = str(tensor.dtype).removeprefix("torch.")
-            advice = "train again" if not values.isfinite().all() else "take --dtype bfloat16"
+            advice = "take --dtype bfloat16" if _is_finite(values) else "train again"
             raise NanoVLMError(f"{name}: holds values that are no numbers in {kind}; {advice}")
         return cast
 
     return Deferred(tensor.shape, tensor.dtype, make)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all are numbers; unlike `isfinite`, this takes no memory."""
+    return all(bool(it.isfinite()) for it in values.aminmax())
 
 
 def _unused_tensors(

@@ -92,10 +92,8 @@ def test_an_adapter_is_merged(call, folder, tmp_path):
     load_adapter(merged, tmp_path / "adapter")
     merge_adapters(merged)
     tensors = load_model(tmp_path / "out").state_dict()
-    assert not torch.equal(
-        merged.language_model.blocks[0].attention.q_proj.weight,
-        load_model(folder).language_model.blocks[0].attention.q_proj.weight,
-    )
+    name = "language_model.blocks.0.attention.q_proj.weight"
+    assert not torch.equal(merged.get_parameter(name), load_model(folder).get_parameter(name))
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=0)
 
@@ -103,19 +101,14 @@ def test_an_adapter_is_merged(call, folder, tmp_path):
 def test_what_is_there_stays(call, folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
+    out, adapter = tmp_path / "out", tmp_path / "full"
     cases = {
         "holds notes.txt already": (folder, "--out", tmp_path / "full"),
         "lies in a folder that this command reads": (folder, "--out", folder / "out"),
         "is read by this command": (folder, "--out", folder),
-        "there is no such folder": (tmp_path / "none", "--out", tmp_path / "out"),
-        "--shard-size 'big' is no size": (folder, "--out", tmp_path / "out", "--shard-size", "big"),
-        "no adapter.json": (
-            folder,
-            "--out",
-            tmp_path / "out",
-            "--merge-adapter",
-            tmp_path / "full",
-        ),
+        "there is no such folder": (tmp_path / "none", "--out", out),
+        "--shard-size 'big' is no size": (folder, "--out", out, "--shard-size", "big"),
+        "no adapter.json": (folder, "--out", out, "--merge-adapter", adapter),
         "--out": (folder,),
     }
     for message, arguments in cases.items():
@@ -128,7 +121,7 @@ def test_what_is_there_stays(call, folder, tmp_path):
 
 def test_a_value_beyond_float16_leaves_no_folder(call, folder, tmp_path):
     model = load_model(folder)
-    model.projector.up.weight.data[0, 0] = 1e5
+    model.get_parameter("projector.up.weight").data[0, 0] = 1e5
     save_model(model, tmp_path / "large")
     arguments = (tmp_path / "large", "--out", tmp_path / "out", "--dtype", "float16")
     result = call(export.main, *arguments)
@@ -192,6 +185,24 @@ def test_language_models_that_no_family_has_are_refused(model, monkeypatch, chan
     monkeypatch.setattr(model, "config", replace(model.config, language_model=language))
     with pytest.raises(NanoVLMError, match=message):
         published_form(model)
+
+
+def test_an_image_that_ends_otherwise_than_it_begins_is_refused(model, monkeypatch):
+    """As Qwen's tokens did in models of before."""
+    settings: dict[str, Any] = {
+        "vision_encoder": replace(model.config.vision_encoder, class_token=False),
+        "projector": ProjectorConfig("pixel_shuffle", bias=False),
+        "image": TILES,
+        "vision_norm": True,
+    }
+    monkeypatch.setattr(model, "config", replace(model.config, **settings))
+    for frame, message in (
+        (("<|vision_start|>", "<|vision_end|>"), r"ends an image with '<\|vision_end\|>'"),
+        (("", ""), "has no token before a tile"),
+    ):
+        monkeypatch.setattr(model.chat, "tile_frame", frame)
+        with pytest.raises(NanoVLMError, match=message):
+            published_form(model)
 
 
 def test_settings_that_change_no_forward_pass_are_no_obstacle(model, monkeypatch):
