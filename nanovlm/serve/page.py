@@ -15,6 +15,7 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.themes import Default as Theme
 
+from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Sampling
 from nanovlm.inputs.chat import IMAGE, ImageSlot, Message
 from nanovlm.serve.guard import same
@@ -26,7 +27,8 @@ from nanovlm.utils.files import read_bytes
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FONTS = ("system-ui", "sans-serif")  # of the machine: Gradio's themes would ask Google for theirs
-HOUR = 3600
+HOUR, DAY = 3600, 24 * 3600
+LONGEST = 128  # tokens of an answer, where the user does not say
 # What the page says beyond Gradio's own words, by the browser's language.
 TEXTS = {
     "en": {
@@ -110,7 +112,7 @@ class Page:
 
     def _blocks(self, i18n: gr.I18n, limits: Limits) -> gr.Blocks:
         sampling = [
-            gr.Slider(1, limits.tokens, min(128, limits.tokens), step=1, label=i18n("tokens")),
+            gr.Slider(1, limits.tokens, min(LONGEST, limits.tokens), step=1, label=i18n("tokens")),
             gr.Slider(0, 2, 0, step=0.05, label=i18n("temperature")),
             gr.Slider(0.05, 1, 1, step=0.05, label=i18n("top_p")),
             gr.Number(0, precision=0, label=i18n("seed")),
@@ -136,7 +138,7 @@ class Page:
             title=self.name,
             save_history=True,
             concurrency_limit=limits.queue,
-            delete_cache=(HOUR, HOUR),
+            delete_cache=(HOUR, DAY),
             analytics_enabled=False,
             api_visibility="private",
         )
@@ -147,7 +149,7 @@ class Page:
         return chat
 
     async def answer(
-        self, message: dict[str, Any], history: list[dict], *sampling: float
+        self, message: dict[str, Any], history: list[dict], *sampling: float | None
     ) -> AsyncIterator[list[gr.ChatMessage]]:
         """The answer so far, again and again, and in the end the speed below it."""
         turns = [*history, {"role": "user", "content": _content(message)}]
@@ -166,6 +168,9 @@ class Page:
         except RequestError as error:
             status = f"refused ({error.code or error.status})"
             yield [_problem(error.message)]
+        except NanoVLMError as error:  # of a number
+            status = "refused"
+            yield [_problem(str(error))]
         except TimeoutError:
             status = "too slow"
             seconds = self.queue.limits.seconds
@@ -181,7 +186,7 @@ class Page:
         line = f"<small>{self.name} · {tokens} tokens · {tokens / seconds:.0f} tokens/s</small>"
         return gr.ChatMessage(line, metadata={"id": SPEED})
 
-    def _question(self, turns: list[dict], *sampling: float) -> Question:
+    def _question(self, turns: list[dict], *sampling: float | None) -> Question:
         """The conversation as the model reads it: without speeds, and what was not answered."""
         read: list[tuple[Message, list[str]]] = []
         for turn in turns:
@@ -192,12 +197,12 @@ class Page:
                 read.append(_read_turn(turn))
         paths = [path for _, found in read for path in found]
         check_image_count(len(paths), self.queue.limits)
-        tokens, temperature, top_p, seed = sampling
+        tokens, temperature, top_p, seed = sampling  # None where a field is empty
         return Question(
             [message for message, _ in read],
             [self._file(path) for path in paths],
-            int(tokens),
-            Sampling(temperature, top_p, seed=int(seed)),
+            min(int(tokens or LONGEST), self.queue.limits.tokens),
+            Sampling(temperature or 0.0, top_p or 1.0, seed=int(seed or 0)),
         )
 
     def _file(self, path: str) -> bytes:
@@ -205,7 +210,10 @@ class Page:
         folders = (Path(uploads()).resolve(), ASSETS.resolve())
         if not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
             raise RequestError("an image that was not uploaded here")
-        return read_bytes(path, self.queue.limits.body_bytes)
+        try:
+            return read_bytes(path, self.queue.limits.body_bytes)
+        except NanoVLMError:
+            raise RequestError("an image is not here any more; start anew with it") from None
 
 
 def _read_turn(turn: dict[str, Any]) -> tuple[Message, list[str]]:

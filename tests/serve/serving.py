@@ -91,8 +91,12 @@ class Gate:
         self._open.set()
 
 
+def uri_of(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
 def data_uri(name: str = "scene.png") -> str:
-    return f"data:image/png;base64,{base64.b64encode((ASSETS / name).read_bytes()).decode()}"
+    return uri_of((ASSETS / name).read_bytes())
 
 
 def image_part(url: str | None = None) -> dict:

@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.serving import image_part, question
-from tests.serve.test_safety import MALFORMED, malformed, uri_of
+from tests.serve.malformed import MALFORMED, malformed
+from tests.serve.serving import image_part, question, uri_of
 
 CLIENTS, ROUNDS = 200, 3
 ASKED = ("描述图片", "How many objects are there?", "图中有几个物体？", "Describe the image.")

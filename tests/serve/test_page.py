@@ -1,5 +1,6 @@
 """The chat page: in a real browser where there is one, and what its part of the server refuses."""
 
+import asyncio
 import shutil
 import time
 
@@ -8,7 +9,9 @@ import pytest
 pytest.importorskip("gradio", reason="python -m pip install -r requirements-web.txt")
 
 from nanovlm.engine.answering import Writer
+from nanovlm.generate import Sampling
 from nanovlm.serve.limits import Limits
+from nanovlm.serve.page import Page, uploads
 from nanovlm.serve.server import Site
 from tests.serve.serving import ASSETS, DESCRIPTION, NAME, served
 
@@ -71,6 +74,23 @@ def test_no_path_on_disk_can_be_named(server, path):
         for name, data in (("_clear_and_save", [message]), ("_append", [message, history])):
             said = call(client, name, *data)
             assert '"success":false' in said.replace(" ", "") or "error" in said, said
+
+
+def test_an_empty_field_and_an_image_that_is_gone_are_no_tracebacks(server):
+    page = Page(server.server.queue, NAME)
+    asked = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+    question = page._question([asked], None, None, None, None)
+    assert (question.max_new_tokens, question.sampling) == (128, Sampling())
+    assert page._question([asked], 10**6, 0, 1, 0).max_new_tokens == 512
+
+    async def answer(message: dict, seed: float) -> str:
+        (said,) = [each async for each in page.answer(message, [], 10, 0, 1, seed)]
+        return said[0].content
+
+    gone = {"text": "?", "files": [f"{uploads()}/gone.png"]}
+    assert "not here any more" in asyncio.run(answer(gone, 0))
+    assert "not uploaded here" in asyncio.run(answer({"files": ["/etc/passwd"]}, 0))
+    assert "seed" in asyncio.run(answer({"text": "?"}, 1e30))
 
 
 def test_the_page_asks_for_the_key(model):
@@ -199,6 +219,7 @@ def test_an_error_is_shown_and_the_next_question_answered(page):
 def test_a_photo_is_taken(page):
     page.get_by_text("摄像头").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
     page.get_by_label("capture photo").click()
     page.wait_for_selector(".thumbnails > *:nth-child(1)")
     ask(page, "有几个物体？")
