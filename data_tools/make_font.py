@@ -37,7 +37,7 @@ SYMBOLS, LEVEL_1 = range(0xA1, 0xAA), range(0xB0, 0xD8)  # rows of GB 2312, as i
 LATIN = [*range(0x20, 0x7F), *range(0xA0, 0x100)]
 # What text has today where GB 2312's table means another dash or dot, and other common marks.
 MARKS = "‐‑‒–—―‘’‚“”„†‡•…‰′″‹›€™−"
-WORDS = "〇熵橄榄"  # characters of our documentation beyond GB 2312's first level
+WORDS = "〇熵橄榄浏"  # characters of our documentation beyond GB 2312's first level
 # Tables for vertical text, kerning and other forms of a character: pictures use none of them.
 UNUSED_TABLES = ["BASE", "GPOS", "GSUB", "VORG", "vhea", "vmtx"]
 

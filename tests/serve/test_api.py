@@ -5,8 +5,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
+
+pytest.importorskip("fastapi", reason="python -m pip install -r requirements-web.txt")
+pytest.importorskip("openai", reason="python -m pip install -r requirements-dev.txt")
+
+import openai
 
 from nanovlm.serve.limits import Limits
 from tests.pages import REPOSITORY, TEXTS, code_blocks

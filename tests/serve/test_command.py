@@ -8,6 +8,8 @@ import socket
 import pytest
 import torch
 
+pytest.importorskip("fastapi", reason="python -m pip install -r requirements-web.txt")
+
 from nanovlm.serve.__main__ import main
 from nanovlm.utils import device
 from tests.serve.serving import ASSETS, DESCRIPTION, Served, question

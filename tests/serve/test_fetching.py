@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+pytest.importorskip("fastapi", reason="python -m pip install -r requirements-web.txt")
+
 from nanovlm.errors import NanoVLMError
 from nanovlm.serve import images
 from nanovlm.serve.images import fetch, is_public

@@ -15,8 +15,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import pytest
+
+pytest.importorskip("fastapi", reason="python -m pip install -r requirements-web.txt")
+
+import httpx
 
 from tests.serve.malformed import MALFORMED, malformed
 from tests.serve.serving import image_part, question, uri_of

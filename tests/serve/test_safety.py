@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+pytest.importorskip("fastapi", reason="python -m pip install -r requirements-web.txt")
+
 from nanovlm.engine.answering import Writer
 from nanovlm.inputs import image as image_module
 from nanovlm.serve import app
