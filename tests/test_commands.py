@@ -94,8 +94,8 @@ def test_the_answer_alone_is_on_stdout(tiny, image, ask):
 def test_none_one_and_several_images_each_open_the_question(image, ask, monkeypatch):
     asked, load = [], loading.load_model
 
-    def loaded(*arguments):
-        model = load(*arguments)
+    def loaded(*arguments, **options):
+        model = load(*arguments, **options)
         chat = model.chat.encode
         monkeypatch.setattr(
             model.chat,
