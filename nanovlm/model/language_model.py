@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,7 @@ class LanguageModel(nn.Module):
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.quantized_head: nn.Module | None = None  # for answers (`engine/weight_only.py`)
+        self.quantized_head: Any = None  # a module of `engine/weight_only.py`, for answers
         self.apply(_initialise)
         if config.norm == "layer":  # as in GPT-2: residual branches start smaller in deep models
             for name, parameter in self.blocks.named_parameters():
