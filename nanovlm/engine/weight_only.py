@@ -17,6 +17,8 @@ from nanovlm.model.language_model import LanguageModel
 GROUP = 32  # weights of a row that share a scale and an offset, in 4 bits
 MIDDLE = 8  # the code of the offset itself
 KINDS = ("int8", "int4")
+# Layers that get the same input, in the order in which a block calls them: one product serves them.
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 # Rows of a block of 4-bit codes, and whether the two of a byte are neighbours. PyTorch's kernel
 # takes the first order where a CPU has AVX-512, the second with AVX2, and another elsewhere.
 LAYOUTS = (64, False), (32, False), (32, True), (16, True)
@@ -121,6 +123,43 @@ class Int4WeightOnly(WeightOnlyLinear):
         return outputs[:, : self.out_features]
 
 
+class JoinedLinear(nn.Module):
+    """Several layers of one input as one, whose output is kept until the last of them is called."""
+
+    def __init__(self, layer: WeightOnlyLinear, sizes: list[int]) -> None:
+        """`sizes` are the rows of each in `layer`."""
+        super().__init__()
+        self.layer, self.sizes = layer, sizes
+        self.inputs: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def output(self, inputs: Tensor, index: int) -> Tensor:
+        """That of the layer `index`; the first is called first, and all with the same tensor."""
+        if index == 0:
+            self.inputs, self.outputs = inputs, self.layer(inputs).split(self.sizes, dim=-1)
+        assert self.inputs is inputs, "the layers of a JoinedLinear have one input"
+        output = self.outputs[index]
+        if index == len(self.sizes) - 1:
+            self.inputs, self.outputs = None, ()
+        return output
+
+
+class LinearPart(nn.Module):
+    """One of the layers of a JoinedLinear."""
+
+    def __init__(self, joined: JoinedLinear, index: int) -> None:
+        super().__init__()
+        self.joined, self.index = joined, index
+
+    def dequantize(self) -> Tensor:
+        """The matrix (out_features, in_features)."""
+        return self.joined.layer.dequantize().split(self.joined.sizes)[self.index]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        return self.joined.output(inputs, self.index)
+
+
 class Int8Embedding(nn.Module):
     """An embedding table in 8 bits, which may be the output head, too."""
 
@@ -141,18 +180,40 @@ def quantize_for_answers(model: LanguageModel, kind: str, dtype: torch.dtype) ->
 
     Each matrix is released before the next one is read, so that a mapped file is never copied.
     """
+
+    def quantized(linear: nn.Linear) -> WeightOnlyLinear:
+        fits = linear.in_features % GROUP == 0
+        return (Int4WeightOnly if kind == "int4" and fits else Int8WeightOnly)(linear, dtype)
+
     for parent in list(model.blocks.modules()):
+        for names in SAME_INPUT:
+            children = [getattr(parent, name, None) for name in names]
+            linears = [child for child in children if type(child) is nn.Linear]
+            if len(linears) == len(names):
+                sizes = [linear.out_features for linear in linears]
+                joined = JoinedLinear(quantized(_join(linears)), sizes)
+                for index, name in enumerate(names):
+                    setattr(parent, name, LinearPart(joined, index))
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                fits = child.in_features % GROUP == 0
-                layer = Int4WeightOnly if kind == "int4" and fits else Int8WeightOnly
-                setattr(parent, name, layer(child, dtype))
+                setattr(parent, name, quantized(child))
     tied = model.config.tie_word_embeddings
     table = _table(model.embed_tokens.weight, dtype)
     model.quantized_head = table if tied else _table(model.lm_head.weight, dtype)
     model.embed_tokens = Int8Embedding(table)  # pyright: ignore[reportAttributeAccessIssue]
     if not tied:
         del model.lm_head
+
+
+def _join(linears: list[nn.Linear]) -> nn.Linear:
+    """One layer with the rows of all."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if biases:
+        joined.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), False)
+    return joined
 
 
 def _table(weight: Tensor, dtype: torch.dtype) -> Int8WeightOnly:

@@ -13,6 +13,8 @@ from nanovlm.engine.weight_only import (
     LAYOUTS,
     Int4WeightOnly,
     Int8WeightOnly,
+    LinearPart,
+    WeightOnlyLinear,
     kernel_layout,
     pack,
     quantize_for_answers,
@@ -116,9 +118,9 @@ def test_a_model_computes_with_what_its_layers_decode(kind, tied):
     quantized = copy.deepcopy(original)
     quantize_for_answers(quantized, kind, torch.float32)
     decoded = copy.deepcopy(original)
-    for name, layer in quantized.blocks.named_modules():
-        if hasattr(layer, "dequantize"):
-            decoded.blocks.get_submodule(name).weight.data = layer.dequantize()
+    for name, linear in decoded.blocks.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.data = quantized.blocks.get_submodule(name).dequantize()
     decoded.embed_tokens.weight.data = quantized.embed_tokens.table.dequantize()
     if not tied:
         decoded.lm_head.weight.data = quantized.quantized_head.dequantize()
@@ -129,6 +131,19 @@ def test_a_model_computes_with_what_its_layers_decode(kind, tied):
     assert tokens == list(decode(decoded, Prompt(decoded.embed_tokens(ids), ids), 8, []))
 
 
+def test_layers_of_one_input_are_one_product_and_keep_nothing():
+    quantized = model()
+    quantize_for_answers(quantized, "int8", torch.float32)
+    parts = [layer for layer in quantized.modules() if isinstance(layer, LinearPart)]
+    assert len(parts) == 2 * (3 + 2) and len({id(part.joined) for part in parts}) == 2 * 2
+    quantized(torch.randint(0, 300, (1, 7)))
+    assert not any(part.joined.outputs or part.joined.inputs is not None for part in parts)
+    first, second = parts[:2]
+    first(torch.randn(1, 64))
+    with pytest.raises(AssertionError, match="have one input"):
+        second(torch.randn(1, 64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_matrix_stays_in_many_bits(kind):
     changes = dict(num_experts=2, intermediate_size=100, tie_word_embeddings=False)
@@ -137,7 +152,8 @@ def test_no_matrix_stays_in_many_bits(kind):
     quantize_for_answers(quantized, kind, torch.float32)
     left = {name for name, value in quantized.named_parameters() if value.dim() > 1}
     assert all("router" in name or "gate" in name for name in left), left
-    kinds = {type(layer) for layer in quantized.blocks.modules() if hasattr(layer, "dequantize")}
+    layers = [layer for layer in quantized.blocks.modules() if isinstance(layer, WeightOnlyLinear)]
+    kinds = set(map(type, layers))
     # 100 inputs are no whole groups of 32: those matrices take 8 bits.
     assert kinds == ({Int4WeightOnly, Int8WeightOnly} if kind == "int4" else {Int8WeightOnly})
     tensors = (*quantized.parameters(), *quantized.buffers())
