@@ -20,6 +20,7 @@ from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.collate import collate
 from nanovlm.data.records import read_records
 from nanovlm.data.sequences import TokenSequence
+from nanovlm.engine.conversation import Conversation
 from nanovlm.evaluation import answers
 from nanovlm.evaluation.answers import answer_records
 from nanovlm.generate import Prompt, decode, generate
@@ -182,7 +183,9 @@ def test_training_evaluation_and_infer_show_the_model_the_same(toy: Toy, images:
     monkeypatch.setattr(
         answers, "generate", lambda model, batch, *rest: asked.append(batch) or [[]]
     )
-    monkeypatch.setattr(infer, "generate", lambda model, batch, *rest: asked.append(batch) or [[]])
+    monkeypatch.setattr(
+        Conversation, "generate", lambda conversation, batch, *rest: asked.append(batch) or []
+    )
     list(answer_records(toy.model, records))
     monkeypatch.setattr(
         sys,

@@ -10,6 +10,7 @@ from PIL import Image
 import infer
 import train_stage2
 from nanovlm.data.collate import prepare
+from nanovlm.engine.conversation import Conversation
 from nanovlm.evaluation import __main__ as evaluation
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE, Message
@@ -70,12 +71,12 @@ def test_the_space_before_an_answer_is_not_shown(folder, call, monkeypatch):
     model = load_model(folder / NAMES[0])
     ids = [*model.tokenizer.encode(" A girl"), model.chat.end_of_turn_id]
 
-    def written(model, batch, max_new_tokens, sampling, on_tokens):
+    def written(conversation, batch, max_new_tokens, sampling, on_tokens):
         for id in ids[:-1]:
             on_tokens([id])
-        return [ids[:-1]]
+        return ids[:-1]
 
-    monkeypatch.setattr(infer, "generate", written)
+    monkeypatch.setattr(Conversation, "generate", written)
     done = call(infer.main, folder / "photo.jpg", "描述图片", "--model", folder / NAMES[0])
     assert done.stdout == "A girl\n"
     # In a record as in an answer, the space is the model's to write.
