@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nanovlm.data.collate import prepare
 from nanovlm.engine.conversation import Conversation
-from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.engine.loading import add_folder_flag, add_model_flags, load_chosen
 from nanovlm.engine.many import IMAGE_SUFFIXES, answer_all, read_questions
 from nanovlm.errors import NanoVLMError, see
 from nanovlm.generate import Sampling, TextStreamer
@@ -29,9 +29,7 @@ from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.outputs import check_new_file
 from nanovlm.utils.parser import CommandParser
 
-TRAINED = Path("runs/stage2/model")
 MAX_PROMPT = 2**20  # bytes of a line on stdin, which may come from a file or a device
-SHIPPED = Path(__file__).parent / "nanovlm/assets/tiny-vlm"
 
 
 def main() -> None:
@@ -62,7 +60,7 @@ def _answer_many(arguments: argparse.Namespace, sampling: Sampling) -> None:
         raise NanoVLMError("--batch writes a file of answers; name it with --out answers.jsonl")
     questions = read_questions(arguments.batch, arguments.prompt)
     check_new_file(arguments.out, "--out", [arguments.batch])
-    model = _load_model(arguments)
+    _, model = load_chosen(arguments)
     _check_prompt(arguments.prompt or "", model)
     answer_all(model, questions, arguments.out, arguments.max_new_tokens, sampling)
 
@@ -71,7 +69,7 @@ def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
     """Answer on stdout."""
     image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
     images = [open_image(os.path.expanduser(path)) for path in image_paths]
-    model = _load_model(arguments)
+    _, model = load_chosen(arguments)
     if prompt is not None:
         _check_prompt(prompt, model)
 
@@ -178,21 +176,6 @@ def _read_prompt() -> str:
     return text
 
 
-def _load_model(arguments: argparse.Namespace) -> VisionLanguageModel:
-    """The model that --model names, else the one trained here, else the shipped one.
-
-    Which of them it is goes to stderr.
-    """
-    folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
-    model = load_for_answers(folder, arguments)
-    if folder == SHIPPED:
-        say(
-            "this is the shipped tiny model: it only knows its toy world of coloured shapes "
-            "(data_tools/make_scenes.py)"
-        )
-    return model
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(
         description="Ask a vision-language model. Answers go to stdout, everything else to stderr.",
@@ -204,12 +187,7 @@ def _parser() -> CommandParser:
         metavar="IMAGE… PROMPT",
         help="image files, then the question; images may be left out",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help=f"model folder, trained here or published (default: {TRAINED}, else the shipped one)",
-    )
+    add_folder_flag(parser)
     parser.add_argument(
         "--chat", action="store_true", help="keep the conversation going; an empty line ends it"
     )

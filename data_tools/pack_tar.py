@@ -129,11 +129,11 @@ def member_name(written: str, path: Path) -> str:
     return str(inside)
 
 
-def read_image_file(path: Path) -> bytes:
+def read_image_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     """The bytes of an image: of a file, of a tar file's member, or of the record itself."""
     if data_uri.is_data_uri(path):
         return data_uri.read(path)
-    return archive.read_member(path) if archive.is_member(path) else read_bytes(path, MAX_BYTES)
+    return archive.read_member(path) if archive.is_member(path) else read_bytes(path, limit)
 
 
 def add_image(tar: tarfile.TarFile, member: str, path: Path) -> None:

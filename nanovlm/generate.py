@@ -51,6 +51,13 @@ class Prompt:
     groups: Tensor | None = None  # (B, T), as there
     cache: KVCache | None = None  # with room for the answer, too
 
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: VisionLanguageModel, batch: Batch) -> "Prompt":
+        """The rows of `batch`, read from the beginning."""
+        groups = model.image_groups(batch)
+        return cls(model.embed(batch), batch.input_ids, batch.attention_mask, groups)
+
     def last_tokens(self) -> Tensor:
         """The index of each row's last token that is not padding, (B,)."""
         rows, length = self.input_ids.shape
@@ -100,10 +107,7 @@ def generate(
     Rows may be padded on either side. `on_tokens` is called with the B tokens of each step as they
     come, -1 for rows that have ended.
     """
-    with torch.inference_mode():
-        groups = model.image_groups(batch)
-        prompt = Prompt(model.embed(batch), batch.input_ids, batch.attention_mask, groups)
-    return complete(model, prompt, max_new_tokens, sampling, on_tokens)
+    return complete(model, Prompt.of(model, batch), max_new_tokens, sampling, on_tokens)
 
 
 def complete(

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from data_tools.pack_tar import read_image_file
 from nanovlm.data.records import image_path
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.inputs import archive, data_uri
 from nanovlm.inputs.image import open_image
-from nanovlm.utils.files import open_regular, read_bytes
+from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 MAX_IMAGE = 2**26  # bytes of an image in an archive or a table; a photo has a few million
@@ -224,9 +225,7 @@ def _read(place: Path | Member | bytes) -> bytes:
         return place
     if isinstance(place, Member):
         return place.read()
-    if data_uri.is_data_uri(place):
-        return data_uri.read(place)
-    return archive.read_member(place) if archive.is_member(place) else read_bytes(place, MAX_IMAGE)
+    return read_image_file(place, MAX_IMAGE)
 
 
 def _check_size(data: bytes) -> None:

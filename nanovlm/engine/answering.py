@@ -13,7 +13,6 @@ from nanovlm.data.collate import collate, encode
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
 from nanovlm.generate import Prompt, Sampling, TextStreamer, decode
-from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import Message
 from nanovlm.model.vlm import VisionLanguageModel
 
@@ -132,8 +131,7 @@ def _answer(model: VisionLanguageModel, writers: Sequence[Writer]) -> None:
     batch = collate(sequences, model.chat.image_token_id, tiles, pad_left=True)
     if len(writers) == 1:
         batch.attention_mask = None
-    with torch.inference_mode():
-        prompt = _prompt(model, batch.to(next(model.parameters()).device))
+    prompt = Prompt.of(model, batch.to(next(model.parameters()).device))
     longest = max(writer.request.max_new_tokens for writer in writers)
     samplings = [writer.request.sampling for writer in writers]
     steps = decode(model.language_model, prompt, longest, model.chat.stop_ids, samplings)
@@ -144,11 +142,6 @@ def _answer(model: VisionLanguageModel, writers: Sequence[Writer]) -> None:
             tokens = steps.send(ended)
         except StopIteration:
             return
-
-
-def _prompt(model: VisionLanguageModel, batch: Batch) -> Prompt:
-    embeddings, groups = model.embed(batch), model.image_groups(batch)
-    return Prompt(embeddings, batch.input_ids, batch.attention_mask, groups)
 
 
 def _fitting(model: VisionLanguageModel, writers: Sequence[Writer]) -> list[list[Writer]]:

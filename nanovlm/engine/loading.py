@@ -24,7 +24,34 @@ from nanovlm.utils.device import (
     choose_dtype,
 )
 
+TRAINED = Path("runs/stage2/model")
+SHIPPED = Path(__file__).parents[1] / "assets/tiny-vlm"
 BYTES = {"int8": 1.0, "int4": 0.5}  # of a weight, at least
+
+
+def add_folder_flag(parser: argparse._ActionsContainer) -> None:
+    """Give a parser the flag `--model`, for `load_chosen`."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help=f"model folder, trained here or published (default: {TRAINED}, else the shipped one)",
+    )
+
+
+def load_chosen(arguments: argparse.Namespace) -> tuple[Path, VisionLanguageModel]:
+    """The model that --model names, else the one trained here, else the shipped one; its folder.
+
+    Which of them it is goes to stderr.
+    """
+    folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
+    model = load_for_answers(folder, arguments)
+    if folder == SHIPPED:
+        say(
+            "this is the shipped tiny model: it only knows its toy world of coloured shapes "
+            "(data_tools/make_scenes.py)"
+        )
+    return folder, model
 
 
 def add_model_flags(parser: argparse._ActionsContainer) -> None:

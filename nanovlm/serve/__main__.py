@@ -13,13 +13,11 @@ import os
 import signal
 from pathlib import Path
 
-from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.engine.loading import add_folder_flag, add_model_flags, load_chosen
 from nanovlm.errors import NanoVLMError
 from nanovlm.serve.limits import Limits
 from nanovlm.utils.parser import CommandParser
 
-TRAINED = Path("runs/stage2/model")
-SHIPPED = Path(__file__).parents[1] / "assets/tiny-vlm"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_VARIABLE = "NANOVLM_API_KEY"
 INSTALL = "python -m pip install -r requirements-web.txt"
@@ -43,13 +41,7 @@ def main() -> None:
             raise
         raise NanoVLMError(f"the server needs {error.name}; install it with  {INSTALL}") from None
     listener = listen(arguments.host, arguments.port)  # before the model takes its time
-    folder = arguments.model or (TRAINED if TRAINED.exists() else SHIPPED)
-    model = load_for_answers(folder, arguments)
-    if folder == SHIPPED:
-        say(
-            "this is the shipped tiny model: it only knows its toy world of coloured shapes "
-            "(data_tools/make_scenes.py)"
-        )
+    folder, model = load_chosen(arguments)
     name = arguments.name or _name(folder)
     site = Site(name, api_key, is_local, tuple(arguments.cors), page=not arguments.no_page)
     port = listener.getsockname()[1]
@@ -88,12 +80,7 @@ def _parser() -> CommandParser:
         prog="python -m nanovlm.serve",
         description="Serve a model: a chat page at / and OpenAI's API under /v1.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help=f"model folder, trained here or published (default: {TRAINED}, else the shipped one)",
-    )
+    add_folder_flag(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="what clients call the model (default: its folder)"
     )
