@@ -95,7 +95,7 @@ class RecordEncoder:
 
     def encode(self, record: Record, options: BatchOptions) -> tuple[TokenSequence, bool]:
         """The conversation, cut at the end where it is too long; its images are never cut."""
-        images = [self._image_tokens(path) for path in record.images]
+        images = [self.image_tokens(path) for path in record.images]
         sample = self.chat.encode(record.messages, images)
         limit, flag = options.sample_limit
         is_cut = len(sample.input_ids) > limit
@@ -112,7 +112,7 @@ class RecordEncoder:
     def finish(self, batch: Batch, sequences: Sequence[TokenSequence]) -> Batch:
         return batch
 
-    def _image_tokens(self, path: Path) -> ImageTokens:
+    def image_tokens(self, path: Path) -> ImageTokens:
         """The placeholders of an image.
 
         Where it is cut into tiles, they depend on its size, which is read from the file's header.

@@ -7,7 +7,7 @@ from torch import nn
 
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
-from nanovlm.memory.shapes import prepared, random_batch
+from nanovlm.memory.shapes import any_words, prepared, random_batch
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
@@ -78,7 +78,7 @@ def take_step(
     begin: Callable[[str], None] = lambda moment: None,
 ) -> None:
     """One step. `begin` is told when a moment of it begins."""
-    objective = objective_of(settings)
+    objective = objective_of(settings, model, any_words(model, settings))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for _ in range(settings.accumulate):
         begin("loading")

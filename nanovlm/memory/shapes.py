@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanovlm.data.preferences import PairBatch
+from nanovlm.data.words import Vocabulary, WordBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import read_model_config
 from nanovlm.hub.toy import toy_model
@@ -36,6 +37,11 @@ def batch_shape(config: VLMConfig, settings: Settings, tokens: int | None = None
     image_length, pairs = skeleton(config).max_image_length, settings.objective == "dpo"
     text_tokens = TEXT_TOKENS // 2 * 3 if pairs else TEXT_TOKENS
     images_per_row = 1
+    if settings.objective == "words":
+        rows, tiles = settings.batch_size, config.image.max_tiles_per_image
+        words = min(settings.max_words, config.language_model.vocab_size)
+        cached = settings.cache_features
+        return BatchShape(rows, image_length, rows * tiles, 0, cached_features=cached, words=words)
     if tokens:
         rows, length = settings.batch_size, tokens
     elif settings.pack:
@@ -93,10 +99,19 @@ def random_batch(
     elif shape.images:
         image = config.image
         tensors["pixels"] = torch.randn(shape.images, 3, image.height, image.width)
+    if shape.words:
+        shares, lengths = torch.rand(rows, shape.words), (length,) * rows
+        return WordBatch(**tensors, shares=shares, lengths=lengths)
     if not shape.pairs:
         return Batch(**tensors)
     lengths = torch.full((2 * shape.pairs,), shape.targets // shape.pairs // 2)
     return PairBatch(**tensors, lengths=lengths, reference=torch.zeros(shape.pairs, 2))
+
+
+def any_words(model: VisionLanguageModel, settings: Settings) -> Vocabulary:
+    """As many words as `settings` can have to learn: the data decide which they are."""
+    count = min(settings.max_words, model.config.language_model.vocab_size)
+    return Vocabulary(range(count), [0.5] * count)
 
 
 def model_config(settings: Settings) -> VLMConfig:

@@ -45,6 +45,11 @@ class Projector(nn.Module):
         """K, the visual tokens that `num_patches` become; an error where they cannot be taken."""
         return num_patches
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the visual tokens: scaled, it scales them."""
+        return [module for module in self.modules() if isinstance(module, nn.Linear)][-1]
+
 
 class LinearProjector(Projector):
     """One matrix, one token a patch (LLaVA: Liu et al. 2023)."""

@@ -28,6 +28,7 @@ from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.quantization import quantize_
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import freeze
+from nanovlm.training.objectives import add_scale
 from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.parser import flag
@@ -81,6 +82,8 @@ def set_up(model: VisionLanguageModel, settings: Settings, device: torch.device)
         quantize_(model.language_model.blocks, settings.quantize, device)
     if settings.lora_rank:
         add_adapters(model.language_model, lora_config(settings))
+    if settings.objective == "words":
+        add_scale(model)
     freeze(model, settings)
 
 

@@ -41,7 +41,8 @@ from nanovlm.training.monitor.log import RunLog
 from nanovlm.training.monitor.samples import Samples
 from nanovlm.training.monitor.skipped import Skipped
 from nanovlm.training.monitor.tracking import Tracker
-from nanovlm.training.objectives import Objective
+from nanovlm.training.monitor.words import WordSamples
+from nanovlm.training.objectives import Objective, Words
 from nanovlm.training.optim.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.recipes import Recipe
@@ -151,7 +152,7 @@ class Monitor:
         self.hints = Hints(run.settings, vocab_size, run.total_steps)
         self.samples: Samples | None = None
         if run.validation is not None and is_main:
-            self.samples = Samples(run.folder, run.validation.records, step)
+            self.samples = samples_of(run, run.validation, step)
         self.bar = tqdm(
             total=run.total_steps,
             initial=step,
@@ -329,6 +330,13 @@ class Monitor:
         )
         run.parallel.end()
         raise SystemExit(128 + signal)
+
+
+def samples_of(run: Run, validation: Batches, step: int) -> Samples:
+    """What is shown at every validation: answers, or words where these are learned."""
+    if isinstance(run.objective, Words):
+        return WordSamples(run.folder, validation, run.objective, step)
+    return Samples(run.folder, validation.records, step)
 
 
 @torch.no_grad()

@@ -248,11 +248,10 @@ def _parser(stage: str) -> CommandParser:
     source.add_argument(
         "--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run"
     )
-    if stage == "stage1":
-        parser.set_defaults(stage=stage)
-    else:
-        later = "a later stage of it, such as stage3 or dpo"
-        named.add_argument("--stage", metavar="NAME", default=stage, help=later)
+    other = {"stage1": "an earlier stage of it: words"}.get(
+        stage, "a later stage of it, such as stage3 or dpo"
+    )
+    named.add_argument("--stage", metavar="NAME", default=stage, help=other)
     for title, group in GROUPS.items():
         shown = parser.add_argument_group(title)
         for field in dataclasses.fields(group):

@@ -56,7 +56,7 @@ class Recipe:
 
     @property
     def _script(self) -> str:
-        return "stage1" if self.stage == "stage1" else "stage2"
+        return "stage1" if self.stage in ("words", "stage1") else "stage2"
 
     def neighbour(self, distance: int) -> "Recipe | None":
         """The stage before (-1) or after (1) this one."""
@@ -68,12 +68,16 @@ class Recipe:
 def next_commands(recipe: Recipe, settings: Settings) -> list[str]:
     """What to run after a stage with these settings: a question to its model, and the next stage.
 
-    Stages train on different data, so a run on data of one's own has to be given the next one's.
+    Stages train on different data, so a run on data of one's own has to be given the next one's;
+    but for words, after which stage 1 trains on the same.
     """
     commands, following, model = [], recipe.neighbour(1), Path(settings.out) / "model"
     if settings.resume and not recipe.flags:  # the run may be of any recipe
         following = None
-    if recipe.stage == "stage1":
+    learned_words = settings.objective == "words"
+    if learned_words:
+        following = replace(recipe, stage="stage1")
+    elif recipe.stage == "stage1":
         following = following or Recipe("stage2")
     else:
         default = settings.out == "runs/stage2"
@@ -83,7 +87,8 @@ def next_commands(recipe: Recipe, settings: Settings) -> list[str]:
         planned, usual = following.settings, replace(following, stage=recipe.stage).settings
         known = bool(planned.data) and settings.data == usual.data
         flags = "" if planned.init == str(model) else f" --init {shlex.quote(str(model))}"
-        flags += "" if known else " --data FILE.jsonl"
+        data = shlex.quote(settings.data) if learned_words else "FILE.jsonl"
+        flags += "" if known else f" --data {data}"
         before = preparations(planned, model) if known else []
         commands.append(" && ".join([*before, f"python {following.command}{flags}"]))
     return commands

@@ -19,6 +19,7 @@ from nanovlm.data.batches import CUDA_LENGTHS, Batches, BatchOptions, RecordEnco
 from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.data.records import Record, check_skipped, read_records, say_skipped
 from nanovlm.data.split import split
+from nanovlm.data.words import Vocabulary, WordEncoder, by_image, word_encoder
 from nanovlm.data.workers import IN_THIS_PROCESS, Loading, choose_loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
@@ -34,7 +35,7 @@ from nanovlm.training.freezing import describe, is_trainable
 from nanovlm.training.loop import Run, train
 from nanovlm.training.monitor.samples import last_answers
 from nanovlm.training.monitor.tracking import build_tracker
-from nanovlm.training.objectives import objective_of
+from nanovlm.training.objectives import Words, finish_words, objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.reference import reference_of
 from nanovlm.training.settings import Settings, to_toml
@@ -53,6 +54,7 @@ from nanovlm.utils.outputs import check_no_input, only_writer
 from nanovlm.utils.processes import is_main
 
 MAX_COPIES = 100  # of each record in a step
+MEASURED = 8  # batches whose visual tokens are measured after words were learned
 # Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
 # fit its cache; a GPU is kept busy by more.
 ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
@@ -110,10 +112,14 @@ def _run(settings: Settings, folder: Path) -> None:
         parts = [part for part in (batches, validation) if part is not None]
         reference = reference_of(model, parts, settings, precision, parallel, loading)
         batches.encoder.reference = reference
+    vocabulary = Vocabulary()
+    if isinstance(batches.encoder, WordEncoder):
+        vocabulary = batches.encoder.vocabulary
+        say(f"{len(vocabulary)} words to learn, of {settings.word_images} images or more each")
     run = Run(
         settings=settings,
         model=model,
-        objective=objective_of(settings),
+        objective=objective_of(settings, model, vocabulary),
         batches=batches,
         validation=validation,
         total_steps=total_steps,
@@ -249,9 +255,12 @@ def _make_batches(
 
     Of the latter, all processes together take `world` · `batch_size` records in order.
     """
-    encoder = RecordEncoder.of(model)
+    encoder = single = RecordEncoder.of(model)
     if settings.objective == "dpo":
-        encoder = PairEncoder(encoder)
+        encoder = PairEncoder(single)
+    if settings.objective == "words":
+        limits = settings.word_images, settings.max_words
+        encoder = word_encoder(single, records, held_out, *limits)
     options = BatchOptions(
         batch_size=settings.batch_size,
         max_length=min(settings.max_length, model.config.language_model.max_position_embeddings),
@@ -292,9 +301,13 @@ def _read_data(settings: Settings) -> tuple[list[Record], list[Record]]:
     records = _read_answered(settings.data, settings)
     _check_records(records, settings)
     generator = random.Random(settings.seed)
-    if settings.val:
-        held_out = _read_answered(settings.val, settings)
-    else:
+    held_out = _read_answered(settings.val, settings) if settings.val else []
+    if settings.objective == "words":
+        blind = sum(not record.images for record in (*records, *held_out))
+        records, held_out = by_image(records), by_image(held_out)
+        if blind:
+            say(f"{blind} records have no image whose words could be learned, and are left out")
+    if not settings.val:
         records, held_out = split(records, settings.val_fraction, generator)
     if len(held_out) > settings.val_samples:
         chosen = sorted(generator.sample(range(len(held_out)), settings.val_samples))
@@ -352,6 +365,11 @@ def _save_results(run: Run) -> None:
     run.parallel.end()
     if whole is None:
         return
+    if isinstance(run.objective, Words):
+        loader = run.batches.loader(0, min(MEASURED, len(run.batches)), run.loading)
+        batches = (loaded.batch for loaded in loader if loaded.batch is not None)
+        with run.precision.autocast():
+            finish_words(whole, run.objective, batches)
     if answers := last_answers(run.folder):
         say(*answers.split("\n"))
     if run.settings.lora_rank:

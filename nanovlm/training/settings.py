@@ -160,12 +160,19 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The loss: cross entropy of the answers, or preference training on pairs of them."""
+    """The loss: of answers, of pairs of them (preference training), or of their words alone."""
 
-    objective: str = choice("answers, or of two answers the preferred one", "sft", "dpo")
+    objective: str = choice(
+        "answers, of two answers the preferred one, or the words of an image's answers",
+        "sft",
+        "dpo",
+        "words",
+    )
     beta: float = setting(0.1, "dpo: how strongly it is held to the reference model")
     label_smoothing: float = setting(0.0, "dpo: probability that labels are swapped", BELOW_HALF)
     sft_weight: float = setting(0.0, "dpo: weight of the chosen answer's cross entropy")
+    word_images: int = setting(5, "words: images that a word occurs in at least")
+    max_words: int = setting(4000, "words: how many are learned at most, the most frequent ones")
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,27 @@ class Settings(
                 f"--quantize {self.quantize} freezes the language model, "
                 "and --train names language_model; add --lora-rank, or take language_model out"
             )
+        if self.objective == "words":
+            _check_words(self)
+
+
+def _check_words(settings: Settings) -> None:
+    """Refuse what has no meaning where only the words of images are learned."""
+    parts = settings.trained_parts
+    if "projector" not in parts or "language_model" in parts:
+        raise NanoVLMError(
+            f"--objective words trains the projector without running the language model, and "
+            f"--train is {settings.train}; take projector, or projector,vision_encoder"
+        )
+    if settings.pack:
+        raise NanoVLMError(
+            f"--pack {settings.pack} packs text and --objective words reads none; leave it out"
+        )
+    if settings.parallel == "fsdp":
+        raise NanoVLMError(
+            "--parallel fsdp shares out a model that runs as a whole and --objective words runs a "
+            "part of it; take --parallel ddp"
+        )
 
 
 def deciding(settings: Settings) -> dict[str, Any]:

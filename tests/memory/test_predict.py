@@ -12,7 +12,7 @@ from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model, take_steps
 from nanovlm.memory.predict import Prediction, predict
-from nanovlm.memory.shapes import batch_shape, random_batch
+from nanovlm.memory.shapes import any_words, batch_shape, random_batch
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
@@ -92,7 +92,7 @@ def kept_bytes(
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         precision.autocast(),
     ):
-        objective_of(settings)(real, batch)
+        objective_of(settings, real, any_words(real, settings))(real, batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

@@ -78,6 +78,9 @@ def step_flops(model: VisionLanguageModel, batch: BatchShape) -> float:
     layers = list(walk(model, batch))
     head = model.language_model.head_weight
     gradients = layers[-1].backward + head.requires_grad
+    if batch.words:  # similarities with visual tokens, and the gradients of these
+        width = model.config.language_model.input_size
+        return sum(map(layer_flops, layers)) + 4.0 * batch.tokens * width * batch.words
     head_flops = 2.0 * batch.targets * head.numel() * (1 + gradients)
     return sum(map(layer_flops, layers)) + head_flops
 

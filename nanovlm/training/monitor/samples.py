@@ -64,18 +64,7 @@ class Samples:
         new: list[dict[str, Any]] = []
         try:
             with precision.autocast(next(model.parameters()).device):  # of fsdp's model the CPU
-                answers = list(answer_records(model, self.watched, MAX_NEW_TOKENS))
-            new = [
-                {
-                    "step": step,
-                    "where": record.where,
-                    "prompt": _question(record),
-                    "answer": answer,
-                    "reference": references_of(record)[0],
-                }
-                for record, answer in zip(self.watched, answers)
-                if answer is not None
-            ]
+                new = self.new_lines(model, step)
             if new:
                 self.lines += new
                 append_lines(self.path, new)
@@ -85,6 +74,21 @@ class Samples:
         finally:
             model.train()
         return new
+
+    def new_lines(self, model: VisionLanguageModel, step: int) -> list[dict[str, Any]]:
+        """A line for each question that can be answered."""
+        answers = answer_records(model, self.watched, MAX_NEW_TOKENS)
+        return [
+            {
+                "step": step,
+                "where": record.where,
+                "prompt": _question(record),
+                "answer": answer,
+                "reference": references_of(record)[0],
+            }
+            for record, answer in zip(self.watched, answers)
+            if answer is not None
+        ]
 
     def draw(self) -> None:
         """Draw `samples.png` from all answers so far, if any question is about an image."""

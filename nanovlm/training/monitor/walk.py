@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nanovlm.data.words import WordBatch
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.model.vlm import VisionLanguageModel
@@ -25,13 +26,16 @@ class BatchShape:
     targets: int  # labelled tokens in all rows
     pairs: int = 0  # of answers, in preference training
     cached_features: bool = False  # the batch brings patch vectors: the vision encoder does not run
+    words: int = 0  # that are compared with visual tokens; the language model does not run
 
     @classmethod
     def of(cls, batch: Batch, image_length: int) -> "BatchShape":
         """The shape of a real batch, whose images take `image_length` tokens each."""
         rows, length = batch.input_ids.shape
         images, targets = len(batch.image_positions) // image_length, len(batch.targets)
-        return cls(rows, length, images, targets, cached_features=batch.patches is not None)
+        words = batch.shares.shape[1] if isinstance(batch, WordBatch) else 0
+        cached = batch.patches is not None
+        return cls(rows, length, images, targets, cached_features=cached, words=words)
 
     @property
     def tokens(self) -> int:
@@ -82,6 +86,8 @@ def _in_order(
             yield from _vision_encoder(model, batch.images)
         features, _ = model.config.feature_shape
         yield model.projector, batch.images, features, batch.images * model.image_length
+    if batch.words:
+        return
     language_model, tokens = model.language_model, (batch.rows, batch.length, batch.tokens)
     yield language_model.embed_tokens, *tokens
     yield language_model.reducer, *tokens
