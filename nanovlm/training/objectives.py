@@ -161,7 +161,8 @@ class Words:
 
 def add_scale(model: VisionLanguageModel) -> None:
     """Give the projector the scale of `Words`, which is trained and kept in checkpoints with it."""
-    model.projector.register_parameter(SCALE, nn.Parameter(torch.tensor(8.0)))
+    device = model.projector.last_layer.weight.device
+    model.projector.register_parameter(SCALE, nn.Parameter(torch.full((), 8.0, device=device)))
 
 
 @torch.no_grad()

@@ -196,6 +196,7 @@ def test_the_prediction_is_within_ten_percent_of_the_resident_memory(
             id="encoder's resampler trainable",
         ),
         pytest.param(None, None, LLAMA, "--objective dpo --batch-size 16 --tokens 160", id="pairs"),
+        pytest.param(None, None, LLAMA, "--objective words --train projector", id="words"),
     ],
 )
 def test_and_with_every_other_kind_of_part(

@@ -122,6 +122,18 @@ def test_what_is_kept_for_the_backward_pass(changes: dict, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("projector", ["mlp", "bilinear", "resampler"])
+def test_what_is_kept_to_learn_words(projector: str, dtype: torch.dtype):
+    model, precision = config(projector), Precision(dtype, CPU)
+    settings = Settings(objective="words", batch_size=4, max_words=300)
+    shape = batch_shape(model, settings)
+    predicted = predicted_bytes(model, settings, precision, shape)
+    given = 4 * 300 * (model.language_model.input_size + 4)  # words' embeddings, images' shares
+    kept = kept_bytes(model, settings, precision, shape) - given
+    assert predicted == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "changes",
     [

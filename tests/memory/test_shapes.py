@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nanovlm.data.words import WordBatch
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.hub.shapes import LANGUAGE_MODELS, VISION_ENCODERS
@@ -88,6 +89,19 @@ def test_a_pair_of_answers_shares_its_row_with_image_and_prompt_alone(
         batch.lengths.sum() == len(batch.targets) == len(batch.target_positions)
         and len(batch.lengths) == 2 * shape.pairs
     )
+
+
+def test_a_row_of_words_holds_visual_tokens_alone():
+    settings = Settings(objective="words", batch_size=3, max_words=50, cache_features=True)
+    config = model_config(settings)
+    shape = batch_shape(config, settings, 512)
+    assert shape == BatchShape(3, 256, 3, 0, cached_features=True, words=50)
+    batch = random_batch(skeleton(config), shape)
+    assert isinstance(batch, WordBatch)
+    assert batch.shares.shape == (3, 50) and batch.lengths == (256, 256, 256)
+    assert BatchShape.of(batch, 256) == shape
+    many = dataclasses.replace(settings, max_words=10**6)
+    assert batch_shape(config, many).words == config.language_model.vocab_size
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from nanovlm.hub.toy import toy_config
 from nanovlm.inputs.chat import ChatConfig
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.memory.measure import random_model
-from nanovlm.memory.shapes import batch_shape, random_batch
+from nanovlm.memory.shapes import any_words, batch_shape, random_batch
 from nanovlm.model.language_model import LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoderConfig
@@ -18,6 +18,7 @@ from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
 from nanovlm.training.monitor import flops
 from nanovlm.training.monitor.walk import BatchShape, walk
+from nanovlm.training.objectives import objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings
@@ -177,6 +178,20 @@ def test_of_every_presets_stages(preset: str, stages: tuple[str, ...]):
             model(batch).backward()
         counted = flops.step_flops(model, shape)
         assert counted == pytest.approx(counter.get_total_flops(), rel=0.02), stage
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_of_words_the_language_model_takes_none(cached: bool):
+    settings = Settings(objective="words", batch_size=3, max_words=50, cache_features=cached)
+    model = random_model(CONFIG, settings, Precision(torch.bfloat16, CPU))
+    shape = batch_shape(CONFIG, settings)
+    batch = random_batch(model, shape)
+    objective = objective_of(settings, model, any_words(model, settings))
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = objective(model, batch)
+        loss.backward()
+    assert flops.step_flops(model, shape) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_without_images_or_with_cached_features_the_vision_encoder_takes_none():
