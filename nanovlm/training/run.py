@@ -24,6 +24,7 @@ from nanovlm.data.workers import IN_THIS_PROCESS, Loading, choose_loading, prepa
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
 from nanovlm.hub.models import save_model
+from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.image import image_pixels, open_image
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
@@ -366,10 +367,8 @@ def _save_results(run: Run) -> None:
     if whole is None:
         return
     if isinstance(run.objective, Words):
-        loader = run.batches.loader(0, min(MEASURED, len(run.batches)), run.loading)
-        batches = (loaded.batch for loaded in loader if loaded.batch is not None)
         with run.precision.autocast():
-            finish_words(whole, run.objective, batches)
+            finish_words(whole, run.objective, _first_batches(run))
     if answers := last_answers(run.folder):
         say(*answers.split("\n"))
     if run.settings.lora_rank:
@@ -378,6 +377,17 @@ def _save_results(run: Run) -> None:
     with _whole_folder(run.folder / "model") as folder:  # in the compute dtype, adapters merged
         save_model(whole, folder, merged_tensors(whole, run.precision.dtype))
     say(f"the model is in {run.folder / 'model'}")
+
+
+def _first_batches(run: Run) -> Iterator[Batch]:
+    """The first batches of the run, the same for any number of processes."""
+    given, options = run.batches, run.batches.options
+    size = options.batch_size * options.world
+    options = dataclasses.replace(options, batch_size=size, rank=0, world=1)
+    batches = Batches(given.records, given.encoder, options, given.features)
+    for loaded in batches.loader(0, min(MEASURED, len(batches)), run.loading):
+        if loaded.batch is not None:
+            yield loaded.batch
 
 
 @contextmanager

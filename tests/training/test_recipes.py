@@ -52,6 +52,21 @@ def test_the_stages_of_a_preset_follow_each_other():
     ]
 
 
+def test_after_words_comes_stage_1_on_the_same_captions():
+    photos = ["--preset", "dinov2-qwen2.5", "--stage", "words", "--data", "captions.jsonl"]
+    assert following("stage1", *photos) == [
+        "python train_stage1.py --preset dinov2-qwen2.5 --init runs/photos-words/model "
+        "--data captions.jsonl"
+    ]
+    words = ["--objective", "words", "--out", "runs/words"]
+    assert following("stage1", *words) == ["python train_stage1.py --init runs/words/model"]
+    assert following("stage1", "--preset", "mary", "--tiny", *words) == [
+        "python train_stage1.py --preset mary --tiny --init runs/words/model"
+    ]
+    before = Recipe("stage1", "dinov2-qwen2.5").neighbour(-1)
+    assert before and before.command == "train_stage1.py --preset dinov2-qwen2.5 --stage words"
+
+
 def test_what_the_next_stage_cannot_know_is_asked_for():
     assert following("stage1", "--preset", "mary", "--data", "captions.jsonl") == [
         "python train_stage2.py --preset mary --data FILE.jsonl"

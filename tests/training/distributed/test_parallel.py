@@ -93,6 +93,12 @@ def world(tiny, mixed, tmp_path_factory):
                     "val_fraction": 0.0,
                     "weight_decay": 0.1,
                 },
+                "words": {
+                    "batch_size": 4 // processes,
+                    "objective": "words",
+                    "train": "projector",
+                    "word_images": 2,
+                },
             }
             return dataclasses.asdict(
                 tiny.settings(
@@ -169,7 +175,7 @@ def world(tiny, mixed, tmp_path_factory):
                     shutil.rmtree(checkpoint)
 
     World.folder = folder
-    for name in ("plain-1", "mixed-1"):
+    for name in ("plain-1", "mixed-1", "words-1"):
         run_stage(Settings(**World.settings(name)))
     return World
 
@@ -182,6 +188,7 @@ def by_two(world):
         for data in ("plain", "mixed")
         for kind in KINDS
     ]
+    runs += [world.settings("words-ddp2", 2)]
     runs += [world.experts(kind) for kind in KINDS]
     done = world.torchrun(2, *runs)
     assert done.returncode == 0, done.stderr
@@ -211,6 +218,14 @@ def test_two_processes_draw_the_curve_of_one(world, by_two, data, kind):
     for name, tensor in expected.items():
         if "k_proj.bias" not in name:
             torch.testing.assert_close(final[name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
+def test_two_processes_learn_the_words_of_one(world, by_two):
+    run, alone = world.folder / "words-ddp2", world.folder / "words-1"
+    check_same_curve(run, alone)
+    final, expected = (tensors(folder / "model" / "model.safetensors") for folder in (run, alone))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(final[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
 def test_a_step_without_an_image_leaves_the_vision_encoder_unchanged(world, by_two):
