@@ -14,7 +14,7 @@ from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.blocks import checkpoint_blocks
 from nanovlm.training.monitor.walk import BatchShape
-from nanovlm.training.objectives import objective_of
+from nanovlm.training.objectives.objective import objective_of
 from nanovlm.training.optim.adamw import LeanAdamW
 from nanovlm.training.optim.optimizer import FusedAdamW, build_optimizer
 from nanovlm.training.precision import Precision

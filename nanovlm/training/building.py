@@ -28,7 +28,7 @@ from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.quantization import quantize_
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
 from nanovlm.training.freezing import freeze
-from nanovlm.training.objectives import add_scale
+from nanovlm.training.objectives.words import add_scale
 from nanovlm.training.settings import ModelSettings, Settings
 from nanovlm.utils.console import say
 from nanovlm.utils.parser import flag

@@ -42,7 +42,8 @@ from nanovlm.training.monitor.samples import Samples
 from nanovlm.training.monitor.skipped import Skipped
 from nanovlm.training.monitor.tracking import Tracker
 from nanovlm.training.monitor.words import WordSamples
-from nanovlm.training.objectives import Objective, Words
+from nanovlm.training.objectives.objective import Objective
+from nanovlm.training.objectives.words import Words
 from nanovlm.training.optim.optimizer import build_optimizer, schedule, set_learning_rates
 from nanovlm.training.precision import Precision
 from nanovlm.training.recipes import Recipe

@@ -1,44 +1,41 @@
 """From settings to a finished run folder: model, data, training, and what is saved at the end."""
 
 import dataclasses
-import itertools
 import math
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from nanovlm.data.batches import CUDA_LENGTHS, Batches, BatchOptions, RecordEncoder
 from nanovlm.data.preferences import PairEncoder, read_pairs
 from nanovlm.data.records import Record, check_skipped, read_records, say_skipped
 from nanovlm.data.split import split
 from nanovlm.data.words import Vocabulary, WordEncoder, by_image, word_encoder
-from nanovlm.data.workers import IN_THIS_PROCESS, Loading, choose_loading, prepare_ahead
+from nanovlm.data.workers import Loading, choose_loading
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.adapters import merged_tensors, save_adapter
 from nanovlm.hub.models import save_model
 from nanovlm.inputs.batch import Batch
-from nanovlm.inputs.image import image_pixels, open_image
-from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.blocks import checkpoint_blocks, compile_blocks
 from nanovlm.training.building import build_model, lora_config, set_up
 from nanovlm.training.checkpoint import check_run_folder
 from nanovlm.training.distributed.parallel import Parallel, build_parallel
-from nanovlm.training.freezing import describe, is_trainable
+from nanovlm.training.features import cached_features, without_unreadable
+from nanovlm.training.freezing import describe
 from nanovlm.training.loop import Run, train
 from nanovlm.training.monitor.samples import last_answers
 from nanovlm.training.monitor.tracking import build_tracker
-from nanovlm.training.objectives import Words, finish_words, objective_of
+from nanovlm.training.objectives.objective import objective_of
+from nanovlm.training.objectives.reference import reference_of
+from nanovlm.training.objectives.words import Words, finish_words
 from nanovlm.training.precision import Precision
-from nanovlm.training.reference import reference_of
 from nanovlm.training.settings import Settings, to_toml
 from nanovlm.utils.console import say
 from nanovlm.utils.device import (
@@ -56,9 +53,6 @@ from nanovlm.utils.processes import is_main
 
 MAX_COPIES = 100  # of each record in a step
 MEASURED = 8  # batches whose visual tokens are measured after words were learned
-# Images, and tiles, that are encoded at once when features are cached. On a CPU their activations
-# fit its cache; a GPU is kept busy by more.
-ENCODED_AT_ONCE = {"cpu": 8, "mps": 8, "cuda": 64}
 
 
 def run_stage(settings: Settings) -> Path:
@@ -94,8 +88,8 @@ def _run(settings: Settings, folder: Path) -> None:
     set_up(model, settings, parallel.device)
     features = None
     if settings.cache_features:
-        features, unreadable = _cached_features(model, [*records, *held_out], precision, loading)
-        records, held_out = _without_unreadable(records, held_out, unreadable)
+        features, unreadable = cached_features(model, [*records, *held_out], precision, loading)
+        records, held_out = without_unreadable(records, held_out, unreadable)
     say(f"{len(records)} records to train on, {len(held_out)} held out")
     _place(model, settings, precision, parallel)
     say(*describe(model, settings).split("\n"))
@@ -133,59 +127,6 @@ def _run(settings: Settings, folder: Path) -> None:
     _save_results(run)
 
 
-class _Images(Dataset):
-    """The pixels of each image's tiles (n, 3, H, W), or why an image cannot be read."""
-
-    def __init__(self, paths: Sequence[Path], config: ImageConfig) -> None:
-        self.paths, self.config = paths, config
-
-    def __getitem__(self, number: int) -> Tensor | str:
-        try:
-            return image_pixels(open_image(self.paths[number]), self.config)
-        except NanoVLMError as error:
-            return str(error)
-
-
-@torch.no_grad()
-def compute_features(
-    model: VisionLanguageModel,
-    paths: Iterable[Path],
-    precision: Precision,
-    loading: Loading = IN_THIS_PROCESS,
-) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    """The patch vectors of each image's tiles, computed once.
-
-    Returns path → (tiles, P, C_v) in the compute dtype, on the CPU; and path → reason for images
-    that cannot be read.
-    """
-    unique = sorted(set(paths))
-    at_once = ENCODED_AT_ONCE[precision.device.type]
-    features: dict[Path, Tensor] = {}
-    unreadable: dict[Path, str] = {}
-    images = prepare_ahead(_Images(unique, model.config.image), 0, len(unique), loading)
-    progress = tqdm(
-        zip(images, unique),
-        total=len(unique),
-        desc="encoding images",
-        unit="image",
-        dynamic_ncols=True,
-        disable=not is_main(),
-    )
-    remaining = iter(progress)
-    while group := list(itertools.islice(remaining, at_once)):
-        unreadable |= {path: reason for reason, path in group if isinstance(reason, str)}
-        pixels = {path: tiles for tiles, path in group if not isinstance(tiles, str)}
-        if pixels:
-            on_device = [
-                tiles.to(precision.device, non_blocking=loading.pin_memory)
-                for tiles in pixels.values()
-            ]
-            parts = torch.cat(on_device).split(at_once)
-            patches = torch.cat([model.vision_features(part) for part in parts]).cpu()
-            features |= zip(pixels, patches.split([len(tiles) for tiles in on_device]))
-    return features, unreadable
-
-
 def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
     """The settings with the compute dtype that the device has; says which, and why."""
     dtype, why = choose_dtype(settings.dtype, parallel.device)
@@ -199,38 +140,6 @@ def _with_dtype(settings: Settings, parallel: Parallel) -> Settings:
         + (f", {processes}" if parallel.world > 1 else "")
     )
     return dataclasses.replace(settings, dtype=name)
-
-
-def _cached_features(
-    model: VisionLanguageModel, records: Sequence[Record], precision: Precision, loading: Loading
-) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    if is_trainable(model.vision_encoder):
-        raise NanoVLMError(
-            "--cache-features keeps what a frozen vision encoder computes; take vision_encoder out "
-            "of --train or use --no-cache-features"
-        )
-    precision.place(model.vision_encoder)
-    paths = (path for record in records for path in record.images)
-    return compute_features(model, paths, precision, loading)
-
-
-def _without_unreadable(
-    records: list[Record], held_out: list[Record], unreadable: dict[Path, str]
-) -> tuple[list[Record], list[Record]]:
-    """The records whose images can be read; the others are named, and too many end the run."""
-    skipped = {
-        record.where: f"{record.where}: {unreadable[path]}"
-        for record in (*records, *held_out)
-        for path in record.images
-        if path in unreadable
-    }
-    total = len({record.where for record in (*records, *held_out)})
-    check_skipped(list(skipped.values()), total)
-    say_skipped(list(skipped.values()), total)
-    return (
-        [record for record in records if record.where not in skipped],
-        [record for record in held_out if record.where not in skipped],
-    )
 
 
 def _place(

@@ -17,7 +17,7 @@ from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.model.loss import token_log_probabilities
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.objectives import answer_log_probabilities
+from nanovlm.training.objectives.preferences import answer_log_probabilities
 from tests.data.test_records import write
 
 PAIR = {"image": "a.jpg", "prompt": "几个？", "chosen": "三个。", "rejected": "两个。"}

@@ -24,9 +24,9 @@ from nanovlm.inputs.chat import IMAGE, ImageTokens, Message
 from nanovlm.inputs.image import image_pixels, open_image
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training import run
+from nanovlm.training import features as caching
+from nanovlm.training.features import compute_features
 from nanovlm.training.precision import Precision
-from nanovlm.training.run import compute_features
 from tests.inputs.test_image import random_image
 from tests.reference.models import tiny_vlm
 
@@ -164,7 +164,7 @@ def test_a_gpu_encodes_64_tiles_at_once_and_a_cpu_8(model, images, monkeypatch):
     )
     precision, features = Precision(torch.float32, torch.device("cpu")), []
     for device in ("cpu", "cuda"):  # a CPU that encodes as many as a GPU
-        monkeypatch.setitem(run.ENCODED_AT_ONCE, "cpu", run.ENCODED_AT_ONCE[device])
+        monkeypatch.setitem(caching.ENCODED_AT_ONCE, "cpu", caching.ENCODED_AT_ONCE[device])
         features.append(compute_features(model, images.values(), precision)[0])
     tiles = sum(rows * columns + 1 for rows, columns in GRIDS.values())
     assert sizes == [8] * (tiles // 8) + [tiles % 8] + [tiles]

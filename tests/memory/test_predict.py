@@ -19,7 +19,7 @@ from nanovlm.model.vision_encoder import VisionEncoderConfig
 from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
 from nanovlm.training.monitor.walk import BatchShape
-from nanovlm.training.objectives import objective_of
+from nanovlm.training.objectives.objective import objective_of
 from nanovlm.training.optim import optimizer
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings

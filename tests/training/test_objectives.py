@@ -22,9 +22,10 @@ from nanovlm.hub.loading import open_checkpoint
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IGNORED, ImageTokens, Message
 from nanovlm.report import read_run, summary
-from nanovlm.training import loop, reference
+from nanovlm.training import loop
 from nanovlm.training.building import build_model
-from nanovlm.training.objectives import DPO
+from nanovlm.training.objectives import reference
+from nanovlm.training.objectives.preferences import DPO
 from nanovlm.training.presets import PRESETS, load_settings
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings

@@ -121,7 +121,7 @@ def test_one_loader_brings_images_to_encode_batches_to_train_on_and_to_validate(
         started.append((type(dataset).__name__, loading.workers))
         return prepare_ahead(dataset, first, last, loading)
 
-    for module in ("nanovlm.data.batches", "nanovlm.training.run"):
+    for module in ("nanovlm.data.batches", "nanovlm.training.features"):
         monkeypatch.setattr(f"{module}.prepare_ahead", spied)
     run = tiny.train(tmp_path / "run", workers=1, cache_features=True, val_every=2)
     usable, training, two_validations = [("Batches", 1)], [("Batches", 1)], [("Batches", 1)] * 2

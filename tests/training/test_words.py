@@ -16,7 +16,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import Message
 from nanovlm.model.projector import PROJECTORS, ProjectorConfig, build_projector
-from nanovlm.training.objectives import SCALE, Words, add_scale, finish_words
+from nanovlm.training.objectives.words import SCALE, Words, add_scale, finish_words
 from nanovlm.training.run import run_stage
 from nanovlm.training.settings import Settings
 from tests.runs import metrics

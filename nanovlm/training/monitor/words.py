@@ -23,7 +23,7 @@ from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.projector import ResamplerProjector
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.monitor.samples import FAINT, OTHER, RIGHT, Samples, wrap
-from nanovlm.training.objectives import Words
+from nanovlm.training.objectives.words import Words
 from nanovlm.utils.figures import plt, save_figure
 
 SHOWN = 12  # words of the captions

@@ -18,7 +18,7 @@ from nanovlm.model.vlm import VLMConfig
 from nanovlm.training.building import planned_config
 from nanovlm.training.monitor import flops
 from nanovlm.training.monitor.walk import BatchShape, walk
-from nanovlm.training.objectives import objective_of
+from nanovlm.training.objectives.objective import objective_of
 from nanovlm.training.precision import Precision
 from nanovlm.training.presets import load_settings
 from nanovlm.training.settings import Settings

@@ -25,7 +25,7 @@ from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.checkpoint import list_checkpoints
 from nanovlm.training.distributed.parallel import Parallel
 from nanovlm.training.monitor.log import is_finite
-from nanovlm.training.objectives import answer_log_probabilities
+from nanovlm.training.objectives.preferences import answer_log_probabilities
 from nanovlm.training.precision import Precision
 from nanovlm.training.settings import Settings
 from nanovlm.utils.files import read_jsonl, to_jsonl, write_atomically

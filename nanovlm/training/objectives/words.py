@@ -1,88 +1,23 @@
-"""The loss that a run minimises: cross entropy of answers, preference training, or words.
+"""Words first: the projector learns to name the words of an image's captions.
 
-An objective gives sums over a batch. The training loop adds them over the batches of a step, and
-over processes, and divides them by the number of targets in the whole step.
+In stage 1 a projector that knows nothing is taught by whole sentences, through a language model
+whose passes are dear. What it has to learn first is cheaper to say: which words belong to an image.
+So before stage 1 it learns just that, from the vision encoder's features and the embedding table of
+the language model, in minutes.
 """
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.data.preferences import PairBatch
 from nanovlm.data.words import Vocabulary, WordBatch
 from nanovlm.inputs.batch import Batch
-from nanovlm.model.loss import token_log_probabilities
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.settings import ObjectiveSettings
 
-SCALE = "word_scale"  # of `Words`: a parameter of the projector while it learns words
-
-
-class Objective(Protocol):
-    """What the training loop uses of an objective. Nothing in it waits for the device."""
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """What it measures besides the loss."""
-        ...
-
-    def count_targets(self, batch: Batch) -> int:
-        """The number of targets in a batch: labelled tokens, pairs, or images."""
-        ...
-
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sums over the batch's targets in fp32: the loss, (), and the metrics, (metrics,)."""
-        ...
-
-
-class CrossEntropy:
-    """Supervised fine-tuning: the cross entropy of the labelled tokens, which are its targets."""
-
-    metric_names = ()
-
-    def count_targets(self, batch: Batch) -> int:
-        return len(batch.targets)
-
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = model(batch)
-        return loss, loss.new_zeros(0)
-
-
-class DPO:
-    """Direct preference optimization (Rafailov et al. 2023), whose targets are pairs of answers.
-
-    beta: how strongly the model is held to the reference model.
-    label_smoothing: probability that a pair's labels are swapped (Mitchell 2023).
-    sft_weight: weight of the chosen answer's cross entropy per token, which is added to the loss.
-    """
-
-    metric_names = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-
-    def __init__(self, beta: float, label_smoothing: float = 0.0, sft_weight: float = 0.0) -> None:
-        self.beta, self.label_smoothing, self.sft_weight = beta, label_smoothing, sft_weight
-
-    def count_targets(self, batch: Batch) -> int:
-        return len(PairBatch.of(batch).lengths) // 2
-
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Accuracy is the number of pairs whose chosen answer has the larger reward."""
-        batch = PairBatch.of(batch)
-        log_probabilities = answer_log_probabilities(model, batch)  # (P, 2)
-        rewards = self.beta * (log_probabilities - batch.reference)
-        chosen, rejected = rewards.unbind(dim=1)  # (P,) each
-        margins = chosen - rejected
-        kept, swapped = F.logsigmoid(margins), F.logsigmoid(-margins)
-        losses = -(1 - self.label_smoothing) * kept - self.label_smoothing * swapped
-        if self.sft_weight:
-            losses = losses - self.sft_weight * log_probabilities[:, 0] / batch.lengths[::2]
-        right = (margins > 0).to(margins)
-        metrics = torch.stack((right, margins, chosen, rejected)).detach()
-        sums = torch.cat((losses[None], metrics)).sum(dim=1)  # (1 + 4,)
-        return sums[0], sums[1:].detach()
+SCALE = "word_scale"  # a parameter of the projector while it learns words
 
 
 class Words:
@@ -181,27 +116,3 @@ def finish_words(model: VisionLanguageModel, objective: Words, batches: Iterable
     factor = objective.length / torch.cat(lengths).mean()
     for parameter in model.projector.last_layer.parameters():
         parameter.mul_(factor.to(parameter))
-
-
-def objective_of(
-    settings: ObjectiveSettings, model: VisionLanguageModel, vocabulary: Vocabulary
-) -> Objective:
-    """The objective that the settings name; `vocabulary` are the words to learn, if it does."""
-    if settings.objective == "words":
-        return Words.of(model, vocabulary)
-    if settings.objective == "dpo":
-        return DPO(settings.beta, settings.label_smoothing, settings.sft_weight)
-    return CrossEntropy()
-
-
-def answer_log_probabilities(model: VisionLanguageModel, batch: PairBatch) -> Tensor:
-    """The log-probability of each answer, its end-of-turn token included.
-
-    Returns (P, 2): chosen and rejected.
-    """
-    tokens = model(batch, token_log_probabilities)  # (M,)
-    number = torch.arange(len(batch.lengths), device=tokens.device)  # (2P,)
-    answer_of = number.repeat_interleave(batch.lengths, output_size=len(tokens))  # (M,)
-    # Unlike `index_add`, a masked sum adds in the same order on every device and in every run.
-    by_answer = torch.where(answer_of == number[:, None], tokens, 0.0)  # (2P, M)
-    return by_answer.sum(dim=1).view(len(number) // 2, 2)
