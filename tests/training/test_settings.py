@@ -402,3 +402,14 @@ def test_every_number_of_the_settings_is_finite_and_bounded():
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e308", "1e-320"])
 def test_numbers_of_flags_are_finite_and_bounded(value):
     assert "--lr is" in refusal(f"--lr={value}")
+
+
+@pytest.mark.parametrize("flags", [[], ["--tiny"]])
+def test_words_are_a_stage_before_stage_1(flags):
+    words = load_settings("stage1", ["--preset", "dinov2-qwen2.5", "--stage", "words", *flags])
+    first = load_settings("stage1", ["--preset", "dinov2-qwen2.5", *flags])
+    assert (words.objective, first.objective) == ("words", "sft")
+    # The model that it leaves is the one that stage 1 would have made.
+    same = ("vision_encoder", "language_model", "projector", "grid", "vision_norm", "vision_layer")
+    assert [getattr(words, name) for name in same] == [getattr(first, name) for name in same]
+    assert stage_names(["--preset", "dinov2-qwen2.5", *flags])[:2] == ["words", "stage1"]

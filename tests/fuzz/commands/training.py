@@ -20,7 +20,7 @@ WORDS = {
     "lora_targets": ("*_proj", "q_proj,v_proj", "(", "*", "[", "lm_head"),
     "projector": ("linear", "mlp", "pixel_shuffle", "bilinear", "resampler"),
     "quantize": ("nf4", "int8"),
-    "objective": ("dpo",),
+    "objective": ("dpo", "words"),
     "optimizer": ("adamw8bit",),
     "dtype": ("bfloat16", "float16"),
     "full_disk": ("go-on",),
