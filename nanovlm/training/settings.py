@@ -277,6 +277,11 @@ def _check_words(settings: Settings) -> None:
             f"--objective words trains the projector without running the language model, and "
             f"--train is {settings.train}; take projector, or projector,vision_encoder"
         )
+    if settings.language_model_embedding:
+        raise NanoVLMError(
+            "--objective words learns towards the word embeddings and leaves them as they are; "
+            "take --no-language-model-embedding"
+        )
     if settings.pack:
         raise NanoVLMError(
             f"--pack {settings.pack} packs text and --objective words reads none; leave it out"

@@ -199,6 +199,7 @@ def test_a_trained_vision_encoder_is_trained_too(tiny, tmp_path):
     [
         ({"train": "projector,language_model"}, "without running the language model"),
         ({"train": "vision_encoder"}, "take projector"),
+        ({"language_model_embedding": True}, "take --no-language-model-embedding"),
         ({"pack": 512}, "--pack 512 packs text"),
         ({"parallel": "fsdp"}, "take --parallel ddp"),
         ({"max_words": 0}, "--max-words is 0"),
