@@ -359,6 +359,27 @@ def test_cached_and_uncached_generation_agree(toy: Toy):
     torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=0)
 
 
+def test_every_projector_can_learn_words_before_stage_1(toy: Toy, tmp_path: Path):
+    """With tiles, with a resampler, and with a vision encoder that has one."""
+    changes = {
+        "objective": "words",
+        "train": "projector",
+        "language_model_layers": 0,
+        "language_model_embedding": False,
+        "lr": 5e-3,
+        "max_steps": 16,
+        "val": str(toy.data / "val.jsonl"),
+    }
+    run_stage(toy.stage("stage1", tmp_path / "words", **changes))
+    losses = [line["loss"] for line in metrics(tmp_path / "words")]
+    assert sum(losses[-4:]) < sum(losses[:4]) and (tmp_path / "words/samples.png").exists()
+    model = load_model(tmp_path / "words" / "model")
+    rows = model.language_model.embed_tokens.weight.norm(dim=-1)
+    with torch.no_grad():
+        tokens = model.projector(model.vision_features(toy.pixels(0)))
+    assert rows.min() / 2 < tokens.norm(dim=-1).mean() < 2 * rows.max()
+
+
 def test_only_what_a_stage_names_moves(toy: Toy):
     for stage in stages_of(toy.name):
         settings = toy.stage(stage, Path("unused"))
