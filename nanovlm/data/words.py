@@ -1,5 +1,4 @@
-"""The words that people use for an image: which of them are learned, and batches of images with
-them.
+"""The words of images' captions: which of them are learned, and batches of images with them.
 
 All answers about an image are its captions, whatever they answer. A word is a token of the language
 model's tokenizer, so words of any language are found without a list of them.
@@ -50,12 +49,14 @@ def word_shares(record: Record, tokenizer: Tokenizer) -> Shares:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The W words that are learned."""
+    """The W words that are learned.
 
-    tokens: Sequence[int] = ()  # their ids, ascending
-    frequency: Sequence[
-        float
-    ] = ()  # of each: its share of an image's captions, on average over the images
+    tokens: their ids, ascending.
+    frequency: of each, the share of an image's captions that have it, on average over the images.
+    """
+
+    tokens: Sequence[int] = ()
+    frequency: Sequence[float] = ()
 
     @classmethod
     def of(cls, images: Iterable[Shares], in_images: int, at_most: int) -> "Vocabulary":
@@ -121,10 +122,9 @@ class WordEncoder:
         place = {token: number for number, token in enumerate(self.vocabulary.tokens)}
         shares = torch.zeros(len(sequences), len(place))
         for row, sequence in zip(shares, sequences):
-            found = self.shares[sequence.records[0]]
-            known = [(place[token], share) for token, share in found.items() if token in place]
-            for number, share in known:
-                row[number] = share
+            for token, share in self.shares[sequence.records[0]].items():
+                if token in place:
+                    row[place[token]] = share
         return WordBatch(**vars(batch), shares=shares, lengths=tuple(map(len, sequences)))
 
 

@@ -248,8 +248,9 @@ def _parser(stage: str) -> CommandParser:
     source.add_argument(
         "--config", metavar="FILE.toml", help="your own file, or the settings.toml of a run"
     )
-    other = {"stage1": "an earlier stage of it: words"}.get(
-        stage, "a later stage of it, such as stage3 or dpo"
+    is_first = stage == "stage1"
+    other = (
+        "words, which comes before stage 1" if is_first else "a later stage, such as stage3 or dpo"
     )
     named.add_argument("--stage", metavar="NAME", default=stage, help=other)
     for title, group in GROUPS.items():
