@@ -21,11 +21,13 @@ from nanovlm.engine.conversation import Conversation
 from nanovlm.engine.loading import add_folder_flag, add_model_flags, load_chosen
 from nanovlm.engine.many import IMAGE_SUFFIXES, answer_all, read_questions
 from nanovlm.errors import NanoVLMError, see
-from nanovlm.generate import Sampling, TextStreamer
+from nanovlm.generate import check_not_compiled
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling, add_beam_flags
+from nanovlm.tokenizer.streaming import TextStreamer
 from nanovlm.utils.outputs import check_new_file
 from nanovlm.utils.parser import CommandParser
 
@@ -41,7 +43,10 @@ def main() -> None:
         arguments.top_k,
         arguments.repetition_penalty,
         arguments.seed,
+        arguments.beams,
+        arguments.length_penalty,
     )
+    check_not_compiled(sampling, arguments.compile)
     if arguments.max_new_tokens < 1:
         raise NanoVLMError("--max-new-tokens has to be 1 or more")
     if arguments.batch:
@@ -121,9 +126,12 @@ def _answer(
         say(f"the answer is empty: the model ended its turn at once; {see('same-answers')}")
     if verbose:
         speed = len(tokens) / max(time.perf_counter() - first, 1e-9)
+        then = f"then {speed:.1f} tokens/s for {len(tokens)} tokens"
+        if sampling.beams > 1:  # all of them come at once
+            then = f"and with it all {len(tokens)} tokens of the best of {sampling.beams} beams"
         say(
             f"{batch.input_ids.shape[1]} prompt tokens, first token after {first - start:.3f} s, "
-            f"then {speed:.1f} tokens/s for {len(tokens)} tokens"
+            f"{then}"
         )
     return answer
 
@@ -234,6 +242,7 @@ def _add_sampling_flags(group: argparse._ActionsContainer) -> None:
         help="above 1, tokens already there become less likely",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling")
+    add_beam_flags(group)
 
 
 if __name__ == "__main__":

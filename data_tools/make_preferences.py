@@ -42,10 +42,10 @@ from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, 
 from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
-from nanovlm.generate import Sampling
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE_MARKER
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from nanovlm.utils.device import add_device_flag, choose_device
 from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import check_new_file, write_new

@@ -9,7 +9,7 @@ from nanovlm.utils import interruption  # noqa: F401
 # isort: split
 from nanovlm.data.collate import prepare
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.hub.models import load_language_model, load_model, load_vision_encoder, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Chat, ChatConfig, ImageTokens, Message
@@ -19,6 +19,7 @@ from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vision_encoder import VisionEncoder, VisionEncoderConfig
 from nanovlm.model.vlm import VisionLanguageModel, VLMConfig
+from nanovlm.sampling import Sampling
 from nanovlm.tokenizer import load_tokenizer
 
 __all__ = [

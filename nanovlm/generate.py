@@ -3,7 +3,6 @@
 Lesson: lessons/source/10_generation.py.
 """
 
-import codecs
 import contextlib
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,30 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovlm.beams import Beams
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.attention import KVCache, StaticCache
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.tokenizer import Tokenizer
+from nanovlm.sampling import Sampling, penalise, sample
 from nanovlm.utils.compiler import Compiler, require_compiler
-from nanovlm.utils.config import check_numbers
 
 SMALLEST_CACHE = 256  # places of a compiled step's cache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: always the most likely token."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0  # keep the likeliest tokens of this total probability (Holtzman et al. 2020)
-    top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
-    repetition_penalty: float = 1.0  # above 1, tokens so far get less likely (Keskar et al. 2019)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
 
 
 @dataclass
@@ -142,16 +127,20 @@ def decode(
     It stops when all rows have ended or `max_new_tokens` are written. The caller may `send` the
     indices of rows that are to end. `sampling` is that of all rows together, or one for each row,
     whose tokens are then those that it would have alone. `use_cache=False` reads the whole text
-    again for every token; it is the reference that the cache is tested against.
+    again for every token; it is the reference that the cache is tested against. With beams, all
+    tokens are yielded when the best answer of each row is found (`search`).
     """
+    _check_positions(model, prompt, max_new_tokens)
     batch, length = prompt.input_ids.shape
-    device, limit = prompt.embeddings.device, model.config.max_position_embeddings
-    if length + max_new_tokens > limit:
-        raise NanoVLMError(
-            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language "
-            f"model's {limit} positions; shorten the prompt or lower --max-new-tokens"
-        )
+    device = prompt.embeddings.device
     samplings = [sampling] if isinstance(sampling, Sampling) else sampling
+    if any(each.beams > 1 for each in samplings):
+        if len(set(samplings)) > 1:
+            raise NanoVLMError("with beam search, all rows have to have the same sampling")
+        found = search(model, prompt, max_new_tokens, stop_ids, samplings[0], use_cache)
+        best = [answers[0][0] if answers else [] for answers in found]
+        yield from _in_steps(best, max_new_tokens)
+        return
     generators = [torch.Generator(device).manual_seed(each.seed) for each in samplings]
     stops = torch.tensor(sorted(stop_ids), device=device)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -171,6 +160,68 @@ def decode(
             return
         seen = torch.cat((seen, token[:, None]), dim=1)
         logits = steps.add(token)
+
+
+@torch.inference_mode()
+def search(
+    model: LanguageModel,
+    prompt: Prompt,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling,
+    use_cache: bool = True,
+) -> list[list[tuple[list[int], float]]]:
+    """Beam search: of each row up to `sampling.beams` answers and their scores, best first.
+
+    Answers are token ids without the end token; `Beams` says how they score. The prompt is read
+    once, and then has its keys and values copied for each beam. The repetition penalty is one on
+    log probabilities, as in `transformers`.
+    """
+    check_not_compiled(sampling, getattr(model, "compiled_steps", None) is not None)
+    _check_positions(model, prompt, max_new_tokens)
+    (rows, length), count = prompt.input_ids.shape, sampling.beams
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=prompt.embeddings.device)
+    beams = Beams(rows, count, stops, sampling.length_penalty)
+    prompt_ids = prompt.known_ids(model.config.vocab_size).repeat_interleave(count, dim=0)
+    steps = Steps(model, use_cache)
+    logits = steps.begin(prompt, length).repeat_interleave(count, dim=0)  # (B · beams, V)
+    steps.repeat(count, length + max_new_tokens)
+    for written in range(1, max_new_tokens + 1):
+        seen = torch.cat((prompt_ids, beams.ids.flatten(0, 1)), dim=1)
+        log_probs = penalise(logits.log_softmax(dim=-1), seen, sampling.repetition_penalty)
+        parents = beams.advance(log_probs, is_last=written == max_new_tokens)
+        if not beams.going_on.any():  # the only wait for the device
+            break
+        steps.reorder(parents)
+        logits = steps.add(beams.ids[..., -1].flatten())
+    return beams.answers()
+
+
+def _in_steps(
+    answers: list[list[int]], max_new_tokens: int
+) -> Generator[list[int], Collection[int] | None]:
+    """Yield whole answers as `decode` does."""
+    for written in range(max_new_tokens):
+        tokens = [answer[written] if written < len(answer) else -1 for answer in answers]
+        for row in (yield tokens) or ():
+            answers[row], tokens[row] = [], -1
+        if max(tokens) < 0:
+            return
+
+
+def check_not_compiled(sampling: Sampling, compiled: bool) -> None:
+    """Refuse beam search in compiled steps, whose cache has no order that changes."""
+    if compiled and sampling.beams > 1:
+        raise NanoVLMError("beam search has no compiled steps; leave out --compile or --beams")
+
+
+def _check_positions(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> None:
+    length, limit = prompt.input_ids.shape[1], model.config.max_position_embeddings
+    if length + max_new_tokens > limit:
+        raise NanoVLMError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the language "
+            f"model's {limit} positions; shorten the prompt or lower --max-new-tokens"
+        )
 
 
 class Steps:
@@ -208,6 +259,27 @@ class Steps:
         new = self.model.embed_tokens(tokens[:, None])  # (B, 1, C)
         self.inputs = new if self.use_cache else torch.cat((self.inputs, new), dim=1)
         return self._logits(torch.full_like(self.row_starts, self.inputs.shape[1] - 1))
+
+    def repeat(self, copies: int, max_length: int) -> None:
+        """Go on with `copies` of each row, side by side, and with room for `max_length` tokens."""
+        self.mask, self.groups = (
+            None if each is None else each.repeat_interleave(copies, dim=0)
+            for each in (self.mask, self.groups)
+        )
+        self.lengths = self.lengths.repeat_interleave(copies)
+        self.row_starts = torch.arange(len(self.lengths), device=self.lengths.device)
+        if self.cache is None:
+            self.inputs = self.inputs.repeat_interleave(copies, dim=0)
+        else:
+            self.shared = self.cache.length  # tokens that all copies have in common
+            self.cache = self.cache.longer(max_length, copies)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let the i-th row go on as row `rows[i]`, (B,), a copy of the same row of the prompt."""
+        if self.cache is None:
+            self.inputs = self.inputs.index_select(0, rows)
+        else:
+            self.cache.reorder(rows, self.shared)
 
     def _logits(self, last: Tensor) -> Tensor:
         with _fast_products(self.inputs):
@@ -276,49 +348,3 @@ def _fast_products(inputs: Tensor) -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = enabled
-
-
-def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """(B, V) logits and the (B, T) ids so far → (B,) next tokens."""
-    if sampling.repetition_penalty != 1:
-        penalty, values = sampling.repetition_penalty, logits.gather(1, seen)
-        values = torch.where(values > 0, values / penalty, values * penalty)
-        logits = logits.scatter(1, seen, values)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits, order = (logits / sampling.temperature).sort(dim=-1, descending=True)
-    if sampling.top_k:
-        logits[:, sampling.top_k :] = -torch.inf
-    probabilities = logits.softmax(dim=-1)
-    # A token goes when those before it already reach top_p, so the most likely one always stays.
-    left_out = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
-    probabilities = probabilities.masked_fill(left_out, 0)
-    # Of events with rates p_i, waiting E_i / p_i where E_i ~ Exp(1), the first is i with the
-    # probability p_i. `torch.multinomial` does the same after a check that waits for the device.
-    waiting_times = torch.empty_like(probabilities).exponential_(generator=generator)
-    chosen = (probabilities / waiting_times).argmax(dim=-1, keepdim=True)
-    return order.gather(1, chosen)[:, 0]
-
-
-class TextStreamer:
-    """Token ids in, text out, whole characters only.
-
-    The bytes of a character may be spread over several tokens. A space before the first word is
-    left out where SentencePiece puts it, and with `strip_space` (`Chat.space_opens_answer`).
-    """
-
-    def __init__(self, tokenizer: Tokenizer, strip_space: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_space = strip_space or tokenizer.puts_space
-
-    def put(self, token: int) -> str:
-        """The characters that `token` completes: often one word, sometimes nothing yet."""
-        text = self._utf8.decode(self._tokenizer.decode_bytes([token]))
-        if self._strip_space and text:
-            text, self._strip_space = text.removeprefix(" "), False
-        return text
-
-    def end(self) -> str:
-        """What is left when the answer stops within a character."""
-        return self._utf8.decode(b"", final=True)

@@ -147,6 +147,20 @@ def test_sampling_follows_its_seed(image, ask):
     assert ask(*flags, "--top-p", "0.5", "--repetition-penalty", "1.5")[0] == 0
 
 
+def test_beams_answer_once_in_a_chat_and_for_many(image, ask, tmp_path):
+    flags = ["--beams", "3", "--length-penalty", "0.5", "--max-new-tokens", "12"]
+    code, out, err = ask(image, "描述图片", *flags, "--verbose")
+    assert code == 0 and out != ask(image, "描述图片", "--max-new-tokens", "12")[1]
+    assert "and with it all 12 tokens of the best of 3 beams" in err
+    chat = ask(image, "描述图片", *flags, "--chat", stdin="第二\n\n".encode())[1]
+    assert chat.count("\n") == 2 and chat.startswith(out)
+    (tmp_path / "photos").mkdir()
+    image.rename(tmp_path / "photos" / "scene.png")
+    many = ["--batch", tmp_path / "photos", "--prompt", "描述图片", "--out", tmp_path / "a.jsonl"]
+    assert ask(*many, *flags)[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["answer"] == out.strip()
+
+
 def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, tmp_path):
     model, settings = (
         load_model(tiny.model),
@@ -179,6 +193,13 @@ def test_an_adapter_answers_as_the_merged_model_does(tiny, image, ask, refused, 
         ("--seed 99999999999999999999", "seed is 99999999999999999999"),
         ("--max-new-tokens 0", "--max-new-tokens has to be 1 or more"),
         ("--max-new-tokens 5000", "exceed the language model's 1024 positions"),
+        ("--beams 0", "beams is 0; it has to be above 0"),
+        ("--beams 2 --temperature 1", "leave out beams, or temperature, top_p and top_k"),
+        (
+            "--beams 2 --compile",
+            "beam search has no compiled steps; leave out --compile or --beams",
+        ),
+        ("--length-penalty 2", "length_penalty belongs to beam search; give beams of 2 or more"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--temp 1", "unrecognized arguments"),
@@ -425,7 +446,8 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         "chair_i",
         "n",
     }  # of scenes, also the objects named that are not there
-    for more in ([], ["--control", "blind"], ["--control", "shuffled", "--limit", "9"]):
+    few = ["--control", "shuffled", "--limit", "9", "--beams", "3", "--length-penalty", "0"]
+    for more in ([], ["--control", "blind"], few):
         code, out, _ = ask(
             *flags, *more, "--answers", tmp_path / "answers.jsonl", main=evaluation.main
         )
@@ -452,6 +474,8 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         ("--images nope", "is not a folder"),
         ("--answers nope/a.jsonl", "nope: is not a folder"),
         ("--model nope", "nope: there is no such folder"),
+        ("--beams 2 --loss", "--loss answers nothing; leave out --answers and --beams"),
+        ("--beams 2 --compile", "beam search has no compiled steps"),
         ("--bogus", "unrecognized"),
     ],
 )

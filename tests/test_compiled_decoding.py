@@ -18,7 +18,6 @@ from nanovlm.generate import (
     SMALLEST_CACHE,
     CompiledSteps,
     Prompt,
-    Sampling,
     Steps,
     compile_decoding,
     decode,
@@ -26,6 +25,7 @@ from nanovlm.generate import (
 )
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.layers import RMSNorm
+from nanovlm.sampling import Sampling
 from tests.reference.models import randomise
 
 CONFIG = LanguageModelConfig(

@@ -24,12 +24,14 @@ from transformers.generation.logits_process import (
 from nanovlm.data.collate import collate
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Prompt, Sampling, TextStreamer, decode, generate, sample
+from nanovlm.generate import Prompt, decode, generate
 from nanovlm.hub.models import load_language_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import Chat, ImageTokens, Message
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling, sample
 from nanovlm.tokenizer import Tokenizer, load_tokenizer
+from nanovlm.tokenizer.streaming import TextStreamer
 from tests.reference.models import byte_pair, qwen, sentence_piece, tiny_vlm
 
 PROMPTS = [

@@ -15,6 +15,7 @@ LAYERS = (
     ("evaluation",),  # training shows sample answers with their metrics
     ("engine",),
     ("data", "generate"),
+    ("beams", "sampling"),
     ("hub",),
     ("model",),
     ("inputs",),

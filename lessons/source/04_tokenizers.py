@@ -541,7 +541,7 @@ check("04.3", stream(cat), ["图中有", "一", "", "", "只", "", "", "猫"])
 #
 # - [`nanovlm/tokenizer/merges.py`](../../nanovlm/tokenizer/merges.py)，`merge` 与 `BytePairEncoder`：O(n log n) 的合并，以及为什么中文可以先切开再合并。
 # - [`nanovlm/tokenizer/sentence_piece.py`](../../nanovlm/tokenizer/sentence_piece.py)，`SentencePieceTokenizer`：用户打出 `<image>` 时，为什么只是普通文字（第 05 课）。
-# - [`nanovlm/generate.py`](../../nanovlm/generate.py)，`TextStreamer`：练习 04.3 的正式版本。
+# - [`nanovlm/tokenizer/streaming.py`](../../nanovlm/tokenizer/streaming.py)，`TextStreamer`：练习 04.3 的正式版本。
 #
 # 论文：Sennrich 等，2016，*Neural Machine Translation of Rare Words with Subword Units*，[arXiv:1508.07909](https://arxiv.org/abs/1508.07909)；Kudo 与 Richardson，2018，*SentencePiece*，[arXiv:1808.06226](https://arxiv.org/abs/1808.06226)。
 
@@ -556,6 +556,6 @@ check("04.3", stream(cat), ["图中有", "一", "", "", "只", "", "", "猫"])
 #
 # - [`nanovlm/tokenizer/merges.py`](../../nanovlm/tokenizer/merges.py), `merge` and `BytePairEncoder`: merging in O(n log n), and why Chinese text can be cut before it is merged.
 # - [`nanovlm/tokenizer/sentence_piece.py`](../../nanovlm/tokenizer/sentence_piece.py), `SentencePieceTokenizer`: why an `<image>` typed by a user stays text (lesson 05).
-# - [`nanovlm/generate.py`](../../nanovlm/generate.py), `TextStreamer`: exercise 04.3 in earnest.
+# - [`nanovlm/tokenizer/streaming.py`](../../nanovlm/tokenizer/streaming.py), `TextStreamer`: exercise 04.3 in earnest.
 #
 # The papers: Sennrich et al. 2016, *Neural Machine Translation of Rare Words with Subword Units*, [arXiv:1508.07909](https://arxiv.org/abs/1508.07909); Kudo and Richardson 2018, *SentencePiece*, [arXiv:1808.06226](https://arxiv.org/abs/1808.06226).

@@ -35,7 +35,9 @@ from data_tools.scenes_world import random_scene
 from lessons import draw
 from lessons.check import check
 from nanovlm import IMAGE, Message, Sampling, generate, load_model, open_image, prepare
-from nanovlm.generate import Prompt, Steps, TextStreamer, sample
+from nanovlm.generate import Prompt, Steps
+from nanovlm.sampling import sample
+from nanovlm.tokenizer.streaming import TextStreamer
 
 ASSETS = "../../nanovlm/assets"
 torch.set_grad_enabled(False)

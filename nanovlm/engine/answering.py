@@ -12,9 +12,11 @@ from PIL import Image
 from nanovlm.data.collate import collate, encode
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Prompt, Sampling, TextStreamer, decode
+from nanovlm.generate import Prompt, decode
 from nanovlm.inputs.chat import Message
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
+from nanovlm.tokenizer.streaming import TextStreamer
 
 OnText = Callable[[str], bool | None]
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from nanovlm.generate import Prompt, Sampling, complete
+from nanovlm.generate import Prompt, complete
 from nanovlm.inputs.batch import Batch
 from nanovlm.model.attention import KVCache
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 
 SPARE = 512  # tokens that a cache has room for beyond those of the turn that it is made for
 

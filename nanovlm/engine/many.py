@@ -15,10 +15,10 @@ from nanovlm.data.forms import QUESTIONS, TURN_LISTS, present, read_conversation
 from nanovlm.data.records import MAX_NAMED, image_path, read_entries
 from nanovlm.engine.answering import EncodedRequest, Request, answer_together, encode_request
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from nanovlm.utils.console import say
 from nanovlm.utils.files import read_json, to_jsonl, write_atomically, write_json
 from nanovlm.utils.outputs import check_new_file, only_writer, write_new

@@ -34,7 +34,9 @@ from nanovlm.evaluation.metrics import (
     tokenize,
     wrong_objects,
 )
+from nanovlm.generate import check_not_compiled
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling, add_beam_flags
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import check_new_file, write_new
@@ -49,8 +51,10 @@ def main() -> None:
         raise NanoVLMError(
             "--limit, --batch-size, --max-new-tokens and --max-length have to be above 0"
         )
-    if arguments.loss and arguments.answers:
-        raise NanoVLMError("--loss answers nothing; leave out --answers or --loss")
+    sampling = Sampling(beams=arguments.beams, length_penalty=arguments.length_penalty)
+    check_not_compiled(sampling, arguments.compile)
+    if arguments.loss and (arguments.answers or arguments.beams > 1):
+        raise NanoVLMError("--loss answers nothing; leave out --answers and --beams, or --loss")
     if arguments.answers:
         inputs = (arguments.model, *record_files(arguments.data))
         check_new_file(arguments.answers, "--answers", inputs)
@@ -61,7 +65,7 @@ def main() -> None:
     if arguments.loss:
         print(json.dumps(_tell_loss(model, records, arguments)))
         return
-    print(json.dumps(_answer_and_score(model, records, arguments)))
+    print(json.dumps(_answer_and_score(model, records, arguments, sampling)))
 
 
 def _tell_loss(
@@ -94,12 +98,14 @@ def _tell_loss(
 
 
 def _answer_and_score(
-    model: VisionLanguageModel, records: list[Record], arguments: argparse.Namespace
+    model: VisionLanguageModel,
+    records: list[Record],
+    arguments: argparse.Namespace,
+    sampling: Sampling,
 ) -> dict[str, float]:
     """The scores of the model's answers, which are also written where `--answers` says."""
-    stream = answer_records(
-        model, records, arguments.max_new_tokens, arguments.batch_size, arguments.control
-    )
+    flags = arguments.max_new_tokens, arguments.batch_size, arguments.control
+    stream = answer_records(model, records, *flags, sampling)
     name = f"answering{_control_of(arguments)}"
     progress = tqdm(stream, name, len(records), unit="question", dynamic_ncols=True)
     answered = [pair for pair in zip(records, list(progress)) if pair[1] is not None]
@@ -221,6 +227,7 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="also write every answer here, one JSON object a line",
     )
+    add_beam_flags(parser)
     add_model_flags(parser)
     return parser
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from nanovlm.data.collate import prepare
 from nanovlm.data.records import MAX_NAMED, Record
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.inputs.chat import Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from nanovlm.utils.console import say
 
 CONTROLS = ("none", "blind", "shuffled")

@@ -47,16 +47,27 @@ class KVCache:
         """Count the `count` tokens that every layer has stored."""
         self.length += count
 
-    def longer(self, max_length: int) -> "KVCache":
-        """A cache of `max_length` tokens that holds the same."""
+    def longer(self, max_length: int, copies: int = 1) -> "KVCache":
+        """A cache of `max_length` tokens that holds the same, `copies` of each row side by side."""
         layers, batch, heads, _, width = self.keys.shape
-        shape = layers, batch, heads, max_length, width
+        shape = layers, batch * copies, heads, max_length, width
         cache = KVCache(shape, self.keys.dtype, self.keys.device)
-        held = slice(self.length)
-        cache.keys[:, :, :, held] = self.keys[:, :, :, held]
-        cache.values[:, :, :, held] = self.values[:, :, :, held]
-        cache.length, cache.prompt_lengths = self.length, self.prompt_lengths
+        for ours, new in ((self.keys, cache.keys), (self.values, cache.values)):
+            held = ours[:, :, None, :, : self.length]  # (layers, B, 1, H_kv, length, D)
+            new.unflatten(1, (batch, copies))[..., : self.length, :] = held
+        if self.prompt_lengths is not None:
+            cache.prompt_lengths = self.prompt_lengths.repeat_interleave(copies)
+        cache.length = self.length
         return cache
+
+    def reorder(self, rows: Tensor, start: int) -> None:
+        """Let the i-th row hold what row `rows[i]`, (B,), holds from token `start` on.
+
+        What is before it stays, which is for rows that begin alike: copies of one prompt.
+        """
+        for tensor in (self.keys, self.values):
+            later = tensor[:, :, :, start : self.length]
+            later[:] = later.index_select(1, rows)
 
 
 class StaticCache:

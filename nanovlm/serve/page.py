@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from gradio.themes import Default as Theme
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling
 from nanovlm.inputs.chat import IMAGE, ImageSlot, Message
+from nanovlm.sampling import Sampling
 from nanovlm.serve.guard import same
 from nanovlm.serve.limits import Limits, RequestError
 from nanovlm.serve.protocol import check_image_count

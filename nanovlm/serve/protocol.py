@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from nanovlm.engine.answering import Answer
 from nanovlm.errors import quoted
-from nanovlm.generate import Sampling
 from nanovlm.inputs.chat import IMAGE, ImageSlot, Message
+from nanovlm.sampling import Sampling
 from nanovlm.serve.limits import Limits, RequestError
 from nanovlm.utils.files import parse_json
 

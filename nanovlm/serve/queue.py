@@ -20,9 +20,9 @@ from nanovlm.engine.answering import (
 )
 from nanovlm.engine.conversation import Conversation, common_length
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling
 from nanovlm.inputs.chat import Message
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from nanovlm.serve.images import image_error, open_bounded
 from nanovlm.serve.limits import Limits, RequestError
 from nanovlm.utils.console import first_line, say

@@ -54,6 +54,8 @@ LIMITS: dict[str, tuple[float, float]] = {
         ("temperature", (1e-6, 1e6)),
         ("repetition_penalty", (1e-3, 1e3)),
         ("top_p", (1e-6, 1)),
+        ("beams", (1, 256)),
+        ("length_penalty", (-4, 4)),
         ("seed", (-(2**63), 2**63 - 1)),
     )
     for name in names.split()

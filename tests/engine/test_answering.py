@@ -14,10 +14,11 @@ from nanovlm.engine.answering import (
     encode_request,
 )
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.inputs.chat import Message
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from tests.reference.models import tiny_vlm
 
 SAMPLINGS = [

@@ -9,11 +9,12 @@ from torch import Tensor
 import nanovlm.engine.conversation
 from nanovlm.engine.conversation import Conversation
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import Message
 from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from tests.reference.models import tiny_vlm
 from tests.test_generate import prompt_batch_of
 

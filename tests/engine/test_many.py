@@ -13,9 +13,10 @@ import nanovlm.engine.many
 from nanovlm.data.collate import prepare
 from nanovlm.engine.many import answer_all, read_questions
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from tests.reference.models import tiny_vlm
 
 PROMPT = "描述图片"

@@ -24,7 +24,7 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 
 from nanovlm.data.collate import prepare
 from nanovlm.export import __main__ as export
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.hub.image_configs import read_image_config
 from nanovlm.hub.models import join_parts, load_model, save_model
 from nanovlm.inputs.batch import Batch
@@ -32,6 +32,7 @@ from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from tests.reference import hub_folders
 from tests.reference.models import byte_pair, qwen, randomise
 from tests.reference.published import smolvlm_folder

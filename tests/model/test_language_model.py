@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Prompt, Sampling, decode
+from nanovlm.generate import Prompt, decode
 from nanovlm.hub.language_configs import parse_language_model_config
 from nanovlm.hub.models import load_language_model, save_language_model
 from nanovlm.hub.safetensors import SafetensorsFile, save_file
 from nanovlm.model.attention import SEGMENT
 from nanovlm.model.language_model import LanguageModel, LanguageModelConfig
 from nanovlm.model.moe import take_balance_loss
+from nanovlm.sampling import Sampling
 from tests.reference.models import qwen, qwen1, randomise
 
 # Chosen so that the few frequencies of a small head are kept, blended and scaled ones.

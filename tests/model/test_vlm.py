@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovlm.data.collate import collate
 from nanovlm.data.sequences import TokenSequence
 from nanovlm.errors import NanoVLMError
-from nanovlm.generate import Prompt, Sampling, decode, generate
+from nanovlm.generate import Prompt, decode, generate
 from nanovlm.hub.models import join_parts, load_model, parse_model_config, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IGNORED, Message
@@ -21,6 +21,7 @@ from nanovlm.model import attention, vlm
 from nanovlm.model.attention import SEGMENT, attend
 from nanovlm.model.projector import ProjectorConfig
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from nanovlm.tokenizer import load_tokenizer
 from tests.reference.models import byte_pair, dinov2, qwen, sentence_piece, tiny_vlm
 from tests.reference.scratch import scratch_vlm

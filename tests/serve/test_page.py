@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("gradio", reason="python -m pip install -r requirements-web.txt")
 
 from nanovlm.engine.answering import Writer
-from nanovlm.generate import Sampling
+from nanovlm.sampling import Sampling
 from nanovlm.serve.limits import Limits
 from nanovlm.serve.page import Page, uploads
 from nanovlm.serve.server import Site

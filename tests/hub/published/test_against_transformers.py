@@ -19,11 +19,12 @@ from transformers import (
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from nanovlm.data.collate import prepare
-from nanovlm.generate import Sampling, generate
+from nanovlm.generate import generate
 from nanovlm.hub.models import load_model, save_model
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.sampling import Sampling
 from tests.reference import published
 from tests.reference.published import llava_folder, smolvlm_folder
 
