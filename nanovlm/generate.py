@@ -282,7 +282,7 @@ class Steps:
             self.cache.reorder(rows, self.shared)
 
     def _logits(self, last: Tensor) -> Tensor:
-        with _fast_products(self.inputs):
+        with _fast_products(self.inputs.shape[0] * self.inputs.shape[1], self.inputs):
             hidden_states = self.model.hidden_states(
                 self.inputs,
                 self.mask,
@@ -328,7 +328,8 @@ class CompiledSteps:
         assert self.cache is not None, "begin has to be called first"
         tokens = F.pad(tokens, (0, self.cache.batch - self.rows))
         torch.compiler.cudagraph_mark_step_begin()  # the last logits may be overwritten
-        return self._next_logits(self.model, tokens, self.cache)[: self.rows]
+        with _fast_products(self.cache.batch, self.cache.keys[0]):
+            return self._next_logits(self.model, tokens, self.cache)[: self.rows]
 
 
 def next_logits(model: LanguageModel, tokens: Tensor, cache: StaticCache) -> Tensor:
@@ -338,10 +339,9 @@ def next_logits(model: LanguageModel, tokens: Tensor, cache: StaticCache) -> Ten
 
 
 @contextlib.contextmanager
-def _fast_products(inputs: Tensor) -> Iterator[None]:
+def _fast_products(rows: int, like: Tensor) -> Iterator[None]:
     """Switch oneDNN off for one bf16 vector on a CPU: PyTorch's own loop is twice as fast."""
-    rows = inputs.shape[0] * inputs.shape[1]
-    one_vector = inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 and rows == 1
+    one_vector = like.device.type == "cpu" and like.dtype == torch.bfloat16 and rows == 1
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = enabled and not one_vector  # type: ignore[assignment]
     try:

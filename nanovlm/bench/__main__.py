@@ -83,7 +83,7 @@ def main() -> None:
     image_token_id = _vocabulary_size(arguments.weights) - 1  # an id that no text here uses
     bench = Bench(device, dtype, image_token_id)
     if arguments.answers:
-        figures = answers.measure(arguments.weights, bench, arguments.rounds)
+        figures = answers.measure(arguments.weights, bench, arguments.rounds, arguments.compile)
         print(json.dumps(figures) if arguments.json else answers.table(figures))
         return
     if arguments.peak_memory_of:
@@ -206,7 +206,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the blocks of both models, and on CUDA nanovlm's decoding",
+        help="compile the blocks of both models, and on CUDA nanovlm's decoding; with --answers, "
+        "measure compiled decoding as well",
     )
     parser.add_argument(
         "--ladder",

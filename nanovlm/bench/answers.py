@@ -19,10 +19,11 @@ from nanovlm.data.collate import prepare
 from nanovlm.engine.answering import EncodedRequest, Request, answer_together, encode_request
 from nanovlm.engine.conversation import Conversation
 from nanovlm.engine.weight_only import KINDS, quantize_for_answers
-from nanovlm.generate import generate
+from nanovlm.generate import compile_decoding, generate
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.utils.compiler import require_compiler
 
 TOGETHER = 16
 AGREEMENT = 40  # greedy tokens that are compared
@@ -39,8 +40,13 @@ QUESTIONS = (
 Figures = dict[str, Any]
 
 
-def measure(weights: Path, bench: Bench, rounds: int) -> Figures:
-    """All figures: the best of `rounds` measurements in turn, and one of what does not vary."""
+def measure(weights: Path, bench: Bench, rounds: int, compiled: bool = False) -> Figures:
+    """All figures: the best of `rounds` measurements in turn, and one of what does not vary.
+
+    With `compiled`, decoding is measured once more with compiled steps.
+    """
+    if compiled:
+        require_compiler(bench.device)
     models: dict[str, BenchModel] = {}
     if importlib.util.find_spec("transformers") is not None:
         from nanovlm.bench.transformers_model import TransformersModel  # may not be installed
@@ -48,11 +54,14 @@ def measure(weights: Path, bench: Bench, rounds: int) -> Figures:
         models["transformers"] = TransformersModel(
             weights, bench.device, bench.dtype, bench.image_token_id
         )
-    for kind in ("", *KINDS):
-        ours = NanoVLMModel(weights, bench.device, bench.dtype, bench.image_token_id)
-        if kind:
-            quantize_for_answers(ours.model.language_model, kind, bench.dtype)
-        models[kind or "nanovlm"] = ours
+    for compiling in (False, True) if compiled else (False,):
+        for kind in ("", *KINDS):
+            ours = NanoVLMModel(weights, bench.device, bench.dtype, bench.image_token_id)
+            if kind:
+                quantize_for_answers(ours.model.language_model, kind, bench.dtype)
+            if compiling:
+                compile_decoding(ours.model.language_model)
+            models[f"{kind or 'nanovlm'}{', compiled' if compiling else ''}"] = ours
     plain = models["nanovlm"]
     assert isinstance(plain, NanoVLMModel)
     figures: Figures = {
