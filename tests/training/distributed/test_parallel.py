@@ -265,7 +265,7 @@ def test_one_process_talks(by_two):
         "device cpu, float32, 2 processes, fsdp",
         "the model is in",
     ):
-        assert by_two.stderr.count(said) == (3 if "fsdp" in said else 6)
+        assert by_two.stderr.count(said) == (3 if "fsdp" in said else 7)
     assert "(rank 1)" not in by_two.stderr
 
 
