@@ -29,13 +29,14 @@ sys.path.insert(0, "../..")  # the repository: nanovlm and the drawing helpers
 from random import Random
 
 import torch
+from PIL import ImageFilter
 
 from data_tools.scenes_world import draw as draw_scene
 from data_tools.scenes_world import random_scene
 from lessons import draw
 from lessons.check import check
 from nanovlm import IMAGE, Message, Sampling, generate, load_model, open_image, prepare
-from nanovlm.generate import Prompt, Steps
+from nanovlm.generate import Prompt, Steps, search
 from nanovlm.sampling import sample
 from nanovlm.tokenizer.streaming import TextStreamer
 
@@ -397,14 +398,71 @@ for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8)):
 # %% [markdown] tags=["zh"]
 # 温度为 2 时，只要有一步抽到了尾巴上的 token，后面就跟着走样：错误会被当作上文读进去。如果每一步有 5% 的可能抽到尾巴，20 步里至少出一次错的可能就是 1 − 0.95²⁰ ≈ 64%。再看 top-p，它在这里没救回多少：温度已经把尾巴抬到 68%，留够 0.8 时也就留下了不少尾巴，所以温度和 top-p 要一起调。灰图上本来没有物体，模型还是说了一个，这一点和采样无关：它训练时从没见过没有物体的图。
 #
-# ## 六、一个字一个字地出现
+# ## 六、几个开头一起写
 #
-# 边生成边显示时还有一个坑。「猫」不在这个小词表里，分词器把它的 UTF-8 编码拆成三个字节，一个字节一个 token（第 04 课）。一个一个解码，就会得到：
+# 采样为了变化，束搜索（beam search）为了更可能：第一步最可能的 token，不一定开出最可能的整句。于是同时留着 K 个最可能的开头，每个都接上词表里的每个 token，从 K × V 个里再留 K 个；接上的是结束符，就收进「写完的」一栏。K = 1 就是贪心。
+#
+# 写完的几句长短不一，怎么比？每多一个 token，概率就再乘一个小于 1 的数，所以直接比总概率会偏向短句。常用的办法是把对数概率除以长度的 α 次方，α 叫长度惩罚（length penalty）：0 是不除，1 是每个 token 的平均，再大就偏向长句。结束符也算在长度里。
 
 # %% [markdown] tags=["en"]
 # At temperature 2, one step that draws a token from the tail is enough, and the rest goes astray: a mistake is read as context. If 5% of the draws at each step come from the tail, the chance of at least one in 20 steps is 1 − 0.95²⁰ ≈ 64%. Top-p at 0.8 repairs little of it here: the temperature has raised the tail to 68%, so whatever reaches 0.8 has much of the tail in it. So the two are tuned together. A grey image has no object, and the model names one all the same. That has nothing to do with sampling: in training it never saw an image without an object.
 #
-# ## 6. One character after another
+# ## 6. Several beginnings at once
+#
+# Sampling is for variety; beam search is for likelier answers, because the likeliest first token need not begin the likeliest sentence. So keep the K likeliest beginnings, add every token of the vocabulary to each, and of these K × V keep K again. One that ends in the end-of-turn token is put aside as finished. K = 1 is greedy decoding.
+#
+# How to compare finished answers of different lengths? Every token multiplies the probability by a number below 1, so the total favours short answers. The usual remedy divides the log probability by the length to the power α, the length penalty: 0 divides by nothing, 1 gives the mean of a token, and more favours long answers. The end token counts.
+
+
+# %%
+def beam_search(x, K, alpha, count=40):  # (1, T, C) → finished: [(score, ids)], best first
+    begun, finished = [(0.0, [])], []
+    for length in range(1, count + 1):
+        ids = torch.tensor([ids for _, ids in begun], dtype=torch.long)
+        text = torch.cat((x.expand(len(ids), -1, -1), language.embed_tokens(ids)), dim=1)
+        chances = language.logits(language.hidden_states(text))[:, -1].log_softmax(-1)
+        totals = torch.tensor([total for total, _ in begun])[:, None] + chances  # (K, V)
+        best = totals.flatten().topk(2 * K)  # K that go on, even if K end
+        longer = [(total, begun[place // totals.shape[1]][1] + [place % totals.shape[1]])
+                  for total, place in zip(best.values.tolist(), best.indices.tolist())]  # fmt: skip
+        finished += [(total / length**alpha, ids) for total, ids in longer[:K] if ids[-1] == END]
+        finished = sorted(finished, reverse=True)[:K]
+        begun = [pair for pair in longer if pair[1][-1] != END][:K]
+        if len(finished) == K and begun[0][0] / length**alpha <= finished[-1][0]:
+            break  # the likeliest beginning would not get among them any more
+    return finished
+
+
+blurred = draw_scene(random_scene(Random(4))).filter(ImageFilter.GaussianBlur(6))
+asked = [Message("user", [IMAGE, "最左边的物体是什么？"])]
+batch = prepare(model, [asked], [[blurred]], add_generation_prompt=True)
+print("greedy:", tokenizer.decode(generate(model, batch, 40)[0]))
+for K, alpha in ((1, 0.0), (2, 0.0), (3, 0.0), (3, 1.0), (3, 2.0)):
+    mine = beam_search(model.embed(batch), K, alpha)
+    score, ids = mine[0]
+    print(f"K = {K}, alpha = {alpha}: log p {score * len(ids) ** alpha:6.2f}  "
+          f"score {score:6.3f}  {tokenizer.decode(ids[:-1])}")  # fmt: skip
+    if K > 1:
+        chosen = Sampling(beams=K, length_penalty=alpha)
+        (theirs,) = search(language, Prompt.of(model, batch), 40, {END}, chosen)
+        assert [ids[:-1] for _, ids in mine] == [ids for ids, _ in theirs]
+
+
+# %% [markdown] tags=["zh"]
+# 图是模糊的，模型拿不准。贪心先说「橙色」，那一刻它最可能，可接下来没有一个好词，整句的对数概率是 −4.80。留着两个开头，就等到了 −2.83；留三个，−2.60，是贪心的 9 倍（e^2.20）。再看最后一行：α = 2 时，更不可能的长句反而赢了。还要看清楚束搜索没有做什么：它找的是模型眼里最可能的句子，不是正确的句子。最左边其实是黄色圆环。
+#
+# 代价：每步要算 K 行，缓存也要 K 份；哪个开头接着哪个写，缓存的行就得跟着换。提示只读一次，读完再复制。什么时候停，上面的 `break` 与 `transformers` 默认的规则相同：α 大于 0 时它只是猜测，因为还没写完的开头变长以后，分数可能更高。
+#
+# ## 七、一个字一个字地出现
+#
+# 边生成边显示时还有一个坑。「猫」不在这个小词表里，分词器把它的 UTF-8 编码拆成三个字节，一个字节一个 token（第 04 课）。一个一个解码，就会得到：
+
+# %% [markdown] tags=["en"]
+# The image is blurred, and the model unsure. Greedy decoding says 橙色 (orange) first, which is the likeliest there, and then finds no good word: log p is −4.80 in all. Two beginnings reach −2.83 (a white heart), three −2.60 (a black heart), which is 9 times as likely (e^2.20). In the last line, α = 2, a longer and less likely answer wins. And note what beam search does not do: it finds the sentence that the model holds for likeliest, not the right one. Leftmost is a yellow ring.
+#
+# The price: K rows a step, and a cache of K rows, which are reordered as beginnings go on from one another. The prompt is read once and copied afterwards. The `break` above is the default rule of `transformers`. With α above 0 it is a guess: a beginning may score more when it has become longer.
+#
+# ## 7. One character after another
 #
 # Showing text while it is generated has a pitfall of its own. 猫 (cat) is not in this small vocabulary, so the tokenizer splits its UTF-8 into three bytes, one a token (lesson 04). Decoded one by one they give:
 
@@ -485,10 +543,13 @@ check("10.3", nucleus(torch.tensor([0.7, 0.2, 0.1]), 0.5), torch.tensor([0.7, 0.
 #
 # ## 到库里看看
 #
-# - [`nanovlm/generate.py`](../../nanovlm/generate.py)，`decode`、`Steps`、`CompiledSteps`、`sample` 与 `TextStreamer`：本课略去了重复惩罚、最大长度的检查，和编译好的步骤。
+# - [`nanovlm/generate.py`](../../nanovlm/generate.py)，`decode`、`search`、`Steps` 与 `CompiledSteps`：本课略去了最大长度的检查，和编译好的步骤。
+# - [`nanovlm/sampling.py`](../../nanovlm/sampling.py)，`sample`：本课略去了重复惩罚。
+# - [`nanovlm/beams.py`](../../nanovlm/beams.py)，`Beams`：一批提示的束搜索，全部用张量写成。
+# - [`nanovlm/tokenizer/streaming.py`](../../nanovlm/tokenizer/streaming.py)，`TextStreamer`：第七节的正式版本。
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py)，`KVCache` 与 `StaticCache`：前者一次分配好，逐步填写，不像本课每步都 `cat`；后者大小固定，未写的位置用掩码遮住，CUDA 图（CUDA graph）才能录下一步、反复重放。
 #
-# 论文：Holtzman 等，2019，*The Curious Case of Neural Text Degeneration*（top-p），[arXiv:1904.09751](https://arxiv.org/abs/1904.09751)。
+# 论文：Holtzman 等，2019，*The Curious Case of Neural Text Degeneration*（top-p），[arXiv:1904.09751](https://arxiv.org/abs/1904.09751)；Graves，2012，*Sequence Transduction with Recurrent Neural Networks*（束搜索，分数除以长度），[arXiv:1211.3711](https://arxiv.org/abs/1211.3711)。
 
 # %% [markdown] tags=["en"]
 # ## In the wild
@@ -497,7 +558,10 @@ check("10.3", nucleus(torch.tensor([0.7, 0.2, 0.1]), 0.5), torch.tensor([0.7, 0.
 #
 # ## Look in the package
 #
-# - [`nanovlm/generate.py`](../../nanovlm/generate.py), `decode`, `Steps`, `CompiledSteps`, `sample` and `TextStreamer`: this lesson left out the repetition penalty, the check of the longest text, and compiled steps.
+# - [`nanovlm/generate.py`](../../nanovlm/generate.py), `decode`, `search`, `Steps` and `CompiledSteps`: this lesson left out the check of the longest text, and compiled steps.
+# - [`nanovlm/sampling.py`](../../nanovlm/sampling.py), `sample`: this lesson left out the repetition penalty.
+# - [`nanovlm/beams.py`](../../nanovlm/beams.py), `Beams`: beam search for a batch of prompts, on tensors alone.
+# - [`nanovlm/tokenizer/streaming.py`](../../nanovlm/tokenizer/streaming.py), `TextStreamer`: section 7 in earnest.
 # - [`nanovlm/model/attention.py`](../../nanovlm/model/attention.py), `KVCache` and `StaticCache`: the first is allocated once and filled step by step, where this lesson calls `cat` each time; the second has a fixed size and masks what is not written yet, so that a CUDA graph can record one step and replay it.
 #
-# The paper: Holtzman et al. 2019, *The Curious Case of Neural Text Degeneration* (top-p), [arXiv:1904.09751](https://arxiv.org/abs/1904.09751).
+# The papers: Holtzman et al. 2019, *The Curious Case of Neural Text Degeneration* (top-p), [arXiv:1904.09751](https://arxiv.org/abs/1904.09751); Graves 2012, *Sequence Transduction with Recurrent Neural Networks* (beam search, with scores over the length), [arXiv:1211.3711](https://arxiv.org/abs/1211.3711).
