@@ -22,7 +22,7 @@ from nanovlm.inputs.chat import IGNORED
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.tokenizer import Tokenizer
 
-Shares = dict[int, float]  # token id → share of an image's captions that have it
+Counts = Counter[int]  # token id → how many of an image's captions have it
 
 
 def by_image(records: Sequence[Record]) -> list[Record]:
@@ -40,11 +40,10 @@ def by_image(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def word_shares(record: Record, tokenizer: Tokenizer) -> Shares:
-    """The tokens of a record's captions, each with the share of the captions that have it."""
-    captions = [turn.text for turn in record.messages if turn.role == "assistant" and turn.labelled]
-    counts = Counter(token for text in captions for token in set(tokenizer.encode(text)))
-    return {token: count / len(captions) for token, count in counts.items()}
+def count_words(record: Record, tokenizer: Tokenizer) -> Counts:
+    """The tokens of a record's captions, each with the number of captions that have it."""
+    captions = (turn.text for turn in record.messages if turn.role == "assistant" and turn.labelled)
+    return Counter(token for text in captions for token in set(tokenizer.encode(text)))
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,26 @@ class Vocabulary:
     """The W words that are learned.
 
     tokens: their ids, ascending.
-    frequency: of each, the share of an image's captions that have it, on average over the images.
+    frequency: of each, the share of the images that have it in a caption.
     """
 
     tokens: Sequence[int] = ()
     frequency: Sequence[float] = ()
 
     @classmethod
-    def of(cls, images: Iterable[Shares], in_images: int, at_most: int) -> "Vocabulary":
+    def of(cls, images: Iterable[Counts], in_images: int, at_most: int) -> "Vocabulary":
         """The `at_most` most frequent of the words that occur in at least `in_images` of `images`.
 
         Frequencies count one more image with every word and one without any, so that none is 0 or
         1 (Laplace's rule of succession).
         """
-        occurrences, sums, count = Counter[int](), defaultdict[int, float](float), 0
-        for shares in images:
+        occurrences, count = Counter[int](), 0
+        for counts in images:
             count += 1
-            for token, share in shares.items():
-                occurrences[token] += 1
-                sums[token] += share
-        enough = [token for token in sums if occurrences[token] >= in_images]
-        tokens = sorted(sorted(enough, key=lambda token: (-sums[token], token))[:at_most])
-        return cls(tokens, [(sums[token] + 1) / (count + 2) for token in tokens])
+            occurrences.update(counts.keys())
+        enough = [token for token, number in occurrences.items() if number >= in_images]
+        tokens = sorted(sorted(enough, key=lambda token: (-occurrences[token], token))[:at_most])
+        return cls(tokens, [(occurrences[token] + 1) / (count + 2) for token in tokens])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,17 +87,17 @@ class WordBatch(Batch):
     `input_ids` hold nothing but the placeholders of images, since no text is read.
     """
 
-    shares: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, W) of captions
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (B, W) of captions
     lengths: tuple[int, ...] = ()  # B numbers of visual tokens, on the CPU
 
 
 @dataclass
 class WordEncoder:
-    """Records for learning words: the images of each, and the shares of its captions' words."""
+    """Records for learning words: the images of each, and how many captions have which words."""
 
     single: RecordEncoder
     vocabulary: Vocabulary
-    shares: Mapping[str, Shares]  # by the record's name
+    counts: Mapping[str, Counts]  # by the record's name
 
     @property
     def image(self) -> ImageConfig:
@@ -120,12 +117,12 @@ class WordEncoder:
     def finish(self, batch: Batch, sequences: Sequence[TokenSequence]) -> WordBatch:
         """The batch with the words of each record."""
         place = {token: number for number, token in enumerate(self.vocabulary.tokens)}
-        shares = torch.zeros(len(sequences), len(place))
-        for row, sequence in zip(shares, sequences):
-            for token, share in self.shares[sequence.records[0]].items():
+        counts = torch.zeros(len(sequences), len(place))
+        for row, sequence in zip(counts, sequences):
+            for token, count in self.counts[sequence.records[0]].items():
                 if token in place:
-                    row[place[token]] = share
-        return WordBatch(**vars(batch), shares=shares, lengths=tuple(map(len, sequences)))
+                    row[place[token]] = count
+        return WordBatch(**vars(batch), counts=counts, lengths=tuple(map(len, sequences)))
 
 
 def word_encoder(
@@ -137,12 +134,12 @@ def word_encoder(
 ) -> WordEncoder:
     """The encoder of both; the words are those of `records`. Raises if there are none."""
     tokenizer = single.chat.tokenizer
-    shares = {record.where: word_shares(record, tokenizer) for record in (*records, *held_out)}
-    learned = (shares[record.where] for record in records)
+    counts = {record.where: count_words(record, tokenizer) for record in (*records, *held_out)}
+    learned = (counts[record.where] for record in records)
     vocabulary = Vocabulary.of(learned, in_images, at_most)
     if not vocabulary.tokens:
         raise NanoVLMError(
             f"no word occurs in the captions of {in_images} of the {len(records)} images; "
             "lower --word-images, or give more images"
         )
-    return WordEncoder(single, vocabulary, shares)
+    return WordEncoder(single, vocabulary, counts)

@@ -1,5 +1,6 @@
-"""The words of captions: one record per image, shares, the vocabulary, and the batches of both."""
+"""The words of captions: one record per image, counts, the vocabulary, and the batches of both."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from nanovlm.data.batches import Batches, BatchOptions, RecordEncoder
 from nanovlm.data.records import Record
-from nanovlm.data.words import Vocabulary, WordBatch, by_image, word_encoder, word_shares
+from nanovlm.data.words import Vocabulary, WordBatch, by_image, count_words, word_encoder
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import Message
@@ -32,9 +33,9 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def shares_of(*answers: str) -> dict[str, float]:
-    shares = word_shares(record("r", "a.jpg", *answers), Letters())
-    return {chr(token): share for token, share in shares.items()}
+def counts_of(*answers: str) -> dict[str, int]:
+    counts = count_words(record("r", "a.jpg", *answers), Letters())
+    return {chr(token): count for token, count in counts.items()}
 
 
 def test_the_records_of_an_image_become_one_and_those_without_have_no_part():
@@ -49,26 +50,27 @@ def test_the_records_of_an_image_become_one_and_those_without_have_no_part():
     assert [turn.text for turn in merged[0].messages[1::2]] == ["x", "z", "w"]
 
 
-def test_a_share_counts_captions_and_not_occurrences():
-    assert shares_of("aab", "ac", "d") == {"a": 2 / 3, "b": 1 / 3, "c": 1 / 3, "d": 1 / 3}
+def test_captions_are_counted_and_not_occurrences():
+    assert counts_of("aab", "ac", "d") == {"a": 2, "b": 1, "c": 1, "d": 1}
 
 
 def test_questions_and_answers_that_are_not_to_be_learned_give_no_word():
-    assert word_shares(record("r", "a.jpg", "abc", labelled=False), Letters()) == {}
-    assert "?" not in shares_of("a")
+    assert not count_words(record("r", "a.jpg", "abc", labelled=False), Letters())
+    assert "?" not in counts_of("a")
 
 
 def test_words_are_those_of_enough_images_and_the_most_frequent_ones():
-    images = [{1: 1.0, 2: 0.2, 9: 1.0}, {1: 0.5, 2: 0.2}, {1: 1.0, 2: 0.4, 5: 1.0}, {5: 1.0}]
+    seen = ({1: 5, 2: 1, 9: 5}, {1: 2, 2: 1}, {1: 5, 2: 2, 5: 5}, {5: 4}, {1: 1}, {})
+    images = [Counter(counts) for counts in seen]
     vocabulary = Vocabulary.of(images, in_images=2, at_most=10)
     assert list(vocabulary.tokens) == [1, 2, 5]  # 9 is in one image alone
     # One more image has every word, and one has none.
-    assert vocabulary.frequency == pytest.approx([3.5 / 6, 1.8 / 6, 3 / 6])
-    assert list(Vocabulary.of(images, in_images=2, at_most=2).tokens) == [1, 5]
+    assert vocabulary.frequency == pytest.approx([5 / 8, 4 / 8, 3 / 8])
+    assert list(Vocabulary.of(images, in_images=2, at_most=2).tokens) == [1, 2]
 
 
 def test_no_frequency_is_0_or_1():
-    vocabulary = Vocabulary.of([{1: 1.0}] * 5, in_images=1, at_most=1)
+    vocabulary = Vocabulary.of([Counter({1: 1})] * 5, in_images=1, at_most=1)
     assert 0 < vocabulary.frequency[0] < 1
 
 
@@ -96,9 +98,9 @@ def test_a_batch_holds_visual_tokens_and_the_words_of_its_images(tiny, model):
     for row, texts in zip(expected, answers.values()):
         for text in texts:
             for token in set(model.tokenizer.encode(text)):
-                row[place[token]] += 1 / len(texts)
-    torch.testing.assert_close(batch.shares, expected)
-    assert {0.5, 1.0} < set(expected.flatten().tolist())
+                row[place[token]] += 1
+    torch.testing.assert_close(batch.counts, expected)
+    assert {0.0, 1.0, 2.0} == set(expected.flatten().tolist())
 
 
 def test_held_out_captions_add_no_words(tiny, model):
@@ -113,7 +115,7 @@ def test_held_out_captions_add_no_words(tiny, model):
     known = set(model.tokenizer.encode("蓝色正方形")) & set(encoder.vocabulary.tokens)
     batch = Batches(held_out, encoder, options)[0].batch
     assert isinstance(batch, WordBatch)
-    assert int((batch.shares > 0).sum()) == len(known)
+    assert int((batch.counts > 0).sum()) == len(known)
 
 
 def test_without_any_word_it_says_what_to_do(model):

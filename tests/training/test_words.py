@@ -37,10 +37,10 @@ def learner(tiny):
     return model, Words.of(model, encoder.vocabulary), encoder.vocabulary, batch
 
 
-def written_out(visual_tokens, rows, frequency, shares, scale):
+def written_out(visual_tokens, rows, frequency, counts, scale):
     """The loss of one image, word by word."""
     mean, loss, probabilities = rows.mean(dim=0), torch.zeros(()), []
-    for row, often, share in zip(rows, frequency, shares):
+    for row, often, count in zip(rows, frequency, counts):
         exponents = [
             torch.exp(scale * F.cosine_similarity(token, row - mean, dim=0))
             for token in visual_tokens
@@ -48,7 +48,9 @@ def written_out(visual_tokens, rows, frequency, shares, scale):
         pooled = torch.log(torch.stack(exponents).mean())
         logit = pooled + math.log(often / (1 - often))
         probability = 1 / (1 + torch.exp(-logit))
-        loss = loss - share * torch.log(probability) - (1 - share) * torch.log(1 - probability)
+        if count == 0:
+            loss = loss - torch.log(1 - probability)
+        loss = loss - count * torch.log(probability)
         probabilities.append(probability.item())
     return loss, probabilities
 
@@ -60,15 +62,15 @@ def test_loss_gradients_and_metrics_equal_the_formula(learner):
     visual_tokens = model.encode_images(batch)
     scale, expected = model.projector.get_parameter(SCALE), torch.zeros(())
     hits = named = 0.0
-    for tokens, shares in zip(visual_tokens, batch.shares):
+    for tokens, counts in zip(visual_tokens, batch.counts):
         of_image, probabilities = written_out(
-            tokens, rows, vocabulary.frequency, shares.tolist(), scale
+            tokens, rows, vocabulary.frequency, counts.tolist(), scale
         )
         expected = expected + of_image
         gains = [now - often for now, often in zip(probabilities, vocabulary.frequency)]
         best = sorted(range(len(gains)), key=lambda word: -gains[word])[:5]
-        hits += sum(shares[word].item() > 0 for word in best) / 5
-        named += sum(now >= 0.5 and share > 0 for now, share in zip(probabilities, shares.tolist()))
+        hits += sum(counts[word].item() > 0 for word in best) / 5
+        named += sum(now >= 0.5 and count > 0 for now, count in zip(probabilities, counts.tolist()))
     assert objective.count_targets(batch) == 5
     torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-5)
     assert sums.tolist() == pytest.approx([hits, named], abs=1e-4) and 0 < hits < 5

@@ -74,18 +74,18 @@ class WordSamples(Samples):
         texts = self.encoder.vocabulary.texts(model.tokenizer)
         images = {record.where: record.images[0] for record in self.watched}
         similarities = self.objective.similarities(model, batch)
-        for where, of_image, shares in zip(loaded.records, similarities, batch.shares):
+        for where, of_image, counts in zip(loaded.records, similarities, batch.counts):
             probabilities = self.objective.logits(of_image).sigmoid()  # (W,)
             words = [
                 FoundWord(
                     texts[word],
                     float(probabilities[word]),
-                    bool(shares[word] > 0),
+                    bool(counts[word] > 0),
                     of_image[:, word].softmax(dim=0).cpu(),
                 )
                 for word in self.objective.found(probabilities).tolist()
             ]
-            best = shares.topk(min(SHOWN, int((shares > 0).sum()))).indices.tolist()
+            best = counts.topk(min(SHOWN, int((counts > 0).sum()))).indices.tolist()
             said, named = " ".join(texts[i] for i in best), " ".join(word.text for word in words)
             line = {"step": step, "where": where, "prompt": "", "answer": named, "reference": said}
             lines.append(line)

@@ -29,9 +29,10 @@ class Words:
         logit(w) = log mean_k exp(scale · cosine(v_k, e_w − ē)) + log f_w / (1 − f_w)
 
     So one visual token that points to a word is enough, and a token that points nowhere leaves the
-    word as probable as its frequency f_w. The loss is the binary cross entropy with the share of
-    the image's captions that have the word, summed over words. The language model gives its
-    embedding table and is not run, so a step costs as much as the projector alone.
+    word as probable as its frequency f_w, the share of the images that have it in a caption. The
+    loss is the binary cross entropy with whether a caption of the image has the word, summed over
+    words; a word counts once for each caption that has it, and once if none has. The language model
+    gives its embedding table and is not run, so a step costs as much as the projector alone.
 
     This is close to Fang et al. 2015 ("From captions to visual concepts and back"), who detect the
     words of captions in regions of an image by multiple-instance learning with a noisy-OR. Here the
@@ -65,8 +66,9 @@ class Words:
         assert isinstance(batch, WordBatch)
         similarities = self.similarities(model, batch)
         logits = torch.stack([self.logits(of_image) for of_image in similarities])  # (B, W)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.shares, reduction="sum")
-        probabilities, said = logits.detach().sigmoid(), batch.shares > 0
+        said, weight = batch.counts > 0, batch.counts.clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(logits, said.float(), weight, reduction="sum")
+        probabilities = logits.detach().sigmoid()
         best = self.found(probabilities)  # (B, 5)
         precision = said.gather(1, best).float().mean(dim=1).sum()
         named = ((probabilities >= 0.5) & said).float().sum()
