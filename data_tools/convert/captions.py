@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.entries import Entries
-from data_tools.convert.tables import Row
 from data_tools.flickr8k_cn import read_lines
-from nanovlm.data.json_stream import stream_json
+from nanovlm.data.tables import Row
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.inputs.chat import IMAGE_MARKER
+from nanovlm.inputs.json_stream import stream_json
 from nanovlm.utils.files import open_regular
 
 # `NAME.jpg#zhc#0 caption` (Flickr8k-CN), `NAME.jpg#0 caption` (Flickr8k, COCO-CN).

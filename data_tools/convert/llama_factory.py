@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.tables import Row, rows
+from nanovlm.data.tables import Row, rows
 from nanovlm.errors import NanoVLMError
 from nanovlm.utils.files import read_json
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 from data_tools.convert.entries import IN_BYTES, KEPT, PAIRS, Entries, read_row
 from data_tools.convert.images import Image, ImageFinder, ImageReader
 from data_tools.convert.output import Output
-from data_tools.convert.tables import Row
 from nanovlm.data.preferences import parse_pair
 from nanovlm.data.records import Record, parse_record
+from nanovlm.data.tables import Row
 from nanovlm.errors import NanoVLMError
 
 T = TypeVar("T")

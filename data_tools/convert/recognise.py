@@ -10,11 +10,11 @@ from pathlib import Path
 from data_tools.convert import captions, llama_factory, samples
 from data_tools.convert.entries import CAPTIONS, MIXED, PAIRS, TURNS, kind_of, read_row
 from data_tools.convert.images import SUFFIXES, walk
-from data_tools.convert.parquet import count_rows
-from data_tools.convert.tables import Row, is_csv, rows
 from data_tools.flickr8k_cn import split_lines
+from nanovlm.data.tables import Row, is_csv, rows
 from nanovlm.errors import NanoVLMError, quoted
 from nanovlm.inputs import archive
+from nanovlm.inputs.parquet import count_rows
 from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
 

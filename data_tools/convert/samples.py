@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert.images import SUFFIXES, walk
-from data_tools.convert.tables import Row
+from nanovlm.data.tables import Row
 from nanovlm.errors import NanoVLMError
 from nanovlm.inputs import archive
 from nanovlm.utils.files import read_bytes

@@ -26,11 +26,11 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from nanovlm.data.forms import READ, present, read_conversation
-from nanovlm.data.json_stream import stream_json
 from nanovlm.errors import MAX_QUOTED, NanoVLMError, quoted, see
 from nanovlm.inputs import archive, data_uri
 from nanovlm.inputs.chat import IMAGE_MARKER, Message
 from nanovlm.inputs.image import open_image
+from nanovlm.inputs.json_stream import stream_json
 from nanovlm.utils.console import say
 from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.convert import images as images_module
-from data_tools.convert import parquet
 from data_tools.convert.__main__ import Task, convert
 from data_tools.convert.recognise import recognise
-from data_tools.convert.tables import csv_rows, rows
+from nanovlm.data.tables import csv_rows, rows
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs import parquet
 from nanovlm.utils.console import run_command
 from tests.data_tools.convert import published
 from tests.data_tools.convert.published import llava, picture, put, put_lines, put_zip

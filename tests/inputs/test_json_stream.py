@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nanovlm.data import json_stream
-from nanovlm.data.json_stream import stream_json
 from nanovlm.errors import NanoVLMError
+from nanovlm.inputs import json_stream
+from nanovlm.inputs.json_stream import stream_json
 
 PATH = Path("data.json")
 ITEMS = [

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.convert.parquet import parquet_rows
 from nanovlm.data.records import read_entries
 from nanovlm.errors import NanoVLMError, quoted
+from nanovlm.inputs.parquet import parquet_rows
 from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
