@@ -43,8 +43,8 @@ from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
-from data_tools.caption_questions import THINGS
 from nanovlm.errors import NanoVLMError
+from nanovlm.evaluation.things import THINGS
 from nanovlm.utils.files import open_regular, read_text, to_jsonl
 from nanovlm.utils.outputs import write_new
 from nanovlm.utils.parser import CommandParser

@@ -7,7 +7,7 @@
 samples several descriptions of each training image from the model. Each distinct one that names an
 object that is not there is rejected, and a right description is chosen (kind "own"). For photos,
 people's captions are right (`references` of the records), and an object is not there if no caption
-mentions it or leaves it possible (`caption_questions.py`).
+mentions it or leaves it possible (`nanovlm/evaluation/things.py`).
 
 For scenes, whose objects are known, there are two more kinds. For a share of the scenes, a right
 description is also spoiled (kind "spoiled"): an object changes its colour or shape, or one is added
@@ -36,12 +36,12 @@ from random import Random
 
 from tqdm import tqdm
 
-from data_tools.caption_questions import things_named
 from data_tools.scenes_text import THERE_IS, YES_NO, describe, parse_description
 from data_tools.scenes_world import COLOURS, MAX_OBJECTS, SHAPES, SIZES, Scene, SceneObject
 from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
+from nanovlm.evaluation.things import things_named
 from nanovlm.hub.models import load_model
 from nanovlm.inputs.chat import IMAGE_MARKER
 from nanovlm.model.vlm import VisionLanguageModel

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import caption_questions, flickr8k_cn
-from data_tools.caption_questions import THINGS
+from nanovlm.evaluation.things import THINGS
 
 ZH = {"dog": "一只狗在草地上。", "man": "一个男人在骑自行车。", "snow": "雪地里的小屋。"}
 EN = {
