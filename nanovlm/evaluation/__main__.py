@@ -5,7 +5,7 @@
 prints one JSON line: {"exact": …, "cider_d": …, "bleu_4": …, "n": …}. Progress and the share of
 exact answers for each `kind` of record go to stderr. Records of kind "describe" add the rates of
 wrong objects, {"chair_i": …, "chair_s": …}. `--control blind` and `--control shuffled` take the
-image away.
+image away. `--gallery out.html` also writes a page with every image, question and answer.
 
 With `--loss`, nothing is answered. The line is the loss of the answers that the records have, as
 the validation of a training run computes it: {"loss": …, "perplexity": …, "tokens": …, "n": …}.
@@ -24,22 +24,22 @@ from tqdm import tqdm
 from nanovlm.data.records import Record, read_records, record_files, say_skipped
 from nanovlm.engine.loading import add_model_flags, load_for_answers
 from nanovlm.errors import NanoVLMError
-from nanovlm.evaluation.answers import CONTROLS, answer_records, references_of
-from nanovlm.evaluation.loss import Loss, measure_loss
-from nanovlm.evaluation.metrics import (
-    bleu,
-    cider_d,
-    exact_match,
-    same_items,
-    tokenize,
-    wrong_objects,
+from nanovlm.evaluation.answers import (
+    CONTROLS,
+    answer_records,
+    is_description,
+    is_right,
+    references_of,
 )
+from nanovlm.evaluation.gallery import draw_gallery
+from nanovlm.evaluation.loss import Loss, measure_loss
+from nanovlm.evaluation.metrics import bleu, cider_d, tokenize, wrong_objects
 from nanovlm.generate import check_not_compiled
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.sampling import Sampling, add_beam_flags
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import to_jsonl
-from nanovlm.utils.outputs import check_new_file, write_new
+from nanovlm.utils.outputs import check_new_file, new_file, write_new
 from nanovlm.utils.parser import CommandParser, expand_user
 
 
@@ -51,13 +51,17 @@ def main() -> None:
         raise NanoVLMError(
             "--limit, --batch-size, --max-new-tokens and --max-length have to be above 0"
         )
+    if arguments.answers and arguments.answers == arguments.gallery:
+        raise NanoVLMError("--answers and --gallery name one file; name two")
     sampling = Sampling(beams=arguments.beams, length_penalty=arguments.length_penalty)
     check_not_compiled(sampling, arguments.compile)
-    if arguments.loss and (arguments.answers or arguments.beams > 1):
-        raise NanoVLMError("--loss answers nothing; leave out --answers and --beams, or --loss")
-    if arguments.answers:
-        inputs = (arguments.model, *record_files(arguments.data))
-        check_new_file(arguments.answers, "--answers", inputs)
+    if arguments.loss and arguments.beams > 1:
+        raise NanoVLMError("--loss answers nothing; leave out --beams or --loss")
+    for flag, path in (("--answers", arguments.answers), ("--gallery", arguments.gallery)):
+        if path and arguments.loss:
+            raise NanoVLMError(f"--loss answers nothing; leave out {flag} or --loss")
+        if path:
+            check_new_file(path, flag, (arguments.model, *record_files(arguments.data)))
     records, skipped = read_records(arguments.data, arguments.images)
     say_skipped(skipped, len(records) + len(skipped))
     records = records[: arguments.limit or None]
@@ -108,19 +112,25 @@ def _answer_and_score(
     stream = answer_records(model, records, *flags, sampling)
     name = f"answering{_control_of(arguments)}"
     progress = tqdm(stream, name, len(records), unit="question", dynamic_ncols=True)
-    answered = [pair for pair in zip(records, list(progress)) if pair[1] is not None]
+    pairs = zip(records, list(progress))
+    answered = [(record, answer) for record, answer in pairs if answer is not None]
     if num_skipped := len(records) - len(answered):
         say(f"skipped: {num_skipped} of {len(records)} records, which do not count")
     if not answered:
         raise NanoVLMError(f"{arguments.data}: no record could be answered, for the reasons above")
-    records, answers = map(list, zip(*answered))
     if arguments.answers:
         lines = (
             {"where": record.where, "answer": answer, "references": references_of(record)}
             for record, answer in answered
         )
         write_new(arguments.answers, to_jsonl(lines))
-    return score(records, answers)
+    figures = score([record for record, _ in answered], [answer for _, answer in answered])
+    if arguments.gallery:
+        title = f"{arguments.model} · {arguments.data}"
+        with new_file(arguments.gallery) as path:
+            draw_gallery(path, title, answered, figures, arguments.control)
+        say(f"the gallery is in {arguments.gallery}")
+    return figures
 
 
 def _control_of(arguments: argparse.Namespace) -> str:
@@ -135,16 +145,14 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
     """
     exact: dict[str, list[bool]] = defaultdict(list)
     for record, answer in zip(records, answers):
-        kind = str(record.extra.get("kind", ""))
-        right = same_items if _is_description(record) else exact_match
-        exact[kind].append(right(answer, references_of(record)))
+        exact[str(record.extra.get("kind", ""))].append(is_right(record, answer))
     for kind, outcomes in sorted(exact.items()):
         if kind:
             say(f"{kind:16} {sum(outcomes) / len(outcomes):7.2%} of {len(outcomes)}")
     described = [
         (answer, references_of(record))
         for record, answer in zip(records, answers)
-        if _is_description(record)
+        if is_description(record)
     ]
     chair = wrong_objects(*map(list, zip(*described))) if described else {}
     if chair:
@@ -162,10 +170,6 @@ def score(records: list[Record], answers: list[str]) -> dict[str, float]:
         **{name: round(rate, 6) for name, rate in chair.items()},
         "n": len(records),
     }
-
-
-def _is_description(record: Record) -> bool:
-    return record.extra.get("kind") == "describe"
 
 
 def _parser() -> CommandParser:
@@ -226,6 +230,12 @@ def _parser() -> CommandParser:
         type=Path,
         metavar="FILE",
         help="also write every answer here, one JSON object a line",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FILE.html",
+        help="also write a page to look at: images, questions, answers, what is wrong",
     )
     add_beam_flags(parser)
     add_model_flags(parser)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nanovlm.data.collate import prepare
 from nanovlm.data.records import MAX_NAMED, Record
 from nanovlm.errors import NanoVLMError
+from nanovlm.evaluation.metrics import exact_match, same_items
 from nanovlm.generate import generate
 from nanovlm.inputs.chat import Message
 from nanovlm.inputs.image import open_image
@@ -94,6 +95,17 @@ def references_of(record: Record) -> list[str]:
     if record.references:
         return list(record.references)
     return [record.messages[-1].text]
+
+
+def is_description(record: Record) -> bool:
+    """Whether the record asks for all objects of a scene, which an answer may list in any order."""
+    return record.extra.get("kind") == "describe"
+
+
+def is_right(record: Record, answer: str) -> bool:
+    """Whether `answer` equals a right one: `same_items` for a description, else `exact_match`."""
+    right = same_items if is_description(record) else exact_match
+    return right(answer, references_of(record))
 
 
 def _prompt(record: Record) -> tuple[Message, ...]:

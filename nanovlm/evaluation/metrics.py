@@ -67,16 +67,30 @@ def wrong_objects(answers: list[str], references: list[list[str]]) -> dict[str, 
     """
     named = wrong = descriptions = 0
     for answer, group in zip(answers, references, strict=True):
-        objects = _objects(answer)
-        fewest = min((objects - _objects(reference)).total() for reference in group)
-        named += objects.total()
+        fewest = len(wrong_items(answer, group))
+        named += _objects(answer).total()
         wrong += fewest
         descriptions += fewest > 0
     return {"chair_i": wrong / max(named, 1), "chair_s": descriptions / max(len(answers), 1)}
 
 
+def wrong_items(answer: str, references: list[str]) -> list[str]:
+    """The objects that a description names in error, as `wrong_objects` counts them."""
+    objects = _objects(answer)
+    wrong = (objects - _objects(reference) for reference in references)
+    return [*min(wrong, key=Counter.total).elements()]
+
+
 def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> float:
     """Corpus CIDEr-D (Vedantam et al. 2015) of tokenised answers, as `pycocoevalcap` gives it.
+
+    It is the mean of `cider_d_of_each`.
+    """
+    return sum(cider_d_of_each(answers, references)) / len(answers)
+
+
+def cider_d_of_each(answers: list[list[str]], references: list[list[list[str]]]) -> list[float]:
+    """The CIDEr-D of each answer within its corpus.
 
     `answers[i]` is one answer's tokens, `references[i]` the tokens of each of its references.
     Document frequencies come from these references, so figures over different sets of questions are
@@ -102,7 +116,7 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
             squares[len(ngram) - 1] += weight**2
         return weights, [math.sqrt(square) for square in squares]
 
-    total = 0.0
+    scores = []
     for answer, group, group_counts in zip(answers, references, reference_counts):
         weights, norms = weigh(_count_ngrams(answer, MAX_ORDER))
         similarity = 0.0
@@ -111,8 +125,8 @@ def cider_d(answers: list[list[str]], references: list[list[list[str]]]) -> floa
             difference = max(len(answer) - 1, 0) - max(len(reference) - 1, 0)
             penalty = math.exp(-(difference**2) / (2 * LENGTH_SIGMA**2))
             similarity += penalty * _clipped_cosine(weights, norms, *weigh(counts))
-        total += similarity / len(group)
-    return CIDER_SCALE * total / len(answers)
+        scores.append(CIDER_SCALE * similarity / len(group))
+    return scores
 
 
 def bleu(answers: list[list[str]], references: list[list[list[str]]], n: int = 4) -> float:
