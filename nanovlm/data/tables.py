@@ -26,15 +26,15 @@ class Row(NamedTuple):
     folder: Path  # that its image paths may be relative to
 
 
-def rows(path: Path, start: int = 0) -> Iterator[Row]:
-    """The rows of a table from number `start` on."""
+def rows(path: Path, start: int = 0, longest: int = MAX_FIELD) -> Iterator[Row]:
+    """The rows of a table from number `start` on; `longest` as in `csv_rows`."""
     with open_regular(path) as file:
         what = what_is(file.read(FIRST_BYTES))
     if what and what.startswith("a parquet table"):
         for number, value in enumerate(parquet_rows(path, start), start=start + 1):
             yield Row(f"{path}: row {number}", value, path.parent)
         return
-    found = csv_rows(path) if is_csv(path) else read_entries(path)
+    found = csv_rows(path, longest) if is_csv(path) else read_entries(path)
     for where, value in islice(found, start, None):
         yield Row(where, value, path.parent)
 
@@ -49,9 +49,12 @@ def is_csv(path: Path) -> bool:
     return first[:1] not in (b"{", b"[") and any(sign.encode() in first for sign in DELIMITERS)
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a CSV or TSV file as objects, by the names in its first line."""
-    csv.field_size_limit(MAX_FIELD)
+def csv_rows(path: Path, longest: int = MAX_FIELD) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV or TSV file as objects, by the names in its first line, in lower case.
+
+    longest: characters of a field at most, more where images stand in the file.
+    """
+    csv.field_size_limit(longest)
     with open_regular(path) as binary:
         lines = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
         try:

@@ -7,6 +7,9 @@ exact answers for each `kind` of record go to stderr. Records of kind "describe"
 wrong objects, {"chair_i": …, "chair_s": …}. `--control blind` and `--control shuffled` take the
 image away. `--gallery out.html` also writes a page with every image, question and answer.
 
+With `--benchmark pope`, `mmbench` or `mmstar`, `--data` is a published file of that benchmark, and
+the line holds its scores with the image, blind and shuffled (`nanovlm/evaluation/benchmarks/`).
+
 With `--loss`, nothing is answered. The line is the loss of the answers that the records have, as
 the validation of a training run computes it: {"loss": …, "perplexity": …, "tokens": …, "n": …}.
 
@@ -30,6 +33,12 @@ from nanovlm.evaluation.answers import (
     is_description,
     is_right,
     references_of,
+)
+from nanovlm.evaluation.benchmarks.command import (
+    add_benchmark_flags,
+    check_benchmark_flags,
+    read_benchmark,
+    run_benchmark,
 )
 from nanovlm.evaluation.gallery import draw_gallery
 from nanovlm.evaluation.loss import Loss, measure_loss
@@ -57,11 +66,17 @@ def main() -> None:
     check_not_compiled(sampling, arguments.compile)
     if arguments.loss and arguments.beams > 1:
         raise NanoVLMError("--loss answers nothing; leave out --beams or --loss")
+    check_benchmark_flags(arguments)
     for flag, path in (("--answers", arguments.answers), ("--gallery", arguments.gallery)):
         if path and arguments.loss:
             raise NanoVLMError(f"--loss answers nothing; leave out {flag} or --loss")
         if path:
             check_new_file(path, flag, (arguments.model, *record_files(arguments.data)))
+    if arguments.benchmark:
+        questions = read_benchmark(arguments)
+        model = load_for_answers(arguments.model, arguments)
+        print(json.dumps(run_benchmark(model, questions, arguments)))
+        return
     records, skipped = read_records(arguments.data, arguments.images)
     say_skipped(skipped, len(records) + len(skipped))
     records = records[: arguments.limit or None]
@@ -198,7 +213,11 @@ def _parser() -> CommandParser:
         help="folder of the images (default: the records' folder)",
     )
     parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="take the first N records only"
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take the first N records only, or questions of each file of a benchmark",
     )
     parser.add_argument(
         "--control", choices=CONTROLS, default="none", help="blank the images, or swap them"
@@ -238,6 +257,7 @@ def _parser() -> CommandParser:
         help="also write a page to look at: images, questions, answers, what is wrong",
     )
     add_beam_flags(parser)
+    add_benchmark_flags(parser)
     add_model_flags(parser)
     return parser
 

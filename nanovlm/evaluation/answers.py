@@ -6,6 +6,7 @@ Lessons: lessons/source/00_does_it_see.py, lessons/source/17_measuring.py.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from nanovlm.data.collate import prepare
 from nanovlm.data.records import MAX_NAMED, Record
@@ -19,6 +20,8 @@ from nanovlm.sampling import Sampling
 from nanovlm.utils.console import say
 
 CONTROLS = ("none", "blind", "shuffled")
+
+Given = TypeVar("Given")
 
 
 def answer_records(
@@ -44,7 +47,7 @@ def answer_records(
     others = other_images(records) if control == "shuffled" else {}
 
     def answer(part: Sequence[Record]) -> list[str]:
-        prompts = [_prompt(record) for record in part]
+        prompts = [prompt_of(record) for record in part]
         images = [(open_image(others.get(path, path)) for path in record.images) for record in part]
         batch = prepare(model, prompts, images, add_generation_prompt=True)
         if control == "blind" and batch.pixels is not None:
@@ -53,18 +56,21 @@ def answer_records(
         answers = generate(model, batch, max_new_tokens, sampling)
         return [model.tokenizer.decode(tokens, skip_special=True).strip() for tokens in answers]
 
-    return _answer_in_batches(answer, records, batch_size)
+    return in_batches(answer, records, batch_size)
 
 
-def _answer_in_batches(
-    answer: Callable[[Sequence[Record]], list[str]], records: Sequence[Record], batch_size: int
-) -> Iterator[str | None]:
-    """What `answer` gives for each record; those of a batch that fails are tried one by one."""
+def in_batches(
+    answer: Callable[[Sequence[Record]], list[Given]], records: Sequence[Record], batch_size: int
+) -> Iterator[Given | None]:
+    """What `answer` gives for each record; those of a batch that fails are tried one by one.
+
+    Which records give None, and when it raises, `answer_records` says.
+    """
     num_answered = num_skipped = 0
     for start in range(0, len(records), batch_size):
         part = records[start : start + batch_size]
         try:
-            answers: list[str | None] = [*answer(part)]
+            answers: list[Given | None] = [*answer(part)]
         except NanoVLMError:
             answers = []
             for record in part:
@@ -108,6 +114,6 @@ def is_right(record: Record, answer: str) -> bool:
     return right(answer, references_of(record))
 
 
-def _prompt(record: Record) -> tuple[Message, ...]:
+def prompt_of(record: Record) -> tuple[Message, ...]:
     """The turns up to the last question."""
     return record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages

@@ -197,6 +197,11 @@ class Chat:
         sample.extend(self.tokenizer.encode(text))
         return sample
 
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens of an answer, as `encode` writes them, without the end-of-turn token."""
+        (laid_out,) = self._laid_out(Message("assistant", (text,)), "assistant")
+        return self.tokenizer.encode(str(laid_out))
+
     def _encode_turn(
         self, sample: Sample, text: str, message: Message, role: str, images: Iterator[ImageTokens]
     ) -> str:

@@ -22,7 +22,12 @@ def is_data_uri(name: str | Path) -> bool:
 
 def to_path(uri: str) -> Path:
     """The image as a path, for `read`. Raises NanoVLMError with the bare reason."""
-    return Path(f"{PREFIX};base64,{base64.urlsafe_b64encode(decode(uri)).decode()}")
+    return from_bytes(decode(uri))
+
+
+def from_bytes(data: bytes) -> Path:
+    """An image file's bytes as a path, for `read`."""
+    return Path(f"{PREFIX};base64,{base64.urlsafe_b64encode(data).decode()}")
 
 
 def decode(uri: str) -> bytes:
@@ -37,5 +42,5 @@ def decode(uri: str) -> bytes:
 
 
 def read(path: str | Path) -> bytes:
-    """The image file that `to_path` made a path of."""
+    """The image file that `to_path` or `from_bytes` made a path of."""
     return base64.urlsafe_b64decode(str(path).partition(",")[2])

@@ -1,0 +1,1 @@
+"""Published benchmarks, read and scored as published: POPE, MMBench and MMStar."""
