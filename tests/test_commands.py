@@ -474,7 +474,7 @@ def test_evaluation_prints_one_json_line(tiny, tmp_path, ask):
         ("--images nope", "is not a folder"),
         ("--answers nope/a.jsonl", "nope: is not a folder"),
         ("--model nope", "nope: there is no such folder"),
-        ("--beams 2 --loss", "--loss answers nothing; leave out --answers and --beams"),
+        ("--beams 2 --loss", "--loss answers nothing; leave out --beams"),
         ("--beams 2 --compile", "beam search has no compiled steps"),
         ("--bogus", "unrecognized"),
     ],
