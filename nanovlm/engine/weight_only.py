@@ -16,6 +16,7 @@ from nanovlm.model.language_model import LanguageModel
 
 GROUP = 32  # weights of a row that share a scale and an offset, in 4 bits
 MIDDLE = 8  # the code of the offset itself
+AT_ONCE = 4096  # rows that are encoded together, in whole blocks: an output head has 150,000
 KINDS = ("int8", "int4")
 # Layers that get the same input, in the order in which a block calls them: one product serves them.
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -50,6 +51,10 @@ class WeightOnlyLinear(nn.Module):
         """The matrix (out_features, in_features)."""
         raise NotImplementedError
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix: (…) → (…, in_features)."""
+        raise NotImplementedError
+
     def kernel(self, rows: Tensor) -> Tensor:
         """(R, in_features) → (R, out_features), without the bias."""
         raise NotImplementedError
@@ -77,13 +82,16 @@ class Int8WeightOnly(WeightOnlyLinear):
         steps = (weight.abs().amax(dim=1).float() / 127).to(dtype)
         divisor = steps.float().masked_fill(steps == 0, 1)[:, None]
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for part in range(0, len(weight), 4096):  # an output head has 150,000 rows
-            rows = slice(part, part + 4096)
+        for start in range(0, len(weight), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
             codes[rows] = (weight[rows] / divisor[rows]).round_().clamp_(-127, 127)
         self._keep(codes=codes, steps=steps)
 
     def dequantize(self) -> Tensor:
         return self.codes * self.steps[:, None]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.codes[ids] * self.steps[ids][..., None]
 
     def kernel(self, rows: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.steps)
@@ -101,21 +109,37 @@ class Int4WeightOnly(WeightOnlyLinear):
         layout = kernel_layout() if weight.device.type == "cpu" else None
         self.kernel_rows, self.layout = 96 if layout else 0, layout or LAYOUTS[0]
         weight = F.pad(weight, (0, 0, 0, -len(weight) % self.layout[0]))  # whole blocks
+        parts = [self._encode_rows(rows, dtype) for rows in weight.split(AT_ONCE)]
+        codes, scales = zip(*parts)
+        self._keep(codes=torch.cat(codes), scales=torch.cat(scales, dim=1))
+
+    def _encode_rows(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(R, in_features) → packed codes and (in_features / GROUP, R, 2)."""
         groups = weight.float().unflatten(1, (-1, GROUP))  # (R, G, GROUP)
         low, high = groups.aminmax(dim=2)
         scale = ((high - low) / 15).to(dtype)
         offset = (low + MIDDLE * scale.float()).to(dtype)
         divisor = scale.float().masked_fill(scale == 0, 1)  # a group of equal weights
-        codes = groups.sub_(offset.float()[..., None]).div_(divisor[..., None]).add_(MIDDLE)
+        codes = (groups - offset.float()[..., None]).div_(divisor[..., None]).add_(MIDDLE)
         codes = codes.round_().clamp_(0, 15).to(torch.uint8).flatten(1)
-        scales = torch.stack((scale, offset), dim=2).transpose(0, 1).contiguous()
-        self._keep(codes=pack(codes, *self.layout), scales=scales)
+        return pack(codes, *self.layout), torch.stack((scale, offset), dim=2).transpose(0, 1)
 
     def dequantize(self) -> Tensor:
         codes = unpack(self.codes, *self.layout).T  # (in_features, R)
         centred = codes.to(self.scales.dtype).sub_(MIDDLE).unflatten(0, (-1, GROUP))
         scale, offset = self.scales.transpose(1, 2).contiguous()[:, :, None].unbind(dim=1)
         return torch.addcmul(offset, centred, scale).flatten(0, 1).T[: self.out_features]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        block, neighbours = self.layout
+        place = ids % block
+        half, byte = place // (block // 2), place % (block // 2)
+        if neighbours:
+            half, byte = place % 2, place // 2
+        codes = self.codes[ids // block, :, byte] >> (4 * half)[..., None] & 15  # (…, in_features)
+        centred = (codes.to(self.scales.dtype) - MIDDLE).unflatten(-1, (-1, GROUP))
+        scale, offset = self.scales[:, ids].movedim(0, -2)[..., None, :].unbind(dim=-1)
+        return torch.addcmul(offset, centred, scale).flatten(-2)
 
     def kernel(self, rows: Tensor) -> Tensor:
         codes = self.codes.view(-1, self.in_features // 2)  # the shape that the kernel asks for
@@ -160,23 +184,22 @@ class LinearPart(nn.Module):
         return self.joined.output(inputs, self.index)
 
 
-class Int8Embedding(nn.Module):
-    """An embedding table in 8 bits, which may be the output head, too."""
+class WeightOnlyEmbedding(nn.Module):
+    """An embedding table in few bits, which may be the output head, too."""
 
-    def __init__(self, table: Int8WeightOnly) -> None:
+    def __init__(self, table: WeightOnlyLinear) -> None:
         super().__init__()
         self.table = table
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…) → (…, C)."""
-        return self.table.codes[ids] * self.table.steps[ids][..., None]
+        return self.table.rows(ids)
 
 
 def quantize_for_answers(model: LanguageModel, kind: str, dtype: torch.dtype) -> None:
     """Quantise the matrices of a language model on their device, for inputs of `dtype`.
 
-    kind: "int8", or "int4", which keeps embeddings and output head in 8 bits: they are read by row,
-        or once a token, and errors there count most.
+    kind: "int8", or "int4", which leaves matrices whose rows are not whole groups in 8 bits.
 
     Each matrix is released before the next one is read, so that a mapped file is never copied.
     """
@@ -198,28 +221,26 @@ def quantize_for_answers(model: LanguageModel, kind: str, dtype: torch.dtype) ->
             if type(child) is nn.Linear:
                 setattr(parent, name, quantized(child))
     tied = model.config.tie_word_embeddings
-    table = _table(model.embed_tokens.weight, dtype)
-    model.quantized_head = table if tied else _table(model.lm_head.weight, dtype)
-    model.embed_tokens = Int8Embedding(table)  # pyright: ignore[reportAttributeAccessIssue]
+    table = quantized(_linear(model.embed_tokens.weight))
+    model.quantized_head = table if tied else quantized(model.lm_head)
+    model.embed_tokens = WeightOnlyEmbedding(table)  # pyright: ignore[reportAttributeAccessIssue]
     if not tied:
         del model.lm_head
 
 
 def _join(linears: list[nn.Linear]) -> nn.Linear:
     """One layer with the rows of all."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
+    joined = _linear(torch.cat([linear.weight.detach() for linear in linears]))
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if biases:
         joined.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), False)
     return joined
 
 
-def _table(weight: Tensor, dtype: torch.dtype) -> Int8WeightOnly:
+def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    return Int8WeightOnly(linear, dtype)
+    return linear
 
 
 def pack(codes: Tensor, block: int, neighbours: bool) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovlm.engine.loading import add_model_flags, load_for_answers
-from nanovlm.engine.weight_only import Int8Embedding, WeightOnlyLinear
+from nanovlm.engine.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from nanovlm.hub import loading
 from nanovlm.hub.models import load_model, save_model
 from nanovlm.hub.safetensors import save_file
@@ -55,7 +55,7 @@ def test_a_quantised_model_is_in_the_dtype_of_its_inputs(folder, kind, dtype):
     layers = [layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear)]
     assert layers and {layer.dtype for layer in layers} == {expected}
     language_model = model.language_model
-    assert isinstance(language_model.embed_tokens, Int8Embedding)
+    assert isinstance(language_model.embed_tokens, WeightOnlyEmbedding)
     hidden = torch.randn(3, language_model.config.hidden_size, dtype=expected)
     head = torch.nn.functional.linear(hidden, language_model.head_weight)
     torch.testing.assert_close(language_model.logits(hidden), head, rtol=0.02, atol=0.02)

@@ -88,6 +88,17 @@ def test_a_layer_multiplies_with_the_matrix_that_it_decodes(kind, shape, dtype, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_is_a_row_of_the_matrix(kind, dtype, layout, monkeypatch):
+    monkeypatch.setattr("nanovlm.engine.weight_only.kernel_layout", lambda: layout)
+    monkeypatch.setattr("nanovlm.engine.weight_only.AT_ONCE", 128)  # several parts
+    table = KINDS[kind](linear(300, 64, bias=False), dtype)
+    ids = torch.randint(0, 300, (3, 70))
+    assert torch.equal(table.rows(ids), table.dequantize()[ids])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_packing_and_unpacking_are_inverse(layout):
     codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8)
     assert torch.equal(unpack(pack(codes, *layout), *layout), codes)
