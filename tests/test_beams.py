@@ -21,6 +21,7 @@ from nanovlm.model.language_model import LanguageModel
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.sampling import Sampling
 from tests.reference.models import qwen, tiny_vlm
+from tests.test_compiled_decoding import VARIANTS, build, make_prompt
 from tests.test_generate import PROMPTS, prompt_batch, prompt_batch_of
 
 VOCABULARY, PENALTIES = 211, (0.0, 1.0, 2.0, -1.0)
@@ -166,6 +167,17 @@ def test_rows_of_a_batch_are_answered_as_alone(model, pad_left, use_cache):
     assert len({str(row[0][0]) for row in alone}) > 1
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_every_kind_of_language_model_are_answered_as_alone_and_read_again(variant):
+    model, flags = build(**VARIANTS[variant]), (10, [96], Sampling(beams=3))
+    with torch.no_grad():
+        prompt = make_prompt(model, [9, 4, 12], grouped=True)
+    tensors = prompt.embeddings, prompt.input_ids, prompt.attention_mask, prompt.groups
+    rows = [Prompt(*row) for row in zip(*(tensor.split(1) for tensor in tensors))]
+    alone = [search(model, row, *flags, use_cache=False)[0] for row in rows]
+    require_equal(search(model, prompt, *flags), alone)
+
+
 def test_generate_decode_and_conversations_give_the_best_answer(model):
     sampling, batch = Sampling(beams=3), prompt_batch(model, PROMPTS)
     stops = model.chat.stop_ids
@@ -244,6 +256,7 @@ def test_an_answer_that_no_beginning_can_beat_ends_its_row():
     # 0·end 0.30 and 1·end 0.27 end; what goes on is 0·0 with 0.15 and 0·1 with 0.05.
     assert advance([0.3, 0.1, 0.6], [0.05, 0.05, 0.9]) == [0, 0]
     assert not beams.going_on.any()
+    advance([0.0, 0.0, 1.0], [0.0, 0.0, 1.0])  # 0·0·end would score more than 1·end
     (first, best), (second, other) = beams.answers()[0]
     assert (first, second) == ([0], [1])
     assert best == pytest.approx(math.log(0.3) / 2) and other == pytest.approx(math.log(0.27) / 2)
