@@ -36,7 +36,7 @@ def read(data: str, images: Path | None, limit: int = 0) -> tuple[list[Question]
         if not folder.is_dir():
             raise NanoVLMError(f"{folder}: is not a folder; say with --images where the images are")
         split = next((name for name in SPLITS if name in path.stem), path.stem)
-        before = len(questions) + len(skipped)
+        before, asked = len(questions) + len(skipped), len(questions)
         for where, entry in read_entries(path):
             if limit and len(questions) + len(skipped) - before == limit:
                 break
@@ -46,6 +46,8 @@ def read(data: str, images: Path | None, limit: int = 0) -> tuple[list[Question]
                 skipped.append(f"{where}: {error}")
         if len(questions) + len(skipped) == before:
             raise NanoVLMError(f"{path}: holds no questions; {WHAT}")
+        if len(questions) == asked and skipped[-1].endswith("does not exist"):
+            raise NanoVLMError(f"{skipped[-1]}; say with --images where the images are")
     first = {}
     for number, question in enumerate(questions):
         first.setdefault(question.cluster, number)

@@ -49,7 +49,8 @@ def test_pope_keeps_its_splits_and_puts_questions_of_one_photo_together(tmp_path
     elsewhere = tmp_path / "coco_pope_random.json"
     elsewhere.write_bytes((tmp_path / "coco" / "coco_pope_random.json").read_bytes())
     assert len(pope.read(str(elsewhere), tmp_path / "coco")[0]) == 4
-    assert len(pope.read(str(elsewhere), None)[1]) == 4  # the photos are not beside it
+    with pytest.raises(NanoVLMError, match="does not exist; say with --images where the images"):
+        pope.read(str(elsewhere), None)  # the photos are not beside it
 
 
 def test_photos_that_are_missing_are_counted_and_named(tmp_path):
