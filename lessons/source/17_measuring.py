@@ -364,14 +364,14 @@ axes.legend(frameon=False)
 draw.show(made, "One exam of 100 questions leaves this much open")
 
 # %% [markdown] tags=["zh"]
-# 两个模型只差两三个百分点时，100 道题分不出高下。范围的宽度按 1/√n 缩小：要窄一半，题目得是原来的四倍。有现成公式的时候（练习 17.1）自助法只是多此一举；它的好处是对任何分数都管用，BLEU 和 CIDEr-D 没有这样的公式。
+# 两个模型只差两三个百分点时，100 道题分不出高下。范围的宽度按 1/√n 缩小：要窄一半，题目得是原来的四倍。有现成公式的时候（练习 17.1）自助法只是多此一举；它的好处是对任何分数都管用，BLEU 和 CIDEr-D 没有这样的公式。公开基准的分数（`python -m nanovlm.evaluation --benchmark pope`）都带着这样的范围，同一张图的几道题总是一起抽出。
 #
 # ## 九、五个种子（录制）
 #
 # 自助法只回答「换一批题会怎样」，不回答「换一个种子再训练一遍会怎样」。要回答后者，只有真的再训练几遍。下面的结果是**录制**的：第 1 阶段的短训练，只有 80 步（预设是 335 步），两种设置各用五个种子，只差一个开关：取视觉编码器最后的归一化之前还是之后（`--vision-norm`）。十个模型答同样的 256 道验证题。
 
 # %% [markdown] tags=["en"]
-# Where two models differ by two or three points, 100 questions cannot tell them apart. The width shrinks as 1/√n: half the width takes four times the questions. For a share there is a formula (exercise 17.1) and no need of the bootstrap. Its merit is that it works for any score; BLEU and CIDEr-D have no such formula.
+# Where two models differ by two or three points, 100 questions cannot tell them apart. The width shrinks as 1/√n: half the width takes four times the questions. For a share there is a formula (exercise 17.1) and no need of the bootstrap. Its merit is that it works for any score; BLEU and CIDEr-D have no such formula. The scores of published benchmarks (`python -m nanovlm.evaluation --benchmark pope`) come with such an interval, for which questions about one image are always drawn together.
 #
 # ## 9. Five seeds (recorded)
 #
@@ -481,6 +481,8 @@ check("17.3", spread(half_right), 0.05, tolerance=0.01)
 # - [`nanovlm/evaluation/metrics.py`](../../nanovlm/evaluation/metrics.py)，`exact_match`、`same_items`、`bleu`、`cider_d`、`wrong_objects`：本课略去了多个标准答案和英文分词。
 # - [`nanovlm/evaluation/answers.py`](../../nanovlm/evaluation/answers.py)，`answer_records` 与 `other_images`：置空与打乱两种对照。
 # - [`nanovlm/evaluation/__main__.py`](../../nanovlm/evaluation/__main__.py)，`score`：`python -m nanovlm.evaluation` 打印的那一行。
+# - [`nanovlm/evaluation/gallery.py`](../../nanovlm/evaluation/gallery.py)，`draw_gallery`：`--gallery out.html` 把每张图和它的回答排成一页，最差的在前。分数之外，总要亲眼看看回答。
+# - [`nanovlm/evaluation/benchmarks/bootstrap.py`](../../nanovlm/evaluation/benchmarks/bootstrap.py)，`resample`：第八节的自助法，几列成对地抽。
 #
 # 论文：Vedantam 等，2014，*CIDEr: Consensus-based Image Description Evaluation*，[arXiv:1411.5726](https://arxiv.org/abs/1411.5726)。
 
@@ -494,5 +496,7 @@ check("17.3", spread(half_right), 0.05, tolerance=0.01)
 # - [`nanovlm/evaluation/metrics.py`](../../nanovlm/evaluation/metrics.py), `exact_match`, `same_items`, `bleu`, `cider_d`, `wrong_objects`: this lesson left out several references for a question and how English is cut into words.
 # - [`nanovlm/evaluation/answers.py`](../../nanovlm/evaluation/answers.py), `answer_records` and `other_images`: the blind and the shuffled control.
 # - [`nanovlm/evaluation/__main__.py`](../../nanovlm/evaluation/__main__.py), `score`: the line that `python -m nanovlm.evaluation` prints.
+# - [`nanovlm/evaluation/gallery.py`](../../nanovlm/evaluation/gallery.py), `draw_gallery`: `--gallery out.html` puts every image and its answer on one page, the worst first. Beside any score, look at the answers.
+# - [`nanovlm/evaluation/benchmarks/bootstrap.py`](../../nanovlm/evaluation/benchmarks/bootstrap.py), `resample`: the bootstrap of section 8, with several columns drawn in pairs.
 #
 # The paper: Vedantam et al. 2014, *CIDEr: Consensus-based Image Description Evaluation*, [arXiv:1411.5726](https://arxiv.org/abs/1411.5726).

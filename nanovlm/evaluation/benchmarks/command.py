@@ -45,17 +45,19 @@ def check_benchmark_flags(arguments: argparse.Namespace) -> None:
         if arguments.by:
             raise NanoVLMError("--by is for --benchmark; name one, or leave it out")
         return
+    arguments.by = arguments.by or WAYS[0]
     for flag, given, reason in (
         ("--loss", arguments.loss, "a benchmark is answered"),
         ("--gallery", arguments.gallery, "a gallery is of records"),
         ("--beams", arguments.beams > 1, "a benchmark is answered greedily"),
+        ("--compile", arguments.compile and arguments.by == "likelihood",
+         "a likelihood takes one pass"),
         ("--control", arguments.control != "none", "a benchmark is always asked with all controls"),
         ("--images", arguments.images and arguments.benchmark != "pope",
          f"the images of {arguments.benchmark} stand in its table"),
     ):  # fmt: skip
         if given:
             raise NanoVLMError(f"{reason}; leave out {flag} or --benchmark")
-    arguments.by = arguments.by or WAYS[0]
 
 
 def read_benchmark(arguments: argparse.Namespace) -> list[Question]:

@@ -114,6 +114,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(tmp_path, tiny, call):
         (("--benchmark", "mmbench", "--control", "blind"), "always asked with all controls"),
         (("--benchmark", "mmbench", "--gallery", "g.html"), "a gallery is of records"),
         (("--benchmark", "mmbench", "--images", tmp_path), "stand in its table"),
+        (("--benchmark", "mmbench", "--beams", "2"), "answered greedily"),
         (("--benchmark", "mme"), "invalid choice: 'mme'"),
         (("--benchmark", "mmbench", "--answers", table), "is read by this command"),
         (("--benchmark", "pope"), "t.tsv: is no JSON"),
