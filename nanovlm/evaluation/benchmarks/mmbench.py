@@ -105,11 +105,8 @@ def _readable(path: Path) -> tuple[list[Row], list[str], set[str]]:
             if isinstance(cells, NanoVLMError):
                 raise cells
             index = _whole_number(cells, "index")
-            unit = (
-                _whole_number(cells, "g_index")
-                if text_of(cells, "g_index")
-                else (str(int(index) % ROTATION))
-            )
+            named = text_of(cells, "g_index")
+            unit = _whole_number(cells, "g_index") if named else str(int(index) % ROTATION)
             if not text_of(cells, "answer"):
                 without_answer += 1
                 raise NanoVLMError("has no answer")

@@ -1,5 +1,7 @@
-"""The files that the data tools, the evaluation and the report read, and what they write."""
+"""The files that data tools, evaluation, benchmarks and the report read, and what they write."""
 
+import base64
+import csv
 import io
 import json
 import tarfile
@@ -13,6 +15,7 @@ import torch
 
 from nanovlm.hub.names import CLIP, invert, translate
 from nanovlm.hub.safetensors import save_file
+from nanovlm.hub.toy import ASSETS
 from nanovlm.hub.vision_configs import parse_vision_encoder_config
 from nanovlm.model.vision_encoder import VisionEncoder
 from nanovlm.training.settings import Settings, to_toml
@@ -36,7 +39,12 @@ PROCESSOR = {
 METRICS = [
     {"step": step, "loss": 2.0 / step, "seconds": step, "samples": step} for step in (1, 2, 3)
 ]
+OTHER = (ASSETS / "scene2.png").read_bytes()
 ANSWERS = [{"where": "a", "answer": "A dog on snow.", "references": ["A cat."]}] * 3
+POPE = [
+    {"question_id": n, "image": image, "text": "红色？", "label": ("yes", "no")[n % 2]}
+    for n, image in enumerate(("a.png", "b.png", "a.png"))
+]
 SAMPLES = [{"step": 1, "where": "a.jsonl:1", "prompt": "?", "answer": "a", "reference": "b"}]
 
 
@@ -150,6 +158,45 @@ def _evaluation(rng: Random) -> Input:
     return Input(files, ("nanovlm.evaluation.__main__", *flags, "--answers", out))
 
 
+def _benchmark(rng: Random) -> Input:
+    """A table of MMBench or MMStar, or two files of POPE, of which one is damaged."""
+    name = rng.choice(("pope", "mmbench", "mmstar"))
+    if name == "pope":
+        files: dict[str, Content] = {"a.json": _lines(rng, POPE), "a.png": SCENE, "b.png": OTHER}
+        files |= {"coco_pope_popular.json": b"".join(to_json(line) + b"\n" for line in POPE)}
+        data = "a.json,coco_pope_popular.json"
+    else:
+        data = "a.tsv"
+        rows = [_row(name, number) for number in range(3)]
+        place = rng.randrange(3)
+        rows[place] = damaged_value(rng, rows[place])
+        table = _tsv([row for row in rows if isinstance(row, dict)])
+        files = {
+            data: damaged_file(rng, table, lambda: rng.choice((table, damaged_bytes(rng, table))))
+        }
+    by = rng.choice((("likelihood",), ("generation", "--max-new-tokens", "2")))
+    out = _out(rng, list(files), "answers.jsonl")
+    flags = ("--model", SHIPPED, "--benchmark", name, "--data", data, "--by", *by, "--answers", out)
+    return Input(files, ("nanovlm.evaluation.__main__", *flags))
+
+
+def _row(name: str, number: int) -> dict[str, Any]:
+    image = base64.b64encode((SCENE, OTHER)[number % 2]).decode()
+    options = {"A": "red", "B": "blue", "C": "green"}
+    row = {"index": number, "question": "颜色？", **options, "answer": "A", "category": "c"}
+    kind = {"mmbench": "l2-category", "mmstar": "l2_category"}[name]
+    return {**row, kind: "d", "image": image if number < 2 else "0"}
+
+
+def _tsv(rows: list[dict[str, Any]]) -> bytes:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, names, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode(errors="surrogatepass")
+
+
 def _report(rng: Random) -> Input:
     settings = to_toml(Settings()).encode()
     files: dict[str, Content] = {
@@ -202,6 +249,6 @@ def check(input: Input, folder: Path, was_read: bool) -> None:
 
 TOOLS = (
     _captions, _pack, _pack, _extract, _extract, _flickr, _preferences, _scenes_again,
-    _evaluation, _report, _draw, _check, _mix,
+    _evaluation, _benchmark, _benchmark, _report, _draw, _check, _mix,
 )  # fmt: skip
 KIND = Kind("tools", make, read, short=4, long=240, check=check)
