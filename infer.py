@@ -2,6 +2,7 @@
 
 python infer.py photo.jpg "描述图片"
 python infer.py a.jpg b.jpg "两张图有什么不同？" --model runs/mine/model --temperature 0.7
+python infer.py photo.jpg "描述图片" --explain words.png
 python infer.py photo.jpg --chat
 python infer.py --batch photos --prompt "描述图片" --out answers.jsonl
 """
@@ -21,6 +22,7 @@ from nanovlm.engine.conversation import Conversation
 from nanovlm.engine.loading import add_folder_flag, add_model_flags, load_chosen
 from nanovlm.engine.many import IMAGE_SUFFIXES, answer_all, read_questions
 from nanovlm.errors import NanoVLMError, see
+from nanovlm.explain.attribution import refuse_few_bits
 from nanovlm.generate import check_not_compiled
 from nanovlm.inputs.batch import Batch
 from nanovlm.inputs.chat import IMAGE, Message
@@ -59,6 +61,8 @@ def main() -> None:
 
 def _answer_many(arguments: argparse.Namespace, sampling: Sampling) -> None:
     """Write a file of answers."""
+    if arguments.explain:
+        raise NanoVLMError("--explain draws one answer; leave it out, or --batch")
     if arguments.inputs or arguments.chat:
         raise NanoVLMError("--batch has its questions from a folder or a file; give no others")
     if not arguments.out:
@@ -73,6 +77,8 @@ def _answer_many(arguments: argparse.Namespace, sampling: Sampling) -> None:
 def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
     """Answer on stdout."""
     image_paths, prompt = _split_positionals(arguments.inputs, arguments.chat)
+    if arguments.explain:
+        _check_explain(arguments, image_paths)
     images = [open_image(os.path.expanduser(path)) for path in image_paths]
     _, model = load_chosen(arguments)
     if prompt is not None:
@@ -91,7 +97,14 @@ def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
         content = [part for _ in range(new_images) for part in (IMAGE, "\n")]
         messages.append(Message("user", (*content, prompt)))
         batch = prepare(model, [messages], [images], add_generation_prompt=True)
-        answer = _answer(conversation, batch, arguments.max_new_tokens, sampling, arguments.verbose)
+        answer, tokens = _answer(
+            conversation, batch, arguments.max_new_tokens, sampling, arguments.verbose
+        )
+        if arguments.explain:
+            from nanovlm.explain.picture import draw_answer
+
+            prompt_batch = batch.to(next(model.parameters()).device)
+            draw_answer(arguments.explain, model, prompt_batch, images, tokens)
         messages.append(Message("assistant", (answer,)))
         if not arguments.chat:
             return
@@ -100,8 +113,8 @@ def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
 
 def _answer(
     conversation: Conversation, batch: Batch, max_new_tokens: int, sampling: Sampling, verbose: bool
-) -> str:
-    """Stream the answer to stdout and return it."""
+) -> tuple[str, list[int]]:
+    """Stream the answer to stdout; returns it as text and as tokens."""
     model = conversation.model
     streamer = TextStreamer(model.tokenizer, model.chat.space_opens_answer)
     answer = ""
@@ -133,7 +146,17 @@ def _answer(
             f"{batch.input_ids.shape[1]} prompt tokens, first token after {first - start:.3f} s, "
             f"{then}"
         )
-    return answer
+    return answer, tokens
+
+
+def _check_explain(arguments: argparse.Namespace, image_paths: list[str]) -> None:
+    """Refuse what `--explain` cannot draw."""
+    if arguments.chat:
+        raise NanoVLMError("--explain draws one answer; leave it out, or --chat")
+    if not image_paths:
+        raise NanoVLMError("--explain draws where in an image the words came from; give an image")
+    refuse_few_bits(arguments.quantize)
+    check_new_file(arguments.explain, "--explain", image_paths)
 
 
 def _split_positionals(inputs: list[str], chat: bool) -> tuple[list[str], str | None]:
@@ -201,6 +224,12 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--verbose", action="store_true", help="time to first token and speed, on stderr"
+    )
+    parser.add_argument(
+        "--explain",
+        type=Path,
+        metavar="FILE",
+        help="draw for each word of the answer the patches that it came from, as a PNG",
     )
     many = parser.add_argument_group("many answers")
     many.add_argument(

@@ -12,7 +12,7 @@ LAYERS = (
     ("report", "bench", "serve", "export"),
     ("memory",),  # bench estimates the time of the step that it simulates
     ("training",),
-    ("evaluation",),  # training shows sample answers with their metrics
+    ("evaluation", "explain"),  # training shows sample answers with their metrics
     ("engine",),
     ("data", "generate"),
     ("beams", "sampling"),

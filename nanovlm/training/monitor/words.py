@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanovlm.data.batches import Batches, BatchOptions
 from nanovlm.data.words import WordBatch, WordEncoder
+from nanovlm.explain.places import join_tiles
 from nanovlm.inputs.image import image_pixels, image_size, open_image, tile_grid
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.projector import ResamplerProjector
@@ -110,12 +111,8 @@ def place_map(places: Tensor, model: VisionLanguageModel, path: Path) -> np.ndar
     if queries or model.config.vision_encoder.num_queries or side**2 != model.image_length:
         return None
     rows, columns = tile_grid(*image_size(path), model.config.image)
-    tiles = places[: (rows * columns + 1) * side**2].view(-1, side, side).numpy()
-    if not rows:
-        return tiles[0]
-    cut = tiles[:-1].reshape(rows, columns, side, side).swapaxes(1, 2)
-    whole = np.kron(tiles[-1], np.ones((rows, columns))) / (rows * columns)
-    return cut.reshape(rows * side, columns * side) + whole
+    tiles = places[: (rows * columns + 1) * side**2].view(-1, side, side)
+    return join_tiles(tiles, rows, columns).numpy()
 
 
 def draw_words(path: Path, rows: Sequence[Row], dpi: int = 110) -> None:

@@ -1,0 +1,1 @@
+"""Which patches of an image each word of an answer came from."""
