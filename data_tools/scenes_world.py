@@ -191,17 +191,28 @@ def draw(scene: Scene) -> Image.Image:
     canvas = _paint_background(scene.background, Random(scene.background_seed))
     painter = ImageDraw.Draw(canvas)
     for thing in scene.objects:
-        turn = math.radians(thing.angle)
-        cos, sin = math.cos(turn) * thing.radius, math.sin(turn) * thing.radius
-        # Pillow's coordinates of a polygon are pixel centres, ours are corners: half a pixel less.
-        outline = [
-            (thing.x + cos * x - sin * y, thing.y + sin * x + cos * y)
-            for x, y in _OUTLINES[thing.shape]
-        ]
-        painter.polygon(
-            [(OVERSAMPLING * x - 0.5, OVERSAMPLING * y - 0.5) for x, y in outline], fill=thing.rgb
-        )
+        painter.polygon(_outline(thing), fill=thing.rgb)
     return canvas.reduce(OVERSAMPLING)
+
+
+def coverage(thing: SceneObject) -> Image.Image:
+    """How much of each pixel an object covers, from 0 to 255: a grey image of 64×64 pixels."""
+    side = IMAGE_SIZE * OVERSAMPLING
+    canvas = Image.new("L", (side, side))
+    ImageDraw.Draw(canvas).polygon(_outline(thing), fill=255)
+    return canvas.reduce(OVERSAMPLING)
+
+
+def _outline(thing: SceneObject) -> list[tuple[float, float]]:
+    """An object's outline on the larger canvas."""
+    turn = math.radians(thing.angle)
+    cos, sin = math.cos(turn) * thing.radius, math.sin(turn) * thing.radius
+    # Pillow's coordinates of a polygon are pixel centres, ours are corners: half a pixel less.
+    outline = [
+        (thing.x + cos * x - sin * y, thing.y + sin * x + cos * y)
+        for x, y in _OUTLINES[thing.shape]
+    ]
+    return [(OVERSAMPLING * x - 0.5, OVERSAMPLING * y - 0.5) for x, y in outline]
 
 
 def _paint_background(kind: str, rng: Random) -> Image.Image:

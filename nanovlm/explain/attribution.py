@@ -1,15 +1,16 @@
 """How much each patch of an image moved the log-probability of each word of an answer.
 
-Gradient times activation (Shrikumar et al. 2017; for images Selvaraju et al. 2017). The activation
-is a patch's vector h, as it leaves the vision encoder's blocks. A blank image has the vector h₀ in
-its place, and to the first order the patch has moved the word's log-probability by
+Gradient times activation (Shrikumar et al. 2017). The activation is a patch's vector h where it
+enters the vision encoder's blocks: there it holds the patch's own pixels and nothing else. A blank
+image has the vector h₀ in its place, and to the first order the patch has moved the word's
+log-probability by
 
     Σ_c  ∂ log p(word) / ∂h_c · (h_c − h₀_c),
 
-one term for each of the C channels. A patch's part is the sum of the terms' absolute values: terms
-of either sign cancel each other otherwise, and the sum then finds the patches that matter less
-well (docs/en/training.md has the figures). The gradient passes through whatever projector there
-is, so nothing has to be known about it.
+one term for each of the C channels. A patch's part is the sum of the terms' absolute values: added
+with their signs they cancel each other, and find the patches that matter less well
+(docs/en/training.md has the figures). The gradient passes through the vision encoder and through
+whatever projector there is, so nothing has to be known about either.
 """
 
 import contextlib
@@ -53,26 +54,19 @@ class Answered:
     """
 
     def __init__(self, model: VisionLanguageModel, prompt: Batch, answer: Sequence[int]) -> None:
-        """`prompt` is one conversation, as `prepare` gives it for `generate`, with its pixels."""
-        if len(prompt.input_ids) != 1 or prompt.pixels is None:
-            raise NanoVLMError(
-                f"{len(prompt.input_ids)} conversations, or one without an image; "
-                "an answer is explained by the images of its own conversation"
-            )
+        """`prompt` is one conversation, as `prepare` gives it for `generate`."""
         self.model, self.length = model, prompt.input_ids.shape[1]
         self.answer = prompt.input_ids.new_tensor(answer)  # (A,)
         ids = torch.cat((prompt.input_ids, self.answer[None]), dim=1)  # (1, T)
         # A token is predicted at the place before it.
         places = torch.arange(self.length - 1, ids.shape[1] - 1, device=ids.device)  # (A,)
-        self.pixels = prompt.pixels
-        self.batch = Batch(ids, None, prompt.image_positions, places, self.answer, prompt.pixels)
+        self.batch = Batch(ids, None, prompt.image_positions, places, self.answer)
 
-    def hidden_states(self, pixels: Tensor) -> Tensor:
-        """The language model's last hidden states before each token, (A, C), for other images."""
+    def hidden_states(self, visual_tokens: Tensor) -> Tensor:
+        """The last hidden states before each token of the answer: (N, K, C_t) → (A, C)."""
         model, batch = self.model, self.batch
-        batch.pixels = pixels
         return model.language_model.hidden_states(
-            model.embed(batch),
+            model.splice(batch, visual_tokens),
             positions=batch.target_positions,
             groups=model.image_groups(batch),
             prompt_lengths=self.answer.new_tensor([self.length]),
@@ -86,8 +80,8 @@ class Answered:
 
     @torch.no_grad()
     def log_probs(self, pixels: Tensor, words: Sequence[Word | ExplainedWord]) -> Tensor:
-        """The log-probability of each of W words with other images in place of its own: (W,)."""
-        hidden_states = self.hidden_states(pixels)
+        """The log-probability of each of W words with these images: (N, 3, H, W) → (W,)."""
+        hidden_states = self.hidden_states(_encode(self.model, pixels))
         return torch.stack([self.log_prob(hidden_states, word) for word in words])
 
 
@@ -105,27 +99,45 @@ def explain(
     backward pass for each word. No weight gets a gradient.
     Raises NanoVLMError for an answer without a word and a conversation without an image.
     """
-    answered = Answered(model, prompt, answer)
+    if len(prompt.input_ids) != 1 or prompt.pixels is None:
+        raise NanoVLMError(
+            f"{len(prompt.input_ids)} conversations, or one without an image; "
+            "an answer is explained by the images of its own conversation"
+        )
     words = answer_words(model, answer)[:at_most]
     if not words:
         raise NanoVLMError("the answer has no word, so there is none to explain")
-    blank = torch.zeros_like(answered.pixels)  # pixels are normalised, so zero is the mean colour
     with torch.inference_mode(False), _frozen(model):
-        blank_probs = answered.log_probs(blank, words).exp().tolist()
-        with _patch_vectors(model) as seen, torch.no_grad():
-            model.vision_features(blank[:1])
-        with _patch_vectors(model) as vectors, torch.enable_grad():
-            hidden_states = answered.hidden_states(answered.pixels)
+        answered, pixels = Answered(model, prompt, answer), prompt.pixels
+        # Pixels are normalised, so zero is the mean colour.
+        without = answered.log_probs(torch.zeros_like(pixels), words).exp().tolist()
+        with torch.no_grad():
+            visual_tokens = _encode(model, pixels).requires_grad_()  # (N, K, C_t)
+        with torch.enable_grad():
+            hidden_states = answered.hidden_states(visual_tokens)
             log_probs = [answered.log_prob(hidden_states, word) for word in words]
-        change = vectors[0].detach().float() - seen[0].float()  # (N, tokens, C)
-        explained = []
-        for word, log_prob, without in zip(words, log_probs, blank_probs):
-            (gradient,) = torch.autograd.grad(log_prob, vectors, retain_graph=True)
-            parts = (gradient.float() * change).abs().sum(dim=-1)  # (N, tokens)
-            with_images = float(log_prob.detach().exp())
-            maps = _maps(parts, model, images)
-            explained.append(ExplainedWord(word.text, word.tokens, with_images, without, maps))
-    return explained
+        gradients = [
+            torch.autograd.grad(log_prob, visual_tokens, retain_graph=True)[0]
+            for log_prob in log_probs
+        ]
+        # One tile after another: a large image's are too many for the activations of all of them.
+        parts = torch.stack(
+            [
+                _tile_parts(model, tile[None], [gradient[number, None] for gradient in gradients])
+                for number, tile in enumerate(pixels)
+            ],
+            dim=1,
+        )  # (words, N, P)
+    return [
+        ExplainedWord(
+            word.text,
+            word.tokens,
+            float(log_prob.detach().exp()),
+            blank,
+            _lay_out(of_word, model, images),
+        )
+        for word, log_prob, blank, of_word in zip(words, log_probs, without, parts)
+    ]
 
 
 def refuse_few_bits(quantize: str) -> None:
@@ -136,21 +148,38 @@ def refuse_few_bits(quantize: str) -> None:
         )
 
 
+def _encode(model: VisionLanguageModel, pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) → visual tokens (N, K, C_t)."""
+    return model.projector(model.vision_features(pixels))
+
+
+def _tile_parts(model: VisionLanguageModel, tile: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """The patches' parts of one tile, (1, 3, H, W), in each word: (words, P).
+
+    gradients: of each word, with respect to the tile's visual tokens, (1, K, C_t).
+    """
+    with _patch_vectors(model) as blank, torch.no_grad():
+        _encode(model, torch.zeros_like(tile))
+    with _patch_vectors(model) as own, torch.enable_grad():
+        visual_tokens = _encode(model, tile)
+    change = own[0].detach().float() - blank[0].float()  # (1, tokens, C)
+    parts = []
+    for gradient in gradients:
+        (slope,) = torch.autograd.grad(visual_tokens, own, gradient, retain_graph=True)
+        parts.append((slope.float() * change).abs().sum(dim=-1))  # (1, tokens)
+    return torch.cat(parts)[:, model.vision_encoder.config.num_prefix_tokens :]
+
+
 @contextlib.contextmanager
 def _patch_vectors(model: VisionLanguageModel) -> Iterator[list[Tensor]]:
-    """What leaves the last block that runs, (N, tokens, C), of the pass within; as a graph's leaf.
-
-    Patches are in their places there, also in encoders with a resampler behind the blocks.
-    """
-    encoder, found = model.vision_encoder, []
-    count = encoder.config.blocks_below(model.config.vision_layer)
-    last = encoder.blocks[count - 1] if count else encoder.embedding_norm
+    """The vectors that enter the first block, (N, tokens, C), in each pass within: graph leaves."""
+    found: list[Tensor] = []
 
     def take(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
         found.append(output.detach().requires_grad_(torch.is_grad_enabled()))
         return found[-1]
 
-    handle = last.register_forward_hook(take)
+    handle = model.vision_encoder.embedding_norm.register_forward_hook(take)
     try:
         yield found
     finally:
@@ -170,16 +199,16 @@ def _frozen(model: VisionLanguageModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _maps(
+def _lay_out(
     parts: Tensor, model: VisionLanguageModel, images: Sequence[Image.Image]
 ) -> tuple[Tensor, ...]:
-    """The parts of all tokens of the vision encoder, (N, tokens), laid out on each image."""
+    """The parts of all tiles' patches, (N, P), where they are on each image; their sum is 1."""
     config, maps = model.config.image, []
     grid = model.vision_encoder.config.grid(config.height, config.width)
-    parts = parts[:, model.vision_encoder.config.num_prefix_tokens :].cpu().unflatten(1, grid)
+    tiles = parts.cpu().unflatten(1, grid)  # (N, h, w)
     for image in images:
         rows, columns = tile_grid(*image.size, config)
-        tiles, parts = parts.tensor_split([rows * columns + 1])
-        maps.append(join_tiles(tiles, rows, columns))
+        of_image, tiles = tiles.tensor_split([rows * columns + 1])
+        maps.append(join_tiles(of_image, rows, columns))
     total = sum(float(each.sum()) for each in maps) or 1.0
     return tuple(each / total for each in maps)

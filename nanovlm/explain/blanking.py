@@ -46,12 +46,13 @@ def blanking_drops(
     if not words:
         return []
     answered = Answered(model, prompt, answer)
-    whole = answered.log_probs(answered.pixels, words)  # (W,)
+    assert prompt.pixels is not None, "explain refuses a conversation without an image"
+    whole, device = answered.log_probs(prompt.pixels, words), prompt.pixels.device  # (W,)
 
     def drops(parts: Tensor) -> Tensor:
         """How far each word falls without the patches of the largest parts, (W,)."""
         blanked = _without_top(images, parts, model, [places.shape for places in words[0].maps])
-        return whole - answered.log_probs(blanked.to(answered.pixels.device), words)
+        return whole - answered.log_probs(blanked.to(device), words)
 
     parts = [torch.cat([places.flatten() for places in word.maps]) for word in words]
     of_each = torch.stack([drops(each) for each in parts])  # (W blanked, W)
