@@ -100,8 +100,8 @@ def random_batch(
         image = config.image
         tensors["pixels"] = torch.randn(shape.images, 3, image.height, image.width)
     if shape.words:
-        shares, lengths = torch.rand(rows, shape.words), (length,) * rows
-        return WordBatch(**tensors, shares=shares, lengths=lengths)
+        counts, lengths = torch.rand(rows, shape.words), (length,) * rows
+        return WordBatch(**tensors, counts=counts, lengths=lengths)
     if not shape.pairs:
         return Batch(**tensors)
     lengths = torch.full((2 * shape.pairs,), shape.targets // shape.pairs // 2)

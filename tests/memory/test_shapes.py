@@ -98,7 +98,7 @@ def test_a_row_of_words_holds_visual_tokens_alone():
     assert shape == BatchShape(3, 256, 3, 0, cached_features=True, words=50)
     batch = random_batch(skeleton(config), shape)
     assert isinstance(batch, WordBatch)
-    assert batch.shares.shape == (3, 50) and batch.lengths == (256, 256, 256)
+    assert batch.counts.shape == (3, 50) and batch.lengths == (256, 256, 256)
     assert BatchShape.of(batch, 256) == shape
     many = dataclasses.replace(settings, max_words=10**6)
     assert batch_shape(config, many).words == config.language_model.vocab_size

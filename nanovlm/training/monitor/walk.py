@@ -33,7 +33,7 @@ class BatchShape:
         """The shape of a real batch, whose images take `image_length` tokens each."""
         rows, length = batch.input_ids.shape
         images, targets = len(batch.image_positions) // image_length, len(batch.targets)
-        words = batch.shares.shape[1] if isinstance(batch, WordBatch) else 0
+        words = batch.counts.shape[1] if isinstance(batch, WordBatch) else 0
         cached = batch.patches is not None
         return cls(rows, length, images, targets, cached_features=cached, words=words)
 
