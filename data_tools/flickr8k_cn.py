@@ -11,8 +11,8 @@ writes, with NAMES the stem of the names file (or `--split`):
 
 and with `--captions-en flickr8kenc.caption.txt` also:
 
-    DIR/NAMES_mixed.jsonl   for training: Chinese captions, two English ones a photo and yes/no
-                            questions, shuffled
+    DIR/NAMES_mixed.jsonl   for training: captions in both languages and yes/no questions,
+                            shuffled
     DIR/NAMES_en.jsonl      for evaluation: as `_zh`, in English
     DIR/NAMES_yesno.jsonl   for evaluation: one record a yes/no question, shuffled
 
@@ -55,8 +55,6 @@ YES = {"zh": "有。", "en": "Yes."}
 NO = {"zh": "没有。", "en": "No."}
 
 SEED = 0
-# English captions a photo in the mixture, beside five Chinese ones: most answers are in Chinese.
-MIXED_ENGLISH = 2
 # Share of the photos or of the lines of a caption file; more than this looks like the wrong file.
 MAX_SKIPPED = 0.01
 MAX_PHOTO_BYTES = 64 * 2**20
@@ -291,9 +289,7 @@ def make_records(
     if en is not None:
         en_training, en_evaluation = caption_records(names, en, "en")
         questions, yes_no_evaluation = yes_no_records(names, zh, en)
-        number = {record["id"]: int(record["id"].rsplit("#", 1)[1]) for record in en_training}
-        english = [record for record in en_training if number[record["id"]] < MIXED_ENGLISH]
-        mixed = zh_training + english + questions
+        mixed = zh_training + en_training + questions
         random.Random(SEED).shuffle(mixed)
         files |= {
             f"{split}_mixed.jsonl": mixed,

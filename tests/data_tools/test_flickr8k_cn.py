@@ -100,8 +100,8 @@ def test_english_adds_mixed_records_and_balanced_questions(source: Path, convert
     assert english[0]["references"] == ["A dog runs, on the grass."] * 5
     assert english[1]["references"] == ["A man rides a bicycle."] * 5
     questions = read(out / "small_yesno.jsonl")
-    # Five Chinese captions a photo, and two English ones.
-    assert len(read(out / "small_mixed.jsonl")) == 9 * 5 + 9 * 2 + len(questions)
+    # Five captions a photo in each language.
+    assert len(read(out / "small_mixed.jsonl")) == 9 * 5 + 9 * 5 + len(questions)
 
     asked = Counter((q["messages"][0]["content"], q["references"][0]) for q in questions)
     assert ("<image>\n图中有狗吗？", "有。") in asked
