@@ -5,8 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanovlm.generate import TextStreamer
 from nanovlm.model.vlm import VisionLanguageModel
+from nanovlm.tokenizer.streaming import TextStreamer
 
 # Scripts that put no spaces between words: Thai to Burmese, Khmer, Chinese, Japanese kana. There a
 # word is what the tokenizer takes for one.
