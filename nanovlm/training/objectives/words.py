@@ -46,7 +46,7 @@ class Words:
     metric_names = ("precision_at_5", "words_named")
 
     def __init__(self, embeddings: Tensor, frequency: Tensor) -> None:
-        """`embeddings` (W, C) are the words' rows of the table, `frequency` (W,) their shares."""
+        """`embeddings` (W, C) are the words' rows of the table, `frequency` (W,) as above."""
         self.length = embeddings.norm(dim=-1).mean()  # what a visual token's is going to be
         self.directions = F.normalize(embeddings - embeddings.mean(dim=0), dim=-1)  # (W, C)
         self.frequency, self.bias = frequency, torch.logit(frequency)
