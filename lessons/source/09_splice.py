@@ -35,6 +35,7 @@ from data_tools.scenes_world import random_scene
 from lessons import draw
 from lessons.check import check
 from nanovlm import IMAGE, Message, NanoVLMError, generate, load_model, open_image, prepare
+from nanovlm.explain.attribution import explain
 
 ASSETS = "../../nanovlm/assets"
 torch.set_grad_enabled(False)
@@ -197,16 +198,22 @@ def attend(x, part, rotary=None):  # (B, T, C) → (B, T, C); with `rotary` it i
 
 
 # %%
-def see(pixels, encoder, first=1):  # (N, 3, H, W) → (N, P, C_v)
+def enter(pixels, encoder):  # (N, 3, H, W) → (N, 1 + P, C_v): the class token, then patches
     patches = encoder.patch_embedding(pixels).flatten(2).mT
     x = torch.cat((encoder.cls_token.expand(len(pixels), -1, -1), patches), dim=1)
-    x = x + encoder.position_embedding
+    return x + encoder.position_embedding
+
+
+def see(pixels, encoder, first=1):  # (N, 3, H, W) → (N, P, C_v)
+    return climb(enter(pixels, encoder), encoder)[:, first:]  # without the class token
+
+
+def climb(x, encoder):  # (N, 1 + P, C_v) → the same shape
     for block in encoder.blocks:
         x = x + block.attention_scale * attend(block.attention_norm(x), block.attention)
         inner = F.gelu(block.mlp.up_proj(block.mlp_norm(x)))
         x = x + block.mlp_scale * block.mlp.down_proj(inner)
-    x = encoder.norm(x) if model.config.vision_norm else x  # the shipped config decides
-    return x[:, first:]  # without the class token
+    return encoder.norm(x) if model.config.vision_norm else x  # the shipped config decides
 
 
 def project(patches, projector):  # (N, P, C_v) → (N, K, C_t)
@@ -422,7 +429,9 @@ draw.show(made, "Where a patch was is written in its vector, not in its seat")
 #
 # 这不是说次序永远无所谓。别的模型可能用到座位，训练时从没打乱过，谁也没有保证；几张图、几个子图（tile）之间的先后，也只有座位能说明。
 #
-# ## 练习
+# ## 六、它看了哪里？
+#
+# 答案里的「红色」来自哪些图块？整个模型是一个函数，所以可以求导。设图块的向量为 h（进入第一层之前，只含它自己的像素），空白图在同一处的向量为 h₀。一阶近似下，这个图块让「红色」的对数概率改变了「梯度乘以 (h − h₀)」，每个通道一项。把各项的**绝对值**加起来，就是这个图块的份额；带着符号相加，正负会互相抵消。只需一次前向，每个词一次反向：
 
 # %% [markdown] tags=["en"]
 # With exchanged pixels 22 of 24 answers change, as they should: it is another image. With exchanged visual tokens 1 changes, and with shuffled ones none.
@@ -430,6 +439,69 @@ draw.show(made, "Where a patch was is written in its vector, not in its seat")
 # The reason is in lesson 01: at the very start, the encoder adds its position table to every patch. Four blocks later, "I am at the top left" is written in the vector itself, and it can be read from any seat. The language model's rotary positions number the 64 seats as well, but this model has learned to go by the contents.
 #
 # That does not mean that order never matters. Another model may use the seats: in training they were never shuffled, so nothing is promised. And which of two images, or of several tiles, came first, only the seats can say.
+#
+# ## 6. Where did it look?
+#
+# Which patches does the word 红色 (red) of the answer come from? The whole model is a function, so it can be differentiated. Let h be a patch's vector before the first block, where it holds nothing but its own pixels, and h₀ that of a blank image in the same place. To the first order the patch has changed the log-probability of 红色 by the gradient times (h − h₀), one term for each channel. Its part is the sum of the terms' **absolute values**; with their signs they would cancel each other. It takes one forward pass, and one backward pass for each word:
+
+# %%
+said = generate(model, batch, 60)[0]
+with_answer = torch.cat((ids, torch.tensor([said])), dim=1)  # (1, T + A)
+blank = enter(torch.zeros_like(batch.pixels), model.vision_encoder)
+with torch.enable_grad():
+    own = enter(batch.pixels, model.vision_encoder).requires_grad_()  # (1, 65, C_v)
+    visual_tokens = project(climb(own, model.vision_encoder)[:, 1:], model.projector)
+    embeddings = splice(with_answer, batch.image_positions, visual_tokens)
+    rows = read(embeddings, model.language_model)[0, 67:-1].log_softmax(-1)  # (A, V)
+    log_probs = [row[token] for row, token in zip(rows, said)]  # predicted one place before
+parts = {}
+for place, log_prob in enumerate(log_probs):
+    (slope,) = torch.autograd.grad(log_prob, own, retain_graph=True)
+    parts[place] = (slope * (own - blank)).abs().sum(-1)[0, 1:].detach()  # (64,)
+for word in explain(model, batch, [image], said):
+    ours = parts[word.tokens[0]]  # here each word is one token
+    torch.testing.assert_close((ours / ours.sum()).view(8, 8), word.maps[0], rtol=1e-3, atol=1e-4)
+
+# %%
+made, axes = draw.figure(6, height=1.7)
+colourful = {"红色", "圆环", "蓝色", "五角星", "橙色", "三角形"}
+names = {place: model.tokenizer.decode([token]) for place, token in enumerate(said)}
+named = [place for place in names if names[place] in colourful]
+for axis, place in zip(axes, named):
+    light = (parts[place] / parts[place].max()).view(8, 8).kron(torch.ones(8, 8))
+    draw.picture(axis, 1 - (0.5 - batch.pixels[0] * 0.5) * (0.2 + 0.8 * light), names[place])
+draw.show(made, "Where six words came from")
+
+
+# %%
+def chance(place, hidden):  # of a word, with some patches of the image blank
+    kept = 1 - torch.zeros(64).index_fill(0, hidden, 1.0).view(8, 8).kron(torch.ones(8, 8))
+    seen = project(see(batch.pixels * kept, model.vision_encoder), model.projector)
+    logits = read(splice(with_answer, batch.image_positions, seen), model.language_model)
+    return f"{logits[0, 67 + place].softmax(-1)[said[place]]:7.1%}"
+
+
+random = torch.randperm(64, generator=torch.Generator().manual_seed(2))[:6]
+for place in named:
+    six = parts[place].topk(6).indices
+    print(f"six of its own blank: {chance(place, six)}, six random ones: ", end="")
+    print(chance(place, random), names[place])
+
+# %% [markdown] tags=["zh"]
+# 手写的结果与库里的 `explain` 一致。六张小图里，亮处大多在所说的物体上：「五角星」来自五角星，「橙色」来自三角形。
+#
+# 好看不等于对，所以最后一格来验证：把份额最大的六个图块（约十分之一）涂成空白，再读一遍同样的答案。形状的三个词全都保不住，随便涂六个却几乎没有影响。「橙色」也保不住；「红色」和「蓝色」还在，因为圆环和五角星都大，六个图块盖不住，剩下的部分颜色照样看得见。
+#
+# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` 给每个词都画一张，`python -m nanovlm.explain` 在许多图片上做同样的验证（[training](../../docs/zh/training.md) 里有数字）。
+#
+# ## 练习
+
+# %% [markdown] tags=["en"]
+# The parts computed by hand equal those of the package's `explain`. In the six small pictures the bright places lie mostly on the object that the word is about: 五角星 (star) comes from the star, 橙色 (orange) from the triangle.
+#
+# A picture that looks right need not be right, so the last cell puts it to the test: blank the six patches with the largest parts, about a tenth, and read the same answer again. None of the three shapes survives that, while six random patches hardly matter. 橙色 does not survive either. 红色 and 蓝色 do: the ring and the star are large, six patches do not cover them, and what is left still shows the colour.
+#
+# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` draws every word, and `python -m nanovlm.explain` makes the same test on many images ([training](../../docs/en/training.md) has the figures).
 #
 # ## Exercises
 
@@ -480,6 +552,7 @@ check("09.3", splice_rows(many.input_ids, right), model.splice(many, right))
 #
 # - [`nanovlm/model/vlm.py`](../../nanovlm/model/vlm.py)，`VisionLanguageModel.splice` 与 `VisionLanguageModel.forward`：本课略去了不在嵌入表里的占位 token、自动混合精度，和只让有标签的位置经过输出层。
 # - [`nanovlm/inputs/batch.py`](../../nanovlm/inputs/batch.py)，`Batch`：一次前向需要的全部张量，展平下标在造批次时就算好。
+# - [`nanovlm/explain/attribution.py`](../../nanovlm/explain/attribution.py)，`explain`：同样的份额，适用于任何投影层，也适用于切成子图的图片。
 #
 # 论文：Liu 等，2023，*Visual Instruction Tuning*（LLaVA），[arXiv:2304.08485](https://arxiv.org/abs/2304.08485)。
 
@@ -492,5 +565,6 @@ check("09.3", splice_rows(many.input_ids, right), model.splice(many, right))
 #
 # - [`nanovlm/model/vlm.py`](../../nanovlm/model/vlm.py), `VisionLanguageModel.splice` and `VisionLanguageModel.forward`: this lesson left out placeholders that have no row in the table, autocast, and that only labelled positions pass the output head.
 # - [`nanovlm/inputs/batch.py`](../../nanovlm/inputs/batch.py), `Batch`: all tensors of a forward pass, with flat indices computed where the batch is made.
+# - [`nanovlm/explain/attribution.py`](../../nanovlm/explain/attribution.py), `explain`: the same parts with any projector, also of images in tiles.
 #
 # The paper: Liu et al. 2023, *Visual Instruction Tuning* (LLaVA), [arXiv:2304.08485](https://arxiv.org/abs/2304.08485).

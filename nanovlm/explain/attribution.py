@@ -8,9 +8,12 @@ log-probability by
     Σ_c  ∂ log p(word) / ∂h_c · (h_c − h₀_c),
 
 one term for each of the C channels. A patch's part is the sum of the terms' absolute values: added
-with their signs they cancel each other, and find the patches that matter less well
-(docs/en/training.md has the figures). The gradient passes through the vision encoder and through
+with their signs they cancel each other. (On 20 toy scenes the tenth of the patches that is found in
+this way takes 4.8 nats from a word, and 2.2 with signs; the gradient's norm alone takes 4.7, and
+puts a third less inside the objects' outlines.) The gradient passes through the vision encoder and
 whatever projector there is, so nothing has to be known about either.
+
+Lesson: lessons/source/09_splice.py.
 """
 
 import contextlib

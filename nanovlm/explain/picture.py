@@ -85,6 +85,14 @@ def _write(axes: Axes, word: ExplainedWord) -> None:
     if len(text) > CHARACTERS:
         text = text[: CHARACTERS - 1] + "…"
     chances = f"{100 * word.blank:.0f} → {100 * word.probability:.0f} %"
-    style = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center"}
-    axes.annotate(text, (0.5, 1), (0, 12), color=DARK, fontsize=10, **style)
-    axes.annotate(chances, (0.5, 1), (0, 3), color=GREY, fontsize=7, **style)
+    for line, above, size, colour in ((text, 12, 10, DARK), (chances, 3, 7, GREY)):
+        axes.annotate(
+            line,
+            (0.5, 1),
+            (0, above),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            fontsize=size,
+            color=colour,
+        )

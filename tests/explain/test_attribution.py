@@ -1,6 +1,7 @@
 """Each patch's part in a word, against autograd and finite differences, for every projector."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from nanovlm.model.vlm import VisionLanguageModel
 from tests.reference.models import tiny_vlm
 from tests.reference.scratch import scratch_vlm
 
-SETTINGS = {"bilinear": {"grid": 2}, "resampler": {"num_queries": 3, "num_heads": 2}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bilinear": {"grid": 2},
+    "resampler": {"num_queries": 3, "num_heads": 2},
+}
 TILES = ImageConfig(28, 28, fit="tiles", max_tiles=2)
 
 
@@ -53,7 +57,8 @@ def reference(model: VisionLanguageModel, images, tokens: list[int], answer: lis
     )
     log_probs = model.language_model.logits(hidden)[0].log_softmax(dim=-1)
     start = prompt.input_ids.shape[1] - 1
-    (gradient,) = torch.autograd.grad(sum(log_probs[start + i, answer[i]] for i in tokens), vectors)
+    word = torch.stack([log_probs[start + i, answer[i]] for i in tokens]).sum()
+    (gradient,) = torch.autograd.grad(word, vectors)
     return (gradient * (own - blank)).abs().sum(dim=-1)[:, 1:]
 
 
@@ -75,6 +80,7 @@ def test_finite_differences_give_the_same(tmp_path):
     model, images = tiny_vlm(tmp_path).double(), images_of((28, 28))
     prompt, answer = ask(model, images)
     word = explain(model, prompt, images, answer)[1]
+    assert prompt.pixels is not None
     encoder, pixels = model.vision_encoder, prompt.pixels.double()
     ids = torch.cat((prompt.input_ids, torch.tensor([answer])), dim=1)
     batch = dataclasses.replace(prompt, input_ids=ids)
@@ -153,6 +159,7 @@ def test_bfloat16_is_close(tmp_path):
 def test_probabilities_are_those_of_the_answer_with_and_without_images(tmp_path):
     model, images = tiny_vlm(tmp_path), images_of((28, 28))
     prompt, answer = ask(model, images)
+    assert prompt.pixels is not None
     for word in explain(model, prompt, images, answer):
         assert 0 <= word.from_images <= 1
         for pixels, found in (

@@ -33,13 +33,13 @@ def drops_on_scenes():
 
     def measure(monkeypatch, change=lambda places: places) -> list[blanking.Drop]:
         generator, drops = torch.Generator().manual_seed(0), []
-        for *given, words in asked:
+        for prompt, images, answer, words in asked:
             changed = [
                 dataclasses.replace(word, maps=tuple(change(places) for places in word.maps))
                 for word in words
             ]
             monkeypatch.setattr(blanking, "explain", lambda *_, changed=changed: changed)
-            drops += blanking.blanking_drops(model, *given, generator)
+            drops += blanking.blanking_drops(model, prompt, images, answer, generator)
         return drops
 
     return measure
