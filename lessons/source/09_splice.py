@@ -492,7 +492,7 @@ for place in named:
 #
 # 好看不等于对，所以最后一格来验证：把份额最大的六个图块（约十分之一）涂成空白，再读一遍同样的答案。形状的三个词全都保不住，随便涂六个却几乎没有影响。「橙色」也保不住；「红色」和「蓝色」还在，因为圆环和五角星都大，六个图块盖不住，剩下的部分颜色照样看得见。
 #
-# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` 给每个词都画一张，`python -m nanovlm.explain` 在许多图片上做同样的验证（[training](../../docs/zh/training.md) 里有数字）。
+# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` 给每个词都画一张，`python -m nanovlm.explain` 在许多图片上做同样的验证（[评测](../../docs/zh/evaluation.md)一页有数字）。
 #
 # ## 练习
 
@@ -501,7 +501,7 @@ for place in named:
 #
 # A picture that looks right need not be right, so the last cell puts it to the test: blank the six patches with the largest parts, about a tenth, and read the same answer again. None of the three shapes survives that, while six random patches hardly matter. 橙色 does not survive either. 红色 and 蓝色 do: the ring and the star are large, six patches do not cover them, and what is left still shows the colour.
 #
-# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` draws every word, and `python -m nanovlm.explain` makes the same test on many images ([training](../../docs/en/training.md) has the figures).
+# `python infer.py nanovlm/assets/scene.png "描述图片" --explain out.png` draws every word, and `python -m nanovlm.explain` makes the same test on many images ([evaluation](../../docs/en/evaluation.md) has the figures).
 #
 # ## Exercises
 
