@@ -133,6 +133,25 @@ def test_images_that_attend_both_ways_and_learned_queries(tmp_path):
     torch.testing.assert_close(word.maps[0].flatten(), expected[0] / expected.sum())
 
 
+@pytest.mark.parametrize(
+    ("encoder", "whole"),
+    [
+        ({"class_token": False, "num_queries": 4, "output_size": 16}, {}),  # as Qwen-VL's
+        ({"num_register_tokens": 2}, {"vision_layer": -2, "vision_norm": False}),
+        ({"embedding_norm": True}, {"vision_layer": 0, "vision_norm": False}),
+    ],
+)
+def test_every_vision_encoder_has_its_patches_in_their_places(encoder, whole, tmp_path):
+    plain, images = tiny_vlm(tmp_path, ProjectorConfig("linear")), images_of((28, 28))
+    changed = dataclasses.replace(plain.config.vision_encoder, **encoder)
+    config = dataclasses.replace(plain.config, vision_encoder=changed, **whole)
+    model = VisionLanguageModel(config, plain.tokenizer).eval()
+    prompt, answer = ask(model, images)
+    for word in explain(model, prompt, images, answer):
+        assert word.maps[0].shape == (4, 4) and (word.maps[0] > 0).all()
+        assert word.maps[0].sum().item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_no_weight_gets_a_gradient_and_all_stay_as_they_were(mode, tmp_path):
     model, images = tiny_vlm(tmp_path), images_of((28, 28))
