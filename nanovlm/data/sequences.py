@@ -48,9 +48,12 @@ def share_prefix(sequences: Sequence[TokenSequence], image_token_id: int) -> lis
 
     Tokens of a branch attend to the prefix and to their own branch, so every logit is what it is in
     a sequence of one sample, for a fraction of the work. The sequences are returned as they are
-    where not all images lie in the prefix, or where one has branches already.
+    where not all images lie in the prefix, where one has branches already, and where one has no
+    labels, such as those of words.
     """
-    if len(sequences) == 1 or any(sequence.has_branches for sequence in sequences):
+    if len(sequences) == 1 or any(
+        sequence.has_branches or set(sequence.labels) == {IGNORED} for sequence in sequences
+    ):
         return list(sequences)
     # A branch starts before its first label, because the token that predicts a label has to stand
     # right before it.

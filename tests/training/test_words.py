@@ -264,3 +264,13 @@ def test_records_without_an_image_among_others_are_counted(tiny, tmp_path, capsy
     tiny.train(tmp_path / "run", max_steps=1, data=str(data), **WORDS)
     said = capsys.readouterr().err
     assert "1 records have no image whose words could be learned, and are left out" in said
+
+
+def test_fewer_images_than_a_batch_has(tiny, tmp_path):
+    """Then an image may follow itself; of words there is no prefix that both could share."""
+    image = str(next((tiny.data / "images").rglob("*.*")).resolve())
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "红色圆形"}]
+    data = write(tmp_path / "data.jsonl", {"image": image, "messages": turns})
+    settings = {**WORDS, "word_images": 1, "val": str(data)}
+    run = tiny.train(tmp_path / "run", max_steps=2, data=str(data), **settings)
+    assert load_model(run / "model")
