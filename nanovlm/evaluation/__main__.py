@@ -19,6 +19,7 @@ Lesson: lessons/source/17_measuring.py.
 import argparse
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def main() -> None:
         raise NanoVLMError(
             "--limit, --batch-size, --max-new-tokens and --max-length have to be above 0"
         )
-    if arguments.answers and arguments.answers == arguments.gallery:
+    if arguments.answers and arguments.gallery and _is_same(arguments.answers, arguments.gallery):
         raise NanoVLMError("--answers and --gallery name one file; name two")
     sampling = Sampling(beams=arguments.beams, length_penalty=arguments.length_penalty)
     check_not_compiled(sampling, arguments.compile)
@@ -146,6 +147,10 @@ def _answer_and_score(
             draw_gallery(path, title, answered, figures, arguments.control)
         say(f"the gallery is in {arguments.gallery}")
     return figures
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def _control_of(arguments: argparse.Namespace) -> str:

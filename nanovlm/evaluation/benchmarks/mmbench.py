@@ -99,6 +99,7 @@ def one_file(data: str) -> Path:
 def _readable(path: Path) -> tuple[list[Row], list[str], set[str]]:
     """The rows that can be used, a line for each other one, and the questions these belong to."""
     rows, skipped, broken, without_answer = [], [], set(), 0
+    places: dict[str, str] = {}  # of indices
     for where, cells in table_rows(path, NEEDED, WHAT):
         unit = ""
         try:
@@ -107,6 +108,8 @@ def _readable(path: Path) -> tuple[list[Row], list[str], set[str]]:
             index = _whole_number(cells, "index")
             named = text_of(cells, "g_index")
             unit = _whole_number(cells, "g_index") if named else str(int(index) % ROTATION)
+            if places.setdefault(index, where) != where:
+                raise NanoVLMError(f"its index is {index}, that of {places[index]}")
             if not text_of(cells, "answer"):
                 without_answer += 1
                 raise NanoVLMError("has no answer")

@@ -117,6 +117,16 @@ def test_a_question_is_left_out_with_all_its_rotations(tmp_path):
     assert sum("names the image of row '8', which is not there" in line for line in skipped) == 2
 
 
+def test_two_questions_of_one_index_are_not_taken_for_rotations(tmp_path):
+    rows = mmbench_rows()
+    rows[1]["index"] = 7
+    path = put_tsv(tmp_path / "t.tsv", rows)
+    questions, skipped = mmbench.read(str(path), None)
+    assert {question.unit for question in questions} == {"9"}
+    (line,) = skipped
+    assert " its index is 7, that of " in line
+
+
 @pytest.mark.parametrize("form", ["tsv", "parquet", "struct", "columns"])
 def test_mmstar_in_its_forms(tmp_path, form):
     rows = mmstar_rows()
