@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_tools.check.looking import answer_of, question_of
 from nanovlm.data.records import Record
 from nanovlm.data.sequences import chunks
 from nanovlm.errors import NanoVLMError
-from nanovlm.inputs.image import open_image
+from nanovlm.inputs.image import open_image, resized_within
 from nanovlm.training.monitor.samples import FAINT, OTHER, wrap
 from nanovlm.utils.figures import plt, save_figure
 
@@ -67,7 +67,7 @@ def _draw_record(axes: Axes, record: Record, x: float, y: float) -> float:
 def _draw_image(axes: Axes, path: Path, x: float, y: float) -> None:
     """An image in its place, whose upper left corner is (x, y)."""
     try:
-        shrunk = ImageOps.contain(open_image(path), (PIXELS, PIXELS), Image.Resampling.LANCZOS)
+        shrunk = resized_within(open_image(path), PIXELS, Image.Resampling.LANCZOS)
     except NanoVLMError:
         axes.text(x, y + PICTURE / 2, "cannot be read", color="#cf222e", fontsize=7)
         return

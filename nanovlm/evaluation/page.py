@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nanovlm.errors import NanoVLMError
-from nanovlm.inputs.image import open_image
+from nanovlm.inputs.image import open_image, resized_within
 
 TEXT_SHOWN = 600  # characters of one text
 
@@ -79,6 +79,6 @@ def thumbnail(path: Path, side: int) -> str:
     except NanoVLMError:
         return ""
     data = io.BytesIO()
-    ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS).save(data, "JPEG", quality=80)
+    resized_within(image, side, Image.Resampling.LANCZOS).save(data, "JPEG", quality=80)
     encoded = base64.b64encode(data.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'

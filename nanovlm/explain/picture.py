@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nanovlm.explain.attribution import MAX_WORDS, ExplainedWord, explain
 from nanovlm.explain.places import spread
 from nanovlm.inputs.batch import Batch
+from nanovlm.inputs.image import resized_within
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import say
@@ -48,7 +49,7 @@ def draw_explained(
     of the word's probability that is gone without the images. Below the word are the probabilities
     without and with them.
     """
-    images = [ImageOps.contain(image, (PIXELS, PIXELS)) for image in images]
+    images = [resized_within(image, PIXELS) for image in images]
     columns = min(COLUMNS, 1 + len(words))
     lines = -(-(1 + len(words)) // columns)
     line_height = TEXT + CELL * len(images)

@@ -302,6 +302,18 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
+def resized_within(
+    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The image with its longer side at `side` pixels, for people to look at.
+
+    The shorter one keeps a pixel at least: 4000 × 3 pixels would leave none at 320.
+    """
+    scale = side / max(image.size)
+    width, height = (max(1, round(scale * each)) for each in image.size)
+    return image.resize((width, height), resample)
+
+
 def tile_grid(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
     """(rows, columns) of the tiles of an image of this size; (0, 0) where it is not cut."""
     if config.max_tiles is None:

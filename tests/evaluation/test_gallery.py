@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nanovlm.data.records import Record, read_records
 from nanovlm.evaluation import __main__ as evaluation
@@ -113,6 +114,7 @@ def test_the_command_writes_a_page_that_needs_no_other_file(tiny, tmp_path, call
         (("--gallery", path), "is there already and stays as it is"),
         (("--gallery", tmp_path / "h.html", "--loss"), "leave out --gallery or --loss"),
         (("--gallery", "x", "--answers", "x"), "name one file"),
+        (("--gallery", "x", "--answers", Path("x").absolute()), "name one file"),
         (("--gallery", tiny.data / "val.jsonl"), "is read by this command"),
     ):
         refused = call(evaluation.main, *flags, *more)
@@ -138,3 +140,10 @@ def test_an_image_that_is_gone_is_said_to_be(tmp_path):
     gone = Record("a:1", (tmp_path / "gone.jpg",), (Message("user", ("?",)),), ("a",), {})
     draw_gallery(tmp_path / "g.html", "gone", [(gone, "")], {})
     assert "An image cannot be read." in (tmp_path / "g.html").read_text(encoding="utf-8")
+
+
+def test_an_image_a_thousand_times_as_wide_as_high_is_shown(tmp_path):
+    Image.new("RGB", (4000, 3)).save(tmp_path / "wide.png")
+    wide = Record("a:1", (tmp_path / "wide.png",), (Message("user", ("?",)),), ("a",), {})
+    draw_gallery(tmp_path / "g.html", "wide", [(wide, "a")], {})
+    assert "data:image/jpeg;base64," in (tmp_path / "g.html").read_text(encoding="utf-8")

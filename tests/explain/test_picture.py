@@ -41,6 +41,13 @@ def test_several_images_have_a_row_each(ask, tmp_path):
     assert heights[1] > 1.5 * heights[0]
 
 
+def test_an_image_a_thousand_times_as_wide_as_high_is_drawn(ask, tmp_path):
+    Image.new("RGB", (4000, 3), "red").save(tmp_path / "wide.png")
+    flags = "--explain", tmp_path / "out.png", "--max-new-tokens", "4"
+    done = ask(tmp_path / "wide.png", "描述图片", *flags)
+    assert done.returncode == 0 and (tmp_path / "out.png").exists(), done.stderr
+
+
 def test_a_file_that_is_there_stays(ask, tmp_path):
     out = tmp_path / "out.png"
     out.write_bytes(b"mine")

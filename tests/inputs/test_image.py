@@ -25,7 +25,14 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from nanovlm.errors import NanoVLMError
 from nanovlm.hub.image_configs import parse_image_config
 from nanovlm.inputs import image as image_module
-from nanovlm.inputs.image import image_pixels, image_size, open_image, preprocess, tile_grid
+from nanovlm.inputs.image import (
+    image_pixels,
+    image_size,
+    open_image,
+    preprocess,
+    resized_within,
+    tile_grid,
+)
 from nanovlm.inputs.image_config import ImageConfig
 from nanovlm.utils.config import from_dict
 from tests.hub.test_image_configs import DINOV2, SMOLVLM2
@@ -253,6 +260,19 @@ def test_extreme_shapes() -> None:
         image = open_image(encode(random_image(*size), "PNG"))
         assert preprocess(image, ImageConfig()).shape == (3, 224, 224)
         assert preprocess(image, parse_image_config(DINOV2)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((64, 48), (320, 240)),
+        ((900, 1200), (240, 320)),
+        ((4000, 3), (320, 1)),
+        ((1, 900), (1, 320)),
+    ],
+)
+def test_an_image_to_look_at_keeps_its_shape_and_a_pixel(size, expected) -> None:
+    assert resized_within(random_image(*size), 320).size == expected
 
 
 # Bad

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nanovlm.data.records import Record
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import answer_records, references_of
 from nanovlm.evaluation.metrics import exact_match
-from nanovlm.inputs.image import open_image
+from nanovlm.inputs.image import open_image, resized_within
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.monitor.log import append_lines, keep_lines, read_log
 from nanovlm.training.precision import Precision
@@ -183,7 +183,7 @@ class _Page:
         self.axes.text(x, y, text, **{"va": "top", "color": OTHER, **style})
 
     def _draw_image(self, image: Image.Image, y: float) -> None:
-        shrunk = ImageOps.contain(image, (PIXELS, PIXELS))
+        shrunk = resized_within(image, PIXELS)
         right, down = ((IMAGE - MARGIN) / 2 * side / PIXELS for side in shrunk.size)
         x = MARGIN + IMAGE / 2  # of its centre
         self.axes.imshow(np.asarray(shrunk), extent=(x - right, x + right, y + down, y - down))
