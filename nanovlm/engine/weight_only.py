@@ -75,7 +75,6 @@ class WeightOnlyLinear(nn.Module):
 class Int8WeightOnly(WeightOnlyLinear):
     """Each weight is a whole number from −127 to 127 times the step of its row."""
 
-    kernel_rows = 32
     steps: Tensor  # (out_features,)
 
     def encode(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -86,6 +85,8 @@ class Int8WeightOnly(WeightOnlyLinear):
             rows = slice(start, start + AT_ONCE)
             codes[rows] = (weight[rows] / divisor[rows]).round_().clamp_(-127, 127)
         self._keep(codes=codes, steps=steps)
+        # In bfloat16, PyTorch's kernel reads past rows that are not whole vectors, and crashes.
+        self.kernel_rows = 32 if self.in_features % 16 == 0 else 0
 
     def dequantize(self) -> Tensor:
         return self.codes * self.steps[:, None]

@@ -169,3 +169,13 @@ def test_no_matrix_stays_in_many_bits(kind):
     assert kinds == ({Int4WeightOnly, Int8WeightOnly} if kind == "int4" else {Int8WeightOnly})
     tensors = (*quantized.parameters(), *quantized.buffers())
     assert sum(tensor.nbytes for tensor in tensors) < 0.4 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 15, 24, 33])
+def test_rows_in_8_bits_that_no_vector_of_a_cpu_fits(width, dtype):
+    """In bfloat16 the kernel crashed the process."""
+    layer = Int8WeightOnly(nn.Linear(width, 5, bias=False), dtype)
+    inputs = torch.randn(3, width).to(dtype)
+    expected = inputs.float() @ layer.dequantize().float().T
+    torch.testing.assert_close(layer(inputs).float(), expected, rtol=0.05, atol=0.05)
