@@ -85,7 +85,7 @@ def main() -> None:
     if arguments.loss:
         print(json.dumps(_tell_loss(model, records, arguments)))
         return
-    print(json.dumps(_answer_and_score(model, records, arguments, sampling)))
+    _answer_and_score(model, records, arguments, sampling)
 
 
 def _tell_loss(
@@ -122,8 +122,8 @@ def _answer_and_score(
     records: list[Record],
     arguments: argparse.Namespace,
     sampling: Sampling,
-) -> dict[str, float]:
-    """The scores of the model's answers, which are also written where `--answers` says."""
+) -> None:
+    """Print the scores of the answers, which `--answers` and `--gallery` write to files as well."""
     flags = arguments.max_new_tokens, arguments.batch_size, arguments.control
     stream = answer_records(model, records, *flags, sampling)
     name = f"answering{_control_of(arguments)}"
@@ -141,12 +141,12 @@ def _answer_and_score(
         )
         write_new(arguments.answers, to_jsonl(lines))
     figures = score([record for record, _ in answered], [answer for _, answer in answered])
+    print(json.dumps(figures))
     if arguments.gallery:
         title = f"{arguments.model} · {arguments.data}"
         with new_file(arguments.gallery) as path:
             draw_gallery(path, title, answered, figures, arguments.control)
         say(f"the gallery is in {arguments.gallery}")
-    return figures
 
 
 def _is_same(first: Path, second: Path) -> bool:

@@ -33,6 +33,7 @@ from nanovlm.evaluation.benchmarks.questions import (
     text_of,
     with_options,
 )
+from nanovlm.utils.console import say
 
 ROTATION = 1_000_000  # between the indices of a question's rotations
 METRICS = ("accuracy",)
@@ -84,8 +85,14 @@ def read(data: str, images: Path | None, limit: int = 0) -> tuple[list[Question]
         except NanoVLMError as error:
             skipped.append(f"{row.where}: {error}")
             broken.add(row.unit)
-    whole = (asked for unit, asked in units.items() if unit not in broken)
-    return [question for asked in whole for question in asked], skipped
+    whole = {unit: asked for unit, asked in units.items() if unit not in broken}
+    short = [unit for unit, asked in whole.items() if len(asked) < len(asked[0].choices)]
+    if short:
+        say(
+            f"{path}: {len(short)} of {len(whole)} questions have fewer rotations than options, "
+            f"such as index {short[0]}; they are asked as often as they stand there"
+        )
+    return [question for asked in whole.values() for question in asked], skipped
 
 
 def one_file(data: str) -> Path:

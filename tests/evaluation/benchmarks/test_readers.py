@@ -117,6 +117,17 @@ def test_a_question_is_left_out_with_all_its_rotations(tmp_path):
     assert sum("names the image of row '8', which is not there" in line for line in skipped) == 2
 
 
+def test_rotations_that_are_missing_are_said(tmp_path, capsys):
+    path = put_tsv(tmp_path / "whole.tsv", rotated_rows(mmbench_rows()))
+    mmbench.read(str(path), None)
+    assert not capsys.readouterr().err
+    rows = [row for row in rotated_rows(mmbench_rows()) if row["index"] != 1000008]
+    questions, skipped = mmbench.read(str(put_tsv(tmp_path / "short.tsv", rows)), None)
+    assert len(questions) == 4 + 2 + 2 and not skipped
+    said = "1 of 3 questions have fewer rotations than options, such as index 8; "
+    assert said in capsys.readouterr().err
+
+
 def test_two_questions_of_one_index_are_not_taken_for_rotations(tmp_path):
     rows = mmbench_rows()
     rows[1]["index"] = 7
