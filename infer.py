@@ -101,7 +101,7 @@ def _answer_here(arguments: argparse.Namespace, sampling: Sampling) -> None:
             conversation, batch, arguments.max_new_tokens, sampling, arguments.verbose
         )
         if arguments.explain:
-            from nanovlm.explain.picture import draw_answer
+            from nanovlm.explain.picture import draw_answer  # with matplotlib, which takes a second
 
             prompt_batch = batch.to(next(model.parameters()).device)
             draw_answer(arguments.explain, model, prompt_batch, images, tokens)
@@ -155,6 +155,8 @@ def _check_explain(arguments: argparse.Namespace, image_paths: list[str]) -> Non
         raise NanoVLMError("--explain draws one answer; leave it out, or --chat")
     if not image_paths:
         raise NanoVLMError("--explain draws where in an image the words came from; give an image")
+    if arguments.explain.suffix.lower() != ".png":
+        raise NanoVLMError(f"--explain {arguments.explain}: the picture is a PNG; name it so")
     refuse_few_bits(arguments.quantize)
     check_new_file(arguments.explain, "--explain", image_paths)
 

@@ -63,10 +63,11 @@ def test_a_file_that_is_there_stays(ask, tmp_path):
         (("--batch", ASSETS, "--prompt", "a", "--out", "a.jsonl"), "leave it out, or --batch"),
         (("描述图片",), "give an image"),
         ((SCENE, "描述图片", "--quantize", "int4"), "--quantize int4 leaves no gradients"),
+        ((SCENE, "描述图片", "--explain", "out.jpg"), "out.jpg: the picture is a PNG; name it so"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(ask, tmp_path, arguments, reason):
-    done = ask(*arguments, "--explain", tmp_path / "out.png")
+    done = ask("--explain", tmp_path / "out.png", *arguments)
     assert done.returncode == 2 and done.stdout == "" and reason in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
