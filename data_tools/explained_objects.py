@@ -9,8 +9,16 @@ lets the model describe scenes, explains the colour and the shape of each object
 give. A patch's part is taken to be spread evenly over it.
 """
 
-import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a plain clone
+
+# First, because Ctrl-C is one line from here on, also during the slow imports below.
+from nanovlm.utils.console import run_command
+
+# isort: split
+import json
 from random import Random
 from statistics import fmean
 
@@ -28,7 +36,6 @@ from nanovlm.explain.places import spread
 from nanovlm.generate import generate
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.utils.console import run_command
 from nanovlm.utils.files import read_json
 from nanovlm.utils.parser import CommandParser
 
