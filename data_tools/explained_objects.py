@@ -29,7 +29,7 @@ from data_tools.make_scenes import DEFAULT_OUT, SPLITS
 from data_tools.scenes_world import COLOURS, SHAPES, Scene, coverage, draw, random_scene
 from nanovlm.data.collate import prepare
 from nanovlm.data.records import Record, read_records
-from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.engine.loading import add_model_flags, add_named_folder_flag, load_for_answers
 from nanovlm.errors import NanoVLMError
 from nanovlm.explain.attribution import ExplainedWord, explain, refuse_few_bits
 from nanovlm.explain.places import spread
@@ -128,13 +128,7 @@ def _parser() -> CommandParser:
         prog="python -m data_tools.explained_objects",
         description="Measure whether the words for an object of the toy world come from its place.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="model folder, such as runs/stage2/model",
-    )
+    add_named_folder_flag(parser)
     parser.add_argument(
         "--data",
         type=Path,

@@ -14,6 +14,7 @@ with `references` ends with a question, to which each of them is a right answer;
 evaluation.
 """
 
+import argparse
 import codecs
 import glob
 import json
@@ -33,6 +34,7 @@ from nanovlm.inputs.image import open_image
 from nanovlm.inputs.json_stream import stream_json
 from nanovlm.utils.console import say
 from nanovlm.utils.files import open_regular
+from nanovlm.utils.parser import expand_user
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
 MAX_SKIPPED = 0.01  # share of unusable records above which a run stops
@@ -67,6 +69,23 @@ class Record:
             answer = {"chosen": self.messages[-1].text, "rejected": self.rejected}
             entry |= {"messages": turns[:-1], **answer}
         return {**entry, "references": list(self.references)} if self.references else entry
+
+
+def add_records_flags(parser: argparse._ActionsContainer) -> None:
+    """Give a parser `--data` and `--images`, for `read_records`."""
+    parser.add_argument(
+        "--data",
+        type=expand_user,
+        required=True,
+        metavar="FILE",
+        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: the records' folder)",
+    )
 
 
 def read_records(

@@ -39,6 +39,17 @@ def add_folder_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_named_folder_flag(parser: argparse._ActionsContainer) -> None:
+    """Give a parser `--model` where a model is measured, and so has to be named."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="model folder, such as runs/stage2/model",
+    )
+
+
 def load_chosen(arguments: argparse.Namespace) -> tuple[Path, VisionLanguageModel]:
     """The model that --model names, else the one trained here, else the shipped one; its folder.
 

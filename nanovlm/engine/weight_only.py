@@ -109,13 +109,13 @@ class Int4WeightOnly(WeightOnlyLinear):
     def encode(self, weight: Tensor, dtype: torch.dtype) -> None:
         layout = kernel_layout() if weight.device.type == "cpu" else None
         self.kernel_rows, self.layout = 96 if layout else 0, layout or LAYOUTS[0]
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % self.layout[0]))  # whole blocks
         parts = [self._encode_rows(rows, dtype) for rows in weight.split(AT_ONCE)]
         codes, scales = zip(*parts)
         self._keep(codes=torch.cat(codes), scales=torch.cat(scales, dim=1))
 
     def _encode_rows(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(R, in_features) → packed codes and (in_features / GROUP, R, 2)."""
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % self.layout[0]))  # whole blocks
         groups = weight.float().unflatten(1, (-1, GROUP))  # (R, G, GROUP)
         low, high = groups.aminmax(dim=2)
         scale = ((high - low) / 15).to(dtype)

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.records import Record, read_records, record_files, say_skipped
-from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.data.records import Record, add_records_flags, read_records, record_files, say_skipped
+from nanovlm.engine.loading import add_model_flags, add_named_folder_flag, load_for_answers
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.answers import (
     CONTROLS,
@@ -50,7 +50,7 @@ from nanovlm.sampling import Sampling, add_beam_flags
 from nanovlm.utils.console import run_command, say
 from nanovlm.utils.files import to_jsonl
 from nanovlm.utils.outputs import check_new_file, new_file, write_new
-from nanovlm.utils.parser import CommandParser, expand_user
+from nanovlm.utils.parser import CommandParser
 
 
 def main() -> None:
@@ -197,26 +197,8 @@ def _parser() -> CommandParser:
         prog="python -m nanovlm.evaluation",
         description="Score a model on records, and the same with the image taken away.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="model folder, such as runs/stage2/model",
-    )
-    parser.add_argument(
-        "--data",
-        type=expand_user,
-        required=True,
-        metavar="FILE",
-        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of the images (default: the records' folder)",
-    )
+    add_named_folder_flag(parser)
+    add_records_flags(parser)
     parser.add_argument(
         "--limit",
         type=int,

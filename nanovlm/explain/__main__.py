@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from nanovlm.data.collate import prepare
-from nanovlm.data.records import Record, read_records, say_skipped
-from nanovlm.engine.loading import add_model_flags, load_for_answers
+from nanovlm.data.records import Record, add_records_flags, read_records, say_skipped
+from nanovlm.engine.loading import add_model_flags, add_named_folder_flag, load_for_answers
 from nanovlm.errors import NanoVLMError
 from nanovlm.explain.attribution import refuse_few_bits
 from nanovlm.explain.blanking import Drop, blanking_drops
@@ -32,7 +32,7 @@ from nanovlm.inputs.chat import Message
 from nanovlm.inputs.image import open_image
 from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.utils.console import run_command
-from nanovlm.utils.parser import CommandParser, expand_user
+from nanovlm.utils.parser import CommandParser
 
 
 def main() -> None:
@@ -107,26 +107,8 @@ def _parser() -> CommandParser:
         description="Blank the patches that words of answers came from, and see how far the words' "
         "log-probability falls. `infer.py --explain` draws one explanation.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="model folder, such as runs/stage2/model",
-    )
-    parser.add_argument(
-        "--data",
-        type=expand_user,
-        required=True,
-        metavar="FILE",
-        help="records, .json or .jsonl: a file, several with commas, or a pattern in quotes",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of the images (default: the records' folder)",
-    )
+    add_named_folder_flag(parser)
+    add_records_flags(parser)
     parser.add_argument(
         "--limit", type=int, default=0, metavar="N", help="ask the first N questions only"
     )
