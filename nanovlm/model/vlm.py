@@ -61,6 +61,11 @@ class VLMConfig:
         """Layer, norm and first token, as `VisionEncoder.patches` takes them."""
         return self.vision_layer, self.vision_norm, self.vision_first_token
 
+    @property
+    def vision_depth(self) -> int:
+        """Blocks of the vision encoder that run: those below `vision_layer`."""
+        return self.vision_encoder.blocks_below(self.vision_layer)
+
 
 class VisionLanguageModel(nn.Module):
     """Vision encoder, projector, and language model with its tokenizer and chat template."""

@@ -10,7 +10,7 @@ from nanovlm.errors import NanoVLMError
 from nanovlm.model.lora import adapter_parameters
 from nanovlm.model.quantization import QuantizedLinear
 from nanovlm.model.vlm import VisionLanguageModel
-from nanovlm.training.optim.optimizer import AFTER_BLOCKS, state_bytes
+from nanovlm.training.optim.optimizer import AFTER_BLOCKS, running_blocks, state_bytes
 from nanovlm.training.settings import PARTS, OptimizerSettings, TrainableSettings
 from nanovlm.utils.parser import flag
 
@@ -24,14 +24,16 @@ def freeze(model: VisionLanguageModel, settings: TrainableSettings) -> None:
     With the last blocks of the vision encoder its norm and its resampler are trained, with those of
     the language model its norm and an output head of its own; with the word embeddings all that
     stands before the first block. With LoRA the language model is frozen but for the adapters.
+    What the vision encoder has above `vision_layer` does not run: it neither counts nor is trained.
     """
     _check_depths(model, settings)
     model.requires_grad_(False)
     for name in PARTS:
         if name in settings.trained_parts:
-            part = model.get_submodule(name)
-            for module in _last_blocks(part, getattr(settings, f"{name}_layers", 0)):
+            for module in _last_blocks(model, name, getattr(settings, f"{name}_layers", 0)):
                 module.requires_grad_(True)
+    for module in _idle(model):
+        module.requires_grad_(False)
     language_model = model.language_model
     if settings.lora_rank:
         language_model.requires_grad_(False)
@@ -75,11 +77,13 @@ def describe(model: VisionLanguageModel, settings: OptimizerSettings) -> str:
 
 def _check_depths(model: VisionLanguageModel, settings: TrainableSettings) -> None:
     for name in ("language_model", "vision_encoder"):
-        layers, count = getattr(settings, f"{name}_layers"), len(getattr(model, name).blocks)
+        layers, count = getattr(settings, f"{name}_layers"), running_blocks(model, name)
         given = f"{flag(name)}-layers"
         if layers > count:
             raise NanoVLMError(
-                f"{given} is {layers} and there are {count} blocks; give at most as many"
+                f"{given} is {layers} and there are {count} blocks"
+                + (" below --vision-layer" if count < len(getattr(model, name).blocks) else "")
+                + "; give at most as many"
             )
         if layers and name not in settings.trained_parts:
             raise NanoVLMError(
@@ -88,12 +92,20 @@ def _check_depths(model: VisionLanguageModel, settings: TrainableSettings) -> No
             )
 
 
-def _last_blocks(part: nn.Module, count: int) -> list[nn.Module]:
+def _last_blocks(model: VisionLanguageModel, name: str, count: int) -> list[nn.Module]:
     """The last `count` blocks of a part, with what stands after them; 0: all of the part."""
+    part = model.get_submodule(name)
     if not count:
         return [part]
-    after = [getattr(part, name) for name in AFTER_BLOCKS if hasattr(part, name)]
-    return [*part.get_submodule("blocks").children()][-count:] + after
+    blocks = [*part.get_submodule("blocks").children()][: running_blocks(model, name)]
+    return blocks[-count:] + [getattr(part, each) for each in AFTER_BLOCKS if hasattr(part, each)]
+
+
+def _idle(model: VisionLanguageModel) -> list[nn.Module]:
+    """What the vision encoder has above the layer that the projector gets."""
+    encoder, config = model.vision_encoder, model.config
+    after = [getattr(encoder, name) for name in AFTER_BLOCKS if hasattr(encoder, name)]
+    return [*encoder.blocks[config.vision_depth :], *([] if config.vision_norm else after)]
 
 
 def _values(part: str, rate: str, values: list[float]) -> str:

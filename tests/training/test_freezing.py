@@ -1,5 +1,6 @@
 """Exactly the named parameters are trained, shown by one step; and the table that says so."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -111,6 +112,27 @@ def test_the_learning_rate_falls_with_the_distance_from_the_output(model):
 def test_a_depth_that_means_nothing_is_refused(model, changes, expected):
     with pytest.raises(NanoVLMError, match=expected):
         freeze(model, Settings(**changes))
+
+
+@pytest.mark.parametrize(("layers", "trained"), [(0, {"rest", "blocks.0"}), (1, {"blocks.0"})])
+def test_blocks_above_the_vision_layer_neither_count_nor_are_trained(model, layers, trained):
+    """With the layer before the last, and without the norm, what stands above does not run."""
+    model.config = dataclasses.replace(model.config, vision_layer=-2, vision_norm=False)
+    settings = Settings(train="vision_encoder", vision_encoder_layers=layers, layer_decay=0.5)
+    freeze(model, settings)
+    found = {
+        ".".join(name.split(".")[:2]) if name.startswith("blocks") else "rest"
+        for name, parameter in model.vision_encoder.named_parameters()
+        if parameter.requires_grad
+    }
+    assert found == trained
+    groups = build_optimizer(model, settings).param_groups
+    assert max(group["peak_lr"] for group in groups) == settings.lr  # the block that runs last
+    pixels = torch.randn(1, 3, model.config.image.height, model.config.image.width)
+    model.vision_features(pixels).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(NanoVLMError, match="there are 1 blocks below --vision-layer"):
+        freeze(model, Settings(train="vision_encoder", vision_encoder_layers=2))
 
 
 def test_the_table_counts_parameters_and_bytes(model):

@@ -33,8 +33,8 @@ class Sharded:
 
         self.model, self._whole = model, _without_weights(model)
         self._blank = _blank_image(model, precision.dtype, features)
-        blocks, layer = model.vision_encoder.blocks, model.config.vision_layer
-        running = 0 if features else model.config.vision_encoder.blocks_below(layer)
+        blocks = model.vision_encoder.blocks
+        running = 0 if features else model.config.vision_depth
         # fully_shard expects that what it shards runs.
         idle = [model.vision_encoder] if features else blocks[running:]
         ignored = {parameter for module in idle for parameter in module.parameters()}

@@ -113,7 +113,7 @@ def _vision_encoder(
     # The class token, the registers and the position table, which are the encoder's own.
     yield nn.ParameterList(encoder.parameters(recurse=False)), *everything
     yield encoder.embedding_norm, *everything
-    for block in encoder.blocks[: encoder.config.blocks_below(model.config.vision_layer)]:
+    for block in encoder.blocks[: model.config.vision_depth]:
         yield block, *everything
     if model.config.vision_norm:
         yield encoder.norm, *everything

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nanovlm.model.vlm import VisionLanguageModel
 from nanovlm.training.optim.adamw import LeanAdamW, moment_bytes
 from nanovlm.training.settings import PARTS, OptimizerSettings
 
@@ -33,7 +34,14 @@ class Layer:
     parameters: list[nn.Parameter]
 
 
-def trainable_layers(model: nn.Module) -> list[Layer]:
+def running_blocks(model: VisionLanguageModel, part: str) -> int:
+    """How many blocks of a part run; the vision encoder's are those below `vision_layer`."""
+    if part == "vision_encoder":
+        return model.config.vision_depth
+    return len(getattr(model.get_submodule(part), "blocks", ()))
+
+
+def trainable_layers(model: VisionLanguageModel) -> list[Layer]:
     """The trainable parameters by part and depth, beginning at the output.
 
     An embedding that is tied to the output head counts as the first layer.
@@ -41,7 +49,7 @@ def trainable_layers(model: nn.Module) -> list[Layer]:
     layers = []
     for part in PARTS:
         module = model.get_submodule(part)
-        blocks = len(getattr(module, "blocks", ()))
+        blocks = running_blocks(model, part)
         by_depth: dict[int, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
@@ -58,7 +66,9 @@ def _depth(name: str, blocks: int) -> int:
     return 0 if first in AFTER_BLOCKS else blocks
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> FusedAdamW | LeanAdamW:
+def build_optimizer(
+    model: VisionLanguageModel, settings: OptimizerSettings
+) -> FusedAdamW | LeanAdamW:
     """AdamW (Loshchilov & Hutter 2019) over the trainable parameters.
 
     Matrices decay; norms, biases and other vectors do not. With `layer_decay` the learning rate of

@@ -1,6 +1,7 @@
 """Which parameters the optimizer updates, their learning rates, and which of them decay."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def test_what_follows_the_last_block_has_the_rate_of_the_output():
     )
     model = nn.Module()
     model.vision_encoder, model.projector, model.language_model = encoder, nn.Module(), nn.Module()
+    model.config = SimpleNamespace(vision_depth=2)
     rates = {
         id(parameter): group["peak_lr"]
         for group in build_optimizer(model, Settings(lr=1.0, layer_decay=0.5)).param_groups
