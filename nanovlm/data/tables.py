@@ -65,7 +65,15 @@ def csv_rows(path: Path, longest: int = MAX_FIELD) -> Iterator[tuple[str, Any]]:
             lowered = [name.lower() if name.isascii() else name for name in names]
             for cells in reader:
                 where = f"{path}:{reader.line_num + 1}"
-                if len(cells) == len(names):
+                if delimiter == "\t" and (taken_in := sum(map(_rows_inside, cells))):
+                    yield (
+                        where,
+                        NanoVLMError(
+                            f"a quote that opens {taken_in} lines above closes here, with whole "
+                            "rows between; take it out, or double it"
+                        ),
+                    )
+                elif len(cells) == len(names):
                     yield where, dict(zip(lowered, map(str.strip, cells)))
                 elif any(map(str.strip, cells)):
                     yield (
@@ -78,6 +86,11 @@ def csv_rows(path: Path, longest: int = MAX_FIELD) -> Iterator[tuple[str, Any]]:
             raise NanoVLMError(
                 f"{path}: cannot be read as a table ({error}); is a quote never closed?"
             ) from None
+
+
+def _rows_inside(cell: str) -> int:
+    """Line ends in a cell of a TSV that has tabs as well: rows that a stray quote took in."""
+    return cell.count("\n") if "\t" in cell else 0
 
 
 def _clean(line: str) -> str:
