@@ -3,7 +3,7 @@
 In stage 1 a projector that knows nothing is taught by whole sentences, through a language model
 whose passes are dear. What it has to learn first is cheaper to say: which words belong to an image.
 So before stage 1 it learns just that, from the vision encoder's features and the embedding table of
-the language model, in minutes.
+the language model, in minutes. The last blocks of the vision encoder may learn along.
 """
 
 import math
@@ -32,7 +32,7 @@ class Words:
     word as probable as its frequency f_w, the share of the images that have it in a caption. The
     loss is the binary cross entropy with whether a caption of the image has the word, summed over
     words; a word counts once for each caption that has it, and once if none has. The language model
-    gives its embedding table and is not run, so a step costs as much as the projector alone.
+    gives its embedding table and is not run, so a step costs as much as what learns.
 
     This is close to Fang et al. 2015 ("From captions to visual concepts and back"), who detect the
     words of captions in regions of an image by multiple-instance learning with a noisy-OR. Here the
