@@ -1,4 +1,4 @@
-"""Rows of a table that cannot be what their author meant are errors, and never taken as they are."""
+"""Rows of a table that cannot be what their author meant are named, and not taken as they are."""
 
 from nanovlm.data.tables import csv_rows
 from nanovlm.errors import NanoVLMError
