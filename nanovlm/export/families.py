@@ -158,8 +158,8 @@ def _check_idefics3(config: VLMConfig) -> None:
             "has a pixel shuffle with a bias (projector_bias)",
             "one trained with --no-projector-bias",
         )
-    below = vision.blocks_below(config.vision_layer)
-    if not (config.vision_norm and vision.final_norm) or below < vision.num_hidden_layers:
+    is_last = config.vision_depth == vision.num_hidden_layers
+    if not (config.vision_norm and vision.final_norm and is_last):
         raise _refusal(
             "gives its pixel shuffle a layer of the vision encoder before the final norm, where "
             "SmolVLM takes the last one after it",
