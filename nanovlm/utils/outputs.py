@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -204,7 +205,7 @@ def only_writer(folder: Path, flag: str) -> Iterator[None]:
         yield
         return
     is_new = not os.path.lexists(folder)
-    if not is_new and not os.path.isdir(folder):
+    if _is_no_folder(folder):
         raise NanoVLMError(f"{folder}: is not a folder; name another one with {flag}")
     file = _take_lock(folder, flag)
     try:
@@ -220,6 +221,17 @@ def only_writer(folder: Path, flag: str) -> Iterator[None]:
                 folder.rmdir()
 
 
+def _is_no_folder(path: Path) -> bool:
+    """Whether something is there that is neither a folder nor a link to one.
+
+    It looks once: another process may make and delete the folder meanwhile.
+    """
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return os.path.islink(path)
+
+
 def _take_lock(folder: Path, flag: str) -> IO[bytes]:
     """The open file whose lock this process holds from now on."""
     path = folder / LOCK
@@ -228,6 +240,10 @@ def _take_lock(folder: Path, flag: str) -> IO[bytes]:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as it is locked)
         except FileNotFoundError:  # whoever made the folder has deleted it just now
+            continue
+        except FileExistsError as error:  # the same, while `mkdir` looked
+            if _is_no_folder(error.filename):
+                raise
             continue
         try:
             _lock(file)

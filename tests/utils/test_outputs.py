@@ -224,6 +224,42 @@ while time.time() < end or not held:
     assert [process.wait() for process in started] == [0, 0, 0]
 
 
+def test_a_folder_that_its_last_writer_deletes_just_now_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def mkdir(path, *arguments):
+        made.append(path)
+        if len(made) == 1:  # there when it is to be made, and gone when one looks
+            raise FileExistsError(17, "File exists", str(path))
+        real(path, *arguments)
+
+    real = os.mkdir
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with only_writer(tmp_path / "run", "--out"):
+        assert made == [tmp_path / "run"] * 2 and (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_folder_below_a_link_to_nowhere_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "link/run"):
+        with pytest.raises((NanoVLMError, OSError)), only_writer(tmp_path / name, "--out"):
+            raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_lock_made_by_another_writer_just_after_it_was_missing_is_looked_at_again(
+    tmp_path, monkeypatch
+):
+    def missing(path, mode):
+        monkeypatch.undo()
+        path.write_text("")  # by whoever has made the folder again
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(outputs, "open", missing, raising=False)
+    with only_writer(tmp_path / "run", "--out"):
+        assert str(os.getpid()) in (tmp_path / "run" / LOCK).read_text()
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
     def refuse(_):
         raise OSError(37, "No locks available")
