@@ -1,7 +1,7 @@
 """The model that a run starts from, and what is done to it before the first step."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ from nanovlm.utils.parser import flag
 
 # Above this width a language model is pretrained, or at least not of a toy.
 PRETRAINED_WIDTH, TOO_FAST = 512, 5e-4
+OF_OBJECTIVE = {  # settings that one objective alone reads
+    "dpo": ("beta", "label_smoothing", "sft_weight"),
+    "words": ("word_images", "max_words"),
+}
 
 
 def build_model(settings: Settings) -> VisionLanguageModel:
@@ -43,8 +47,8 @@ def build_model(settings: Settings) -> VisionLanguageModel:
     A whole one (`--init`), a vision encoder and a language model joined by a new projector, or all
     of it at toy widths (`--tiny`).
     """
+    _say_what_is_unused(settings)
     if settings.init:
-        _say_what_is_unused(settings)
         model = load_model(settings.init)
         _say_if_too_fast(model, settings)
         return model
@@ -161,17 +165,25 @@ def projector_and_image(settings: ModelSettings) -> tuple[ProjectorConfig, Image
     return projector, image
 
 
-def _say_what_is_unused(settings: ModelSettings) -> None:
-    """Name the settings of a new model that were given beside a whole one."""
-    unused = [
-        flag(field.name)
-        for field in dataclasses.fields(ModelSettings)
-        if field.name not in ("init", "tiny") and getattr(settings, field.name) != field.default
-    ]
-    if unused:
-        say(
-            f"--init {settings.init} is a whole model, so these have no effect: {', '.join(unused)}"
+def _say_what_is_unused(settings: Settings) -> None:
+    """Name the settings of a new model given beside a whole one, and those of other objectives."""
+
+    def flags(names: Iterable[str]) -> str:
+        default = Settings()
+        return ", ".join(
+            flag(name) for name in names if getattr(settings, name) != getattr(default, name)
         )
+
+    of_a_new_model = (field.name for field in dataclasses.fields(ModelSettings))
+    unused = flags(name for name in of_a_new_model if name not in ("init", "tiny"))
+    if settings.init and unused:
+        say(f"--init {settings.init} is a whole model, so these have no effect: {unused}")
+    for objective, names in OF_OBJECTIVE.items():
+        if objective != settings.objective and (unused := flags(names)):
+            say(
+                f"--objective is {settings.objective}, "
+                f"so these of {objective} have no effect: {unused}"
+            )
 
 
 def _say_if_too_fast(model: VisionLanguageModel, settings: Settings) -> None:

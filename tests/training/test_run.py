@@ -214,6 +214,16 @@ def test_parts_beside_a_whole_model_are_said_to_be_unused(tiny, tmp_path, capsys
     )
 
 
+def test_settings_of_another_objective_are_said_to_be_unused(tiny, tmp_path, capsys):
+    build_model(tiny.settings(tmp_path, sft_weight=0.2, beta=0.2, max_words=9))
+    assert capsys.readouterr().err.splitlines() == [
+        "--objective is sft, so these of dpo have no effect: --beta, --sft-weight",
+        "--objective is sft, so these of words have no effect: --max-words",
+    ]
+    build_model(tiny.settings(tmp_path, objective="words", max_words=9))
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_steps_that_make_pretrained_weights_forget_are_said(tiny, tmp_path, capsys, monkeypatch):
     changes = {"init": str(tiny.model), "train": "language_model", "lr": 1e-3}
     build_model(tiny.settings(tmp_path, **changes))
