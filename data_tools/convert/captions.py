@@ -1,4 +1,4 @@
-"""Caption files that are no tables: COCO's, Flickr8k's, and the two maps of Basic-VLM."""
+"""Caption files that are no tables: COCO's, Karpathy's, Flickr8k's, Basic-VLM's two maps."""
 
 import io
 import re
@@ -21,6 +21,7 @@ SEGMENTED = re.compile(r"(?:\S+:[a-z]{1,5}(?:\s+|$))+")
 # One photo a line: `1000268201_693b08cb0e.jpg`, `COCO_train2014_000000123456`.
 NAME_LINE = re.compile(r"[\w-]*\d[\w-]*(?:\.jpe?g)?\s*", re.IGNORECASE)
 TRAINING = re.compile(r"train", re.IGNORECASE)
+TRAINING_SPLITS = ("train", "restval")  # of Karpathy's
 EXTRA_0 = "<|extra_0|>"  # where Basic-VLM has the image in a question
 NOT_CAPTIONS = (
     "COCO annotations of objects (boxes, key points), without captions: take captions_….json"
@@ -57,6 +58,29 @@ def coco_rows(path: Path) -> Iterator[Row]:
             if not name:
                 value = NanoVLMError(f"image {quoted(note.get('image_id'))} is not among `images`")
         yield Row(where, value, path.parent)
+
+
+def is_split_image(key: str | None, item: Any) -> bool:
+    """Whether an item of a JSON file is an image of Karpathy's splits."""
+    return key == "images" and isinstance(item, dict) and {"sentences", "split"} <= set(item)
+
+
+def split_rows(path: Path) -> Iterator[Row]:
+    """A row for each image of Karpathy's splits, with its captions if it is for training.
+
+    `{"images": [{"filepath": …, "filename": …, "split": …, "sentences": [{"raw": …}]}]}`, as
+    published with Karpathy and Fei-Fei 2015; only COCO's images have a `filepath`.
+    """
+    images = (item for key, item in json_items(path) if key == "images")
+    for number, image in enumerate(images, start=1):
+        value = image
+        if isinstance(image, dict):
+            folder, name = image.get("filepath"), image.get("filename")
+            if image.get("split") not in TRAINING_SPLITS:
+                value = Entries([], [], "captions of photos that are not for training")
+            elif folder and isinstance(name, str):
+                value = image | {"filename": f"{folder}/{name}"}
+        yield Row(f"{path}: image {number}", value, path.parent)
 
 
 def line_rows(path: Path, names: list[Path]) -> Iterator[Row]:

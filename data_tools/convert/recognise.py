@@ -18,7 +18,7 @@ from nanovlm.inputs.parquet import count_rows
 from nanovlm.utils.files import open_regular
 from nanovlm.utils.sniff import FIRST_BYTES, what_is
 
-COCO, LINES, BASIC_VLM = "coco", "caption-lines", "basic-vlm"
+COCO, KARPATHY, LINES, BASIC_VLM = "coco", "karpathy", "caption-lines", "basic-vlm"
 LLAMA_FACTORY, WEBDATASET, FOLDER = "llama-factory", "webdataset", "folder"
 FORMS = {
     TURNS: "JSON, CSV or parquet with turns, or a question and its answer: LLaVA, ALLaVA, "
@@ -26,6 +26,7 @@ FORMS = {
     PAIRS: "the same with a chosen and a rejected answer: RLHF-V, TRL, ms-swift",
     CAPTIONS: "JSON, CSV or parquet with an image and its captions: AI Challenger",
     COCO: "COCO's captions_….json",
+    KARPATHY: "Karpathy's splits: dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json",
     LINES: "lines of `NAME.jpg#0 caption`: Flickr8k, Flickr8k-CN, COCO-CN",
     BASIC_VLM: "Basic-VLM's map of images and its captions file",
     LLAMA_FACTORY: "a folder with LLaMA-Factory's dataset_info.json",
@@ -34,7 +35,7 @@ FORMS = {
 }
 TABLES = (TURNS, PAIRS, CAPTIONS)
 # Of a folder that has several, the first.
-PRIORITY = (TURNS, PAIRS, BASIC_VLM, COCO, LINES, CAPTIONS, WEBDATASET)
+PRIORITY = (TURNS, PAIRS, BASIC_VLM, COCO, KARPATHY, LINES, CAPTIONS, WEBDATASET)
 SAMPLE = 8  # rows that are looked at
 _HELD_OUT = re.compile(
     r"(?:^|[^a-z])(?:val|valid|validation|dev|test|eval)\d*(?:[^a-z]|$)", re.IGNORECASE
@@ -119,6 +120,8 @@ def _form_of_json(path: Path, head: bytes) -> tuple[str | None, str]:
     except NanoVLMError:  # a line that is damaged, among others that may not be
         items = []
     if items and items[0][0] is not None:
+        if any(captions.is_split_image(*item) for item in items):
+            return KARPATHY, "Karpathy's splits"
         values = [value for _, value in items]
         if any(key == "images" and isinstance(v, dict) and "file_name" in v for key, v in items):
             is_captions = captions.has_captions(path)
@@ -219,6 +222,7 @@ def _source(
     training = [file for file in lists if captions.TRAINING.search(file.name)]
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         COCO: captions.coco_rows,
+        KARPATHY: captions.split_rows,
         LINES: lambda file: captions.line_rows(file, training),
         WEBDATASET: samples.tar_rows,
     }

@@ -204,6 +204,25 @@ def coco(folder: Path) -> None:
     put_images(folder / "train2017", [image["file_name"] for image in images])
 
 
+def karpathy(folder: Path) -> None:
+    def image(number: int, split: str) -> dict:
+        raw = ["A dog runs .", "a brown dog"]
+        return {
+            "filepath": "val2014",
+            "sentids": [2 * number, 2 * number + 1],
+            "filename": f"COCO_val2014_{number:012}.jpg",
+            "imgid": number,
+            "split": split,
+            "sentences": [{"tokens": text.split(), "raw": text, "imgid": number} for text in raw],
+            "cocoid": number,
+        }
+
+    splits = ("val", "train", "restval", "train", "test", "train")
+    images = [image(number, split) for number, split in enumerate(splits)]
+    put(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    put_images(folder / "val2014", [image["filename"] for image in images[:5]])
+
+
 def flickr8k_cn(folder: Path) -> None:
     names = [f"{n}_ab12.jpg" for n in range(4)]
     put(folder / "flickr8kzhc.caption.txt",

@@ -32,6 +32,7 @@ CASES: dict[Callable[[Path], None], tuple[str, int, int, str, dict[str, int]]] =
     published.rlaif_v: ("pairs", 6, 5, "Here.", {EMPTY: 1}),
     published.ai_challenger: ("captions", 6, 4, "两个男人在跑步。", {MISSING: 2}),
     published.coco: ("coco", 6, 5, "A man riding a bike.", {MISSING: 1}),
+    published.karpathy: ("karpathy", 8, 6, "A dog runs.", {MISSING: 2}),
     published.flickr8k_cn: ("caption-lines", 6, 4, "一只狗在跑。", {MISSING: 2}),
     published.flickr8k_csv: ("captions", 6, 5, "A child, in pink, is climbing.", {MISSING: 1}),
     published.coco_cn: ("caption-lines", 6, 5, "一个男人。", {MISSING: 1}),
