@@ -13,6 +13,8 @@ and with `--captions-en flickr8kenc.caption.txt` also:
 
     DIR/NAMES_mixed.jsonl   for training: captions in both languages and yes/no questions,
                             shuffled
+    DIR/NAMES_agreed.jsonl  for training: of each photo the two English captions and the Chinese
+                            one that agree best with its others; a quarter of the questions
     DIR/NAMES_en.jsonl      for evaluation: as `_zh`, in English
     DIR/NAMES_yesno.jsonl   for evaluation: one record a yes/no question, shuffled
 
@@ -33,6 +35,7 @@ from nanovlm.utils.console import run_command, say
 import argparse
 import io
 import lzma
+import math
 import random
 import re
 import tarfile
@@ -44,6 +47,7 @@ from pathlib import PurePosixPath
 from tqdm import tqdm
 
 from nanovlm.errors import NanoVLMError
+from nanovlm.evaluation.metrics import cider_d_of_each, tokenize
 from nanovlm.evaluation.things import THINGS
 from nanovlm.utils.files import open_regular, read_text, to_jsonl
 from nanovlm.utils.outputs import write_new
@@ -55,6 +59,9 @@ YES = {"zh": "有。", "en": "Yes."}
 NO = {"zh": "没有。", "en": "No."}
 
 SEED = 0
+# Captions of a photo in NAMES_agreed.jsonl, and one question in how many.
+AGREED = {"zh": 1, "en": 2}
+AGREED_QUESTIONS = 4
 # Share of the photos or of the lines of a caption file; more than this looks like the wrong file.
 MAX_SKIPPED = 0.01
 MAX_PHOTO_BYTES = 64 * 2**20
@@ -255,11 +262,34 @@ def caption_records(
     return training, evaluation
 
 
-def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[dict], list[dict]]:
+def most_agreed(names: list[str], captions: Captions, count: int) -> Captions:
+    """The `count` captions of each photo that score highest against its others, by CIDEr-D.
+
+    What one person saw and the others did not mention teaches a small model to invent. The order of
+    the captions is kept; a photo with `count` captions or fewer keeps all.
+    """
+    answers, references, places = [], [], []
+    for name in names:
+        tokens = {number: tokenize(text) for number, text in sorted(captions[name].items())}
+        for number in tokens if len(tokens) > count else ():
+            answers.append(tokens[number])
+            references.append([tokens[other] for other in tokens if other != number])
+            places.append((name, number))
+    scores = dict(zip(places, cider_d_of_each(answers, references) if answers else ()))
+    agreed: Captions = {}
+    for name in names:
+        ranked = sorted(captions[name], key=lambda number: (-scores.get((name, number), 0), number))
+        agreed[name] = {number: captions[name][number] for number in sorted(ranked[:count])}
+    return agreed
+
+
+def yes_no_records(
+    names: list[str], zh: Captions, en: Captions, one_in: int = 1
+) -> tuple[list[dict], list[dict]]:
     """The same shuffled questions for training and for evaluation.
 
     For each thing and language, both answers are equally frequent, so that a question says nothing
-    about its answer and guessing gives 50 %.
+    about its answer and guessing gives 50 %. `one_in` 4 gives a quarter of the questions.
     """
     training, evaluation = [], []
     for thing in THINGS:
@@ -268,7 +298,8 @@ def yes_no_records(names: list[str], zh: Captions, en: Captions) -> tuple[list[d
             photos[thing.answer(list(zh[name].values()), list(en[name].values()))].append(name)
         for answer in (True, False):
             random.Random(f"{SEED} {thing.en_name} {answer}").shuffle(photos[answer])
-        for index, pair in enumerate(zip(photos[True], photos[False])):
+        pairs = list(zip(photos[True], photos[False]))
+        for index, pair in enumerate(pairs[: math.ceil(len(pairs) / one_in)]):
             language = ("zh", "en")[index % 2]
             prompt = ASK[language].format(thing.zh_name if language == "zh" else thing.en_name)
             for name, reply in zip(pair, (YES[language], NO[language])):
@@ -290,9 +321,15 @@ def make_records(
         en_training, en_evaluation = caption_records(names, en, "en")
         questions, yes_no_evaluation = yes_no_records(names, zh, en)
         mixed = zh_training + en_training + questions
-        random.Random(SEED).shuffle(mixed)
+        agreed, _ = yes_no_records(names, zh, en, AGREED_QUESTIONS)
+        for language, captions in (("zh", zh), ("en", en)):
+            chosen = most_agreed(names, captions, AGREED[language])
+            agreed += caption_records(names, chosen, language)[0]
+        for records in (mixed, agreed):
+            random.Random(SEED).shuffle(records)
         files |= {
             f"{split}_mixed.jsonl": mixed,
+            f"{split}_agreed.jsonl": agreed,
             f"{split}_en.jsonl": en_evaluation,
             f"{split}_yesno.jsonl": yes_no_evaluation,
         }

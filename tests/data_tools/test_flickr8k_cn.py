@@ -116,6 +116,47 @@ def test_english_adds_mixed_records_and_balanced_questions(source: Path, convert
             assert question["references"][0] in (("有。", "Yes.") if has_dog else ("没有。", "No."))
 
 
+def test_the_captions_that_agree_are_chosen(source: Path, convert) -> None:
+    """Of five English captions the two most alike, of the Chinese ones the one most alike."""
+    captions = {
+        "enc": ["a cat", "A dog runs on grass", "He waits", "A dog runs on the grass", "It ran"],
+        "zhc": ["狗在跑。", "天气好。", "狗在草地上跑。", "狗在草地上。", "他在等人。"],
+    }
+    for tag, of_dog in captions.items():
+        lines = (source / f"{tag}.txt").read_text(encoding="utf-8").splitlines()
+        others = [line for line in lines if not line.startswith(photo(0))]
+        others += [f"{photo(0)}#{tag}#{n} {caption}" for n, caption in enumerate(of_dog)]
+        (source / f"{tag}.txt").write_text("\n".join(others), encoding="utf-8")
+    result = convert(source, "--captions-en", str(source / "enc.txt"))
+    assert result.returncode == 0, result.stderr
+
+    records = read(source / "out" / "train_agreed.jsonl")
+    answers = {record["id"]: record["messages"][1]["content"] for record in records}
+    of_dog = {key: answer for key, answer in answers.items() if key.startswith(photo(0))}
+    chosen = {key: answer for key, answer in of_dog.items() if key[-1].isdigit()}
+    assert chosen == {
+        f"{photo(0)}#en#1": "A dog runs on grass.",
+        f"{photo(0)}#en#3": "A dog runs on the grass.",
+        f"{photo(0)}#zh#2": "狗在草地上跑。",
+    }
+    # Captions that score alike, as of the other photos, are taken in their order.
+    assert sum(key[-1].isdigit() for key in answers) == 9 * 3
+    assert {f"{photo(1)}#en#0", f"{photo(1)}#en#1", f"{photo(1)}#zh#0"} <= set(answers)
+
+    everything = {record["id"] for record in read(source / "out" / "train_mixed.jsonl")}
+    questions = Counter(key for key in answers if not key[-1].isdigit())
+    assert set(answers) <= everything and 0 < len(questions) < len(everything) - 90
+    asked = Counter()  # by the thing asked for: both answers are equally frequent
+    for key in questions:
+        asked[key.split("#")[2], answers[key] in ("有。", "Yes.")] += 1
+    assert all(asked[thing, True] == asked[thing, False] for thing, _ in asked)
+
+
+def test_photos_of_few_captions_keep_all() -> None:
+    captions = {"a.jpg": {0: "One dog", 3: "A dog"}, "b.jpg": {2: "A man"}}
+    assert flickr8k_cn.most_agreed(["a.jpg", "b.jpg"], captions, 2) == captions
+
+
 @pytest.mark.parametrize(
     ("name", "zh", "en", "answer"),
     [
@@ -153,7 +194,7 @@ def test_same_bytes_again_and_from_a_folder(source: Path, convert) -> None:
         return {path.relative_to(out): path.read_bytes() for path in paths}
 
     assert files(source / "out") == files(source / "again")
-    assert len(files(source / "out")) == 9 + 5
+    assert len(files(source / "out")) == 9 + 6
 
 
 def test_the_script_runs_from_anywhere(source: Path, command) -> None:
