@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from nanovlm.errors import NanoVLMError
 from nanovlm.evaluation.metrics import cider_d_of_each, tokenize
-from nanovlm.evaluation.things import THINGS
+from nanovlm.evaluation.things import THINGS, Thing
 from nanovlm.utils.files import open_regular, read_text, to_jsonl
 from nanovlm.utils.outputs import write_new
 from nanovlm.utils.parser import CommandParser
@@ -283,8 +283,23 @@ def most_agreed(names: list[str], captions: Captions, count: int) -> Captions:
     return agreed
 
 
+def yes_no_pairs(
+    names: list[str], zh: Captions, en: Captions
+) -> dict[Thing, list[tuple[str, str]]]:
+    """For each thing, pairs of a photo that shows it and one that does not, in random order."""
+    pairs = {}
+    for thing in THINGS:
+        photos: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+        for name in names:
+            photos[thing.answer(list(zh[name].values()), list(en[name].values()))].append(name)
+        for answer in (True, False):
+            random.Random(f"{SEED} {thing.en_name} {answer}").shuffle(photos[answer])
+        pairs[thing] = list(zip(photos[True], photos[False]))
+    return pairs
+
+
 def yes_no_records(
-    names: list[str], zh: Captions, en: Captions, one_in: int = 1
+    pairs: dict[Thing, list[tuple[str, str]]], one_in: int = 1
 ) -> tuple[list[dict], list[dict]]:
     """The same shuffled questions for training and for evaluation.
 
@@ -292,14 +307,8 @@ def yes_no_records(
     about its answer and guessing gives 50 %. `one_in` 4 gives a quarter of the questions.
     """
     training, evaluation = [], []
-    for thing in THINGS:
-        photos: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-        for name in names:
-            photos[thing.answer(list(zh[name].values()), list(en[name].values()))].append(name)
-        for answer in (True, False):
-            random.Random(f"{SEED} {thing.en_name} {answer}").shuffle(photos[answer])
-        pairs = list(zip(photos[True], photos[False]))
-        for index, pair in enumerate(pairs[: math.ceil(len(pairs) / one_in)]):
+    for thing, of_thing in pairs.items():
+        for index, pair in enumerate(of_thing[: math.ceil(len(of_thing) / one_in)]):
             language = ("zh", "en")[index % 2]
             prompt = ASK[language].format(thing.zh_name if language == "zh" else thing.en_name)
             for name, reply in zip(pair, (YES[language], NO[language])):
@@ -319,9 +328,10 @@ def make_records(
     files = {f"{split}.jsonl": zh_training, f"{split}_zh.jsonl": zh_evaluation}
     if en is not None:
         en_training, en_evaluation = caption_records(names, en, "en")
-        questions, yes_no_evaluation = yes_no_records(names, zh, en)
+        pairs = yes_no_pairs(names, zh, en)
+        questions, yes_no_evaluation = yes_no_records(pairs)
         mixed = zh_training + en_training + questions
-        agreed, _ = yes_no_records(names, zh, en, AGREED_QUESTIONS)
+        agreed, _ = yes_no_records(pairs, AGREED_QUESTIONS)
         for language, captions in (("zh", zh), ("en", en)):
             chosen = most_agreed(names, captions, AGREED[language])
             agreed += caption_records(names, chosen, language)[0]
