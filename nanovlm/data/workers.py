@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def prepare_ahead(
             num_workers=workers,
             multiprocessing_context=context,
             pin_memory=loading.pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_follow_the_parent,
             generator=torch.Generator(),
         )
     )
@@ -95,6 +96,9 @@ def prepare_ahead(
     return _watched(loader, started)
 
 
+# What PyTorch says where a worker is gone: itself, or by the thread that pins what it sent.
+_DEATHS = ("DataLoader worker (pid", "Pin memory thread exited")
+
 # Loaders that were not read to their end, kept so that PyTorch does not shut them down: it would
 # wait for the batches that workers are at, and for ever for a lock that a killed one held.
 _given_up: list[Iterator[Any]] = []
@@ -106,7 +110,7 @@ def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[
         yield from loader
         is_done = True
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+        if not str(error).startswith(_DEATHS):
             raise
         raise NanoVLMError(
             f"a process that prepares batches died ({first_line(error)}); if memory ran out, "
@@ -123,11 +127,21 @@ def _watched(loader: Iterator[Any], started: Sequence[BaseProcess]) -> Iterator[
                 process.join()
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job.
+def _follow_the_parent(worker: int) -> None:
+    """Leave signals to the parent, and say nothing of it where it stops reading.
 
-    The parent still needs batches to finish its last step, and ends its workers itself; if it is
-    gone, they end by themselves.
+    Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job. The parent still
+    needs batches to finish its last step, and ends its workers itself; if it is gone, they end by
+    themselves. Either may happen in the middle of a batch, whose tensors a thread of the worker
+    hands over; multiprocessing would print a traceback for it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _print_unless_the_parent_stopped_reading
+
+
+def _print_unless_the_parent_stopped_reading(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

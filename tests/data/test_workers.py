@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import reduction
+from multiprocessing.connection import Client
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from nanovlm.data.workers import Loading, choose_loading, prepare_ahead
+from nanovlm.data.workers import Loading, _watched, choose_loading, prepare_ahead
 from nanovlm.errors import NanoVLMError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -59,6 +61,41 @@ def test_a_worker_that_dies_is_said_in_one_line_where_its_item_is_asked_for(monk
         caught.value
     )
     assert "--workers" in str(caught.value) and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_death_that_the_thread_that_pins_memory_saw_first_is_said_alike():
+    def loader():
+        raise RuntimeError("Pin memory thread exited unexpectedly")
+        yield
+
+    with pytest.raises(NanoVLMError, match="a process that prepares batches died"):
+        next(_watched(loader(), ()))
+
+
+class HalfRead(Dataset):
+    """Item 0 hands a file over to a reader that goes away instead of taking it; 1 fails for good.
+
+    Both happen in the thread that hands over the tensors of a batch.
+    """
+
+    def __getitem__(self, number: int) -> int:
+        with open(os.devnull, "rb") as file:
+            address, key = reduction.DupFd(file.fileno())._id
+            authkey = multiprocessing.current_process().authkey
+            with Client(address, authkey=authkey) as client:
+                if number == 1:
+                    client.send((key + 1_000, os.getpid()))
+            os.close(reduction.DupFd(file.fileno()).detach())  # it is done with the one before
+        return number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are handed over in another way there")
+def test_a_parent_that_stops_reading_in_the_middle_of_a_batch_is_no_error_of_a_worker(capfd):
+    items = prepare_ahead(HalfRead(), 0, 1, Loading(workers=1))
+    assert list(items) == [0]
+    assert capfd.readouterr().err == ""
+    assert list(prepare_ahead(HalfRead(), 1, 2, Loading(workers=1))) == [1]
+    assert "KeyError" in capfd.readouterr().err
 
 
 def test_an_error_of_the_dataset_is_no_death():
