@@ -91,8 +91,11 @@ def extract(source: Path, out: Path) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         try:
             load_vision_encoder(folder)
-        except NanoVLMError as error:  # names the folder by a name that is gone
-            raise NanoVLMError(str(error).replace(str(folder), str(source))) from None
+        except NanoVLMError as error:  # names a file that is gone
+            lines = error.args
+            for written in (folder / "model.safetensors", folder):
+                lines = [line.replace(str(written), str(source)) for line in lines]
+            raise NanoVLMError(*lines) from None
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     say(f"{out}: {settings['model_type']}, {len(tensors)} tensors, {size:,.1f} MB")
     parts = sorted({_part_of(name) for name in others})

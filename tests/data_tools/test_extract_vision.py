@@ -224,3 +224,14 @@ print(peak() - before)
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert 0 < int(result.stdout) * 1024 < 160e6  # 80 MB are what the first call imports
+
+
+def test_tensors_that_do_not_fit_are_listed_a_line_each(tmp_path, extract):
+    whole_model(tmp_path, "clip")
+    rename(tmp_path, lambda name: name.replace("vision_model.post_layernorm", "vision_model.norm"))
+    done = extract(tmp_path)
+    lines = [line for line in done.stderr.splitlines() if "preprocessor_config" not in line]
+    assert done.returncode == 2 and not (tmp_path / "vision_encoder").exists()
+    problem = "the tensors do not fit VisionEncoder (2 unexpected)"
+    assert lines[0].startswith(f"error: {tmp_path}: {problem}")
+    assert "    norm.weight (24,)" in lines
