@@ -126,13 +126,17 @@ def test_a_stop_text_ends_an_answer_and_is_left_out(server, stop, stream):
     assert (text, reason) == (DESCRIPTION.partition("大的蓝色")[0], "stop")
 
 
-def test_a_seed_repeats_a_sampled_answer(client):
+def test_a_seed_repeats_a_sampled_answer(client, monkeypatch):
     def text(seed: int | None) -> str:
         asked = question(temperature=2.0, top_p=0.999, max_tokens=24, seed=seed)
         return client.chat.completions.create(**asked).choices[0].message.content
 
-    assert text(7) == text(7)
-    assert len({text(seed) for seed in (1, 2, 3, None, None)}) > 2
+    answers = [text(seed) for seed in range(12)]
+    assert answers[7] == text(7)
+    assert len(set(answers)) > 2
+    drawn = iter(range(12))  # the seeds of requests that have none
+    monkeypatch.setattr("nanovlm.serve.protocol.secrets.randbits", lambda bits: next(drawn))
+    assert [text(None) for _ in range(12)] == answers
 
 
 def test_what_waits_together_is_answered_together(model, monkeypatch):
